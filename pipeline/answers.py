@@ -1,0 +1,210 @@
+"""From completions to part files: one output row for each input row. Knows no engine and no device.
+
+```
+ completion of a sequence ──► its rows that are not done ──► a full part ──► table ──► write_part
+```
+
+A greedy prompt that many rows share runs once; the rows that did not run name the row that did in
+`dedup_of`, count their whole prompt as cached and have no prefill time of their own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.job import PlannedJob
+from pipeline.records import Completion, Rejected, Timing
+from pipeline.storage.run_directory import RunDirectory
+from pipeline.storage.schema import OUTPUT_FIELDS, carry_columns
+from pipeline.storage.writer import write_part
+
+
+class Answered(NamedTuple):
+    """An input row and what became of it."""
+
+    row: int
+    outcome: Completion | Rejected
+
+
+@dataclass
+class RowCounts:
+    """Rows that this session has answered, committed or not; read by the progress display."""
+
+    ok: int = 0
+    failed: int = 0
+    cached_tokens: int = 0
+
+
+class AnswerWriter:
+    """Collects answers and commits a part whenever `rows_per_part` rows are together.
+
+    With `preserve_order`, part n holds the input rows `[n * size, (n + 1) * size)` with
+    `size = rows_per_part`, and is committed when the last of them is answered.
+    """
+
+    def __init__(
+        self, planned: PlannedJob, directory: RunDirectory, done: NDArray[np.bool_]
+    ) -> None:
+        self.counts = RowCounts()
+        self._planned = planned
+        self._directory = directory
+        self._done = done.copy()
+        self._settings = planned.job.settings.write
+        self._waiting: dict[int, list[Answered]] = defaultdict(list)
+        self._next_part = directory.next_part_number()
+        plan_hash = planned.summary.plan_hash
+        self._provenance = {"run_id": directory.run_id, "plan_hash": plan_hash}
+        self._rows_of_sequence = _RowsOfSequence(planned.plan.sequence_of_row)
+        block = np.arange(len(done)) // self._settings.rows_per_part
+        self._left_in_block = np.bincount(block[~done], minlength=int(block[-1]) + 1)
+
+    def add_rejected(self) -> None:
+        """Write the rows that cannot run."""
+        for row, rejected in sorted(self._planned.rejected.items()):
+            self._add(Answered(row, rejected))
+
+    def add(self, completion: Completion) -> None:
+        """Give a sequence's answer to every row that waits for it."""
+        plan = self._planned.plan
+        first = int(plan.sequences.row[completion.sequence])
+        for row in self._rows_of_sequence[completion.sequence]:
+            own = completion if row == first else _copied(completion, int(plan.table.lengths[row]))
+            self._add(Answered(row, own))
+
+    def flush(self) -> None:
+        """Commit what waits, also where a part is not full."""
+        for block in sorted(self._waiting):
+            self._commit(block)
+
+    def _add(self, answered: Answered) -> None:
+        if self._done[answered.row]:
+            return
+        self._done[answered.row] = True
+        completion = _answer(answered.outcome)
+        if completion is None:
+            self.counts.failed += 1
+        else:
+            self.counts.ok += 1
+            self.counts.cached_tokens += completion.cached_tokens
+        per_part = self._settings.rows_per_part
+        block = answered.row // per_part if self._settings.preserve_order else 0
+        waiting = self._waiting[block]
+        waiting.append(answered)
+        full = int(self._left_in_block[block]) if self._settings.preserve_order else per_part
+        if len(waiting) >= full:
+            self._commit(block)
+
+    def _commit(self, block: int) -> None:
+        answered = self._waiting.pop(block)
+        number = self._next_part
+        if self._settings.preserve_order:
+            # The part's number is its place in the input, so sorted names give the input order.
+            answered.sort(key=lambda a: a.row)
+            number = block
+        table = answers_table(self._planned, answered)
+        write_part(self._directory.data, number, table, self._provenance)
+        self._next_part += 1
+
+
+class _RowsOfSequence:
+    """Rows by sequence, as one sorted array and its cuts."""
+
+    def __init__(self, sequence_of_row: NDArray[np.int64]) -> None:
+        self._rows = np.argsort(sequence_of_row, kind="stable")
+        num = int(sequence_of_row.max(initial=-1)) + 1
+        self._cuts = np.searchsorted(sequence_of_row[self._rows], np.arange(num + 1))
+
+    def __getitem__(self, sequence: int) -> list[int]:
+        rows: list[int] = self._rows[self._cuts[sequence] : self._cuts[sequence + 1]].tolist()
+        return rows
+
+
+def answers_table(planned: PlannedJob, answered: list[Answered]) -> pa.Table:
+    """The output columns of these rows, then every column that the input brought."""
+    texts = _decode(planned, answered)
+    rows = [_output_row(planned, item, texts) for item in answered]
+    results = pa.Table.from_pylist(rows, schema=pa.schema(OUTPUT_FIELDS))
+    source = planned.job.source
+    inputs = source.take(np.array([item.row for item in answered], np.int64))
+    return carry_columns(results, inputs, source.columns.id)
+
+
+def _decode(planned: PlannedJob, answered: list[Answered]) -> dict[int, str]:
+    """Text by sequence, cut before the stop string that ended it."""
+    completions = {c.sequence: c for a in answered if (c := _answer(a.outcome)) is not None}
+    tokenizer = planned.job.tokenizer
+    decoded = tokenizer.decode_batch([c.token_ids for c in completions.values()])
+    plan = planned.plan
+    return {
+        sequence: tokenizer.cut_at_stop(
+            text, plan.params[int(plan.sequences.params[sequence])].stop
+        )
+        for sequence, text in zip(completions, decoded, strict=True)
+    }
+
+
+def _copied(completion: Completion, prompt_tokens: int) -> Completion:
+    """The answer of the row that ran, as it counts for a row that did not."""
+    timing = replace(completion.timing, prefill_s=0.0)
+    return replace(completion, cached_tokens=prompt_tokens, timing=timing)
+
+
+def _answer(outcome: Completion | Rejected) -> Completion | None:
+    """The completion if it holds an answer."""
+    if isinstance(outcome, Rejected) or outcome.finish_reason == "error":
+        return None
+    return outcome
+
+
+def _output_row(planned: PlannedJob, item: Answered, texts: dict[int, str]) -> dict[str, Any]:
+    plan, row = planned.plan, item.row
+    group = int(plan.group_of_row[row])
+    columns = {
+        "id": planned.ids[row],
+        "row_index": row,
+        "group_id": None if group < 0 else group,
+        "reuse_depth": int(plan.reuse_depth[row]),
+        "prompt_tokens": int(plan.table.lengths[row]),
+    }
+    if isinstance(item.outcome, Rejected):
+        return columns | _failed(item.outcome.error_type, item.outcome.message, attempts=0)
+    first = int(plan.sequences.row[item.outcome.sequence])
+    columns["dedup_of"] = None if row == first else planned.ids[first]
+    completion = _answer(item.outcome)
+    if completion is None:
+        reason, message = item.outcome.error_type, item.outcome.error_message
+        return columns | _failed(reason or "EngineError", message or "no reason given", attempts=1)
+    return columns | _succeeded(completion, texts[completion.sequence])
+
+
+def _succeeded(completion: Completion, text: str) -> dict[str, Any]:
+    return {
+        "generated_text": text,
+        "finish_reason": completion.finish_reason,
+        "completion_tokens": len(completion.token_ids),
+        "cached_tokens": completion.cached_tokens,
+        **asdict(completion.timing),
+        "status": "ok",
+        "attempts": 1,
+        "completion_token_ids": completion.token_ids,
+    }
+
+
+def _failed(error_type: str, message: str, attempts: int) -> dict[str, Any]:
+    return {
+        "finish_reason": "error",
+        "completion_tokens": 0,
+        "cached_tokens": 0,
+        **asdict(Timing()),
+        "status": "error",
+        "error_type": error_type,
+        "error_message": message,
+        "attempts": attempts,
+        "completion_token_ids": [],
+    }

@@ -1,0 +1,163 @@
+"""One audited row: does plain full prefill say what the product said? Knows no files and no text.
+
+Teacher forcing proves it by induction: if the baseline, given the prompt and our first i tokens,
+says our token i for every i, then the baseline alone would have written the same answer. After the
+first difference the two contexts differ, so nothing further down the row is looked at.
+
+How a row is classed by its first difference:
+
+```
+            identical   near_tie                  drift               corrupt
+ deficit  |     0     | ... near-tie bar ]  ... hard bar (0.5) ]  beyond, or NaN, or a wrong end
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import numpy as np
+
+from pipeline.engine.base import Baseline, Replay, RunControl, StopCheck
+from pipeline.records import FinishReason, SamplingParams
+
+Tier = Literal["exact", "16-bit"]
+RowClass = Literal["identical", "near_tie", "drift", "corrupt"]
+ROW_CLASSES: Final[tuple[RowClass, ...]] = ("identical", "near_tie", "drift", "corrupt")
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """How far, in nats, the baseline may prefer another token than the product's."""
+
+    near_tie: float
+    hard: float = 0.5
+
+
+BARS: Final[dict[Tier, Bars]] = {"exact": Bars(near_tie=1e-3), "16-bit": Bars(near_tie=0.125)}
+
+
+@dataclass(frozen=True, slots=True)
+class AuditInput:
+    """One written row as token ids. `output` excludes nothing: a generated EOS is its last id.
+
+    `is_stopped` says whether the text of some generated ids holds one of `params.stop`.
+    """
+
+    row_index: int
+    prompt: Sequence[int]
+    output: Sequence[int]
+    params: SamplingParams
+    finish_reason: FinishReason
+    noise_key: int = 0
+    eos_token_ids: frozenset[int] = frozenset()
+    is_stopped: StopCheck = field(default=RunControl.is_stopped, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class FreeRun:
+    """What the baseline wrote on its own. `explained`: the difference, if any, is a near-tie."""
+
+    token_ids: tuple[int, ...]
+    first_divergence: int | None
+    explained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RowAudit:
+    """What the audit says of one row.
+
+    `first_divergence`: output position, None if there is none (`len(output)`: it ended too early).
+    `margin`, `deficit`: of the baseline there, in nats; None without a divergence and for a wrong
+    end. `baseline_ids`: what the baseline said, position by position given our tokens.
+    """
+
+    row_index: int
+    row_class: RowClass
+    first_divergence: int | None
+    margin: float | None
+    deficit: float | None
+    tokens_checked: int
+    baseline_ids: tuple[int, ...]
+    free_run: FreeRun | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the baseline gave the same tokens and the same end."""
+        return self.row_class == "identical"
+
+
+def audit_row(baseline: Baseline, row: AuditInput, bars: Bars, free_run: bool = False) -> RowAudit:
+    """Replay one row; with `free_run` and a greedy row, let the baseline write it alone as well."""
+    replay = baseline.replay(row.prompt, row.output, row.params, row.noise_key)
+    output = np.asarray(row.output, np.int64)
+    different = np.flatnonzero(replay.predicted != output)
+    divergence = int(different[0]) if len(different) else None
+    margin = None if divergence is None else float(replay.margin[divergence])
+    deficit = None if divergence is None else float(replay.deficit[divergence])
+    row_class = _classify(deficit, bars)
+    wrong_end = find_wrong_end(row)
+    if wrong_end is not None:
+        row_class = "corrupt"
+        if divergence is None or wrong_end < divergence:
+            divergence, margin, deficit = wrong_end, None, None
+    runs_free = free_run and row.params.is_greedy
+    return RowAudit(
+        row_index=row.row_index,
+        row_class=row_class,
+        first_divergence=divergence,
+        margin=margin,
+        deficit=deficit,
+        tokens_checked=len(output) if divergence is None else min(divergence + 1, len(output)),
+        baseline_ids=tuple(replay.predicted.tolist()),
+        free_run=_run_free(baseline, row, replay, bars) if runs_free else None,
+    )
+
+
+def find_wrong_end(row: AuditInput) -> int | None:
+    """The output position where the row should have ended or gone on, None if its end is right.
+
+    An answer ends after its first EOS (unless ignored), with the token that completes a stop
+    string, or at `max_new_tokens`; the first two are called "stop", the third "length".
+    """
+    length, params = len(row.output), row.params
+    eos = () if params.ignore_eos else row.eos_token_ids
+    after_eos = next((i + 1 for i, token in enumerate(row.output) if token in eos), None)
+    ends = [params.max_new_tokens] if after_eos is None else [params.max_new_tokens, after_eos]
+    if min(ends) < length:
+        return min(ends)
+    if params.stop and row.is_stopped(row.output[:-1], params.stop):
+        return length - 1
+    stopped = after_eos == length or bool(params.stop and row.is_stopped(row.output, params.stop))
+    if row.finish_reason == "stop":
+        return None if stopped else length
+    return length if stopped or length < params.max_new_tokens else None
+
+
+def _classify(deficit: float | None, bars: Bars) -> RowClass:
+    if deficit is None:
+        return "identical"
+    if deficit <= bars.near_tie:
+        return "near_tie"
+    return "drift" if deficit <= bars.hard else "corrupt"  # NaN compares false: corrupt
+
+
+def _run_free(baseline: Baseline, row: AuditInput, replay: Replay, bars: Bars) -> FreeRun:
+    """Plain generation against our ids, token by token.
+
+    The baseline does not see stop strings: where one ended our answer, it only has to begin alike.
+    The replay knows how close the two best tokens were at the position where both part ways.
+    """
+    alone = baseline.generate_one(row.prompt, row.params)
+    output = tuple(row.output)
+    if row.params.stop and row.finish_reason == "stop":
+        alone = alone[: len(output)]
+    common = min(len(alone), len(output))
+    differing = (i for i in range(common) if alone[i] != output[i])
+    divergence = next(differing, None if len(alone) == len(output) else common)
+    explained = divergence is None or (
+        divergence < common and bool(replay.margin[divergence] <= bars.near_tie)
+    )
+    return FreeRun(alone, divergence, explained)

@@ -1,0 +1,214 @@
+"""The gate: what audited rows must show. Pure arithmetic; knows no files, models or texts.
+
+The rule, the same in both tiers; they differ only in how near a near-tie is (`replay.BARS`):
+
+1. at least one row was audited, and at least one of every prefix group;
+2. no row is `corrupt`: that is never a matter of rounding;
+3. the share of rows that are `identical` or `near_tie` is at least `audit_min_exact`. A near-tie is
+   an *explained* difference: the baseline itself could not tell the two tokens apart. At the
+   default of 1.0 not one row may drift; a lower bar was asked for by the user, and lets a few;
+4. no free-running answer differs from ours, except from a near-tie on.
+
+`bound_95` is not a gate but what the sample can promise: with 95 % confidence, at most that share
+of all rows differs in any token (near-ties counted). It takes rows as independent; rows of one
+group share a prefix and are not, which is why rule 1 asks for every group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import polars as pl
+
+from pipeline.audit.replay import BARS, ROW_CLASSES, RowAudit, RowClass, Tier
+from pipeline.settings import AuditSettings
+
+_CONFIDENCE: Final = 0.95
+_FRAME_SCHEMA: Final = {
+    "row_index": pl.Int64,
+    "audited": pl.Boolean,
+    "audit_exact": pl.Boolean,
+    "audit_first_divergence": pl.Int64,
+    "audit_margin": pl.Float64,
+    "audit_similarity": pl.Float64,
+    "audit_class": pl.String,
+    "arm": pl.String,
+}
+
+
+@dataclass(frozen=True)
+class GroupCoverage:
+    """Prefix groups that have a row to audit, and those of them that got one audited."""
+
+    total: int
+    covered: int
+
+    @classmethod
+    def of(cls, candidates: pl.DataFrame, chosen: pl.DataFrame) -> GroupCoverage:
+        """Count the distinct `group_id` of both; null is no group."""
+        return cls(*(frame["group_id"].drop_nulls().n_unique() for frame in (candidates, chosen)))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an audit found. `reasons`: why it failed, or what was let pass, one sentence each."""
+
+    verdict: Literal["pass", "fail"]
+    reasons: tuple[str, ...]
+    tier: Tier
+    classes: Mapping[RowClass, int]
+    groups_total: int
+    groups_covered: int
+    free_rows: int
+    free_exact: int
+    free_unexplained: int
+    tokens_checked: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether the run may be published."""
+        return self.verdict == "pass"
+
+    @property
+    def rows_audited(self) -> int:
+        """Rows that were replayed."""
+        return sum(self.classes.values())
+
+    @property
+    def rows_exact(self) -> int:
+        """Rows without any difference."""
+        return self.classes["identical"]
+
+    def to_json(self, seconds: float, seed: int, similarity: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of `audit/summary.json`; `similarity` as from `describe_similarity`."""
+        audited, exact = self.rows_audited, self.rows_exact
+        explained = exact + self.classes["near_tie"]
+        return {
+            "verdict": self.verdict,
+            "reasons": list(self.reasons),
+            "tier": self.tier,
+            "rows_audited": audited,
+            "rows_exact": exact,
+            "exact_rate": exact / audited if audited else None,
+            "explained_rate": explained / audited if audited else None,
+            "bound_95": clopper_pearson_upper(audited - exact, audited),
+            "classes": dict(self.classes),
+            "groups_total": self.groups_total,
+            "groups_covered": self.groups_covered,
+            "free_running": {
+                "rows": self.free_rows,
+                "exact": self.free_exact,
+                "unexplained": self.free_unexplained,
+            },
+            "similarity": dict(similarity),
+            "near_tie_bar": BARS[self.tier].near_tie,
+            "hard_bar": BARS[self.tier].hard,
+            "tokens_checked": self.tokens_checked,
+            "seconds": seconds,
+            "seed": seed,
+        }
+
+
+def judge(
+    audits: Sequence[RowAudit], groups: GroupCoverage, tier: Tier, settings: AuditSettings
+) -> Verdict:
+    """Apply the rule of the module to the audited rows."""
+    classes = {name: sum(a.row_class == name for a in audits) for name in ROW_CLASSES}
+    free_runs = [audit.free_run for audit in audits if audit.free_run is not None]
+    unexplained = sum(not run.explained for run in free_runs)
+    share = (classes["identical"] + classes["near_tie"]) / len(audits) if audits else 0.0
+    least = settings.audit_min_exact
+    failures = {
+        "no row was audited": not audits,
+        f"{groups.total - groups.covered} of {groups.total} prefix groups have no audited row": (
+            groups.covered < groups.total
+        ),
+        f"{classes['corrupt']} of {len(audits)} rows are corrupt": classes["corrupt"] > 0,
+        f"{share:.2%} of the rows are identical or near-ties, below the bar of {least:.2%}": (
+            bool(audits) and share < least
+        ),
+        f"{unexplained} of {len(free_runs)} free-running answers differ without a near-tie": (
+            unexplained > 0
+        ),
+    }
+    failed = tuple(reason for reason, holds in failures.items() if holds)
+    let_pass = (f"{classes['drift']} of {len(audits)} rows drift; the lowered bar lets them pass",)
+    return Verdict(
+        verdict="fail" if failed else "pass",
+        reasons=failed or (let_pass if classes["drift"] else ()),
+        tier=tier,
+        classes=classes,
+        groups_total=groups.total,
+        groups_covered=groups.covered,
+        free_rows=len(free_runs),
+        free_exact=sum(run.first_divergence is None for run in free_runs),
+        free_unexplained=unexplained,
+        tokens_checked=sum(audit.tokens_checked for audit in audits),
+    )
+
+
+def clopper_pearson_upper(differing: int, rows: int) -> float:
+    """Exact one-sided 95 % upper bound on a share, after `differing` of `rows` sampled rows.
+
+    The share at which so few would be seen in only 5 % of samples: 59 clean rows -> 0.05.
+    """
+    if differing >= rows:
+        return 1.0
+    low, high = differing / rows, 1.0
+    for _ in range(60):  # halves the bracket each time: exact to the last bit of a double
+        middle = (low + high) / 2
+        if _binomial_cdf(differing, rows, middle) > 1 - _CONFIDENCE:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _binomial_cdf(most: int, trials: int, share: float) -> float:
+    """Probability of at most `most` hits in `trials`, for 0 < share < 1."""
+    logs = (
+        math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
+        + k * math.log(share) + (trials - k) * math.log1p(-share)
+        for k in range(most + 1)
+    )  # fmt: skip
+    return math.fsum(map(math.exp, logs))
+
+
+def audit_frame(
+    rows: pl.DataFrame, audits: Sequence[RowAudit], similarity: Mapping[int, float]
+) -> pl.DataFrame:
+    """The content of `audit/audit.parquet`, one line a chosen row.
+
+    `rows`: as from `choose_rows`; `similarity`: cosine by `row_index`, for the rows that have one.
+    """
+    found = pl.DataFrame(
+        [
+            {
+                "row_index": audit.row_index,
+                "audited": True,
+                "audit_exact": audit.exact,
+                "audit_first_divergence": audit.first_divergence,
+                "audit_margin": audit.margin,
+                "audit_similarity": similarity.get(audit.row_index),
+                "audit_class": audit.row_class,
+                "arm": "replay" if audit.free_run is None else "replay+free-running",
+            }
+            for audit in audits
+        ],
+        schema=_FRAME_SCHEMA,
+    )
+    keys = rows.select("id", "row_index", "group_id", "reuse_depth")
+    columns = ["id", *(name for name in _FRAME_SCHEMA if name != "arm")]
+    return keys.join(found, on="row_index").select(*columns, "group_id", "reuse_depth", "arm")
+
+
+def describe_similarity(encoder: str | None, similarity: Sequence[float]) -> dict[str, Any]:
+    """The `similarity` entry of the summary; mean and min are None when nothing was compared."""
+    return {
+        "encoder": encoder,
+        "mean": math.fsum(similarity) / len(similarity) if similarity else None,
+        "min": min(similarity, default=None),
+    }

@@ -1,0 +1,217 @@
+"""Audits a finished run: sample, replay through the baseline, judge, write. Changes no answer.
+
+```
+ committed parts ─► choose rows ─► tokenise those rows again ─► baseline ─► verdict ─► audit/
+```
+
+Everything is taken from the run directory and the input it names; if input, tokenizer or model are
+not the ones of the run any more, the audit is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from pipeline.audit.replay import BARS, AuditInput, RowAudit, Tier, audit_row
+from pipeline.audit.sample import candidate_rows, choose_rows
+from pipeline.audit.similarity import Encoder
+from pipeline.audit.verdict import (
+    GroupCoverage,
+    Verdict,
+    audit_frame,
+    describe_similarity,
+    judge,
+)
+from pipeline.engine.base import Baseline
+from pipeline.errors import InputError, ModelError, RunDirectoryError, UsageError
+from pipeline.fingerprint import fingerprint_fields
+from pipeline.job import Job, open_job, select_rows
+from pipeline.plan.plan import noise_key
+from pipeline.progress import Observer, SilentObserver
+from pipeline.settings import AuditSettings, JobSettings
+from pipeline.storage.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from pipeline.engine.model import LoadedModel
+
+_ANSWER_COLUMNS = ("row_index", "generated_text", "finish_reason", "completion_token_ids")
+_SAY_EVERY_S = 30.0
+
+
+def audit_run(output: Path, settings: AuditSettings, observer: Observer | None = None) -> Verdict:
+    """Audit the rows committed in `output`; writes `audit/audit.parquet` and `summary.json`.
+
+    A failed audit is a result, not an error. Raises UsageError where there is nothing to compare,
+    InputError or ModelError where input or model have changed since the run.
+    """
+    observer = observer or SilentObserver()
+    started = time.monotonic()
+    directory = RunDirectory.open(output)
+    job = reopen_job(directory)
+    if job.settings.model.engine == "echo":
+        raise UsageError("the echo engine has no model to compare with; run with --engine prefix")
+    encoder = Encoder.load(settings.audit_encoder)
+    candidates = candidate_rows(directory.scan())
+    seed = seed_of_output(directory)
+    size = settings.num_rows(len(candidates))
+
+    def embed(rows: Sequence[int]) -> NDArray[np.float32]:
+        assert encoder is not None
+        return encoder.encode(_render(job, rows))
+
+    chosen = choose_rows(candidates, size, seed, None if encoder is None else embed)
+    observer.say(f"auditing {len(chosen)} of {len(candidates)} rows against plain full prefill")
+    loaded, baseline = _load_baseline(job)
+    tier: Tier = "exact" if str(loaded.model.dtype) == "torch.float32" else "16-bit"
+    inputs = _audit_inputs(job, directory, chosen["row_index"].to_numpy(), loaded)
+    audits = _replay(baseline, inputs, tier, _free_rows(inputs, settings, seed), observer)
+    similarity = _similarity(job, encoder, inputs, audits)
+    verdict = judge(audits, GroupCoverage.of(candidates, chosen), tier, settings)
+    described = describe_similarity(
+        None if encoder is None else encoder.name, list(similarity.values())
+    )
+    directory.write_frame("audit/audit.parquet", audit_frame(chosen, audits, similarity))
+    summary = verdict.to_json(time.monotonic() - started, seed, described)
+    directory.write_json("audit/summary.json", summary)
+    return verdict
+
+
+def reopen_job(directory: RunDirectory) -> Job:
+    """The job of a run directory, from what it recorded.
+
+    Raises InputError or ModelError if the input, the tokenizer or the model is another one now.
+    """
+    manifest = directory.read_manifest()
+    if "settings" not in manifest or "input" not in manifest:
+        raise RunDirectoryError(f"{directory.root} does not say how it was made; run the job again")
+    settings = JobSettings.model_validate(manifest["settings"])
+    job = open_job(manifest["input"]["argument"], settings)
+    now = fingerprint_fields(settings, job.source.fingerprint(), job.tokenizer.fingerprint)
+    before = manifest["fingerprint"]
+    if now["input"] != before["input"]:
+        raise InputError(
+            f"{manifest['input']['argument']} has changed since the run in {directory.root}; "
+            "bring the old file back, or run the new one into another folder"
+        )
+    changed = [name for name in now if now[name] != before.get(name)]
+    if changed:
+        raise ModelError(
+            f"{settings.model.model} is not the model of the run in {directory.root} any more: "
+            f"{changed[0]} differs; bring the old one back"
+        )
+    return job
+
+
+def seed_of_output(directory: RunDirectory) -> int:
+    """A seed that nobody could choose before the output was committed: 63 bits."""
+    names = sorted(path.name for path in (directory.root / "data").glob("part-*.parquet"))
+    digest = hashlib.sha256("\n".join(names).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _load_baseline(job: Job) -> tuple[LoadedModel, Baseline]:
+    from pipeline.engine.model import load_model
+    from pipeline.engine.naive_engine import NaiveEngine
+
+    loaded = load_model(job.settings.model)
+    return loaded, NaiveEngine(loaded)
+
+
+def _render(job: Job, rows: Sequence[int]) -> list[str]:
+    """Rendered prompts of these rows, in the order given."""
+    batch = select_rows(job, rows)
+    texts = [job.tokenizer.render(c) if c is not None else "" for c in batch.contents]
+    by_row = dict(zip(sorted(rows), texts, strict=True))
+    return [by_row[row] for row in rows]
+
+
+@dataclass(frozen=True)
+class _Audited:
+    """A row to replay, and its text as the run wrote it."""
+
+    row: AuditInput
+    text: str
+
+
+def _audit_inputs(
+    job: Job, directory: RunDirectory, rows: NDArray[np.int64], loaded: LoadedModel
+) -> list[_Audited]:
+    """Prompt ids made anew from the input, answers from the committed parts; by `row_index`."""
+    batch = select_rows(job, rows)
+    prepared = job.preparation().prepare(batch)
+    prompts = np.split(prepared.flat, np.cumsum(prepared.lengths)[:-1])
+    answers = directory.scan().filter(pl.col("row_index").is_in(rows.tolist()))
+    written = answers.select(_ANSWER_COLUMNS).sort("row_index").collect()
+    inputs = []
+    for answer, row_id, prompt, params in zip(
+        written.iter_rows(named=True), batch.ids, prompts, prepared.params, strict=True
+    ):
+        row = AuditInput(
+            row_index=answer["row_index"],
+            prompt=prompt.tolist(),
+            output=answer["completion_token_ids"],
+            params=params,
+            finish_reason=answer["finish_reason"],
+            noise_key=0 if params.is_greedy else noise_key(params.seed, row_id),
+            eos_token_ids=frozenset(loaded.shape.eos_token_ids),
+            is_stopped=job.tokenizer.is_stopped,
+        )
+        inputs.append(_Audited(row, answer["generated_text"]))
+    return inputs
+
+
+def _free_rows(inputs: list[_Audited], settings: AuditSettings, seed: int) -> set[int]:
+    """Positions of the greedy rows that the baseline generates on its own as well."""
+    greedy = [i for i, item in enumerate(inputs) if item.row.params.is_greedy]
+    shuffled = np.random.default_rng(seed).permutation(greedy)
+    return set(shuffled[: settings.audit_free_running].tolist())
+
+
+def _replay(
+    baseline: Baseline, inputs: list[_Audited], tier: Tier, free: set[int], observer: Observer
+) -> list[RowAudit]:
+    audits = []
+    said_at = time.monotonic()
+    for index, item in enumerate(inputs):
+        audits.append(audit_row(baseline, item.row, BARS[tier], free_run=index in free))
+        if time.monotonic() - said_at > _SAY_EVERY_S:
+            said_at = time.monotonic()
+            observer.say(f"{index + 1}/{len(inputs)} rows audited")
+    return audits
+
+
+def _similarity(
+    job: Job, encoder: Encoder | None, inputs: list[_Audited], audits: list[RowAudit]
+) -> dict[int, float]:
+    """Cosine of our text and the baseline's by `row_index`; empty without an encoder.
+
+    The baseline's text is its free run where there is one, else what it said position by position.
+    """
+    if encoder is None or not audits:
+        return {}
+    said = [a.baseline_ids if a.free_run is None else a.free_run.token_ids for a in audits]
+    texts = [
+        job.tokenizer.cut_at_stop(text, item.row.params.stop)
+        for text, item in zip(job.tokenizer.decode_batch(said), inputs, strict=True)
+    ]
+    cosines = encoder.cosine([item.text for item in inputs], texts)
+    return {a.row_index: float(c) for a, c in zip(audits, cosines, strict=True)}
+
+
+def describe_audit(output: Path) -> dict[str, Any]:
+    """The content of `audit/summary.json`. Raises RunDirectoryError if there was no audit."""
+    path = output / "audit" / "summary.json"
+    if not path.is_file():
+        raise RunDirectoryError(f"{output} was not audited yet; run: coppice audit {output}")
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return summary

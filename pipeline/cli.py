@@ -1,0 +1,222 @@
+"""The command `coppice`: flags in, a call of the library, a table or JSON out. Holds no logic.
+
+Results go to stdout; progress, headers and errors go to stderr.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from pipeline.errors import AuditFailed, CoppiceError
+from pipeline.options import merge, merge_section, takes_settings, to_flat
+from pipeline.settings import (
+    AuditSettings,
+    EngineSettings,
+    ModelSettings,
+    PlanSettings,
+    ReadSettings,
+    SamplingSettings,
+    TokenSettings,
+    WriteSettings,
+)
+
+app = typer.Typer(
+    name="coppice",
+    help="Bulk text generation from Parquet that computes shared prompt prefixes once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_JOB = (ModelSettings, ReadSettings, TokenSettings, SamplingSettings, PlanSettings, EngineSettings)
+
+Input = Annotated[str, typer.Argument(metavar="IN", help="Parquet file, folder or glob.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory.")]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file of these settings.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Progress = Annotated[
+    Literal["auto", "plain", "none"], typer.Option("--progress", help="How progress is shown.")
+]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Bulk text generation from Parquet that computes shared prompt prefixes once."""
+
+
+@app.command()
+@takes_settings(*_JOB)
+def plan(
+    input: Input,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the plan's files here.")
+    ] = None,
+    config: Config = None,
+    json: Json = False,
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """Show what sharing would save; reads no weights, touches no device."""
+    _plan(input, flags, config, json, output)
+
+
+@app.command()
+@takes_settings(*_JOB, WriteSettings)
+def run(
+    input: Input,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Run directory.")],
+    config: Config = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Show settings.")] = False,
+    progress: Progress = "auto",
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """Do the job; the same command again resumes it."""
+    if print_config:
+        _print_config(flags, config)
+    elif dry_run:
+        _plan(input, flags, config, json=False, output=None)
+    else:
+        from pipeline.progress import make_observer
+        from pipeline.run import run_job
+        from pipeline.terminal import counter_table, print_table
+
+        outcome = run_job(input, output, merge(flags, config), make_observer(progress))
+        print_table(str(output), counter_table(outcome.counters))
+
+
+@app.command()
+def status(directory: RunFolder, json: Json = False) -> None:
+    """How far a job is; works while it runs."""
+    from pipeline.status import read_status
+    from pipeline.terminal import print_json, print_table, status_table
+
+    state = read_status(directory)
+    if json:
+        print_json(state)
+    else:
+        print_table(str(directory), status_table(state))
+
+
+@app.command()
+@takes_settings(AuditSettings)
+def audit(
+    directory: RunFolder, json: Json = False, progress: Progress = "auto", *, flags: dict[str, Any]
+) -> None:
+    """Compare a sample with plain full prefill; exit code 4 below the bar."""
+    from pipeline.audit_run import audit_run, describe_audit
+    from pipeline.progress import make_observer
+    from pipeline.terminal import audit_table, print_json, print_table
+
+    verdict = audit_run(directory, merge_section(AuditSettings, flags), make_observer(progress))
+    summary = describe_audit(directory)
+    if json:
+        print_json(summary)
+    else:
+        print_table(str(directory), audit_table(summary))
+    if not verdict.passed:
+        raise AuditFailed(f"the audit of {directory} failed: {'; '.join(verdict.reasons)}")
+
+
+@app.command()
+def report(directory: RunFolder) -> None:
+    """Write report.html and report.md."""
+    from pipeline.run import report_run
+
+    typer.echo(report_run(directory))
+
+
+@app.command()
+@takes_settings(ModelSettings, ReadSettings, TokenSettings)
+def validate(
+    input: Input,
+    config: Config = None,
+    json: Json = False,
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """Check every row; show the first prompt as the model will see it."""
+    from pipeline.run import validate_input
+    from pipeline.terminal import print_json, print_table, validation_table
+
+    found = validate_input(input, merge(flags, config))
+    if json:
+        print_json(found)
+    else:
+        print_table(input, validation_table(found))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Run directory.")] = Path(
+        "coppice-demo"
+    ),
+    progress: Progress = "auto",
+) -> None:
+    """Plan, run, audit and report on the model and prompts that come along."""
+    from pipeline.demo_job import run_demo
+
+    run_demo(output, progress)
+
+
+def _plan(
+    input: str, flags: dict[str, Any], config: Path | None, json: bool, output: Path | None
+) -> None:
+    from pipeline.run import plan_job, write_plan
+    from pipeline.terminal import plan_table, print_json, print_table
+
+    planned = plan_job(input, merge(flags, config))
+    typer.echo(planned.job.describe_generation(), err=True)
+    if output is not None:
+        write_plan(planned, output)
+    if json:
+        print_json(planned.summary.to_json())
+    else:
+        print_table(f"Plan of {input}", plan_table(planned.summary.to_json()))
+
+
+def _print_config(flags: dict[str, Any], config: Path | None) -> None:
+    import yaml
+
+    settings = merge(flags, config)
+    typer.echo(yaml.safe_dump(to_flat(settings), sort_keys=False), nl=False)
+
+
+def main() -> None:
+    """Run the command; an error that is meant for a person is one line and an exit code.
+
+    Anything else is a fault of ours: its message may quote a prompt, so only its place is named.
+    """
+    _log_to_stderr()
+    try:
+        app()
+    except CoppiceError as error:
+        print(f"coppice: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        print(
+            f"coppice: unexpected {type(error).__name__} in {Path(last.filename).name}, line "
+            f"{last.lineno}; run coppice --debug ... to see the whole traceback",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("coppice: %(message)s"))
+    logger = logging.getLogger("coppice")
+    logger.addHandler(handler)
+    logger.propagate = False

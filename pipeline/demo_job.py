@@ -1,0 +1,46 @@
+"""The demo: plan, run, audit and report on the model and prompts that come along, offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.audit_run import audit_run, describe_audit
+from pipeline.errors import AuditFailed, UsageError
+from pipeline.progress import make_observer
+from pipeline.run import report_run, run_job
+from pipeline.settings import JobSettings
+from pipeline.terminal import audit_table, counter_table, print_table
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def demo_folder() -> Path:
+    """Where model and prompts lie: inside the installed package, or `data/` of a checkout.
+
+    Raises UsageError if they are in neither.
+    """
+    for folder in (_PACKAGE / "demo", _PACKAGE.parent / "data"):
+        if (folder / "prompts.parquet").is_file():
+            return folder
+    raise UsageError("the demo's model and prompts are not installed; reinstall kvcoppice")
+
+
+def run_demo(output: Path, progress: str) -> None:
+    """Do the main job in fp32 and print where everything is. Raises AuditFailed and its kin."""
+    folder = demo_folder()
+    flat = {"model": str(folder / "demo_model"), "dtype": "float32", "audit_sample": "10%"}
+    settings = JobSettings.from_flat(flat)
+    outcome = run_job(str(folder / "prompts.parquet"), output, settings, make_observer(progress))
+    verdict = audit_run(output, settings.audit, make_observer(progress))
+    page = report_run(output)
+    print_table("Run", counter_table(outcome.counters))
+    print_table("\nAudit against plain full prefill", audit_table(describe_audit(output)))
+    places = [
+        ("answers", f"{output}/data/*.parquet"),
+        ("plan", f"{output}/plan/plan.parquet"),
+        ("audit", f"{output}/audit/audit.parquet"),
+        ("report", str(page)),
+    ]
+    print_table("\nWhere to look", places)
+    if not verdict.passed:
+        raise AuditFailed(f"the audit of {output} failed: {'; '.join(verdict.reasons)}")

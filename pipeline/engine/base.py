@@ -1,0 +1,103 @@
+"""What every engine promises. An engine turns token ids into token ids, never text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.plan.plan import Plan
+from pipeline.records import Completion, SamplingParams
+
+
+@dataclass
+class EngineCounters:
+    """Live counts of one `generate` call; another thread may read them at any moment.
+
+    `busy_s` is the time inside forward passes and sampling; `span_s` runs from the start of the
+    first of them to the end of the last, so `busy_s / span_s` is how busy the device was kept.
+    """
+
+    prefilled_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    peak_kv_bytes: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    busy_s: float = 0.0
+    span_s: float = 0.0
+    num_forwards: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+class StopCheck(Protocol):
+    """Whether the text of these generated token ids already holds one of the stop strings."""
+
+    def __call__(self, token_ids: Sequence[int], stop: tuple[str, ...]) -> bool: ...
+
+
+@dataclass(frozen=True)
+class RunControl:
+    """How the caller steers a running engine without knowing it."""
+
+    should_drain: Callable[[], bool] = lambda: False
+    """True: admit nothing more, finish the rows on the device, then return."""
+    should_abort: Callable[[], bool] = lambda: False
+    """True: return at once."""
+    is_stopped: StopCheck = lambda token_ids, stop: False
+
+
+class Engine(Protocol):
+    """Runs sequences of a plan. One engine object owns one device and one model."""
+
+    name: str
+    counters: EngineCounters
+
+    def generate(
+        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+    ) -> Iterator[Completion]:
+        """Yield one completion for each of `sequences` (ascending indices into `plan.sequences`).
+
+        Completions come as they finish. `counters` is reset at the start. A sequence that cannot
+        run yields a completion with an error; only a fault of the engine itself raises EngineError.
+        """
+        ...
+
+
+class Replay(NamedTuple):
+    """Teacher-forced look at one answer: arrays of length n = number of output tokens.
+
+    `predicted[i]` is what the baseline would say given prompt + output[:i]: its argmax for a greedy
+    row, what it would draw with the same noise for a sampled one. `logprob[i]` is the baseline's
+    log-probability (nats) of the token that the product gave. float64 all.
+
+    How near the choice was: for a greedy row in nats, `margin[i]` between the two best tokens and
+    `deficit[i]` between `predicted[i]` and the product's token. For a sampled row in probability
+    mass: how far the noise lies from leaving the interval of `predicted[i]`, and from entering that
+    of the product's token. `deficit` is 0 where they agree, NaN where the logits were.
+    """
+
+    predicted: NDArray[np.int64]
+    logprob: NDArray[np.float64]
+    margin: NDArray[np.float64]
+    deficit: NDArray[np.float64]
+
+
+class Baseline(Protocol):
+    """The honest reference: full prefill, batch of one, nothing shared. Used by the audit."""
+
+    def replay(
+        self, prompt: Sequence[int], output: Sequence[int], params: SamplingParams, noise_key: int
+    ) -> Replay:
+        """One full prefill of prompt + output; no reuse of any kind. `noise_key` as in the plan."""
+        ...
+
+    def generate_one(self, prompt: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
+        """Plain `generate`, batch of one, no padding; greedy, and blind to stop strings.
+
+        Ends with EOS if one was generated, else after `max_new_tokens`.
+        """
+        ...

@@ -1,0 +1,50 @@
+"""An engine without a model: answers with the end of the prompt, reversed. For tests and dry runs.
+
+It shares nothing and knows nothing about text, so whatever a job does around it can be checked by
+hand: same prompt, same answer, always.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.engine.base import EngineCounters, RunControl
+from pipeline.plan.plan import Plan
+from pipeline.records import Completion, Timing
+
+
+class EchoEngine:
+    """Answers sequence s with the last `max_new_tokens` ids of its prompt, reversed."""
+
+    name = "echo"
+
+    def __init__(self) -> None:
+        self.counters = EngineCounters()
+
+    def generate(
+        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+    ) -> Iterator[Completion]:
+        """Yield one completion for each of `sequences`, in order; none after a drain or abort."""
+        self.counters = EngineCounters()
+        started = time.perf_counter()
+        most = plan.max_new_tokens
+        for sequence in sequences.tolist():
+            if control.should_drain() or control.should_abort():
+                return
+            before = time.perf_counter()
+            prompt = plan.prompt_token_ids(sequence)
+            answer = tuple(prompt[-int(most[sequence]) :][::-1].tolist())
+            after = time.perf_counter()
+            self.counters.prefilled_tokens += len(prompt)
+            self.counters.generated_tokens += len(answer)
+            self.counters.num_forwards += 1
+            self.counters.busy_s += after - before
+            self.counters.span_s = after - started
+            timing = Timing(
+                queue_s=before - started, ttft_s=after - started, latency_s=after - started
+            )
+            yield Completion(sequence, answer, "length", cached_tokens=0, timing=timing)

@@ -1,0 +1,70 @@
+"""Attention over a part of the keys, with the log-sum-exp that lets parts be merged exactly.
+
+Two kernels of one signature: `*_reference` is plain torch for every device and dtype; the other one
+takes the fused CPU kernel of torch where it exists. `merge` joins partial results (engine.md §2.4).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Partial = tuple[Tensor, Tensor]
+"""`(out, lse)`: out [..., M, d] in the dtype of q or float32, lse [..., M] float32 (nats)."""
+
+# Private in torch, so it is looked up once and never required: the reference computes the same.
+_flash_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def dense_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Partial:
+    """Every query sees every key. q [B, H, M, d], k and v [B, H, L, d].
+
+    `bias` [B, 1, 1, L] is added to the scores: 0 to see a key, -inf not to.
+    """
+    scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
+    if bias is not None:
+        scores = scores + bias
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.unsqueeze(-1)).exp().to(v.dtype)
+    return torch.matmul(weights, v), lse
+
+
+def causal_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+    """Query i sees keys 0..i. q [B, H, M, d], k and v [B, H, M, d]."""
+    length = q.shape[-2]
+    hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
+    scores = scores.masked_fill(hidden, float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.unsqueeze(-1)).exp().to(v.dtype)
+    return torch.matmul(weights, v), lse
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Partial:
+    """As `dense_reference`; fused on CPU."""
+    if _flash_cpu is None or q.device.type != "cpu":
+        return dense_reference(q, k, v, scale, bias)
+    mask = None
+    if bias is not None:
+        mask = bias.to(q.dtype).expand(-1, 1, q.shape[-2], -1)
+    out, lse = _flash_cpu(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    return out, lse
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+    """As `causal_reference`; fused on CPU."""
+    if _flash_cpu is None or q.device.type != "cpu":
+        return causal_reference(q, k, v, scale)
+    out, lse = _flash_cpu(q, k, v, 0.0, True, scale=scale)
+    return out, lse
+
+
+def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """Join a partial result over other keys into `out`, `lse` (float32), in place. Exact.
+
+    softmax over the union weighs the two results by exp(lse) / (exp(lse) + exp(part_lse)), which
+    is a sigmoid of the difference.
+    """
+    weight = torch.sigmoid(part_lse - lse).unsqueeze(-1)
+    out.lerp_(part_out.float(), weight)
+    torch.logaddexp(lse, part_lse, out=lse)

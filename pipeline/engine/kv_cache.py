@@ -1,0 +1,116 @@
+"""One block of KV memory outside the model, cut into contiguous ranges. Knows no prompts, no tree.
+
+Shared nodes are placed from the left, the rows' own ranges from the right: rows come and go
+quickly, and so cannot tear holes between the long-lived nodes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_SHARE_OF_FREE_MEMORY = {"cpu": 0.5, "cuda": 0.8}
+
+
+@dataclass(eq=False)
+class KVRange:
+    """Slots `[start, start + length)`; `start` changes only in `KVCache.compact`."""
+
+    start: int
+    length: int
+
+
+class KVCache:
+    """Keys and values of all layers: `arena` is [layers, 2, kv_heads, capacity, head_dim]."""
+
+    def __init__(self, shape: tuple[int, int, int], capacity: int, like: Tensor) -> None:
+        """`shape` is (layers, kv_heads, head_dim); dtype and device are those of `like`."""
+        layers, kv_heads, head_dim = shape
+        self.capacity = capacity
+        self.bytes_per_token = 2 * layers * kv_heads * head_dim * like.element_size()
+        self.arena = torch.empty(
+            layers, 2, kv_heads, capacity, head_dim, dtype=like.dtype, device=like.device
+        )
+        self.used_tokens = 0
+        self.peak_tokens = 0
+        self._free: list[tuple[int, int]] = [(0, capacity)] if capacity else []  # half open, rising
+
+    def acquire(self, length: int, *, from_left: bool) -> KVRange | None:
+        """Reserve `length` contiguous slots, or None where no gap is long enough."""
+        if length == 0:
+            return KVRange(0, 0)
+        places = range(len(self._free)) if from_left else range(len(self._free) - 1, -1, -1)
+        for place in places:
+            low, high = self._free[place]
+            if high - low < length:
+                continue
+            start = low if from_left else high - length
+            rest = (low + length, high) if from_left else (low, high - length)
+            self._free[place : place + 1] = [rest] if rest[0] < rest[1] else []
+            self.used_tokens += length
+            self.peak_tokens = max(self.peak_tokens, self.used_tokens)
+            return KVRange(start, length)
+        return None
+
+    def release(self, kv_range: KVRange) -> None:
+        """Give the slots back; the range must not be used any more."""
+        if kv_range.length == 0:
+            return
+        gap = (kv_range.start, kv_range.start + kv_range.length)
+        self.used_tokens -= kv_range.length
+        joined: list[tuple[int, int]] = []
+        for low, high in sorted([*self._free, gap]):
+            if joined and joined[-1][1] == low:
+                joined[-1] = (joined[-1][0], high)
+            else:
+                joined.append((low, high))
+        self._free = joined
+
+    def copy(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
+        """Copy slots `source` to `target` [n] in all layers."""
+        if len(source):
+            moved = self.arena[..., torch.from_numpy(source).to(self.arena.device), :]
+            self.arena[..., torch.from_numpy(target).to(self.arena.device), :] = moved
+
+    def compact(self, ranges: list[KVRange]) -> None:
+        """Move `ranges`, which must be all that is reserved, to the left end, in order."""
+        assert sum(r.length for r in ranges) == self.used_tokens, "compact needs every live range"
+        low = 0
+        for kv_range in sorted(ranges, key=lambda r: r.start):
+            if kv_range.length and kv_range.start != low:
+                stop = kv_range.start + kv_range.length
+                moved = self.arena[..., kv_range.start : stop, :].clone()
+                self.arena[..., low : low + kv_range.length, :] = moved
+                kv_range.start = low
+            low += kv_range.length
+        self._free = [(low, self.capacity)] if low < self.capacity else []
+
+    def check_integrity(self, ranges: list[KVRange]) -> None:
+        """Assert that `ranges` and the gaps tile the arena exactly."""
+        pieces = sorted(self._free + [(r.start, r.start + r.length) for r in ranges if r.length])
+        edge = 0
+        for low, high in pieces:
+            assert low == edge < high, f"slots [{edge}, {low}) are lost or owned twice: {pieces}"
+            edge = high
+        assert edge == self.capacity, f"slots [{edge}, {self.capacity}) are lost: {pieces}"
+
+
+def kv_capacity(
+    budget: int | None, bytes_per_token: int, needed_tokens: int, device: torch.device
+) -> int:
+    """Slots to reserve: what the job can use, within `budget` bytes or a share of memory."""
+    if budget is None:
+        budget = int(free_memory(device) * _SHARE_OF_FREE_MEMORY[device.type])
+    return min(needed_tokens, budget // bytes_per_token)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be taken now on `device`."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

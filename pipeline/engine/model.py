@@ -1,0 +1,159 @@
+"""A Hugging Face decoder, loaded safely: safetensors only, no code from the repository is run.
+
+Knows the model's files and shape. Knows nothing about prompts, plans or attention.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from pipeline.errors import ModelError
+from pipeline.settings import ModelSettings
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the plan needs to know of a model; read from its config alone."""
+
+    family: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    context_length: int | None
+    vocabulary_size: int
+    dtype: str
+    generation_config: dict[str, Any]
+    eos_token_ids: tuple[int, ...]
+
+    def kv_bytes_per_token(self, dtype: str = "auto") -> int:
+        """Bytes of K and V of one token over all layers, in `dtype` (auto: as the model is)."""
+        size = _BYTES[self.dtype if dtype == "auto" else dtype]
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * size
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode on its device. `source` says where it came from."""
+
+    model: PreTrainedModel
+    shape: ModelShape
+    source: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return torch.device(self.model.device)
+
+
+def read_shape(model: str, revision: str | None = None) -> ModelShape:
+    """Read the config of a folder or hub id, no weights. Raises ModelError."""
+    config = _read_config(model, revision)
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads or not getattr(config, "vocab_size", None):
+        raise ModelError(
+            f"{model}: a {config.model_type!r} model is no plain decoder; "
+            "name a causal language model such as a Llama, Qwen2, Mistral or GPT-2"
+        )
+    try:
+        generation = GenerationConfig.from_pretrained(model, revision=revision)
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    eos = generation.eos_token_id
+    dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return ModelShape(
+        family=config.model_type,
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        context_length=getattr(config, "max_position_embeddings", None),
+        vocabulary_size=config.vocab_size,
+        dtype=dtype if dtype in _BYTES else "float32",
+        generation_config=generation.to_diff_dict(),
+        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+    )
+
+
+def load_model(settings: ModelSettings) -> LoadedModel:
+    """Load weights onto the device. Raises ModelError: missing, partial, or pickle-only weights."""
+    shape = read_shape(settings.model, settings.revision)
+    check_weights(settings.model)
+    dtype = shape.dtype if settings.dtype == "auto" else settings.dtype
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            settings.model,
+            revision=settings.revision,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers raises a dozen kinds; all mean the same to the user
+        raise ModelError(f"{settings.model}: the weights cannot be loaded: {error}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"{settings.model}: {len(missing)} weights are missing, {missing[0]!r} among them; "
+            "the download is partial or belongs to another architecture"
+        )
+    model.eval().requires_grad_(False)
+    return LoadedModel(model.to(choose_device(settings.device)), shape, settings.model)
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is the first CUDA device, else the CPU. Raises ModelError for an absent one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"device {device!r} cannot be used: {reason}") from None
+    return chosen
+
+
+def check_weights(model: str) -> None:
+    """Refuse a local folder whose weights are absent, incomplete or pickled. Raises ModelError."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return
+    present = {p.name for p in folder.iterdir()}
+    if not present.intersection(_WEIGHTS):
+        pickled = sorted(n for n in present if n.endswith((".bin", ".pt", ".pth", ".pkl")))
+        if pickled:
+            raise ModelError(
+                f"{model}: only pickled weights ({pickled[0]}), which can run code when loaded; "
+                "convert them to safetensors first"
+            )
+        raise ModelError(f"{model}: no model.safetensors in this folder; is the download complete?")
+    if _WEIGHTS[1] in present:
+        index = json.loads((folder / _WEIGHTS[1]).read_text())
+        absent = sorted(set(index["weight_map"].values()) - present)
+        if absent:
+            raise ModelError(
+                f"{model}: {len(absent)} of the weight files are missing, {absent[0]} first; "
+                "finish the download"
+            )
+
+
+def _read_config(model: str, revision: str | None) -> Any:
+    looks_local = Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_local and not Path(model).is_dir():
+        raise ModelError(f"{model}: no such model folder; give a folder or a hub id like org/name")
+    if looks_local and not (Path(model) / "config.json").is_file():
+        raise ModelError(f"{model}: no config.json in this folder, so it is not a model")
+    try:
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except Exception as error:  # a missing repository, bad JSON, an unknown type, remote code
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{model}: the model's config cannot be read: {reason}") from error

@@ -1,0 +1,182 @@
+"""The honest baseline: full prefill, batch of one, plain `generate`, nothing shared.
+
+Slow on purpose. It answers for the audit and stands beside the prefix engine in every benchmark.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.engine.base import EngineCounters, Replay, RunControl
+from pipeline.engine.model import LoadedModel
+from pipeline.engine.sampling import sample_next_token, truncated_cdf, uniform_noise
+from pipeline.plan.plan import Plan
+from pipeline.records import Completion, FinishReason, SamplingParams, Timing
+
+
+class NaiveEngine:
+    """`Engine` and `Baseline` at once, with transformers' own attention and cache."""
+
+    name = "naive"
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self.counters = EngineCounters()
+        self._eos = frozenset(loaded.shape.eos_token_ids)
+
+    def generate(
+        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+    ) -> Iterator[Completion]:
+        """See `Engine.generate`. One sequence after the other; each prompt is computed in full."""
+        self.counters = counters = EngineCounters()
+        start = time.perf_counter()
+        for sequence in sequences.tolist():
+            if control.should_drain() or control.should_abort():
+                return
+            prompt = plan.prompt_token_ids(sequence).astype(np.int64).tolist()
+            params = plan.params[int(plan.sequences.params[sequence])]
+            noise_key = int(plan.sequences.noise_key[sequence])
+            begin = time.perf_counter()
+            token_ids, reason = self._answer(prompt, params, noise_key, control)
+            end = time.perf_counter()
+            counters.prefilled_tokens += len(prompt)
+            counters.generated_tokens += len(token_ids)
+            counters.num_forwards += len(token_ids)
+            counters.decode_s += end - begin
+            counters.busy_s += end - begin
+            counters.span_s = end - start
+            kv_tokens = len(prompt) + len(token_ids)
+            kv_bytes = kv_tokens * self.loaded.shape.kv_bytes_per_token(self._dtype)
+            counters.peak_kv_bytes = max(counters.peak_kv_bytes, kv_bytes)
+            timing = Timing(
+                queue_s=begin - start,
+                decode_s=end - begin,
+                ttft_s=end - start,
+                latency_s=end - start,
+            )
+            yield Completion(sequence, token_ids, reason, 0, timing)
+
+    def generate_one(self, prompt: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
+        """See `Baseline.generate_one`."""
+        self._use_own_attention()
+        ids = torch.tensor([prompt], device=self.loaded.device)
+        with torch.inference_mode():
+            output = self.loaded.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=params.max_new_tokens,
+                eos_token_id=None if params.ignore_eos else sorted(self._eos) or None,
+                pad_token_id=0,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+            )
+        return tuple(output[0, len(prompt) :].tolist())
+
+    def replay(
+        self, prompt: Sequence[int], output: Sequence[int], params: SamplingParams, noise_key: int
+    ) -> Replay:
+        """See `Baseline.replay`."""
+        self._use_own_attention()
+        ids = torch.tensor([[*prompt, *output[:-1]]], device=self.loaded.device)
+        keep = torch.arange(len(prompt) - 1, ids.shape[1], device=ids.device)
+        with torch.inference_mode():
+            logits = self.loaded.model(ids, use_cache=False, logits_to_keep=keep).logits[0]
+        positions = np.arange(len(output))
+        keys = np.full(len(output), noise_key, np.uint64)
+        predicted = sample_next_token(logits.float(), [params] * len(output), keys, positions)
+        if params.is_greedy:
+            return _greedy_replay(logits.double(), output, predicted.token_ids)
+        return _sampled_replay(logits.double(), output, params, keys, predicted.token_ids)
+
+    def _answer(
+        self, prompt: list[int], params: SamplingParams, noise_key: int, control: RunControl
+    ) -> tuple[tuple[int, ...], FinishReason]:
+        if params.is_greedy and not params.stop:
+            token_ids = self.generate_one(prompt, params)
+        else:
+            token_ids = self._step_by_step(prompt, params, noise_key, control)
+        ended = token_ids[-1] in self._eos and not params.ignore_eos
+        stopped = ended or bool(params.stop and control.is_stopped(token_ids, params.stop))
+        return token_ids, "stop" if stopped else "length"
+
+    @torch.inference_mode()
+    def _step_by_step(
+        self, prompt: list[int], params: SamplingParams, noise_key: int, control: RunControl
+    ) -> tuple[int, ...]:
+        """Sampling with our noise, or stop strings: `generate`'s loop with transformers' cache."""
+        self._use_own_attention()
+        key = np.array([noise_key], np.uint64)
+        token_ids: list[int] = []
+        fed, cache = prompt, None
+        while len(token_ids) < params.max_new_tokens:
+            ids = torch.tensor([fed], device=self.loaded.device)
+            step = self.loaded.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, position = step.past_key_values, np.array([len(token_ids)])
+            chosen = sample_next_token(step.logits[0].float(), [params], key, position)
+            token_ids.append(int(chosen.token_ids[0]))
+            fed = token_ids[-1:]
+            if token_ids[-1] in self._eos and not params.ignore_eos:
+                break
+            if params.stop and control.is_stopped(token_ids, params.stop):
+                break
+        return tuple(token_ids)
+
+    def _use_own_attention(self) -> None:
+        """The model object may have served the prefix engine before."""
+        if self.loaded.model.config._attn_implementation != "sdpa":
+            self.loaded.model.set_attn_implementation("sdpa")
+
+    @property
+    def _dtype(self) -> str:
+        return str(self.loaded.model.dtype).removeprefix("torch.")
+
+
+def _greedy_replay(logits: Tensor, output: Sequence[int], predicted: NDArray[np.int64]) -> Replay:
+    logprobs = torch.log_softmax(logits, -1)
+    top = logprobs.topk(2).values
+    given = torch.tensor(output, device=logits.device).unsqueeze(1)
+    chosen = logprobs.gather(1, given).squeeze(1)
+    return Replay(
+        predicted,
+        chosen.cpu().numpy(),
+        (top[:, 0] - top[:, 1]).cpu().numpy(),
+        (top[:, 0] - chosen).cpu().numpy(),
+    )
+
+
+def _sampled_replay(
+    logits: Tensor,
+    output: Sequence[int],
+    params: SamplingParams,
+    keys: NDArray[np.uint64],
+    predicted: NDArray[np.int64],
+) -> Replay:
+    """For sampled rows the distance is one of probability mass, not of nats: how far the noise lies
+    from the interval of the product's token (deficit), and from leaving its own (margin)."""
+    order, cumulative = truncated_cdf(logits, [params] * len(output))
+    noise = torch.from_numpy(uniform_noise(keys, np.arange(len(output)))).to(logits.device)
+    upper, lower = _intervals(order, cumulative, torch.tensor(output, device=logits.device))
+    deficit = torch.clamp(torch.maximum(lower - noise, noise - upper), min=0.0)
+    own_upper, own_lower = _intervals(
+        order, cumulative, torch.from_numpy(predicted).to(logits.device)
+    )
+    margin = torch.minimum(noise - own_lower, own_upper - noise)
+    logprob = torch.log((upper - lower).clamp_min(1e-300))
+    return Replay(predicted, logprob.cpu().numpy(), margin.cpu().numpy(), deficit.cpu().numpy())
+
+
+def _intervals(order: Tensor, cumulative: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Where on the cumulative distribution each row's token lies: (upper, lower), in [0, 1]."""
+    rank = (order == tokens.unsqueeze(1)).int().argmax(-1, keepdim=True)
+    total = cumulative[:, -1]
+    upper = cumulative.gather(1, rank).squeeze(1) / total
+    below = cumulative.gather(1, (rank - 1).clamp_min(0)).squeeze(1) / total
+    return upper, torch.where(rank.squeeze(1) > 0, below, torch.zeros_like(below))

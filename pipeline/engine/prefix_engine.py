@@ -1,0 +1,321 @@
+"""The engine: every distinct prompt token once, shared prefixes attended together.
+
+One loop on one device: admit, prefill the new nodes packed, decode all live rows by a token,
+let finished rows go. Plain synchronous code; knows token ids, not text or files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.engine.attention import ATTENTION_NAME
+from pipeline.engine.base import EngineCounters, RunControl
+from pipeline.engine.kv_cache import KVCache, kv_capacity
+from pipeline.engine.model import LoadedModel
+from pipeline.engine.packing import (
+    Level,
+    PackedBatch,
+    Piece,
+    make_level,
+    pack_decode,
+    pack_prefill,
+    shared_levels,
+)
+from pipeline.engine.sampling import sample_next_token
+from pipeline.engine.scheduler import (
+    LiveNode,
+    LiveRow,
+    PrefillJob,
+    Scheduler,
+    copied_head,
+    kv_tokens_if_all_at_once,
+    spans_before,
+)
+from pipeline.engine.support import why_unsupported
+from pipeline.errors import ModelError
+from pipeline.plan.plan import Plan
+from pipeline.records import Completion, FinishReason, Timing
+from pipeline.settings import EngineSettings
+
+LogitsProbe = Callable[[list[int], list[int], Tensor], None]
+"""Called with (sequences, output positions, logits [rows, V]) of every token that is chosen."""
+
+
+class PrefixEngine:
+    """Runs a plan with KV reuse. Raises ModelError for a model whose KV cannot be shared."""
+
+    name = "prefix"
+
+    def __init__(self, loaded: LoadedModel, settings: EngineSettings) -> None:
+        reason = why_unsupported(loaded.model.config)
+        if reason:
+            raise ModelError(f"{loaded.source}: {reason}")
+        self.loaded = loaded
+        self.settings = settings
+        self.counters = EngineCounters()
+        self.logits_probe: LogitsProbe | None = None
+
+    def generate(
+        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+    ) -> Iterator[Completion]:
+        """See `Engine.generate`."""
+        self.counters = EngineCounters()
+        needed = kv_tokens_if_all_at_once(plan, sequences)
+        run = _Run(self, plan, sequences, control, needed)
+        yield from run.completions()
+
+
+class _Run:
+    """The state of one `generate` call."""
+
+    def __init__(
+        self,
+        engine: PrefixEngine,
+        plan: Plan,
+        sequences: NDArray[np.int64],
+        control: RunControl,
+        needed_tokens: int,
+    ) -> None:
+        loaded, settings = engine.loaded, engine.settings
+        self.model = loaded.model
+        self.device = loaded.device
+        self.probe = engine.logits_probe
+        self.counters = engine.counters
+        self.plan = plan
+        self.control = control
+        self.max_batch_tokens = settings.max_batch_tokens
+        weight = next(self.model.parameters())
+        shape = (loaded.shape.num_layers, loaded.shape.num_kv_heads, loaded.shape.head_dim)
+        bytes_per_token = loaded.shape.kv_bytes_per_token(str(weight.dtype).removeprefix("torch."))
+        capacity = kv_capacity(settings.kv_budget, bytes_per_token, needed_tokens, self.device)
+        self.cache = KVCache(shape, capacity, like=weight)
+        self.scheduler = Scheduler(plan, sequences, self.cache, settings.max_rows)
+        self.eos = frozenset(loaded.shape.eos_token_ids)
+        self.start_s = time.perf_counter()
+        self.first_step_s: float | None = None
+        self.decode_levels: tuple[Level, ...] | None = None
+        self.finished: list[Completion] = []
+
+    @torch.inference_mode()
+    def completions(self) -> Iterator[Completion]:
+        """The engine's loop."""
+        if self.model.config._attn_implementation != ATTENTION_NAME:
+            self.model.set_attn_implementation(ATTENTION_NAME)
+            assert self.model.config._attn_implementation == ATTENTION_NAME, "switch was refused"
+        scheduler = self.scheduler
+        while not self.control.should_abort():
+            if not self.control.should_drain():
+                self._prefill(scheduler.admit(self._now()))
+                if scheduler.is_stuck:
+                    self._reject(scheduler.reject())
+            if scheduler.rows:
+                self._decode_one_step()
+            yield from self._take_finished()
+            if not scheduler.rows and (not scheduler.waiting or self.control.should_drain()):
+                return
+
+    def _prefill(self, jobs: list[PrefillJob]) -> None:
+        """Run the jobs in forwards of at most `max_batch_tokens` tokens; sample first tokens."""
+        if self.scheduler.rows and jobs:
+            self.decode_levels = None
+        todo = jobs[::-1]
+        while todo:
+            taken: list[tuple[PrefillJob, int, int]] = []
+            room = self.max_batch_tokens
+            while todo and room:
+                job = todo[-1]
+                stop = min(job.target.end, job.done + room)
+                taken.append((job, job.done, stop))
+                room -= stop - job.done
+                job.done = stop
+                if stop == job.target.end:
+                    todo.pop()
+            self._prefill_once(taken)
+        self._read_kept_logits()
+
+    def _prefill_once(self, taken: list[tuple[PrefillJob, int, int]]) -> None:
+        """One packed forward over prompt positions `[low, high)` of each job."""
+        begin = self._now()
+        pieces, heads, places = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for job, low, high in taken:
+            target = job.target
+            slot = target.kv.start + low - target.span_start
+            ids = job.token_ids[low - target.start : high - target.start]
+            own = (slot - (low - target.start), slot)
+            pieces.append(Piece(ids, low, slot, own, spans_before(target, target.start)))
+            if low == target.start:
+                heads.append(copied_head(target))
+                places.append(target.kv.start + np.arange(len(heads[-1])))
+        copies = np.concatenate(heads), np.concatenate(places)
+        ends = np.cumsum([len(p) for p in pieces]) - 1
+        readable = [
+            i for i, (job, _, high) in enumerate(taken)
+            if high == job.target.end and (isinstance(job.target, LiveRow) or job.target.unread)
+        ]  # fmt: skip
+        logits = self._forward(pack_prefill(pieces, copies, self.device), ends[readable])
+        rows, of_rows = [], []
+        for i, place in enumerate(readable):
+            target = taken[place][0].target
+            if isinstance(target, LiveNode):
+                target.logits = logits[i].clone()
+            else:
+                rows.append(target)
+                of_rows.append(i)
+        seconds = self._now() - begin
+        for piece, (job, _, _) in zip(pieces, taken, strict=True):
+            job.target.prefill_s += seconds * len(piece) / int(ends[-1] + 1)
+        self.counters.prefilled_tokens += int(ends[-1] + 1)
+        self.counters.prefill_s += seconds
+        self._append_tokens(rows, logits[of_rows])
+
+    def _read_kept_logits(self) -> None:
+        """First tokens of rows that end at a shared node: its logits were kept for them."""
+        rows = [r for r in self.scheduler.rows if not r.token_ids]
+        if not rows:
+            return
+        logits = []
+        for row in rows:
+            node = row.above
+            assert node is not None and node.logits is not None and row.start == row.end
+            head = copied_head(row)
+            self.cache.copy(head, row.kv.start + np.arange(len(head)))
+            logits.append(node.logits)
+            node.unread -= 1
+            if not node.unread:
+                node.logits = None
+        self._append_tokens(rows, torch.stack(logits))
+
+    def _decode_one_step(self) -> None:
+        """One more token for every live row."""
+        begin = self._now()
+        rows = self.scheduler.rows
+        if self.decode_levels is None:
+            bounds = [(i, i + 1) for i in range(len(rows))]
+            levels = shared_levels([spans_before(r, r.span_start) for r in rows], bounds)
+            self.decode_levels = tuple(make_level(items, self.device) for items in levels)
+        token_ids = np.array([r.token_ids[-1] for r in rows], np.int64)
+        positions = np.array([r.end + len(r.token_ids) - 1 for r in rows], np.int64)
+        first = np.array([r.kv.start for r in rows], np.int64)
+        last = first + positions - np.array([r.span_start for r in rows], np.int64)
+        batch = pack_decode(
+            token_ids, positions, (first, last + 1), self.decode_levels, self.device
+        )
+        logits = self._forward(batch, np.arange(len(rows)))
+        self._append_tokens(list(rows), logits)
+        self.counters.decode_s += self._now() - begin
+
+    def _forward(self, batch: PackedBatch, keep: NDArray[np.int64]) -> Tensor:
+        """Logits [len(keep), V] float32 of the packed positions `keep`."""
+        begin = time.perf_counter()
+        if self.first_step_s is None:
+            self.first_step_s = begin
+        output = self.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=torch.from_numpy(keep).to(self.device),
+            packed_batch=batch,
+            kv_cache=self.cache,
+        )
+        logits: Tensor = output.logits[0].float()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.counters.num_forwards += 1
+        self._count_busy(begin)
+        return logits
+
+    def _append_tokens(self, rows: list[LiveRow], logits: Tensor) -> None:
+        """Sample the next token of each row; rows that end are finished."""
+        if not rows:
+            return
+        begin = time.perf_counter()
+        positions = np.array([len(r.token_ids) for r in rows], np.int64)
+        keys = self.plan.sequences.noise_key[[r.sequence for r in rows]]
+        if self.probe is not None:
+            self.probe([r.sequence for r in rows], positions.tolist(), logits)
+        chosen = sample_next_token(logits, [r.params for r in rows], keys, positions)
+        self._count_busy(begin)
+        now = self._now()
+        ids, finite = chosen.token_ids.tolist(), chosen.is_finite.tolist()
+        for row, token_id, is_finite in zip(rows, ids, finite, strict=True):
+            if not row.token_ids:
+                row.first_token_s = now
+            row.token_ids.append(token_id)
+            reason = self._finish_reason(row) if is_finite else "error"
+            if reason:
+                self._finish(row, reason, now)
+        self.counters.generated_tokens += len(rows)
+
+    def _finish_reason(self, row: LiveRow) -> FinishReason | None:
+        params = row.params
+        if row.token_ids[-1] in self.eos and not params.ignore_eos:
+            return "stop"
+        if params.stop and self.control.is_stopped(row.token_ids, params.stop):
+            return "stop"
+        return "length" if len(row.token_ids) >= params.max_new_tokens else None
+
+    def _finish(self, row: LiveRow, reason: FinishReason, now: float) -> None:
+        self.decode_levels = None
+        self.scheduler.finish(row)
+        self.counters.cached_tokens += row.cached_tokens
+        self.counters.peak_kv_bytes = self.cache.peak_tokens * self.cache.bytes_per_token
+        shared, node = 0.0, row.above
+        while node is not None:
+            shared += node.prefill_s / node.num_sequences
+            node = node.above
+        timing = Timing(
+            queue_s=row.admitted_s,
+            prefill_s=row.prefill_s,
+            prefill_amortized_s=shared,
+            decode_s=now - row.first_token_s,
+            ttft_s=row.first_token_s,
+            latency_s=now,
+        )
+        failed = reason == "error"
+        self.finished.append(
+            Completion(
+                sequence=row.sequence,
+                token_ids=() if failed else tuple(row.token_ids),
+                finish_reason=reason,
+                cached_tokens=row.cached_tokens,
+                timing=timing,
+                error_type="NonFiniteLogits" if failed else None,
+                error_message=(
+                    f"the model gave no finite logits at output token {len(row.token_ids)}"
+                    if failed
+                    else None
+                ),
+            )
+        )
+
+    def _reject(self, sequence: int) -> None:
+        """A sequence whose KV does not fit the budget becomes an error, never the job."""
+        prompt = int(self.plan.prompt_lengths[sequence])
+        budget = self.cache.capacity * self.cache.bytes_per_token
+        message = (
+            f"{prompt} prompt tokens and up to {int(self.plan.max_new_tokens[sequence])} new ones "
+            f"need more KV than the budget of {budget} bytes; raise --kv-budget"
+        )
+        timing = Timing(queue_s=self._now())
+        self.finished.append(
+            Completion(sequence, (), "error", 0, timing, "KVBudgetExceeded", message)
+        )
+
+    def _take_finished(self) -> list[Completion]:
+        taken, self.finished = self.finished, []
+        return taken
+
+    def _now(self) -> float:
+        """Seconds since the engine started."""
+        return time.perf_counter() - self.start_s
+
+    def _count_busy(self, begin: float) -> None:
+        end = time.perf_counter()
+        self.counters.busy_s += end - begin
+        self.counters.span_s = end - (self.first_step_s or begin)

@@ -1,0 +1,82 @@
+"""From logits to the next token. Knows rows by a noise key, not by their place in a batch.
+
+The noise of a row at a position depends only on (seed, row id, position): neither batch order nor
+resume can change an answer, and an audit can repeat it (trust.md §2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.records import SamplingParams
+
+
+class Sampled(NamedTuple):
+    """`token_ids` [rows] int64 and `is_finite` [rows] bool: False where the logits held a NaN."""
+
+    token_ids: NDArray[np.int64]
+    is_finite: NDArray[np.bool_]
+
+
+def uniform_noise(keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """One number in [0, 1) for each (key, position): two rounds of splitmix64's finaliser."""
+    with np.errstate(over="ignore"):
+        x = keys + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        for _ in range(2):
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            x ^= x >> np.uint64(31)
+    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def sample_next_token(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    keys: NDArray[np.uint64],
+    positions: NDArray[np.int64],
+) -> Sampled:
+    """Choose one token a row. logits [rows, V]; `positions` [rows] of the token to be chosen."""
+    best, token_ids = logits.max(-1)
+    is_finite = torch.isfinite(best)
+    sampled = [i for i, p in enumerate(params) if not p.is_greedy]
+    if sampled:
+        noise = uniform_noise(keys[sampled], positions[sampled])
+        chosen = _invert_cdf(logits[sampled].double(), [params[i] for i in sampled], noise)
+        token_ids[sampled] = chosen
+    return Sampled(token_ids.cpu().numpy(), is_finite.cpu().numpy())
+
+
+def _invert_cdf(
+    logits: Tensor, params: Sequence[SamplingParams], noise: NDArray[np.float64]
+) -> Tensor:
+    """First token, by falling probability, at which the kept mass exceeds the noise. [rows]."""
+    order, cumulative = truncated_cdf(logits, params)
+    threshold = torch.from_numpy(noise).to(logits.device).unsqueeze(1) * cumulative[:, -1:]
+    rank = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[1] - 1)
+    return order.gather(1, rank).squeeze(1)
+
+
+def truncated_cdf(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """Tokens by falling probability and the running sum of what temperature, top-k, top-p keep.
+
+    logits [rows, V] float64 -> (order [rows, V] int64, cumulative [rows, V] float64). The sort is
+    stable, so equal logits keep the order of their ids.
+    """
+    device = logits.device
+    temperature = torch.tensor([p.temperature for p in params], device=device, dtype=logits.dtype)
+    top_p = torch.tensor([p.top_p for p in params], device=device, dtype=logits.dtype)
+    top_k = torch.tensor([p.top_k or logits.shape[1] for p in params], device=device)
+    probs = torch.softmax(logits / temperature.unsqueeze(1), -1)
+    probs, order = torch.sort(probs, dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[1], device=device)
+    probs = probs.masked_fill(rank >= top_k.unsqueeze(1), 0.0)
+    probs = probs / probs.sum(-1, keepdim=True)
+    before = probs.cumsum(-1) - probs
+    probs = probs.masked_fill(before >= top_p.unsqueeze(1), 0.0)
+    return order, probs.cumsum(-1)

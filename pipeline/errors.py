@@ -1,0 +1,74 @@
+"""Every error that coppice raises on purpose, each with the exit code of the command.
+
+```
+CoppiceError                    1   something failed; the message says what to do
+├── UsageError                  2   the call or its configuration cannot work
+│   ├── InputError              2   the prompt file is missing, damaged or of the wrong shape
+│   ├── ModelError              2   the model is missing, partial, unsafe or not supported
+│   └── RunDirectoryError       2   the output folder is in use or belongs to another job
+├── EngineError                 1   the device computed something wrong or ran out of room
+├── StorageError                1   a part could not be written, or a committed one was altered
+├── TooManyFailedRows           3   finished, but more rows failed than --fail-on-error allows
+├── AuditFailed                 4   the audit is below its bar
+├── TimeBudgetReached          75   stopped by --time-budget; the same command resumes
+└── Interrupted               130   stopped by a signal; the same command resumes
+```
+"""
+
+from __future__ import annotations
+
+
+class CoppiceError(Exception):
+    """Base of all. The message is one sentence for a person: what, where, and the remedy."""
+
+    exit_code = 1
+
+
+class UsageError(CoppiceError):
+    """The call or its configuration cannot work."""
+
+    exit_code = 2
+
+
+class InputError(UsageError):
+    """The prompt file is missing, damaged or of the wrong shape."""
+
+
+class ModelError(UsageError):
+    """The model is missing, partial, unsafe or not supported."""
+
+
+class RunDirectoryError(UsageError):
+    """The output folder is in use or belongs to another job."""
+
+
+class EngineError(CoppiceError):
+    """The device computed something wrong or ran out of room."""
+
+
+class StorageError(CoppiceError):
+    """A part could not be written, or a committed one was altered."""
+
+
+class TooManyFailedRows(CoppiceError):
+    """Finished, but more rows failed than `--fail-on-error` allows."""
+
+    exit_code = 3
+
+
+class AuditFailed(CoppiceError):
+    """The audit is below its bar."""
+
+    exit_code = 4
+
+
+class TimeBudgetReached(CoppiceError):
+    """Stopped by `--time-budget`; the same command resumes."""
+
+    exit_code = 75
+
+
+class Interrupted(CoppiceError):
+    """Stopped by a signal; the same command resumes."""
+
+    exit_code = 130

@@ -1,0 +1,178 @@
+"""Command-line flags derived from the settings, and the three layers they are merged from.
+
+A flag has the name and type of its settings field; every flag defaults to "not said", so that
+flags > file > defaults can be told apart. Knows nothing about what a command does.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel, ValidationError
+
+from pipeline.errors import UsageError
+from pipeline.settings import (
+    AuditSettings,
+    EngineSettings,
+    JobSettings,
+    ModelSettings,
+    PlanSettings,
+    ReadSettings,
+    SamplingSettings,
+    TokenSettings,
+    WriteSettings,
+)
+
+PANELS: dict[type[BaseModel], str] = {
+    ModelSettings: "Model",
+    ReadSettings: "Input",
+    TokenSettings: "Prompt text",
+    SamplingSettings: "Sampling (a row's own columns win)",
+    PlanSettings: "Plan",
+    EngineSettings: "Device memory and batches (never change an answer)",
+    WriteSettings: "Output",
+    AuditSettings: "Audit",
+}
+
+_HELP = {
+    "model": "Model folder or hub id.",
+    "revision": "Commit, tag or branch of a hub model.",
+    "engine": "prefix shares, naive does not, echo has no model.",
+    "dtype": "Type of weights and KV; auto: as the model was saved.",
+    "device": "auto, cpu, cuda or cuda:1.",
+    "prompt_column": "Column of prompt text (found: prompt).",
+    "messages_column": "Column of conversations (found: messages).",
+    "id_column": "Column of row ids (found: id, custom_id).",
+    "limit": "Only the first N rows.",
+    "system_prompt": "A system message put before every row.",
+    "chat_template": "A Jinja file instead of the model's own template.",
+    "apply_chat_template": "Treat each prompt as one user message.",
+    "parse_special_tokens": "Let control tokens in the text be control tokens.",
+    "max_new_tokens": "Most tokens of an answer.",
+    "temperature": "0 is greedy.",
+    "top_p": "Keep the likeliest tokens of this total probability.",
+    "top_k": "Keep the k likeliest tokens.",
+    "seed": "Of the sampling noise.",
+    "stop": "End an answer before this text; may be repeated.",
+    "ignore_eos": "Do not end at the end-of-sequence token.",
+    "min_prefix_tokens": "Shortest prefix that gets KV of its own.",
+    "on_overlong": "Prompts that exceed the model's context.",
+    "max_batch_tokens": "Most prompt tokens of one forward pass.",
+    "max_rows": "Most rows that decode together.",
+    "kv_budget": "Memory for KV, like 8GiB (default: what is free).",
+    "rows_per_part": "Rows of one output file; a part is a checkpoint.",
+    "preserve_order": "Parts in input order (answers wait in memory).",
+    "fail_on_error": "Rows that may fail: a share like 0.01 or a count.",
+    "time_budget": "Stop by then, resumable: 4h, 90m.",
+    "audit_sample": "Rows to audit: 200 or 1%; every group gets one.",
+    "audit_min_exact": "Share that must be identical or near ties.",
+    "audit_free_running": "Rows that the baseline also generates freely.",
+    "audit_encoder": "Sentence encoder for the similarity column.",
+}
+# Fields that a person writes with a unit or as one of two notations: the settings parse the text.
+_WRITTEN_AS_TEXT = {"kv_budget", "time_budget", "fail_on_error", "audit_sample"}
+
+Section = TypeVar("Section", bound=BaseModel)
+Command = Callable[..., None]
+
+
+def takes_settings(*sections: type[BaseModel]) -> Callable[[Command], Command]:
+    """Give a command one flag per field of `sections`; it receives them as the dict `flags`."""
+    fields = [(section, name) for section in sections for name in section.model_fields]
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def call(**arguments: Any) -> None:
+            flags = {name: arguments.pop(name) for _, name in fields}
+            command(**arguments, flags=flags)
+
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.name != "flags"]
+        added = [_parameter(section, name) for section, name in fields]
+        # `inspect.signature` prefers __signature__, and Typer asks it.
+        call.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+        del call.__wrapped__
+        return call
+
+    return decorate
+
+
+def _parameter(section: type[BaseModel], name: str) -> inspect.Parameter:
+    kind = str if name in _WRITTEN_AS_TEXT else _plain(section.model_fields[name].annotation)
+    flag = "--" + name.replace("_", "-")
+    names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
+    # A flag that is on or off has no value to name, and the column for it costs a third of the line.
+    metavar = "" if kind is bool else None
+    option = typer.Option(
+        *names, help=_HELP[name], rich_help_panel=PANELS[section], metavar=metavar
+    )
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
+    )
+
+
+def _plain(annotation: Any) -> Any:
+    """`int | None` -> int, a tuple of strings -> list[str]; literals and scalars as they are."""
+    if get_origin(annotation) in (Union, UnionType):
+        return _plain(next(a for a in get_args(annotation) if a is not type(None)))
+    if get_origin(annotation) is tuple:
+        return list[str]
+    assert get_origin(annotation) is Literal or isinstance(annotation, type)
+    return annotation
+
+
+def merge(flags: dict[str, Any], config: Path | None) -> JobSettings:
+    """Flags over the YAML file over the defaults. Raises UsageError naming field or file."""
+    said = {name: value for name, value in flags.items() if value not in (None, [])}
+    written = {} if config is None else read_config(config)
+    merged = {name.replace("-", "_"): value for name, value in written.items()} | said
+    if "model" not in merged:
+        raise UsageError("no model was named; give --model FOLDER or a hub id like org/name")
+    return JobSettings.from_flat(merged)
+
+
+def merge_section(section: type[Section], flags: dict[str, Any]) -> Section:
+    """One section of the settings from its flags alone. Raises UsageError."""
+    try:
+        return section(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"setting {first['loc'][0]}: {reason}".replace("_", "-")) from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A flat mapping of flag names from a YAML file. Raises UsageError."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; check --config") from None
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UsageError(f"{path} must be a mapping of settings, like 'max-new-tokens: 64'")
+    return content
+
+
+def to_flat(settings: JobSettings) -> dict[str, Any]:
+    """The inverse of `JobSettings.from_flat`, in the flags' spelling."""
+    dumped = settings.model_dump(mode="json")
+    return {
+        name.replace("_", "-"): value
+        for section in dumped.values()
+        for name, value in section.items()
+    }

@@ -1,0 +1,139 @@
+"""From a batch of input rows to token ids and parameters that fit the model. Knows no files.
+
+What cannot run is noted with a reason and gets no tokens; nothing else of a row is changed, except
+that an answer never gets more room than the model's context leaves.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.records import PromptBatch, Rejected, SamplingParams
+from pipeline.settings import SamplingSettings, resolve_sampling
+from pipeline.tokens.tokenizer import PromptTokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedBatch:
+    """Row i has `lengths[i]` ids in `flat` (0: it cannot run, see `rejected`) and `params[i]`.
+
+    `flat`: [sum(lengths)] uint32; `lengths`: [rows] int64; `rejected`: by `row_index`.
+    """
+
+    flat: NDArray[np.uint32]
+    lengths: NDArray[np.int64]
+    params: list[SamplingParams]
+    rejected: dict[int, Rejected]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The model's context in tokens (None: unknown) and what to do with prompts beyond it."""
+
+    context_length: int | None
+    on_overlong: str
+
+
+class Preparation:
+    """Tokenises batches under one set of rules."""
+
+    def __init__(
+        self,
+        tokenizer: PromptTokenizer,
+        sampling: SamplingSettings,
+        generation_config: dict[str, Any],
+        limits: Limits,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._sampling = sampling
+        self._generation_config = generation_config
+        self._limits = limits
+        self._resolved: dict[str, SamplingParams] = {}
+
+    def prepare(self, batch: PromptBatch) -> PreparedBatch:
+        """Tokenise `batch`, resolve each row's parameters, and fit both to the context."""
+        rejected = {bad.row_index: bad for bad in batch.rejected}
+        params = []
+        for row, override in enumerate(batch.overrides, batch.row_start):
+            resolved = self._resolve(row, override)
+            if isinstance(resolved, Rejected):
+                rejected.setdefault(row, resolved)
+                resolved = SamplingParams()
+            params.append(resolved)
+        flat, lengths = self._encode(batch, rejected)
+        starts = np.cumsum(lengths) - lengths
+        keep = np.ones(len(flat), bool)
+        for index, (kept, chosen) in self._fit(batch.row_start, lengths, params, rejected).items():
+            # The end of a prompt is what its answer follows from, so the beginning goes.
+            keep[starts[index] : starts[index] + lengths[index] - kept] = False
+            lengths[index], params[index] = kept, chosen
+        return PreparedBatch(flat[keep], lengths, params, rejected)
+
+    def _resolve(self, row: int, override: dict[str, object]) -> SamplingParams | Rejected:
+        key = json.dumps(override, sort_keys=True, default=repr) if override else ""
+        if key not in self._resolved:
+            try:
+                self._resolved[key] = resolve_sampling(
+                    self._sampling, self._generation_config, override
+                )
+            except (ValueError, TypeError) as error:
+                return Rejected(row, "BadSamplingParams", str(error))
+        return self._resolved[key]
+
+    def _encode(
+        self, batch: PromptBatch, rejected: dict[int, Rejected]
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Flat ids and [rows] lengths; rejected rows have length 0."""
+        contents = [
+            None if row in rejected else content
+            for row, content in enumerate(batch.contents, batch.row_start)
+        ]
+        encoded = self._tokenizer.encode_batch(contents)
+        for index, reason in encoded.errors.items():
+            row = batch.row_start + index
+            rejected[row] = Rejected(row, "BadPrompt", reason)
+        return encoded.flat, encoded.lengths
+
+    def _fit(
+        self,
+        row_start: int,
+        lengths: NDArray[np.int64],
+        params: list[SamplingParams],
+        rejected: dict[int, Rejected],
+    ) -> dict[int, tuple[int, SamplingParams]]:
+        """By index, what changes where prompt and answer exceed the context."""
+        context = self._limits.context_length
+        if context is None:
+            return {}
+        most = np.array([p.max_new_tokens for p in params], np.int64)
+        changed = {}
+        for index in np.flatnonzero((lengths > 0) & (lengths + most > context)).tolist():
+            length, chosen = int(lengths[index]), params[index]
+            fitted = fit_to_context(length, chosen, context, self._limits.on_overlong)
+            if fitted is None:
+                row = row_start + index
+                message = f"the prompt has {length} tokens, the model's context {context}"
+                rejected[row] = Rejected(row, "OverlongPrompt", message)
+            changed[index] = fitted or (0, chosen)
+        return changed
+
+
+def fit_to_context(
+    length: int, params: SamplingParams, context: int, on_overlong: str
+) -> tuple[int, SamplingParams] | None:
+    """(prompt tokens kept, parameters) of a row whose prompt and answer exceed `context` tokens.
+
+    None: refused. A prompt that fits by itself is never touched; its answer gets what is left.
+    """
+    if length >= context:
+        if on_overlong == "error":
+            return None
+        if on_overlong == "keep":
+            return length, params
+        length = max(1, context - params.max_new_tokens)
+    return length, replace(params, max_new_tokens=min(params.max_new_tokens, context - length))

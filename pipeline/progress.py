@@ -1,0 +1,212 @@
+"""How a running job is shown to a person, always on stderr. Knows nothing about stages or files."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_PLAIN_EVERY_S = 30.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a session stands. Rows count the whole job, tokens and seconds this session alone.
+
+    `saved_tokens` are prompt tokens of answered rows that were not computed for them.
+    """
+
+    rows_total: int
+    rows_done: int
+    rows_failed: int
+    rows_before: int
+    prefilled_tokens: int
+    saved_tokens: int
+    generated_tokens: int
+    prefill_s: float
+    decode_s: float
+    elapsed_s: float
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds left at this session's pace; None before its first row."""
+        done = self.rows_done - self.rows_before
+        if done <= 0:
+            return None
+        return self.elapsed_s / done * (self.rows_total - self.rows_done)
+
+    def rates(self) -> dict[str, float]:
+        """Tokens per second of device time in each phase, and rows per second of wall time."""
+        done = self.rows_done - self.rows_before
+        return {
+            "prefill_tokens_per_s": _rate(self.prefilled_tokens, self.prefill_s),
+            "decode_tokens_per_s": _rate(self.generated_tokens, self.decode_s),
+            "rows_per_s": _rate(done, self.elapsed_s),
+        }
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0
+
+
+class Observer(Protocol):
+    """Whom a job tells about itself. Calls may come from any thread, one at a time."""
+
+    def say(self, line: str) -> None:
+        """One line for a person."""
+        ...
+
+    def show(self, snapshot: Snapshot) -> None:
+        """A new state; called about twice a second."""
+        ...
+
+    def close(self) -> None:
+        """Leave the terminal as it was found."""
+        ...
+
+
+class SilentObserver:
+    """Shows nothing."""
+
+    def say(self, line: str) -> None:
+        """Drop the line."""
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Drop the state."""
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+class PlainObserver:
+    """Lines on stderr: what is said at once, the state every 30 s."""
+
+    def __init__(self, every_s: float = _PLAIN_EVERY_S) -> None:
+        self._every_s = every_s
+        self._shown_at = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """Print the line."""
+        print(line, file=sys.stderr, flush=True)
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Print the state unless it was printed a moment ago."""
+        now = time.monotonic()
+        if now - self._shown_at >= self._every_s:
+            self._shown_at = now
+            self.say(plain_line(snapshot))
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+class BarObserver:
+    """A bar on a terminal; lines that are said appear above it."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def say(self, line: str) -> None:
+        """Print the line above the bar."""
+        self._console.print(line, highlight=False, markup=False)
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Move the bar."""
+        if self._progress is None or self._task is None:
+            self._progress = _make_bar(self._console)
+            self._task = self._progress.add_task("rows", total=snapshot.rows_total, detail="")
+            self._progress.start()
+        self._progress.update(
+            self._task, completed=snapshot.rows_done, detail=_detail(snapshot), refresh=True
+        )
+
+    def close(self) -> None:
+        """Take the live display down; its last state stays on the screen."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def _make_bar(console: object) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    assert isinstance(console, Console)
+    return Progress(
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}", markup=False),
+        console=console,
+        auto_refresh=False,
+    )
+
+
+def _detail(snapshot: Snapshot) -> str:
+    rates = snapshot.rates()
+    parts = [
+        f"pre {_short(rates['prefill_tokens_per_s'])}/s",
+        f"dec {_short(rates['decode_tokens_per_s'])}/s",
+        f"saved {_short(snapshot.saved_tokens)}",
+    ]
+    if snapshot.rows_failed:
+        parts.append(f"{snapshot.rows_failed} failed")
+    if snapshot.eta_s is not None:
+        parts.append(f"ETA {format_duration(snapshot.eta_s)}")
+    return " ".join(parts)
+
+
+def plain_line(snapshot: Snapshot) -> str:
+    """The state as one line of text."""
+    rates = snapshot.rates()
+    eta = "unknown" if snapshot.eta_s is None else format_duration(snapshot.eta_s)
+    return (
+        f"{snapshot.rows_done}/{snapshot.rows_total} rows, {snapshot.rows_failed} failed, "
+        f"prefill {_short(rates['prefill_tokens_per_s'])} tok/s, "
+        f"decode {_short(rates['decode_tokens_per_s'])} tok/s, "
+        f"{_short(snapshot.saved_tokens)} tokens saved, ETA {eta}"
+    )
+
+
+def _short(number: float) -> str:
+    """At most four characters and a unit: 950, 1.2k, 35k, 1.2M."""
+    for unit in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.1f}{unit}" if unit and number < 9.95 else f"{number:.0f}{unit}"
+        number /= 1000
+    return f"{number:.1f}T"
+
+
+def format_duration(seconds: float) -> str:
+    """`42s`, `3m05s`, `2h07m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def format_bytes(count: int) -> str:
+    """`512 B`, `1.5 MiB`."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def make_observer(mode: str) -> Observer:
+    """`none`, `plain`, or `auto`: a bar on a terminal, plain lines elsewhere."""
+    if mode == "none":
+        return SilentObserver()
+    if mode == "auto" and sys.stderr.isatty():
+        return BarObserver()
+    return PlainObserver()

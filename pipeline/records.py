@@ -1,0 +1,120 @@
+"""The records that cross a boundary between two stages. Knows nothing about files, text or tensors.
+
+How time is counted, for every row (seconds, wall clock of the engine's host):
+
+```
+ engine starts        admitted            first token            last token
+      |---- queue_s ----|---- prefill + waiting ---|------ decode ------|
+      |------------------- ttft_s -----------------|                    |
+      |---------------------------- latency_s --------------------------|
+```
+
+- `queue_s`: engine start until the row's sequence was admitted to the device.
+- `prefill_s`: device time of the prompt tokens that only this row needed.
+- `prefill_amortized_s`: this row's share of the prefill of shared nodes (time of a node / rows below).
+- `decode_s`: first token until last token, steps of its neighbours included.
+- `ttft_s`: engine start until the first token; `latency_s`: engine start until the last token.
+
+How tokens are counted, for every row:
+
+- `reuse_depth` is *planned*: prompt tokens that lie on tree nodes shared with at least one other row.
+- `cached_tokens` is *measured* and has the meaning of OpenAI and vLLM: prompt tokens that were not
+  computed for this row because an earlier row had already needed them. The first row of a group
+  pays for the group's prefix. Hence, over a whole cold run, sum(prompt_tokens) - sum(cached_tokens)
+  equals the prefilled tokens, and these equal the tree's unique tokens U.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "error"]
+Message = dict[str, str]
+"""One turn of a conversation: `{"role": ..., "content": ...}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one row is continued. `temperature == 0` means greedy; then no seed matters."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0.0 <= self.temperature <= 100.0:
+            raise ValueError(f"temperature must lie in [0, 100], got {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or absent, got {self.top_k}")
+        if "" in self.stop:
+            raise ValueError(
+                "stop must not hold an empty string: it would end every answer at once"
+            )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether two rows with the same prompt and these parameters must get the same answer."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that cannot be run; it is written with `status = error`, never dropped."""
+
+    row_index: int
+    error_type: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBatch:
+    """Consecutive input rows `[row_start, row_start + len(ids))`, column by column.
+
+    `contents[i]` is the prompt text, or the conversation, or None where the row is in `rejected`.
+    `overrides[i]` holds the row's own sampling fields (names of `SamplingParams`), empty if none.
+    """
+
+    row_start: int
+    ids: list[str]
+    contents: list[str | list[Message] | None]
+    overrides: list[dict[str, object]]
+    tenants: list[str | None]
+    rejected: tuple[Rejected, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds; each field is defined in the module's picture."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    prefill_amortized_s: float = 0.0
+    decode_s: float = 0.0
+    ttft_s: float = 0.0
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine says about one sequence of the plan (`sequence` indexes `plan.sequences`).
+
+    `token_ids` excludes nothing: an end-of-sequence token that was generated is its last element.
+    A sequence that failed has `finish_reason == "error"` and both error fields set.
+    """
+
+    sequence: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    cached_tokens: int
+    timing: Timing
+    error_type: str | None = None
+    error_message: str | None = None

@@ -1,0 +1,200 @@
+"""The numbers of a run, from its manifest, plan, audit and rows. Draws nothing, writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import polars as pl
+
+_DEPTH_EDGES: Final = (1, 16, 64, 256, 1024, 4096, 16384)
+_SIZE_EDGES: Final = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_MAX_FAILURES: Final = 20
+
+
+@dataclass(frozen=True)
+class DepthBin:
+    """Answered rows whose planned reuse depth (tokens) lies in the interval that `label` names.
+
+    `service_*_s`: latency without the wait in the queue, at the 10th, 50th and 90th percentile.
+    """
+
+    label: str
+    rows: int
+    computed_tokens: int
+    cached_tokens: int
+    service_p10_s: float
+    service_p50_s: float
+    service_p90_s: float
+
+
+@dataclass(frozen=True)
+class SizeBin:
+    """Rows that live in prefix groups of so many rows."""
+
+    label: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How many rows of a task gave exactly the known answer; a failed row did not."""
+
+    task: str
+    rows: int
+    right: int
+
+    @property
+    def share(self) -> float:
+        """In [0, 1]."""
+        return self.right / self.rows
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A row without an answer."""
+
+    id: str
+    error_type: str
+    message: str
+
+
+@dataclass(frozen=True)
+class RunMetrics:
+    """All that the report shows. Counts sum over sessions; a number that nobody measured is None.
+
+    `manifest`, `plan` and `audit` are the JSON files as read, the last two None where missing.
+    """
+
+    manifest: dict[str, Any]
+    plan: dict[str, Any] | None
+    audit: dict[str, Any] | None
+    depths: tuple[DepthBin, ...]
+    group_sizes: tuple[SizeBin, ...]
+    accuracy: tuple[Accuracy, ...]
+    failures: tuple[Failure, ...]
+
+    def counter(self, name: str) -> float:
+        """A counter of run.json; 0 before the first session has ended."""
+        return float(self.manifest.get("counters", {}).get(name, 0))
+
+    @property
+    def saved_share(self) -> float | None:
+        """Measured: prompt tokens taken from the cache, out of all that rows needed."""
+        cached = self.counter("cached_tokens")
+        return _ratio(cached, cached + self.counter("prefilled_tokens"))
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Generated tokens by wall time."""
+        return _ratio(self.counter("generated_tokens"), self.counter("wall_s"))
+
+    @property
+    def busy_share(self) -> float | None:
+        """How much of the time between first and last forward pass the device computed."""
+        return _ratio(self.counter("busy_s"), self.counter("span_s"))
+
+    @property
+    def kv_budget_bytes(self) -> int | None:
+        """The limit that the run was given, or the one the plan found."""
+        asked = self.manifest.get("settings", {}).get("engine", {}).get("kv_budget")
+        return asked or (self.plan or {}).get("kv_budget_bytes")
+
+    @property
+    def num_correct(self) -> tuple[int, int] | None:
+        """(right, rows) over all tasks; None where the input knows no answers."""
+        if not self.accuracy:
+            return None
+        return sum(a.right for a in self.accuracy), sum(a.rows for a in self.accuracy)
+
+
+def measure(
+    manifest: dict[str, Any],
+    plan: dict[str, Any] | None,
+    audit: dict[str, Any] | None,
+    output: pl.LazyFrame,
+) -> RunMetrics:
+    """Gather everything. `output` has the output columns; it is scanned, never loaded whole."""
+    return RunMetrics(
+        manifest=manifest,
+        plan=plan,
+        audit=audit,
+        depths=measure_depths(output),
+        group_sizes=measure_group_sizes(output),
+        accuracy=measure_accuracy(output),
+        failures=list_failures(output),
+    )
+
+
+def measure_depths(output: pl.LazyFrame) -> tuple[DepthBin, ...]:
+    """Tokens and times of answered rows by reuse depth; rows copied from another are left out."""
+    ran = output.filter(pl.col("status") == "ok", pl.col("dedup_of").is_null())
+    service = pl.col("latency_s") - pl.col("queue_s")
+    bins = (
+        ran.group_by(bin=_bin("reuse_depth", _DEPTH_EDGES))
+        .agg(
+            pl.len(),
+            (pl.col("prompt_tokens") - pl.col("cached_tokens")).sum().alias("computed"),
+            pl.col("cached_tokens").sum(),
+            *(service.quantile(q, "linear").alias(f"q{q}") for q in (0.1, 0.5, 0.9)),
+        )
+        .sort("bin")
+        .collect()
+    )
+    labels = _labels(0, _DEPTH_EDGES)
+    return tuple(DepthBin(labels[row[0]], *row[1:]) for row in bins.iter_rows())
+
+
+def measure_group_sizes(output: pl.LazyFrame) -> tuple[SizeBin, ...]:
+    """Rows by the number of rows of their group; a row without a group is a group of one."""
+    sizes = output.filter(pl.col("status") == "ok").group_by("group_id").agg(pl.len())
+    alone = pl.col("group_id").is_null()
+    size = sizes.with_columns(size=pl.when(alone).then(1).otherwise("len"))
+    bins = size.group_by(bin=_bin("size", _SIZE_EDGES)).agg(pl.col("len").sum()).sort("bin")
+    labels = _labels(1, _SIZE_EDGES)
+    return tuple(SizeBin(labels[index], rows) for index, rows in bins.collect().iter_rows())
+
+
+def measure_accuracy(output: pl.LazyFrame) -> tuple[Accuracy, ...]:
+    """Exact match with the input's `answer` after stripping, by `task` if there is one.
+
+    Rows whose answer is null are left out. Empty where the input has no such column.
+    """
+    schema = output.collect_schema()
+    if "answer" not in schema or schema["answer"].is_nested():
+        return ()
+    known = output.filter(pl.col("answer").is_not_null())
+    answer = pl.col("answer").cast(pl.String).str.strip_chars()
+    right = (pl.col("generated_text").str.strip_chars() == answer).fill_null(False)
+    has_tasks = "task" in schema and not schema["task"].is_nested()
+    task = pl.col("task").cast(pl.String).fill_null("no task") if has_tasks else pl.lit("all")
+    counts = known.group_by(task=task).agg(pl.len().alias("rows"), right.sum().alias("right"))
+    return tuple(Accuracy(*row) for row in counts.sort("task").collect().iter_rows())
+
+
+def list_failures(output: pl.LazyFrame) -> tuple[Failure, ...]:
+    """The first failed rows, in input order."""
+    failed = output.filter(pl.col("status") == "error").sort("row_index").head(_MAX_FAILURES)
+    columns = ("id", "error_type", "error_message")
+    rows = failed.select(pl.col(column).fill_null("") for column in columns).collect()
+    return tuple(Failure(*row) for row in rows.iter_rows())
+
+
+def _bin(column: str, edges: Sequence[int]) -> pl.Expr:
+    """How many of the edges the value has reached."""
+    return pl.sum_horizontal(pl.col(column) >= edge for edge in edges).cast(pl.Int64)
+
+
+def _labels(lowest: int, edges: Sequence[int]) -> list[str]:
+    """`0`, `1–15`, `16–63`, ..., `16384+`."""
+    starts = [lowest, *edges]
+    spans = [
+        str(low) if high == low + 1 else f"{low}–{high - 1}"
+        for low, high in zip(starts, edges, strict=False)
+    ]
+    return [*spans, f"{edges[-1]}+"]
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

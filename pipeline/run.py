@@ -1,0 +1,170 @@
+"""Wires the stages into a job: the only module that knows their order.
+
+```
+ open ─► plan ─► run directory ─► session (engine ─► channel ─► writer) ─► seal
+   └──── model loads meanwhile ────────┘
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.engine.base import Engine
+from pipeline.fingerprint import describe_versions, fingerprint_fields
+from pipeline.job import Job, PlannedJob, open_job, plan_rows, select_rows
+from pipeline.plan.summary import plan_frame, tree_frame
+from pipeline.progress import Observer, SilentObserver
+from pipeline.session import RunOutcome, Session
+from pipeline.settings import JobSettings
+from pipeline.stopping import StopRequest
+from pipeline.storage.run_directory import RunDirectory
+
+_EXAMPLES = 5
+
+
+def make_engine(settings: JobSettings) -> Engine:
+    """The engine that the settings name, with its model loaded. Raises ModelError."""
+    if settings.model.engine == "echo":
+        from pipeline.engine.echo_engine import EchoEngine
+
+        return EchoEngine()
+    from pipeline.engine.model import load_model
+
+    loaded = load_model(settings.model)
+    if settings.model.engine == "naive":
+        from pipeline.engine.naive_engine import NaiveEngine
+
+        return NaiveEngine(loaded)
+    from pipeline.engine.prefix_engine import PrefixEngine
+
+    return PrefixEngine(loaded, settings.engine)
+
+
+def plan_job(input: str, settings: JobSettings) -> PlannedJob:
+    """Plan a job and do nothing else; of the model only tokenizer and config are read."""
+    return plan_rows(open_job(input, settings))
+
+
+def write_plan(planned: PlannedJob, folder: Path) -> None:
+    """Write plan.parquet, tree.parquet and summary.json into `folder`, outside of any run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plan_frame(planned.plan, planned.ids).write_parquet(folder / "plan.parquet")
+    tree_frame(planned.plan).write_parquet(folder / "tree.parquet")
+    summary = json.dumps(planned.summary.to_json(), indent=2, ensure_ascii=False)
+    (folder / "summary.json").write_text(summary + "\n", encoding="utf-8")
+
+
+def validate_input(input: str, settings: JobSettings) -> dict[str, Any]:
+    """Check every row as a job would, and show the first that can run as the model will see it.
+
+    Raises InputError for what no job could start with: columns, types, damaged pages, double ids.
+    """
+    planned = plan_job(input, settings)
+    reasons = Counter(rejected.error_type for rejected in planned.rejected.values())
+    found: dict[str, Any] = {
+        "rows": len(planned.ids),
+        "rows_rejected": len(planned.rejected),
+        "reasons": dict(reasons.most_common()),
+        "examples": [
+            {"id": planned.ids[row], "error_type": bad.error_type, "message": bad.message}
+            for row, bad in sorted(planned.rejected.items())[:_EXAMPLES]
+        ],
+        "first": None,
+    }
+    runs = np.flatnonzero(planned.plan.sequence_of_row >= 0)
+    if len(runs):
+        first = int(runs[0])
+        content = select_rows(planned.job, [first]).contents[0]
+        assert content is not None
+        found["first"] = {
+            "id": planned.ids[first],
+            "rendered": planned.job.tokenizer.render(content),
+            "token_ids": planned.plan.table[first].tolist(),
+        }
+    return found
+
+
+def run_job(
+    input: str, output: Path, settings: JobSettings, observer: Observer | None = None
+) -> RunOutcome:
+    """Do the job, or what is left of it; the same call again resumes.
+
+    Raises UsageError and its kin before anything ran; EngineError, StorageError, Interrupted or
+    TimeBudgetReached with every committed part intact; TooManyFailedRows after the job is sealed.
+    """
+    observer = observer or SilentObserver()
+    stop = StopRequest(settings.write.time_budget)
+    settings = with_absolute_paths(settings)
+    job = open_job(input, settings)
+    fingerprint = fingerprint_fields(settings, job.source.fingerprint(), job.tokenizer.fingerprint)
+    description = describe_job(input, job)
+    # A folder that refuses this job, or has it done, must say so before an hour of tokenising;
+    # a folder that is not there yet is made only when the input has proved sound.
+    if (output / "run.json").exists():
+        with RunDirectory.create_or_resume(output, fingerprint, description) as directory:
+            if directory.is_sealed:
+                observer.say(f"{output} is complete; nothing to do")
+                return RunOutcome.of_sealed(directory)
+            with loading_engine(settings) as engine:
+                return Session(plan_rows(job), directory, observer, stop).run(engine)
+    with loading_engine(settings) as engine:
+        planned = plan_rows(job)
+        with RunDirectory.create_or_resume(output, fingerprint, description) as directory:
+            return Session(planned, directory, observer, stop).run(engine)
+
+
+def report_run(output: Path) -> Path:
+    """Write `report.html` and `report.md` of a run directory; returns the page's path."""
+    from pipeline.report.page import render
+
+    render(RunDirectory.open(output))
+    return output / "report.html"
+
+
+@contextmanager
+def loading_engine(settings: JobSettings) -> Iterator[Future[Engine]]:
+    """Load the model in another thread while this one reads and plans."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="model")
+    try:
+        yield pool.submit(make_engine, settings)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def with_absolute_paths(settings: JobSettings) -> JobSettings:
+    """Settings that mean the same from any working directory: they are recorded and read again."""
+    model, tokens = settings.model, settings.tokens
+    if Path(model.model).is_dir():
+        model = model.model_copy(update={"model": os.path.abspath(model.model)})
+    if tokens.chat_template is not None:
+        tokens = tokens.model_copy(update={"chat_template": tokens.chat_template.absolute()})
+    return settings.model_copy(update={"model": model, "tokens": tokens})
+
+
+def describe_job(input: str, job: Job) -> dict[str, Any]:
+    """What `run.json` says about a job besides its fingerprint; paths are meant for the audit."""
+    return {
+        "settings": job.settings.model_dump(mode="json"),
+        "versions": describe_versions(),
+        "device": {
+            "asked_for": job.settings.model.device,
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+        },
+        "input": {
+            "argument": input if "://" in input else os.path.abspath(input),
+            "paths": [str(Path(path).absolute()) for path in job.source.paths],
+            "rows": job.source.num_rows,
+        },
+    }

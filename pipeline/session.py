@@ -1,0 +1,276 @@
+"""One sitting at a job: the engine answers the rows that are left, the writer commits them.
+
+```
+ engine (this thread) ──► channel ──► writer thread ──► parts       ticker thread ──► metrics.jsonl
+```
+
+The calling thread owns the engine. The first error in any stage stops all of them and is the one
+raised; a slow writer holds the engine back through the channel. Knows nothing about text.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from pipeline.answers import AnswerWriter
+from pipeline.channel import Stages
+from pipeline.engine.base import Engine, RunControl
+from pipeline.errors import (
+    CoppiceError,
+    EngineError,
+    RunDirectoryError,
+    StorageError,
+    TooManyFailedRows,
+)
+from pipeline.job import PlannedJob
+from pipeline.plan.summary import plan_frame, tree_frame
+from pipeline.progress import Observer, Snapshot
+from pipeline.stopping import StopRequest
+from pipeline.storage.run_directory import RunDirectory
+
+_COMPLETIONS_AHEAD = 256
+_SHOW_EVERY_S = 0.5
+_METRICS_EVERY_S = 5.0
+_SUMMED = (
+    "prefilled_tokens", "generated_tokens", "wall_s", "prefill_s", "decode_s", "busy_s", "span_s"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """A finished job. `was_complete`: there was nothing left to do."""
+
+    directory: Path
+    counters: dict[str, float]
+    was_complete: bool = False
+
+    @property
+    def rows_failed(self) -> int:
+        """Rows written with `status = error`."""
+        return int(self.counters["rows_error"])
+
+    @classmethod
+    def of_sealed(cls, directory: RunDirectory) -> RunOutcome:
+        """What a complete run directory has to say."""
+        return cls(directory.root, directory.read_manifest()["counters"], was_complete=True)
+
+
+class Session:
+    """One call of `run_job` on a planned job and its open directory."""
+
+    def __init__(
+        self, planned: PlannedJob, directory: RunDirectory, observer: Observer, stop: StopRequest
+    ) -> None:
+        self._planned = planned
+        self._directory = directory
+        self._observer = observer
+        self._stop = stop
+        self._started = time.monotonic()
+        self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        done = np.zeros(len(planned.plan.table), bool)
+        done[directory.done_rows()] = True
+        self._rows_before = int(done.sum())
+        left = planned.plan.sequence_of_row[~done]
+        self._sequences = np.unique(left[left >= 0])
+        self._writer = AnswerWriter(planned, directory, done)
+
+    def run(self, loading: Future[Engine]) -> RunOutcome:
+        """Answer the rows that are left, then seal. The session is recorded however it ends."""
+        self._write_plan()
+        self._directory.update_manifest(status="running")
+        engine: Engine | None = None
+        try:
+            engine = loading.result()
+            self._observer.say(self._header())
+            with self._stop.listening():
+                self._answer_rows(engine)
+            self._check_prefilled(engine)
+            return self._complete(engine)
+        except TooManyFailedRows:
+            raise  # the job is complete and recorded
+        except BaseException as error:
+            self._record_failure(engine, error)
+            raise
+        finally:
+            self._observer.close()
+
+    def _header(self) -> str:
+        summary = self._planned.summary
+        resumed = f" ({self._rows_before} done before)" if self._rows_before else ""
+        return (
+            f"{summary.rows} rows{resumed}, {summary.prompt_tokens} prompt tokens, "
+            f"{summary.unique_tokens} to compute ({summary.saving:.1%} saved)\n"
+            f"{self._planned.job.describe_generation()}"
+        )
+
+    def _write_plan(self) -> None:
+        """Write the plan once; a resumed job must come to the same one."""
+        summary = self._planned.summary
+        known = self._directory.root / "plan" / "summary.json"
+        if known.exists():
+            before = json.loads(known.read_text())["plan_hash"]
+            if before != summary.plan_hash:
+                raise RunDirectoryError(
+                    f"{self._directory.root} was planned differently ({before[:12]}, now "
+                    f"{summary.plan_hash[:12]}); finish it with the coppice that began it"
+                )
+            return
+        plan, ids = self._planned.plan, self._planned.ids
+        self._directory.write_frame("plan/plan.parquet", plan_frame(plan, ids))
+        self._directory.write_frame("plan/tree.parquet", tree_frame(plan))
+        self._directory.write_json("plan/summary.json", summary.to_json())
+
+    def _answer_rows(self, engine: Engine) -> None:
+        """Returns when every answer is committed. Raises Interrupted or TimeBudgetReached."""
+        control = RunControl(
+            self._stop.should_drain, self._stop.should_abort, self._planned.job.tokenizer.is_stopped
+        )
+        with Stages() as stages:
+            completions = stages.channel(_COMPLETIONS_AHEAD)
+
+            def write() -> None:
+                self._writer.add_rejected()
+                for completion in completions:
+                    self._writer.add(completion)
+                self._writer.flush()
+
+            stages.start("writer", write)
+            stages.start("ticker", lambda: self._tick(stages, engine))
+            for completion in engine.generate(self._planned.plan, self._sequences, control):
+                completions.put(completion)
+            if self._stop.should_abort():
+                raise self._stop.reason(self._rows_left)
+            completions.finish()
+        self._observer.show(self._snapshot(engine))
+        if self._rows_left and self._stop.should_drain():
+            raise self._stop.reason(self._rows_left)
+
+    @property
+    def _rows_done(self) -> int:
+        return self._rows_before + self._writer.counts.ok + self._writer.counts.failed
+
+    @property
+    def _rows_left(self) -> int:
+        return len(self._planned.plan.table) - self._rows_done
+
+    def _tick(self, stages: Stages, engine: Engine) -> None:
+        """Show the state twice a second and note it in metrics.jsonl now and then."""
+        noted_at = self._started
+        while not stages.ended.wait(_SHOW_EVERY_S):
+            snapshot = self._snapshot(engine)
+            self._observer.show(snapshot)
+            if time.monotonic() - noted_at >= _METRICS_EVERY_S:
+                noted_at = time.monotonic()
+                self._note(snapshot)
+
+    def _note(self, snapshot: Snapshot) -> None:
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        self._directory.append_metrics({"at": at, **asdict(snapshot), **snapshot.rates()})
+
+    def _snapshot(self, engine: Engine) -> Snapshot:
+        counters = engine.counters
+        return Snapshot(
+            rows_total=len(self._planned.plan.table),
+            rows_done=self._rows_done,
+            rows_failed=self._writer.counts.failed,
+            rows_before=self._rows_before,
+            prefilled_tokens=counters.prefilled_tokens,
+            saved_tokens=self._writer.counts.cached_tokens,
+            generated_tokens=counters.generated_tokens,
+            prefill_s=counters.prefill_s,
+            decode_s=counters.decode_s,
+            elapsed_s=time.monotonic() - self._started,
+        )
+
+    def _check_prefilled(self, engine: Engine) -> None:
+        """A cold run without errors computes every token of the tree exactly once."""
+        ran_whole_plan = len(self._sequences) == len(self._planned.plan.sequences)
+        failed_in_engine = self._writer.counts.failed > len(self._planned.rejected)
+        if engine.name != "prefix" or self._rows_before or not ran_whole_plan or failed_in_engine:
+            return
+        summary = self._planned.summary
+        counted = {
+            "prefilled": (engine.counters.prefilled_tokens, summary.unique_tokens),
+            "cached": (
+                self._writer.counts.cached_tokens,
+                summary.prompt_tokens - summary.unique_tokens,
+            ),
+        }
+        for name, (measured, planned) in counted.items():
+            if measured != planned:
+                raise EngineError(
+                    f"{measured} prompt tokens were {name} where the plan says {planned}; "
+                    "this is a fault in coppice, please report it with the plan's summary.json"
+                )
+
+    def _complete(self, engine: Engine) -> RunOutcome:
+        """Count, record and seal. Raises StorageError, TooManyFailedRows."""
+        rows = len(self._planned.plan.table)
+        counters = self._record(engine, "complete")
+        if counters["rows_ok"] + counters["rows_error"] != rows:
+            raise StorageError(
+                f"{rows} rows went in, but {counters['rows_ok']} answers and "
+                f"{counters['rows_error']} errors are committed"
+            )
+        self._note(self._snapshot(engine))
+        self._directory.seal(rows)
+        outcome = RunOutcome(self._directory.root, counters)
+        allowed = self._planned.job.settings.write.allowed_failures(rows)
+        if outcome.rows_failed > allowed:
+            raise TooManyFailedRows(
+                f"{outcome.rows_failed} of {rows} rows failed, {allowed} are allowed by "
+                f"--fail-on-error; failed.parquet in {self._directory.root} names them"
+            )
+        return outcome
+
+    def _record_failure(self, engine: Engine | None, error: BaseException) -> None:
+        """Note how the session ended; the disk that broke it may refuse that too."""
+        stopped = isinstance(error, CoppiceError) and error.exit_code in (75, 130)
+        try:
+            if engine is not None:
+                self._record(engine, type(error).__name__)
+            self._directory.update_manifest(status="stopped" if stopped else "failed")
+        except (OSError, CoppiceError) as second:
+            error.add_note(f"nor could the end of the session be recorded: {second}")
+
+    def _record(self, engine: Engine, end: str) -> dict[str, float]:
+        """Append this session to run.json, with the sums over all of them; returns the sums."""
+        counters = asdict(engine.counters)
+        notes = counters.pop("notes")
+        session = counters | {
+            "started_at": self._started_at,
+            "wall_s": time.monotonic() - self._started,
+            "rows_ok": self._writer.counts.ok,
+            "rows_error": self._writer.counts.failed,
+            "end": end,
+        }
+        sessions = [*self._directory.read_manifest().get("sessions", []), session]
+        sums: dict[str, float] = {name: sum(s[name] for s in sessions) for name in _SUMMED}
+        sums["peak_kv_bytes"] = max(s["peak_kv_bytes"] for s in sessions)
+        sums |= count_committed(self._directory)
+        sums["rows_in"] = len(self._planned.plan.table)
+        sums["prompt_tokens"] = self._planned.summary.prompt_tokens
+        sums["unique_tokens"] = self._planned.summary.unique_tokens
+        named = {"name": engine.name, "notes": notes}
+        self._directory.update_manifest(sessions=sessions, counters=sums, engine=named)
+        return sums
+
+
+def count_committed(directory: RunDirectory) -> dict[str, int]:
+    """Rows and cached tokens in the committed parts: what is on the disk, not what was meant."""
+    ok = pl.col("status") == "ok"
+    columns = [
+        ok.sum().alias("rows_ok"),
+        (~ok).sum().alias("rows_error"),
+        pl.col("cached_tokens").cast(pl.Int64).sum().alias("cached_tokens"),
+    ]
+    counted: dict[str, int] = directory.scan().select(columns).collect().row(0, named=True)
+    return counted

@@ -1,0 +1,227 @@
+"""What a person can choose: one small frozen record per stage, validated once, passed as an argument.
+
+Field names are unique over all sections and equal the command's flags, so that a flat mapping
+(flags, or a YAML file) can be dealt out to the sections by `JobSettings.from_flat`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.errors import UsageError
+from pipeline.records import SamplingParams
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_bytes(text: str | int) -> int:
+    """`8GiB`, `500MB`, `1024` -> bytes. Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kmg]i?)?b?\s*", str(text).lower())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write it like 8GiB, 500MB or 1048576")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def parse_seconds(text: str | float) -> float:
+    """`4h`, `90m`, `30` -> seconds. Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([smhd])?\s*", str(text).lower())
+    if match is None:
+        raise ValueError(f"{text!r} is not a duration; write it like 4h, 90m or 3600")
+    return float(match[1]) * _SECONDS[match[2] or ""]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ReadSettings(_Section):
+    """Which rows and columns are read. A column left at None is found by its usual name."""
+
+    prompt_column: str | None = None
+    messages_column: str | None = None
+    id_column: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+
+
+class TokenSettings(_Section):
+    """How a row becomes text, and text token ids."""
+
+    system_prompt: str | None = None
+    chat_template: Path | None = None
+    apply_chat_template: bool = False
+    parse_special_tokens: bool = False
+
+
+class PlanSettings(_Section):
+    """How the file becomes a plan. `min_prefix_tokens`: shorter shared spans get no KV range of
+    their own in decode; their states are still computed once and then copied."""
+
+    min_prefix_tokens: int = Field(default=16, ge=1)
+    on_overlong: Literal["error", "truncate-left", "keep"] = "error"
+
+
+class SamplingSettings(_Section):
+    """Defaults for rows that bring no sampling fields; None means: as the model's repository says."""
+
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+class ModelSettings(_Section):
+    """Which model runs, and on what. `model` is a folder or a hub id."""
+
+    model: str
+    revision: str | None = None
+    engine: Literal["prefix", "naive", "echo"] = "prefix"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+
+
+class EngineSettings(_Section):
+    """How wide the device runs; none of this may change an answer. `kv_budget` in bytes."""
+
+    max_batch_tokens: int = Field(default=4096, ge=16)
+    max_rows: int = Field(default=256, ge=1)
+    kv_budget: int | None = Field(default=None, ge=1)
+
+    @field_validator("kv_budget", mode="before")
+    @classmethod
+    def _bytes(cls, value: str | int | None) -> int | None:
+        return None if value is None else parse_bytes(value)
+
+
+class WriteSettings(_Section):
+    """How the output is cut into parts and when the job counts as failed or stops by itself."""
+
+    rows_per_part: int = Field(default=1000, ge=1)
+    preserve_order: bool = False
+    fail_on_error: str = "0.01"
+    time_budget: float | None = None
+
+    @field_validator("time_budget", mode="before")
+    @classmethod
+    def _seconds(cls, value: str | float | None) -> float | None:
+        return None if value is None else parse_seconds(value)
+
+    @field_validator("fail_on_error", mode="before")
+    @classmethod
+    def _limit(cls, value: object) -> str:
+        text = str(value)
+        if not re.fullmatch(r"\d+|[01]?\.\d+|1\.0*", text):
+            raise ValueError(
+                f"{text!r} is neither a fraction like 0.01 nor a number of rows like 50"
+            )
+        return text
+
+    def allowed_failures(self, num_rows: int) -> int:
+        """The most rows that may fail: a fraction has a dot, a count has none."""
+        limit = self.fail_on_error
+        return int(float(limit) * num_rows) if "." in limit else int(limit)
+
+
+class AuditSettings(_Section):
+    """How many rows are audited and what they must show. `audit_sample`: `200` rows or `1%`."""
+
+    audit_sample: str = "1%"
+    audit_min_exact: float = Field(default=1.0, ge=0.0, le=1.0)
+    audit_free_running: int = Field(default=30, ge=0)
+    audit_encoder: str | None = None
+
+    @field_validator("audit_sample", mode="before")
+    @classmethod
+    def _sample(cls, value: object) -> str:
+        text = str(value).strip()
+        if not re.fullmatch(r"\d+|\d+(\.\d+)?%", text):
+            raise ValueError(f"{text!r} is neither a number of rows like 200 nor a share like 1%")
+        return text
+
+    def num_rows(self, total: int) -> int:
+        """Rows asked for out of `total`; rows that cover prefix groups may come on top."""
+        text = self.audit_sample
+        wanted = -(-total * float(text[:-1]) // 100) if text.endswith("%") else int(text)
+        return min(total, int(wanted))
+
+
+class JobSettings(_Section):
+    """The whole job, section by section."""
+
+    model: ModelSettings
+    read: ReadSettings = ReadSettings()
+    tokens: TokenSettings = TokenSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    plan: PlanSettings = PlanSettings()
+    engine: EngineSettings = EngineSettings()
+    write: WriteSettings = WriteSettings()
+    audit: AuditSettings = AuditSettings()
+
+    @classmethod
+    def from_flat(cls, flat: dict[str, Any]) -> JobSettings:
+        """Deal a flat mapping of flag names out to the sections; None means "not said".
+
+        Raises UsageError naming the first field that is unknown or out of range.
+        """
+        sections: dict[str, dict[str, Any]] = {name: {} for name in cls.model_fields}
+        home = {key: name for name, section in _SECTIONS.items() for key in section.model_fields}
+        for key, value in flat.items():
+            field = key.replace("-", "_")
+            if field not in home:
+                raise UsageError(f"unknown setting {key!r}; known are {', '.join(sorted(home))}")
+            if value is not None:
+                sections[home[field]][field] = value
+        try:
+            return cls.model_validate(sections)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][-1]).replace("_", "-")
+            reason = first["msg"].removeprefix("Value error, ")
+            raise UsageError(f"setting {name}: {reason} (got {first['input']!r})") from None
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "model": ModelSettings,
+    "read": ReadSettings,
+    "tokens": TokenSettings,
+    "sampling": SamplingSettings,
+    "plan": PlanSettings,
+    "engine": EngineSettings,
+    "write": WriteSettings,
+    "audit": AuditSettings,
+}
+
+
+def resolve_sampling(
+    settings: SamplingSettings, generation_config: dict[str, Any], override: dict[str, object]
+) -> SamplingParams:
+    """Row over flags over the model's generation_config over defaults. Raises ValueError.
+
+    A repository that says `do_sample: false` (or nothing) is greedy whatever temperature it lists.
+    """
+    chosen: dict[str, Any] = {}
+    if generation_config.get("do_sample"):
+        chosen = {
+            k: generation_config[k]
+            for k in ("temperature", "top_p", "top_k")
+            if generation_config.get(k)
+        }
+        chosen.setdefault("temperature", 1.0)
+    if generation_config.get("max_new_tokens"):
+        chosen["max_new_tokens"] = generation_config["max_new_tokens"]
+    said = settings.model_dump(exclude_none=True)
+    chosen |= said | {k: v for k, v in override.items() if v is not None}
+    chosen["stop"] = (chosen["stop"],) if isinstance(chosen["stop"], str) else tuple(chosen["stop"])
+    if chosen.get("top_k") == 0 or chosen.get("top_k") == -1:
+        chosen["top_k"] = None
+    unknown = chosen.keys() - SamplingParams.__dataclass_fields__.keys()
+    if unknown:
+        raise ValueError(f"unknown sampling field {sorted(unknown)[0]!r}")
+    return SamplingParams(**chosen)

@@ -1,0 +1,53 @@
+"""How far a run directory is, also while another process works on it. Changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.session import count_committed
+from pipeline.storage.run_directory import RunDirectory
+
+
+def read_status(root: Path) -> dict[str, Any]:
+    """Rows by outcome, and the last rates that a session noted (None before the first note).
+
+    `eta_s` is there only while the job is running. Raises RunDirectoryError if there is no run.
+    """
+    directory = RunDirectory.open(root)
+    manifest = directory.read_manifest()
+    committed = count_committed(directory)
+    rows = int(manifest["input"]["rows"])
+    done = committed["rows_ok"] + committed["rows_error"]
+    last = _last_metrics(root / "metrics.jsonl")
+    rows_per_s = last.get("rows_per_s")
+    running = manifest["status"] == "running"
+    return {
+        "status": manifest["status"],
+        "rows": rows,
+        "rows_done": done,
+        "rows_failed": committed["rows_error"],
+        "rows_left": rows - done,
+        "rows_per_s": rows_per_s,
+        "prefill_tokens_per_s": last.get("prefill_tokens_per_s"),
+        "decode_tokens_per_s": last.get("decode_tokens_per_s"),
+        "eta_s": (rows - done) / rows_per_s if running and rows_per_s else None,
+        "at": last.get("at"),
+        "audit": _audit_verdict(root),
+        "counters": manifest["counters"],
+    }
+
+
+def _last_metrics(path: Path) -> dict[str, Any]:
+    """The last whole line; a line that is being written has no end yet."""
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    record: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    return record
+
+
+def _audit_verdict(root: Path) -> str | None:
+    path = root / "audit" / "summary.json"
+    return str(json.loads(path.read_text(encoding="utf-8"))["verdict"]) if path.exists() else None

@@ -1,0 +1,47 @@
+"""The dataset card (README.md) of a finished run. Knows nothing about how the run was made.
+
+It holds counts, names and hashes, so that it can be published beside the data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.storage.schema import OUTPUT_FIELDS
+
+_CARD = """---
+configs:
+- config_name: default
+  data_files: data/*.parquet
+---
+
+# Generated text
+
+Made by coppice, run `{run_id}` on {created_at}: {num_rows} rows, {num_error} of them failed.
+
+```python
+polars.scan_parquet("data/*.parquet")            # or pandas, DuckDB
+datasets.load_dataset("path/to/this/folder")
+```
+
+Rows come in the order in which they were computed; `row_index` restores the order of the input.
+Failed rows have `status = "error"` and the reason in `error_type` and `error_message`;
+`failed.parquet` holds them alone. `run.json` says what exactly was run.
+
+| column | type |
+|---|---|
+{columns}
+| every column of the input | as it was; `input_<name>` where the name is taken |
+"""
+
+
+def render_card(manifest: dict[str, Any], num_rows: int, num_error: int) -> str:
+    """Markdown with the front matter that `datasets` reads."""
+    columns = "\n".join(f"| `{field.name}` | {field.type} |" for field in OUTPUT_FIELDS)
+    return _CARD.format(
+        run_id=manifest["run_id"],
+        created_at=manifest["created_at"],
+        num_rows=num_rows,
+        num_error=num_error,
+        columns=columns,
+    )

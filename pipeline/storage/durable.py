@@ -1,0 +1,84 @@
+"""Files that are old or new after a crash, never half. Knows nothing about what they hold.
+
+```
+ write_new(temp)  O_EXCL, 0600, all bytes, fsync ─► publish(temp, path)  rename, fsync the folder
+```
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import StorageError
+
+_TEMP_NAME = re.compile(r"\..+\.\d+\.tmp")
+
+
+def temp_path(path: Path) -> Path:
+    """Where this process writes `path` before it is published: hidden, and in the same folder."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def is_temp(path: Path) -> bool:
+    """Whether the name is one that `temp_path` makes."""
+    return _TEMP_NAME.fullmatch(path.name) is not None
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into a StorageError that names `path`, the cause and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path} ({error.strerror or error}); "
+            "free or repair the disk, then run the same command again"
+        ) from error
+
+
+def write_new(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that must not exist yet and flush it to the disk. Raises OSError."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(file, content)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def write_all(file: int, content: bytes | memoryview) -> None:
+    """Write all of `content` to a file descriptor, however little one call takes."""
+    left = memoryview(content)
+    while left:
+        left = left[os.write(file, left) :]
+
+
+def publish(temp: Path, path: Path) -> None:
+    """Give `temp` its final name, replacing what is there, for good. Raises OSError."""
+    os.replace(temp, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in this folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_file(path: Path, content: bytes | memoryview) -> None:
+    """Put `content` at `path` in one step; missing folders are made. Raises StorageError."""
+    temp = temp_path(path)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_new(temp, content)
+            publish(temp, path)
+        finally:
+            temp.unlink(missing_ok=True)

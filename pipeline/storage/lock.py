@@ -1,0 +1,49 @@
+"""One writer per folder. Knows nothing about what is written."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+from pathlib import Path
+
+from pipeline.errors import RunDirectoryError
+
+LOCK_NAME = ".lock"
+_logger = logging.getLogger("coppice")
+
+
+class FolderLock:
+    """Held from construction until `release`. The operating system frees it if its owner dies.
+
+    The file is never removed: a second process could hold the removed one and a third a new one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Take the lock. Raises RunDirectoryError naming the owner if somebody holds it."""
+        path = folder / LOCK_NAME
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot open {path} ({error.strerror}); check who may write to the folder"
+            ) from error
+        owner = os.pread(self._file, 200, 0).decode(errors="replace").strip()
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._file)
+            raise RunDirectoryError(
+                f"{folder} is in use by {owner or 'another process'} ({error.strerror}); "
+                "wait until it ends or choose another folder"
+            ) from error
+        if owner:
+            _logger.warning("took over the lock of %s, which %s left behind", folder, owner)
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Give the lock back; the file stays, empty."""
+        os.ftruncate(self._file, 0)
+        os.close(self._file)

@@ -1,0 +1,260 @@
+"""The prompts of a job, read from Parquet in a stream. Knows nothing about tokens or models."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.errors import InputError
+from pipeline.records import Message, PromptBatch, Rejected
+from pipeline.settings import ReadSettings
+from pipeline.storage.cells import BadCell, read_messages, read_sampling, read_text
+from pipeline.storage.columns import ColumnMap, find_columns
+from pipeline.storage.parquet_input import ParquetInput, find_input_files
+
+_CACHE_BYTES = 256 << 20
+_HASH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class PromptSource:
+    """A frozen view of the input. Row i of the job is row i of the files in order.
+
+    `schema` has plain types (`columns.plain_type`). `_first_row[g]` is the row at which row group
+    g of all files together begins: [row groups + 1].
+    """
+
+    paths: tuple[Path, ...]
+    num_rows: int
+    schema: pa.Schema
+    columns: ColumnMap
+    _files: tuple[ParquetInput, ...]
+    _labels: tuple[str, ...]
+    _first_row: NDArray[np.int64]
+    _cache: _GroupCache = field(default_factory=lambda: _GroupCache(_CACHE_BYTES))
+
+    def iter_prompts(self) -> Iterator[PromptBatch]:
+        """All rows in order, in batches of at most `parquet_input.BATCH_ROWS`.
+
+        Raises InputError on a damaged page or a row without an id.
+        """
+        for file, label, start, stop in self._file_ranges():
+            row = start
+            for table in file.iter_batches(self.columns.names, stop - start):
+                ids = self._read_ids(table, file, label, row - start)
+                yield _make_batch(table, self.columns, ids, row)
+                row += table.num_rows
+
+    def take(self, row_indices: NDArray[np.int64]) -> pa.Table:
+        """All columns of these rows, in the order given: a table of `schema`, [len(row_indices)].
+
+        Raises InputError on a damaged page, IndexError for a row that is not there.
+        """
+        rows = np.asarray(row_indices, np.int64)
+        if not len(rows):
+            return self.schema.empty_table()
+        if not 0 <= rows.min() <= rows.max() < self.num_rows:
+            raise IndexError(f"rows must lie in [0, {self.num_rows})")
+        group_of_row = np.searchsorted(self._first_row, rows, side="right") - 1
+        # Group by group in file order, and then back into the order asked for.
+        by_group = np.argsort(group_of_row, kind="stable")
+        groups, counts = np.unique(group_of_row, return_counts=True)
+        pieces = []
+        for (group, table), wanted in zip(
+            self._read_groups(groups.tolist()),
+            np.split(by_group, np.cumsum(counts)[:-1]),
+            strict=True,
+        ):
+            pieces.append(table.take(pa.array(rows[wanted] - self._first_row[group])))
+        inverse = np.empty(len(rows), np.int64)
+        inverse[by_group] = np.arange(len(rows))
+        return pa.concat_tables(pieces).take(pa.array(inverse))
+
+    def check_carried_columns(self) -> None:
+        """Read the columns that planning skips, so that damage shows before the device is used.
+
+        Raises InputError on a damaged page or text that is not UTF-8.
+        """
+        carried = [name for name in self.schema.names if name not in self.columns.names]
+        if not carried:
+            return
+        for file, _, start, stop in self._file_ranges():
+            for _table in file.iter_batches(carried, stop - start):
+                pass
+
+    def fingerprint(self) -> str:
+        """sha256 over the bytes of all files and the number of rows used; names do not matter."""
+        digest = hashlib.sha256(f"rows={self.num_rows}\n".encode())
+        for path in self.paths:
+            content = hashlib.sha256()
+            with path.open("rb", buffering=0) as file:
+                while chunk := file.read(_HASH_BYTES):
+                    content.update(chunk)
+            digest.update(content.digest())
+        return digest.hexdigest()
+
+    def _file_ranges(self) -> Iterator[tuple[ParquetInput, str, int, int]]:
+        """Each file in use, its label, and the rows `[start, stop)` of the job that it holds."""
+        start = 0
+        for file, label in zip(self._files, self._labels, strict=True):
+            stop = min(self.num_rows, start + int(file.group_rows.sum()))
+            if stop > start:
+                yield file, label, start, stop
+            start = stop
+
+    def _read_ids(
+        self, table: pa.Table, file: ParquetInput, label: str, row_in_file: int
+    ) -> list[str]:
+        if self.columns.id is None:
+            first = np.concatenate([[0], np.cumsum(file.group_rows)])
+            rows = np.arange(row_in_file, row_in_file + table.num_rows)
+            groups = np.searchsorted(first, rows, side="right") - 1
+            places = zip(groups.tolist(), (rows - first[groups]).tolist(), strict=True)
+            return [f"{label}:{group}:{row}" for group, row in places]
+        column = table.column(self.columns.id)
+        if column.null_count:
+            row = row_in_file + column.is_null().to_pylist().index(True)
+            raise InputError(
+                f"row {row} of {file.path} has no id; fill or drop the column {self.columns.id!r}"
+            )
+        try:
+            ids: list[str] = column.cast(pa.large_string()).to_pylist()
+        except (pa.ArrowException, UnicodeError) as error:
+            raise InputError(
+                f"column {self.columns.id!r} of {file.path} has the type {column.type}, "
+                "which does not turn into text; convert it"
+            ) from error
+        return ids
+
+    def _read_groups(self, groups: Sequence[int]) -> Iterator[tuple[int, pa.Table]]:
+        """Row groups in ascending order, each decoded once and kept while there is room."""
+        first_group = np.cumsum([0] + [len(file.group_rows) for file in self._files])
+        for number, file in enumerate(self._files):
+            low, high = int(first_group[number]), int(first_group[number + 1])
+            here = [group for group in groups if low <= group < high]
+            if not here:
+                continue
+            with file.open_groups() as read_group:
+                for group in here:
+                    yield group, self._cache.get(group, partial(read_group, group - low))
+
+
+class _GroupCache:
+    """Decoded row groups, the least recently used dropped first; always room for one."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+
+    def get(self, group: int, read: Callable[[], pa.Table]) -> pa.Table:
+        """The row group, from `read` if it is not here."""
+        table = self._tables.pop(group, None)
+        if table is None:
+            table = read()
+        self._tables[group] = table
+        while len(self._tables) > 1 and self.num_bytes > self._max_bytes:
+            self._tables.popitem(last=False)
+        return table
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(table.nbytes for table in self._tables.values())
+
+
+def open_source(path: str | Path, settings: ReadSettings) -> PromptSource:
+    """Open a Parquet file, a folder of them, or a glob; footers are read, rows are not.
+
+    Raises InputError: nothing there, not Parquet, truncated, no rows, columns missing or of the
+    wrong type, files that differ in their columns.
+    """
+    paths = find_input_files(path)
+    files = tuple(ParquetInput.open(p) for p in paths)
+    schema = files[0].schema
+    for file in files[1:]:
+        _check_same_schema(files[0], file)
+    columns = find_columns(schema, settings, str(paths[0]))
+    group_rows = np.concatenate([file.group_rows for file in files])
+    first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(group_rows)])
+    num_rows = int(first_row[-1])
+    if num_rows == 0:
+        raise InputError(f"{path} holds no rows; check how it was written")
+    if settings.limit is not None:
+        num_rows = min(num_rows, settings.limit)
+    return PromptSource(paths, num_rows, schema, columns, files, _make_labels(paths), first_row)
+
+
+def find_duplicate_ids(ids: Sequence[str], at_most: int = 5) -> list[str]:
+    """The first few ids that occur more than once, in order of appearance."""
+    if len(set(ids)) == len(ids):
+        return []
+    return [row_id for row_id, count in Counter(ids).items() if count > 1][:at_most]
+
+
+def _check_same_schema(first: ParquetInput, other: ParquetInput) -> None:
+    ours = {f.name: f.type for f in first.schema}
+    theirs = {f.name: f.type for f in other.schema}
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            here, there = ours.get(name, "absent"), theirs.get(name, "absent")
+            raise InputError(
+                f"column {name!r} is {here} in {first.path} but {there} in {other.path}; "
+                "bring the files to one schema or run them one by one"
+            )
+
+
+def _make_labels(paths: tuple[Path, ...]) -> tuple[str, ...]:
+    """Base names for ids; where two are equal, paths from the folder that all files share."""
+    names = tuple(path.name for path in paths)
+    if len(set(names)) == len(names):
+        return names
+    top = os.path.commonpath([path.parent for path in paths])
+    return tuple(path.relative_to(top).as_posix() for path in paths)
+
+
+def _make_batch(table: pa.Table, columns: ColumnMap, ids: list[str], row_start: int) -> PromptBatch:
+    def cells(name: str | None) -> list[object]:
+        return [None] * len(ids) if name is None else table.column(name).to_pylist()
+
+    contents: list[str | list[Message] | None] = []
+    overrides: list[dict[str, object]] = []
+    rejected: list[Rejected] = []
+    rows = zip(
+        cells(columns.prompt or columns.messages),
+        cells(columns.sampling_params),
+        cells(columns.max_new_tokens),
+        strict=True,
+    )
+    for row, (content, sampling, max_new_tokens) in enumerate(rows, row_start):
+        parsed, override, fault = _read_row(content, sampling, columns.prompt is None)
+        if max_new_tokens is not None:
+            override["max_new_tokens"] = max_new_tokens
+        if fault is not None:
+            rejected.append(Rejected(row, *fault))
+        contents.append(parsed)
+        overrides.append(override)
+    tenants: list[str | None] = cells(columns.tenant)  # type: ignore[assignment]
+    return PromptBatch(row_start, ids, contents, overrides, tenants, tuple(rejected))
+
+
+def _read_row(
+    content: object, sampling: object, is_conversation: bool
+) -> tuple[str | list[Message] | None, dict[str, object], tuple[str, str] | None]:
+    """Content, overrides and, if the row cannot run, (error_type, message) with content None."""
+    if content is None:
+        return None, {}, ("NullPrompt", "the prompt is null")
+    error_type = "BadMessages" if is_conversation else "EmptyPrompt"
+    try:
+        parsed = read_messages(content) if is_conversation else read_text(str(content))
+        error_type = "BadSamplingParams"
+        return parsed, {} if sampling is None else read_sampling(sampling), None
+    except BadCell as error:
+        return None, {}, (error_type, str(error))

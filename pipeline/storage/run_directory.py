@@ -1,0 +1,265 @@
+"""The folder of one run: what it is, what is done, and that nothing is missing at the end.
+
+Knows nothing about models or prompts. Everything in it is written aside and renamed; the parts'
+own footers are the only record of what is done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.errors import RunDirectoryError, StorageError
+from pipeline.storage.card import render_card
+from pipeline.storage.durable import is_temp, replace_file, write_all, write_errors
+from pipeline.storage.lock import LOCK_NAME, FolderLock
+from pipeline.storage.manifest import (
+    MANIFEST_NAME,
+    check_fingerprint,
+    new_manifest,
+    read_manifest,
+)
+from pipeline.storage.schema import OUTPUT_FIELDS
+from pipeline.storage.writer import PART_NAME, PartFooter, encode_parquet, read_part_footer
+
+SUCCESS_NAME = "_SUCCESS"
+
+
+class RunDirectory:
+    """From `create_or_resume` (holds the lock until `close`) or `open` (reads, and adds files)."""
+
+    def __init__(self, root: Path, lock: FolderLock | None) -> None:
+        self.root = root
+        self._lock = lock
+        self._footers: dict[Path, PartFooter] = {}
+
+    @classmethod
+    def create_or_resume(
+        cls, root: str | Path, fingerprint: dict[str, Any], description: dict[str, Any]
+    ) -> RunDirectory:
+        """Take the lock; write run.json, or compare the one that is there; drop own temp files.
+
+        Both dicts must be JSON. `description` (settings, versions, device, input, engine) is only
+        written, never compared. Raises RunDirectoryError if the folder is in use, is not a run of
+        ours, or holds a run whose fingerprint differs.
+        """
+        folder = Path(root)
+        _make_folder(folder)
+        lock = FolderLock(folder)
+        run = cls(folder, lock)
+        try:
+            run._drop_temp_files()
+            if (folder / MANIFEST_NAME).exists():
+                check_fingerprint(folder, run.read_manifest()["fingerprint"], fingerprint)
+            else:
+                run.write_json(MANIFEST_NAME, new_manifest(fingerprint) | description)
+            with write_errors(run.data):
+                run.data.mkdir(exist_ok=True)
+        except BaseException:
+            lock.release()
+            raise
+        return run
+
+    @classmethod
+    def open(cls, root: str | Path) -> RunDirectory:
+        """For status, audit and report, also while the run is going on: takes no lock.
+
+        Raises RunDirectoryError if the folder holds no run.
+        """
+        run = cls(Path(root), None)
+        run.read_manifest()
+        return run
+
+    @property
+    def data(self) -> Path:
+        """The folder of the parts."""
+        return self.root / "data"
+
+    @property
+    def run_id(self) -> str:
+        """16 hex digits of the fingerprint's hash."""
+        return str(self.read_manifest()["run_id"])
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether every row is there and counted."""
+        return (self.root / SUCCESS_NAME).exists()
+
+    def done_rows(self) -> NDArray[np.int64]:
+        """[done] int64, ascending: rows of all committed parts; each part is verified once.
+
+        Raises StorageError if a part was altered, is foreign, or repeats a row of another one.
+        """
+        footers = self.footers()
+        rows = np.concatenate([np.zeros(0, np.int64), *(f.row_indices for f in footers)])
+        owner = np.repeat(np.arange(len(footers)), [len(f.row_indices) for f in footers])
+        order = np.argsort(rows, kind="stable")
+        twice = np.flatnonzero(np.diff(rows[order]) == 0)
+        if len(twice):
+            first, second = (footers[owner[order[twice[0] + i]]].path.name for i in (0, 1))
+            raise StorageError(
+                f"row {rows[order[twice[0]]]} is in two parts of {self.data}, {first} and "
+                f"{second}; delete one of them and run the same command again"
+            )
+        return rows[order]
+
+    def footers(self) -> list[PartFooter]:
+        """Of all committed parts, by number; each part is verified once. Raises StorageError."""
+        for path in self._part_paths():
+            if path not in self._footers:
+                self._footers[path] = self._read_footer(path)
+        return sorted(self._footers.values(), key=lambda footer: footer.number)
+
+    def next_part_number(self) -> int:
+        """One more than the largest committed part's."""
+        numbers = [int(match[1]) for p in self._part_paths() if (match := PART_NAME.match(p.name))]
+        return max(numbers, default=-1) + 1
+
+    def scan(self) -> pl.LazyFrame:
+        """All committed parts; our columns and no rows where there is none yet."""
+        paths = self._part_paths()
+        if paths:
+            return pl.scan_parquet(paths)
+        empty = pl.from_arrow(pa.schema(OUTPUT_FIELDS).empty_table())
+        assert isinstance(empty, pl.DataFrame)
+        return empty.lazy()
+
+    def read_manifest(self) -> dict[str, Any]:
+        """run.json. Raises RunDirectoryError if it is missing, damaged or of another version."""
+        return read_manifest(self.root)
+
+    def update_manifest(self, **fields: Any) -> None:
+        """Replace these top-level fields of run.json. Only the holder of the lock may."""
+        self._check_locked()
+        self.write_json(MANIFEST_NAME, self.read_manifest() | fields)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write `value` at a relative name like `plan/summary.json`. Raises ValueError on NaN."""
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        self.write_text(name, text + "\n")
+
+    def write_frame(self, name: str, frame: pl.DataFrame) -> None:
+        """Write a Parquet file at a relative name."""
+        replace_file(self._inside(name), memoryview(encode_parquet(frame.to_arrow())))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write UTF-8 text at a relative name. Raises StorageError."""
+        replace_file(self._inside(name), text.encode())
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl. Raises StorageError."""
+        path = self.root / "metrics.jsonl"
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        with write_errors(path):
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            try:
+                write_all(file, line.encode())
+            finally:
+                os.close(file)
+
+    def seal(self, num_rows: int) -> None:
+        """Check that rows [0, num_rows) are there once each, then mark the run complete.
+
+        Writes failed.parquet and README.md, sets the status, and `_SUCCESS` last. Raises
+        StorageError with the counts if a row is missing, foreign or has the id of another one.
+        """
+        self._check_locked()
+        self._check_rows(num_rows)
+        failed = self.scan().filter(pl.col("status") == "error").sort("row_index").collect()
+        self.write_frame("failed.parquet", failed)
+        self.write_text("README.md", render_card(self.read_manifest(), num_rows, failed.height))
+        self.update_manifest(status="complete")
+        self.write_text(SUCCESS_NAME, "")
+
+    def close(self) -> None:
+        """Release the lock, if it is held."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_rows(self, num_rows: int) -> None:
+        done = self.done_rows()
+        missing = np.setdiff1d(np.arange(num_rows), done, assume_unique=True)
+        if len(missing):
+            raise StorageError(
+                f"{len(missing)} of {num_rows} rows have no answer in {self.data} (first: row "
+                f"{missing[0]}); run the same command again"
+            )
+        if len(done) != num_rows:
+            raise StorageError(
+                f"{self.data} holds {len(done)} rows for an input of {num_rows}; "
+                "move the folder away and run again"
+            )
+        num_ids = self.scan().select(pl.col("id").n_unique()).collect().item()
+        if num_ids != num_rows:
+            raise StorageError(
+                f"{num_rows} rows in {self.data} have only {num_ids} different ids; "
+                "make the ids of the input unique and run into a new folder"
+            )
+
+    def _check_locked(self) -> None:
+        if self._lock is None:
+            raise RunDirectoryError(f"{self.root} was opened for reading; resume it to change it")
+
+    def _read_footer(self, path: Path) -> PartFooter:
+        footer = read_part_footer(path)
+        origin = footer.provenance.get("run_id", self.run_id)
+        if origin != self.run_id:
+            raise StorageError(f"{path} belongs to the run {origin}; move it out of the folder")
+        return footer
+
+    def _part_paths(self) -> list[Path]:
+        paths = sorted(self.data.glob("*.parquet")) if self.data.is_dir() else []
+        foreign = [path for path in paths if not PART_NAME.fullmatch(path.name)]
+        if foreign:
+            raise StorageError(f"{foreign[0]} is not a part of this run; move it out of the folder")
+        return paths
+
+    def _drop_temp_files(self) -> None:
+        for path in _temp_files(self.root):
+            path.unlink(missing_ok=True)
+
+    def _inside(self, name: str) -> Path:
+        parts = PurePosixPath(name).parts
+        assert parts and parts[0] != "/" and ".." not in parts, name
+        return self.root.joinpath(*parts)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder, or refuse one that holds something else than a run of ours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in folder.iterdir() if not is_temp(path)}
+    except OSError as error:
+        raise RunDirectoryError(
+            f"cannot use {folder} as the output folder ({error.strerror}); choose another one"
+        ) from error
+    if MANIFEST_NAME not in names and names - {LOCK_NAME}:
+        raise RunDirectoryError(
+            f"{folder} is not empty and holds no run of coppice; choose a new folder"
+        )
+
+
+def _temp_files(root: Path) -> Iterator[Path]:
+    folders = [root, *(path for path in root.iterdir() if path.is_dir())]
+    return (path for folder in folders for path in list(folder.iterdir()) if is_temp(path))

@@ -1,0 +1,78 @@
+"""The columns of the output. Knows nothing about how they are filled or written."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pyarrow as pa
+
+from pipeline.errors import InputError
+
+SCHEMA_VERSION = 1
+
+OUTPUT_FIELDS: tuple[pa.Field, ...] = (
+    pa.field("id", pa.string(), nullable=False),
+    pa.field("row_index", pa.int64(), nullable=False),
+    pa.field("generated_text", pa.string()),
+    pa.field("finish_reason", pa.string()),
+    pa.field("prompt_tokens", pa.int32()),
+    pa.field("completion_tokens", pa.int32()),
+    pa.field("cached_tokens", pa.int32()),
+    pa.field("reuse_depth", pa.int32()),
+    pa.field("group_id", pa.int64()),
+    pa.field("dedup_of", pa.string()),
+    pa.field("queue_s", pa.float64()),
+    pa.field("prefill_s", pa.float64()),
+    pa.field("prefill_amortized_s", pa.float64()),
+    pa.field("decode_s", pa.float64()),
+    pa.field("ttft_s", pa.float64()),
+    pa.field("latency_s", pa.float64()),
+    pa.field("status", pa.string(), nullable=False),
+    pa.field("error_type", pa.string()),
+    pa.field("error_message", pa.string()),
+    pa.field("attempts", pa.int8()),
+    pa.field("completion_token_ids", pa.list_(pa.int32())),
+)
+_OUTPUT_NAMES = frozenset(field.name for field in OUTPUT_FIELDS)
+
+
+def carried_name(name: str) -> str:
+    """What an input column is called in the output: `input_<name>` where ours has the name."""
+    return f"input_{name}" if name in _OUTPUT_NAMES else name
+
+
+def output_schema(input_schema: pa.Schema, id_column: str | None) -> pa.Schema:
+    """Our columns, then every input column; an id column named `id` is ours already.
+
+    Raises InputError where two input columns would end up with one name.
+    """
+    carried = [
+        pa.field(carried_name(field.name), field.type)
+        for field in input_schema
+        if not _is_ours(field.name, id_column)
+    ]
+    twice = [name for name, count in Counter(f.name for f in carried).items() if count > 1]
+    if twice:
+        taken = twice[0].removeprefix("input_")
+        raise InputError(
+            f"the input columns {taken!r} and {twice[0]!r} would both be written as "
+            f"{twice[0]!r}; rename one of the two"
+        )
+    return pa.schema([*OUTPUT_FIELDS, *carried])
+
+
+def carry_columns(results: pa.Table, inputs: pa.Table, id_column: str | None) -> pa.Table:
+    """Put the input columns of the same rows, in the same order, beside our result columns.
+
+    `results` has the names of OUTPUT_FIELDS; it is cast to their types.
+    """
+    schema = output_schema(inputs.schema, id_column)
+    ours = results.select([field.name for field in OUTPUT_FIELDS])
+    theirs = [inputs.column(n) for n in inputs.column_names if not _is_ours(n, id_column)]
+    return pa.Table.from_arrays(
+        [*ours.cast(pa.schema(OUTPUT_FIELDS)).columns, *theirs], schema=schema
+    )
+
+
+def _is_ours(name: str, id_column: str | None) -> bool:
+    return name == "id" and name == id_column

@@ -1,0 +1,144 @@
+"""Tables and lines for people, 80 columns wide. Knows nothing about how the numbers were made."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.progress import format_bytes, format_duration
+
+Rows = Sequence[tuple[str, str]]
+_SHOWN_IDS = 64
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on stdout and nothing else."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+
+
+def print_table(title: str, rows: Rows) -> None:
+    """Two columns on stdout: what, and how much."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    Console().print(table, highlight=False, markup=False)
+
+
+def plan_table(summary: Mapping[str, Any]) -> Rows:
+    """`plan/summary.json` as a table."""
+    peak = summary["peak_kv_bytes"]
+    rejected = f", {summary['rows_rejected']:,} cannot run" if summary["rows_rejected"] else ""
+    rows = [
+        ("rows", f"{summary['rows']:,}{rejected}"),
+        ("distinct prompts", f"{summary['distinct_prompts']:,}"),
+        ("sequences to run", f"{summary['sequences']:,}"),
+        ("prompt tokens T", f"{summary['prompt_tokens']:,}"),
+        ("unique tokens U", f"{summary['unique_tokens']:,}"),
+        ("prefill saved", f"{summary['saving']:.1%}  (1 - U/T)"),
+        ("new tokens D", f"at most {summary['max_new_tokens']:,}"),
+        ("upper bound on gain", f"{summary['gain_bound']:.2f}x  ((T + D) / (U + D))"),
+        ("prefix groups", f"{summary['groups']:,}, and {summary['singletons']:,} rows in none"),
+        ("peak KV", "unknown (no model)" if peak is None else format_bytes(peak)),
+    ]
+    if summary["depth_histogram"]:
+        rows.append(("rows by reuse depth", histogram(summary["depth_histogram"])))
+    return rows
+
+
+def histogram(bins: Sequence[Mapping[str, int]]) -> str:
+    """One line per bin: range of tokens, rows, and a bar."""
+    most = max(b["rows"] for b in bins)
+    ranges = [
+        str(b["from"]) if b["to"] - b["from"] == 1 else f"{b['from']}-{b['to'] - 1}" for b in bins
+    ]
+    width = max(map(len, ranges))
+    return "\n".join(
+        f"{name:>{width}}  {b['rows']:>9,}  {'█' * round(24 * b['rows'] / most)}".rstrip()
+        for name, b in zip(ranges, bins, strict=True)
+        if b["rows"]
+    )
+
+
+def counter_table(counters: Mapping[str, float]) -> Rows:
+    """The counters of `run.json` as a table."""
+    whole = {name: f"{int(value):,}" for name, value in counters.items()}
+    rows = [
+        ("rows", f"{whole['rows_ok']} ok, {whole['rows_error']} failed"),
+        ("prompt tokens", whole["prompt_tokens"]),
+        ("prefilled tokens", f"{whole['prefilled_tokens']} (unique: {whole['unique_tokens']})"),
+        ("cached tokens", whole["cached_tokens"]),
+        ("generated tokens", whole["generated_tokens"]),
+        ("time", format_duration(counters["wall_s"]) + phases(counters)),
+    ]
+    if counters["span_s"] > 0:
+        rows.append(("device busy", f"{counters['busy_s'] / counters['span_s']:.0%}"))
+    if counters["peak_kv_bytes"]:
+        rows.append(("peak KV", format_bytes(int(counters["peak_kv_bytes"]))))
+    return rows
+
+
+def phases(counters: Mapping[str, float]) -> str:
+    """` (prefill 3s, decode 10s)`, or nothing where the engine does not tell them apart."""
+    if not counters["prefill_s"] and not counters["decode_s"]:
+        return ""
+    prefill, decode = (format_duration(counters[name]) for name in ("prefill_s", "decode_s"))
+    return f" (prefill {prefill}, decode {decode})"
+
+
+def audit_table(summary: Mapping[str, Any]) -> Rows:
+    """`audit/summary.json` as a table."""
+    free = summary["free_running"]
+    classes = ", ".join(f"{n:,} {name}" for name, n in summary["classes"].items() if n)
+    rows = [
+        ("verdict", f"{summary['verdict'].upper()} (tier {summary['tier']})"),
+        ("rows audited", f"{summary['rows_audited']:,}: {classes or 'none'}"),
+        ("differing share", f"at most {summary['bound_95']:.2%} of all rows (95 %)"),
+        ("prefix groups", f"{summary['groups_covered']:,} of {summary['groups_total']:,} covered"),
+        ("free-running", f"{free['exact']:,} of {free['rows']:,} identical"),
+        ("tokens checked", f"{summary['tokens_checked']:,}"),
+    ]
+    return rows + [("because", reason) for reason in summary["reasons"]]
+
+
+def status_table(state: Mapping[str, Any]) -> Rows:
+    """What `read_status` found as a table."""
+    rows = [
+        ("status", state["status"]),
+        ("rows", f"{state['rows_done']:,} of {state['rows']:,} ({state['rows_failed']:,} failed)"),
+        ("rows left", f"{state['rows_left']:,}"),
+    ]
+    if state["rows_per_s"] is not None:
+        rows += [
+            ("rows per second", f"{state['rows_per_s']:.2f}"),
+            ("prefill tokens/s", f"{state['prefill_tokens_per_s']:,.0f}"),
+            ("decode tokens/s", f"{state['decode_tokens_per_s']:,.0f}"),
+            ("last heard from", state["at"]),
+        ]
+    if state["eta_s"] is not None:
+        rows.append(("ETA", format_duration(state["eta_s"])))
+    if state["audit"] is not None:
+        rows.append(("audit", state["audit"]))
+    return rows
+
+
+def validation_table(found: Mapping[str, Any]) -> Rows:
+    """What `validate_input` found as a table."""
+    rows = [("rows", f"{found['rows']:,}"), ("cannot run", f"{found['rows_rejected']:,}")]
+    rows += [(f"  {reason}", f"{count:,}") for reason, count in found["reasons"].items()]
+    rows += [(f"  e.g. {e['id']}", f"{e['error_type']}: {e['message']}") for e in found["examples"]]
+    if found["first"] is not None:
+        ids = found["first"]["token_ids"]
+        shown = " ".join(map(str, ids[:_SHOWN_IDS])) + (" ..." if len(ids) > _SHOWN_IDS else "")
+        rows += [
+            ("first prompt", found["first"]["id"]),
+            ("rendered", found["first"]["rendered"]),
+            (f"{len(ids):,} token ids", shown),
+        ]
+    return rows

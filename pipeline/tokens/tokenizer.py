@@ -1,0 +1,214 @@
+"""Prompts become token ids, and token ids text: the only code that knows what a token says.
+
+The whole rendered prompt is tokenised at once; prefixes are found later, on ids. Knows nothing
+about files of prompts, plans or engines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UsageError
+from pipeline.records import Message
+from pipeline.settings import TokenSettings
+from pipeline.tokens.chat_template import ChatTemplate, TemplateFault, find_template
+from pipeline.tokens.control_tokens import ControlTokens
+from pipeline.tokens.loading import load_tokenizer
+
+Content = str | list[Message]
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedBatch:
+    """Row i holds `lengths[i]` ids of `flat`, end to end: [sum of lengths] uint32, [rows] int64.
+
+    A row in `errors` (position in the batch -> reason, without its text) has no ids.
+    """
+
+    flat: NDArray[np.uint32]
+    lengths: NDArray[np.int64]
+    errors: dict[int, str] = field(default_factory=dict)
+
+
+class PromptTokenizer:
+    """A loaded tokenizer with the job's settings. `encode_batch` is for one thread at a time."""
+
+    def __init__(self, tokenizer: Any, settings: TokenSettings, name: str = "the model") -> None:
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._settings = settings
+        self._name = name
+        self._control = ControlTokens(self._backend)
+        self._template = find_template(tokenizer, settings.chat_template)
+        if settings.apply_chat_template:
+            self._require_template()
+        self.vocabulary_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        self.fingerprint = self._make_fingerprint()
+
+    @classmethod
+    def load(cls, model: str, revision: str | None, settings: TokenSettings) -> PromptTokenizer:
+        """From a folder or a hub id. Raises ModelError if it cannot be loaded (see `loading`),
+        UsageError if a chat template is asked for and there is none."""
+        return cls(load_tokenizer(model, revision), settings, model)
+
+    def encode_batch(self, contents: Sequence[Content | None]) -> EncodedBatch:
+        """Tokenise the whole rendered prompt of each row; None (a rejected row) gives no ids.
+
+        Raises UsageError where the settings fit no row: a conversation, or a system prompt, and
+        no chat template.
+        """
+        rows: list[Sequence[int]] = [()] * len(contents)
+        errors: dict[int, str] = {}
+        present = {row: content for row, content in enumerate(contents) if content is not None}
+        plain = {row: content for row, content in present.items() if self._is_plain(content)}
+        chats = {row: self._as_messages(present[row]) for row in present.keys() - plain.keys()}
+        self._encode_plain(plain, rows, errors)
+        self._encode_chats(chats, rows, errors)
+        for row in present:
+            if not rows[row]:
+                errors.setdefault(row, "the tokenizer makes no token of this prompt")
+        return _join(rows, errors)
+
+    def render(self, content: Content) -> str:
+        """The text that is tokenised. Raises TemplateFault if the template refuses."""
+        if self._is_plain(content):
+            self._refuse_system_prompt()
+            return content
+        return self._require_template().render(self._as_messages(content))
+
+    def decode_batch(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each answer; special tokens are left out."""
+        texts: list[str] = self._backend.decode_batch(
+            [list(ids) for ids in token_ids], skip_special_tokens=True
+        )
+        return texts
+
+    def is_stopped(self, token_ids: Sequence[int], stop: tuple[str, ...]) -> bool:
+        """Whether the text of these ids holds one of the stop strings."""
+        if not stop:
+            return False
+        text = self._backend.decode(list(token_ids), skip_special_tokens=True)
+        return any(end in text for end in stop)
+
+    def cut_at_stop(self, text: str, stop: tuple[str, ...]) -> str:
+        """`text` up to the first stop string in it, which is left out."""
+        return text[: min((text.find(end) for end in stop if end in text), default=len(text))]
+
+    def _encode_plain(
+        self, texts: dict[int, str], rows: list[Sequence[int]], errors: dict[int, str]
+    ) -> None:
+        if not texts:
+            return
+        self._refuse_system_prompt()
+        parse = self._settings.parse_special_tokens
+        encode = self._encode(parse_specials=parse, add_specials=True)
+        _encode_each(encode, texts, rows, errors)
+
+    def _encode_chats(
+        self, chats: dict[int, list[Message]], rows: list[Sequence[int]], errors: dict[int, str]
+    ) -> None:
+        """Rows without a control-token string go through as rendered; the others in pieces."""
+        whole: dict[int, str] = {}
+        for row, messages in chats.items():
+            try:
+                if self._needs_pieces(messages):
+                    rows[row] = self._encode_pieces(messages)
+                else:
+                    whole[row] = self._require_template().render(messages)
+            except (TemplateFault, TypeError, ValueError) as error:
+                errors[row] = str(error)
+        _encode_each(self._encode(parse_specials=True, add_specials=False), whole, rows, errors)
+
+    def _needs_pieces(self, messages: list[Message]) -> bool:
+        return not self._settings.parse_special_tokens and any(
+            self._control.occur_in(text) for message in messages for text in message.values()
+        )
+
+    def _encode_pieces(self, messages: list[Message]) -> list[int]:
+        hidden = self._control.hide(messages)
+        rendered = self._require_template().render(hidden.messages)
+        pieces = list(self._control.split(rendered, hidden.meaning))
+        encode = self._encode(parse_specials=False, add_specials=False)
+        encoded = iter(encode([piece for piece in pieces if isinstance(piece, str)]))
+        return [
+            number
+            for piece in pieces
+            for number in ([piece] if isinstance(piece, int) else next(encoded))
+        ]
+
+    def _encode(
+        self, parse_specials: bool, add_specials: bool
+    ) -> Callable[[list[str]], list[list[int]]]:
+        def encode(texts: list[str]) -> list[list[int]]:
+            self._backend.encode_special_tokens = not parse_specials
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_specials)
+            return [encoding.ids for encoding in encodings]
+
+        return encode
+
+    def _is_plain(self, content: Content) -> TypeGuard[str]:
+        return isinstance(content, str) and not self._settings.apply_chat_template
+
+    def _as_messages(self, content: Content) -> list[Message]:
+        """The conversation; the system prompt comes first unless the row brings its own."""
+        messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+        system = self._settings.system_prompt
+        if system is None or (messages and messages[0].get("role") == "system"):
+            return messages
+        return [{"role": "system", "content": system}, *messages]
+
+    def _require_template(self) -> ChatTemplate:
+        if self._template is None:
+            raise UsageError(f"{self._name} has no chat template; pass one with --chat-template")
+        return self._template
+
+    def _refuse_system_prompt(self) -> None:
+        if self._settings.system_prompt is not None:
+            raise UsageError(
+                "a system prompt needs a chat template: add --apply-chat-template or drop "
+                "--system-prompt"
+            )
+
+    def _make_fingerprint(self) -> str:
+        """sha256 over all that decides which ids a prompt becomes."""
+        decisive = {
+            "tokenizer": self._backend.to_str(),
+            "special_tokens": {k: str(v) for k, v in self._tokenizer.special_tokens_map.items()},
+            "template": None if self._template is None else self._template.source,
+            "settings": self._settings.model_dump(mode="json", exclude={"chat_template"}),
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def _encode_each(
+    encode: Callable[[list[str]], list[list[int]]],
+    texts: dict[int, str],
+    rows: list[Sequence[int]],
+    errors: dict[int, str],
+) -> None:
+    """Encode all texts in one call; only if that fails one by one, to find out which to blame."""
+    if not texts:
+        return
+    try:
+        rows_of_ids: Iterable[list[int]] = encode(list(texts.values()))
+        for row, ids in zip(texts, rows_of_ids, strict=True):
+            rows[row] = ids
+    except (TypeError, ValueError) as error:
+        if len(texts) == 1:
+            errors[next(iter(texts))] = f"the text cannot be tokenised ({type(error).__name__})"
+            return
+        for row, text in texts.items():
+            _encode_each(encode, {row: text}, rows, errors)
+
+
+def _join(rows: list[Sequence[int]], errors: dict[int, str]) -> EncodedBatch:
+    lengths = np.array([len(row) for row in rows], np.int64)
+    flat = np.concatenate([np.zeros(0, np.uint32), *(np.array(r, np.uint32) for r in rows)])
+    return EncodedBatch(flat, lengths, errors)
