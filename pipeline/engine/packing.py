@@ -5,7 +5,7 @@ A *piece* is a run of new tokens of one node or row. Its queries see, in this or
 ```
  shared ranges above        own earlier tokens     itself
  [s0 .. e0) [s1 .. e1) ...  [.. slot)              causal
- \___ levels, dense ____/   \__ level, dense __/   \_ base _/
+ |-- levels, dense ----|    |- level, dense -|     |- base -|
 ```
 
 Pieces come in depth-first order, so all queries below one node lie side by side: one dense product

@@ -1,0 +1,53 @@
+# Everything a person types. `make demo` and `make test` need Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DEMO   ?= coppice-demo
+
+.PHONY: demo test check format lint types bench demo-model report-demo wheel clean
+
+demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts, audit it, report
+	$(BIN)/coppice demo -o $(DEMO)
+
+test: $(VENV)/.installed-dev  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev format-check lint types test  ## all that must be green before a commit
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+
+format-check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed  ## the figures of the README; about 15 minutes, nothing else running
+	$(BIN)/python -m benchmarks.main_job
+
+demo-model: $(VENV)/.installed  ## train the embedded model again, from scratch
+	$(BIN)/python data/train_tokenizer.py
+	$(BIN)/python data/train_model.py
+	$(BIN)/python data/evaluate_model.py
+	$(BIN)/python data/make_prompts.py
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info $(DEMO)
+
+# constraints.txt pins versions that were installed together from scratch. A torch that fits and is
+# already there is kept; otherwise pip's own configuration decides between a CPU and a CUDA build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[encoder]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[encoder,dev]'
+	touch $@

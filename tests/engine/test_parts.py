@@ -1,0 +1,210 @@
+"""The engine's parts alone: KV ranges, packing, kernels, sampling, self-test, naive replay."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.engine import self_test as self_test_module
+from pipeline.engine.base import RunControl
+from pipeline.engine.kernels import partial
+from pipeline.engine.kv_cache import KVCache, KVRange, kv_capacity
+from pipeline.engine.naive_engine import NaiveEngine
+from pipeline.engine.packing import DenseItem, make_level, shared_levels
+from pipeline.engine.prefix_engine import PrefixEngine
+from pipeline.engine.sampling import sample_next_token, uniform_noise
+from pipeline.engine.self_test import self_test
+from pipeline.errors import EngineError
+from pipeline.records import SamplingParams
+from pipeline.settings import EngineSettings
+from tests.engine import tiny
+
+CPU = torch.device("cpu")
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans(), st.integers(0, 5)), max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_kv_ranges_tile_the_arena(operations: list[tuple[int, bool, int]]) -> None:
+    cache = KVCache((1, 1, 2), 24, like=torch.zeros(1))
+    live: list[KVRange] = []
+    for length, from_left, victim in operations:
+        acquired = cache.acquire(length, from_left=from_left)
+        if acquired is None:
+            assert live, "an empty arena refused a range that fits"
+            cache.release(live.pop(victim % len(live)))
+        else:
+            live.append(acquired)
+        cache.check_integrity(live)
+        assert cache.used_tokens == sum(r.length for r in live) <= cache.peak_tokens <= 24
+
+
+def test_compact_moves_contents_and_joins_the_gaps() -> None:
+    cache = KVCache((1, 1, 1), 12, like=torch.zeros(1))
+    ranges = [cache.acquire(3, from_left=True) for _ in range(4)]
+    for number, kv_range in enumerate(ranges):
+        assert kv_range is not None
+        cache.arena[..., kv_range.start : kv_range.start + 3, :] = number
+    assert ranges[0] and ranges[1] and ranges[2] and ranges[3]
+    cache.release(ranges[0])
+    cache.release(ranges[2])
+    assert cache.acquire(6, from_left=True) is None
+    cache.compact([ranges[1], ranges[3]])
+    cache.check_integrity([ranges[1], ranges[3]])
+    assert cache.arena[0, 0, 0, :6, 0].tolist() == [1, 1, 1, 3, 3, 3]
+    assert cache.acquire(6, from_left=True) is not None
+
+
+def test_capacity_is_the_smaller_of_need_and_budget() -> None:
+    assert kv_capacity(1000, 10, 5000, CPU) == 100
+    assert kv_capacity(1000, 10, 7, CPU) == 7
+    assert kv_capacity(None, 10, 7, CPU) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_fused_kernel_equals_reference(dtype: torch.dtype, with_bias: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(5, 3, n, 16, dtype=dtype) for n in (7, 33, 33))
+    bias = torch.zeros(5, 1, 1, 33)
+    bias[2, ..., 20:] = float("-inf")
+    mask = bias if with_bias else None
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for kernel, reference, keys in (
+        (lambda: partial.dense(q, k, v, 0.3, mask), partial.dense_reference, (k, v)),
+    ):
+        out, lse = kernel()
+        expected, expected_lse = reference(q, *keys, 0.3, mask)
+        torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(lse, expected_lse, atol=1e-2, rtol=1e-3)
+    out, lse = partial.causal(q, k[..., :7, :], v[..., :7, :], 0.3)
+    expected, expected_lse = partial.causal_reference(q, k[..., :7, :], v[..., :7, :], 0.3)
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-2, rtol=1e-3)
+
+
+def test_merged_parts_equal_the_whole() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (4, 30, 30))
+    whole, whole_lse = partial.dense_reference(q, k, v, 0.4, None)
+    out, lse = partial.dense_reference(q, k[..., :11, :], v[..., :11, :], 0.4, None)
+    partial.merge(out, lse, *partial.dense_reference(q, k[..., 11:, :], v[..., 11:, :], 0.4, None))
+    torch.testing.assert_close(out, whole)
+    torch.testing.assert_close(lse, whole_lse)
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 700)), min_size=1, max_size=30))
+@settings(max_examples=100, deadline=None)
+def test_a_level_serves_each_query_with_its_own_keys(shapes: list[tuple[int, int]]) -> None:
+    items, query, slot = [], 0, 0
+    for queries, keys in shapes:
+        items.append(DenseItem(query, query + queries, slot, slot + keys))
+        query, slot = query + queries, slot + keys
+    level = make_level(items, CPU)
+    served: dict[int, set[int]] = {}
+    for item in level.singles:
+        for q in range(item.q_lo, item.q_hi):
+            assert q not in served
+            served[q] = set(range(item.kv_lo, item.kv_hi))
+    for bucket in level.buckets:
+        rows, width = bucket.queries.shape
+        hidden = (
+            torch.zeros(rows, 1, 1, bucket.keys.shape[1]) if bucket.bias is None else bucket.bias
+        )
+        for source, target in zip(bucket.source.tolist(), bucket.target.tolist(), strict=True):
+            row = source // width
+            assert target not in served and bucket.queries[row, source % width] == target
+            served[target] = set(bucket.keys[row][hidden[row, 0, 0] == 0].tolist())
+            assert set(bucket.keys[row].tolist()) == served[target], "padding reads a foreign slot"
+    for item in items:
+        for q in range(item.q_lo, item.q_hi):
+            assert served.pop(q) == set(range(item.kv_lo, item.kv_hi))
+    assert not served
+
+
+def test_neighbours_below_one_node_share_one_item() -> None:
+    top, left, right = (0, 10), (10, 14), (14, 20)
+    levels = shared_levels(
+        [(top, left), (top, left), (top, right), ()], [(0, 1), (1, 3), (3, 4), (4, 5)]
+    )
+    assert levels == [
+        [DenseItem(0, 4, 0, 10)],
+        [DenseItem(0, 3, 10, 14), DenseItem(3, 4, 14, 20)],
+    ]
+
+
+def test_noise_depends_on_key_and_position_alone_and_is_uniform() -> None:
+    keys = np.arange(2000, dtype=np.uint64)
+    one = uniform_noise(keys, np.zeros(2000, np.int64))
+    shuffled = np.random.default_rng(0).permutation(2000)
+    again = uniform_noise(keys[shuffled], np.zeros(2000, np.int64))
+    assert np.array_equal(again, one[shuffled])
+    assert not np.any(one == uniform_noise(keys, np.ones(2000, np.int64)))
+    assert abs(one.mean() - 0.5) < 0.03 and abs(np.quantile(one, 0.9) - 0.9) < 0.03
+
+
+def test_sampling_follows_the_distribution() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(4000, 1)
+    params = [SamplingParams(temperature=0.7)] * 4000
+    keys = np.arange(4000, dtype=np.uint64)
+    chosen = sample_next_token(logits, params, keys, np.zeros(4000, np.int64)).token_ids
+    expected = torch.softmax(logits[0] / 0.7, -1).numpy()
+    assert np.abs(np.bincount(chosen, minlength=4) / 4000 - expected).max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("params", "allowed"),
+    [
+        (SamplingParams(temperature=1.0, top_k=1), {2}),
+        (SamplingParams(temperature=1.0, top_k=2), {1, 2}),
+        (SamplingParams(temperature=1.0, top_p=0.5), {2}),
+        (SamplingParams(temperature=1.0, top_p=0.8), {1, 2}),
+        (SamplingParams(temperature=1.0), {0, 1, 2, 3}),
+    ],
+)
+def test_top_k_and_top_p_keep_what_they_say(params: SamplingParams, allowed: set[int]) -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(3000, 1)
+    keys = np.arange(3000, dtype=np.uint64)
+    chosen = sample_next_token(logits, [params] * 3000, keys, np.zeros(3000, np.int64))
+    assert set(chosen.token_ids.tolist()) == allowed
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_self_test_passes_for_supported_families(family: str, dtype: torch.dtype) -> None:
+    engine = PrefixEngine(tiny.load_tiny(family, dtype), EngineSettings())
+    assert 0.0 <= self_test(engine) < self_test_module._TOLERANCE[dtype]
+
+
+def test_self_test_notices_a_wrong_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partial, "merge", lambda *parts: None)
+    with pytest.raises(EngineError, match="reuse would be unsound"):
+        self_test(PrefixEngine(tiny.load_tiny(), EngineSettings()))
+
+
+def test_replay_agrees_with_generate_and_notices_a_change() -> None:
+    naive = NaiveEngine(tiny.load_tiny())
+    prompt = [5, 6, 7, 8]
+    answer = naive.generate_one(prompt, tiny.LONGER)
+    replay = naive.replay(prompt, answer, tiny.LONGER, 0)
+    assert replay.predicted.tolist() == list(answer)
+    assert replay.deficit.max() == 0.0 and replay.margin.min() > 0.0
+    changed = list(answer)
+    changed[3] = (changed[3] + 1) % tiny.VOCABULARY
+    replay = naive.replay(prompt, changed, tiny.LONGER, 0)
+    assert replay.predicted[3] == answer[3] and replay.deficit[3] > 0.0
+
+
+def test_replay_of_a_sampled_row_repeats_its_noise() -> None:
+    plan = tiny.plan_of([[5, 6, 7, 8]], (tiny.SAMPLED,))
+    naive = NaiveEngine(tiny.load_tiny())
+    completion = next(iter(naive.generate(plan, np.arange(1), RunControl())))
+    key = int(plan.sequences.noise_key[0])
+    replay = naive.replay([5, 6, 7, 8], completion.token_ids, tiny.SAMPLED, key)
+    assert replay.predicted.tolist() == list(completion.token_ids)
+    assert replay.deficit.max() == 0.0 and replay.margin.min() >= 0.0
+    other = naive.replay([5, 6, 7, 8], completion.token_ids, tiny.SAMPLED, key + 1)
+    assert other.predicted.tolist() != list(completion.token_ids)
+    assert other.deficit.max() > 0.0
