@@ -108,7 +108,7 @@ def _parameter(section: type[BaseModel], name: str) -> inspect.Parameter:
     kind = str if name in _WRITTEN_AS_TEXT else _plain(section.model_fields[name].annotation)
     flag = "--" + name.replace("_", "-")
     names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
-    # A flag that is on or off has no value to name, and the column for it costs a third of the line.
+    # A flag that is on or off has no value to name, and the room for it is better spent on help.
     metavar = "" if kind is bool else None
     option = typer.Option(
         *names, help=_HELP[name], rich_help_panel=PANELS[section], metavar=metavar

@@ -11,13 +11,13 @@ How time is counted, for every row (seconds, wall clock of the engine's host):
 
 - `queue_s`: engine start until the row's sequence was admitted to the device.
 - `prefill_s`: device time of the prompt tokens that only this row needed.
-- `prefill_amortized_s`: this row's share of the prefill of shared nodes (time of a node / rows below).
+- `prefill_amortized_s`: this row's share of the prefill of shared nodes (node's time / rows below).
 - `decode_s`: first token until last token, steps of its neighbours included.
 - `ttft_s`: engine start until the first token; `latency_s`: engine start until the last token.
 
 How tokens are counted, for every row:
 
-- `reuse_depth` is *planned*: prompt tokens that lie on tree nodes shared with at least one other row.
+- `reuse_depth` is *planned*: prompt tokens on tree nodes shared with at least one other row.
 - `cached_tokens` is *measured* and has the meaning of OpenAI and vLLM: prompt tokens that were not
   computed for this row because an earlier row had already needed them. The first row of a group
   pays for the group's prefix. Hence, over a whole cold run, sum(prompt_tokens) - sum(cached_tokens)

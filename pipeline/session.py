@@ -26,8 +26,10 @@ from pipeline.engine.base import Engine, RunControl
 from pipeline.errors import (
     CoppiceError,
     EngineError,
+    Interrupted,
     RunDirectoryError,
     StorageError,
+    TimeBudgetReached,
     TooManyFailedRows,
 )
 from pipeline.job import PlannedJob
@@ -233,7 +235,7 @@ class Session:
 
     def _record_failure(self, engine: Engine | None, error: BaseException) -> None:
         """Note how the session ended; the disk that broke it may refuse that too."""
-        stopped = isinstance(error, CoppiceError) and error.exit_code in (75, 130)
+        stopped = isinstance(error, KeyboardInterrupt | Interrupted | TimeBudgetReached)
         try:
             if engine is not None:
                 self._record(engine, type(error).__name__)

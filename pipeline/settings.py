@@ -1,4 +1,4 @@
-"""What a person can choose: one small frozen record per stage, validated once, passed as an argument.
+"""What a person can choose: one small frozen record per stage, validated once, then passed on.
 
 Field names are unique over all sections and equal the command's flags, so that a flat mapping
 (flags, or a YAML file) can be dealt out to the sections by `JobSettings.from_flat`.
@@ -66,7 +66,7 @@ class PlanSettings(_Section):
 
 
 class SamplingSettings(_Section):
-    """Defaults for rows that bring no sampling fields; None means: as the model's repository says."""
+    """Defaults for rows without sampling fields; None means: as the model's repository says."""
 
     max_new_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = None

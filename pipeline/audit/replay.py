@@ -10,10 +10,13 @@ How a row is classed by its first difference:
             identical   near_tie                  drift               corrupt
  deficit  |     0     | ... near-tie bar ]  ... hard bar (0.5) ]  beyond, or NaN, or a wrong end
 ```
+
+The bars are in nats. A sampled row's deficit is probability mass, so its bars are converted.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -30,10 +33,22 @@ ROW_CLASSES: Final[tuple[RowClass, ...]] = ("identical", "near_tie", "drift", "c
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """How far, in nats, the baseline may prefer another token than the product's."""
+    """How far the baseline may prefer another token than the product's; nats, of a greedy row."""
 
     near_tie: float
     hard: float = 0.5
+
+    def for_params(self, params: SamplingParams) -> Bars:
+        """These bars in the unit of the row's deficits (see `Replay`).
+
+        A sampled row's are probability mass. Logits that are off so far that two of them change
+        their distance by b multiply the odds of any cut through the distribution by e^(b/T) at
+        most, which moves the mass below the cut by at most tanh(b / 4T).
+        """
+        if params.is_greedy:
+            return self
+        scale = 4 * params.temperature
+        return Bars(math.tanh(self.near_tie / scale), math.tanh(self.hard / scale))
 
 
 BARS: Final[dict[Tier, Bars]] = {"exact": Bars(near_tie=1e-3), "16-bit": Bars(near_tie=0.125)}
@@ -70,8 +85,8 @@ class RowAudit:
     """What the audit says of one row.
 
     `first_divergence`: output position, None if there is none (`len(output)`: it ended too early).
-    `margin`, `deficit`: of the baseline there, in nats; None without a divergence and for a wrong
-    end. `baseline_ids`: what the baseline said, position by position given our tokens.
+    `margin`, `deficit`: of the baseline there, as in `Replay`; None without a divergence and for a
+    wrong end. `baseline_ids`: what the baseline said, position by position given our tokens.
     """
 
     row_index: int
@@ -91,9 +106,11 @@ class RowAudit:
 
 def audit_row(baseline: Baseline, row: AuditInput, bars: Bars, free_run: bool = False) -> RowAudit:
     """Replay one row; with `free_run` and a greedy row, let the baseline write it alone as well."""
+    bars = bars.for_params(row.params)
     replay = baseline.replay(row.prompt, row.output, row.params, row.noise_key)
     output = np.asarray(row.output, np.int64)
-    different = np.flatnonzero(replay.predicted != output)
+    # A baseline that cannot tell its own scores (NaN) agrees with nothing, not even by chance.
+    different = np.flatnonzero((replay.predicted != output) | np.isnan(replay.deficit))
     divergence = int(different[0]) if len(different) else None
     margin = None if divergence is None else float(replay.margin[divergence])
     deficit = None if divergence is None else float(replay.deficit[divergence])

@@ -96,24 +96,38 @@ class Encoder:
 
 
 def _snapshot(name: str, local_files_only: bool) -> Path | None:
-    """The model's folder in the hub's cache, filled from the hub if allowed; None if there is none.
-
-    `huggingface_hub` itself turns HF_HUB_OFFLINE into an error at once.
-    """
+    """The model's folder in the hub's cache, filled from the hub if allowed; None: no such."""
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    if not (local_files_only or _hub_answers(name)):
+        return None
     try:
         with _quiet():
             folder = snapshot_download(
-                name,
-                local_files_only=local_files_only,
-                etag_timeout=_HUB_TIMEOUT_S,
-                allow_patterns=_FILES,
+                name, local_files_only=local_files_only, allow_patterns=_FILES
             )
-    except (OSError, HfHubHTTPError, HFValidationError):
+    except (OSError, httpx.HTTPError, HfHubHTTPError, HFValidationError):
         return None
     return Path(folder) if (Path(folder) / "modules.json").is_file() else None
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the hub may be asked, and knows the model, at once.
+
+    The hub's own client retries for minutes what does not answer; this question it may not repeat.
+    """
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        url = f"{constants.ENDPOINT}/api/models/{name}"
+        return httpx.get(url, timeout=_HUB_TIMEOUT_S, follow_redirects=True).is_success
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return False
 
 
 def _packaged() -> Path | None:

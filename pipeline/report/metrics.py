@@ -9,7 +9,7 @@ from typing import Any, Final
 import polars as pl
 
 _DEPTH_EDGES: Final = (1, 16, 64, 256, 1024, 4096, 16384)
-_SIZE_EDGES: Final = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_SIZE_EDGES: Final = (2, 4, 16, 64, 256, 1024)
 _MAX_FAILURES: Final = 20
 
 
@@ -147,13 +147,17 @@ def measure_depths(output: pl.LazyFrame) -> tuple[DepthBin, ...]:
 
 
 def measure_group_sizes(output: pl.LazyFrame) -> tuple[SizeBin, ...]:
-    """Rows by the number of rows of their group; a row without a group is a group of one."""
+    """Rows by the number of rows of their group; a row without a group is a group of one.
+
+    The bins are consecutive: one without rows is there too if a larger one has some.
+    """
     sizes = output.filter(pl.col("status") == "ok").group_by("group_id").agg(pl.len())
     alone = pl.col("group_id").is_null()
     size = sizes.with_columns(size=pl.when(alone).then(1).otherwise("len"))
-    bins = size.group_by(bin=_bin("size", _SIZE_EDGES)).agg(pl.col("len").sum()).sort("bin")
-    labels = _labels(1, _SIZE_EDGES)
-    return tuple(SizeBin(labels[index], rows) for index, rows in bins.collect().iter_rows())
+    bins = size.group_by(bin=_bin("size", _SIZE_EDGES)).agg(pl.col("len").sum()).collect()
+    rows = dict(bins.iter_rows())
+    labels = _labels(1, _SIZE_EDGES)[: max(rows, default=-1) + 1]
+    return tuple(SizeBin(label, rows.get(index, 0)) for index, label in enumerate(labels))
 
 
 def measure_accuracy(output: pl.LazyFrame) -> tuple[Accuracy, ...]:
@@ -187,13 +191,17 @@ def _bin(column: str, edges: Sequence[int]) -> pl.Expr:
 
 
 def _labels(lowest: int, edges: Sequence[int]) -> list[str]:
-    """`0`, `1–15`, `16–63`, ..., `16384+`."""
+    """`0`, `1–15`, ..., `256–1k`, `1k–4k`, ..., `16k+`; a rounded upper end is left out."""
     starts = [lowest, *edges]
     spans = [
-        str(low) if high == low + 1 else f"{low}–{high - 1}"
-        for low, high in zip(starts, edges, strict=False)
+        _short(low) if last == low else f"{_short(low)}–{_short(last)}"
+        for low, last in zip(starts, (e - (e < 1024) for e in edges), strict=False)
     ]
-    return [*spans, f"{edges[-1]}+"]
+    return [*spans, f"{_short(edges[-1])}+"]
+
+
+def _short(number: int) -> str:
+    return f"{number >> 10}k" if number >= 1024 else str(number)
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -124,10 +124,10 @@ def decimal(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """`0.7841` -> `78.4 %`; never rounded up to a whole that it is not."""
+    """`0.7841` -> `78.4 %`; never rounded to a nothing or a whole that it is not."""
     if value is None:
         return _UNKNOWN
-    shown = f"{100 * value:.1f}"
+    shown = f"{100 * value:.1f}" if value == 0 or value >= 0.001 else f"{100 * value:.2g}"
     return "99.9 %" if shown == "100.0" and value < 1 else f"{shown} %"
 
 

@@ -24,7 +24,7 @@ _STONE: Final = "#8b929b"
 _STYLE: Final = {
     "svg.fonttype": "none",
     "svg.hashsalt": "coppice",
-    "font.size": 9,
+    "font.size": 8.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": _STONE,
@@ -77,7 +77,7 @@ def draw_group_sizes(metrics: RunMetrics) -> str:
         labels = [b.label for b in metrics.group_sizes]
         colours = [_STONE if label == "1" else _MOSS for label in labels]
         bars = axes.bar(labels, [b.rows for b in metrics.group_sizes], width=0.62, color=colours)
-        axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
+        axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=7.5)
 
     return _to_svg("groups", "Rows by the size of their prefix group", draw)
 
@@ -92,11 +92,12 @@ def draw_plan_and_actual(metrics: RunMetrics) -> str:
     )
 
     def draw(figure: Figure) -> None:
+        figure.set_layout_engine("constrained", hspace=0.12)
         for axes, (title, form, planned, actual) in zip(figure.subplots(2, 1), pairs, strict=True):
             values = [actual, planned]
             bars = axes.barh(["measured", "planned"], values, height=0.6, color=[_MOSS, _STONE])
             axes.bar_label(bars, fmt=form, padding=4)
-            axes.set_title(title, loc="left", fontsize=9)
+            axes.set_title(title, loc="left", fontsize=8.5)
             axes.set_xlim(0, 1.25 * max(*values, 1e-9))
             axes.xaxis.set_visible(False)
             axes.spines["bottom"].set_visible(False)
@@ -135,7 +136,7 @@ def _to_svg(name: str, label: str, draw: Callable[[Figure], None]) -> str:
     buffer = io.StringIO()
     nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with rc_context(_STYLE):
-        figure = Figure(figsize=(4.8, 2.7), layout="constrained")
+        figure = Figure(figsize=(4.2, 2.5), layout="constrained")
         draw(figure)
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()

@@ -21,27 +21,35 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Take the lock. Raises RunDirectoryError naming the owner if somebody holds it."""
+        """Take the lock. Raises RunDirectoryError, naming the owner if somebody holds it."""
         path = folder / LOCK_NAME
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                owner = self._take(folder)
+            except BaseException:
+                os.close(self._file)
+                raise
         except OSError as error:
             raise RunDirectoryError(
-                f"cannot open {path} ({error.strerror}); check who may write to the folder"
-            ) from error
-        owner = os.pread(self._file, 200, 0).decode(errors="replace").strip()
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._file)
-            raise RunDirectoryError(
-                f"{folder} is in use by {owner or 'another process'} ({error.strerror}); "
-                "wait until it ends or choose another folder"
+                f"cannot lock {path} ({error.strerror}); check the disk and who may write to it"
             ) from error
         if owner:
             _logger.warning("took over the lock of %s, which %s left behind", folder, owner)
+
+    def _take(self, folder: Path) -> str:
+        """Lock the open file and write our name into it; return the name that was there."""
+        owner = os.pread(self._file, 200, 0).decode(errors="replace").strip()
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunDirectoryError(
+                f"{folder} is in use by {owner or 'another process'}; "
+                "wait until it ends or choose another folder"
+            ) from error
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        return owner
 
     def release(self) -> None:
         """Give the lock back; the file stays, empty."""

@@ -7,6 +7,7 @@ in which Arrow can fail on damaged bytes becomes one InputError that names the f
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,16 +33,17 @@ def find_input_files(path: str | Path) -> tuple[Path, ...]:
     Raises InputError if there is nothing.
     """
     place = Path(path)
-    if place.is_file():
-        return (place,)
-    if place.is_dir():
-        found = [p for p in place.rglob("*.parquet") if p.is_file() and p.name[0] not in "._"]
-        if not found:
-            raise InputError(f"the folder {place} holds no *.parquet file; check the path")
-    else:
-        found = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
-        if not found:
-            raise InputError(f"there is no file, folder or match for {place}; check the path")
+    with _damage_named(place):
+        if place.is_file():
+            return (place,)
+        if place.is_dir():
+            found = [p for p in place.rglob("*.parquet") if p.is_file() and p.name[0] not in "._"]
+            lacking = f"the folder {place} holds no *.parquet file; check the path"
+        else:
+            found = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
+            lacking = f"there is no file, folder or match for {place}; check the path"
+    if not found:
+        raise InputError(lacking)
     return tuple(sorted(found, key=lambda p: p.as_posix()))
 
 
@@ -97,6 +99,11 @@ class ParquetInput:
                 if not left:
                     return
         raise InputError(f"{self.path} ends {left} rows early; write or copy it again")
+
+    def content_hash(self) -> bytes:
+        """sha256 of the file's bytes, streamed. Raises InputError if it cannot be read."""
+        with _damage_named(self.path), self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
 
     @contextmanager
     def open_groups(self) -> Iterator[Callable[[int], pa.Table]]:

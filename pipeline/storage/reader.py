@@ -22,7 +22,6 @@ from pipeline.storage.columns import ColumnMap, find_columns
 from pipeline.storage.parquet_input import ParquetInput, find_input_files
 
 _CACHE_BYTES = 256 << 20
-_HASH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +93,8 @@ class PromptSource:
     def fingerprint(self) -> str:
         """sha256 over the bytes of all files and the number of rows used; names do not matter."""
         digest = hashlib.sha256(f"rows={self.num_rows}\n".encode())
-        for path in self.paths:
-            content = hashlib.sha256()
-            with path.open("rb", buffering=0) as file:
-                while chunk := file.read(_HASH_BYTES):
-                    content.update(chunk)
-            digest.update(content.digest())
+        for file in self._files:
+            digest.update(file.content_hash())
         return digest.hexdigest()
 
     def _file_ranges(self) -> Iterator[tuple[ParquetInput, str, int, int]]:

@@ -236,8 +236,9 @@ class RunDirectory:
         return paths
 
     def _drop_temp_files(self) -> None:
-        for path in _temp_files(self.root):
-            path.unlink(missing_ok=True)
+        with write_errors(self.root):
+            for path in _temp_files(self.root):
+                path.unlink(missing_ok=True)
 
     def _inside(self, name: str) -> Path:
         parts = PurePosixPath(name).parts

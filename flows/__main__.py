@@ -1,0 +1,57 @@
+"""`python -m flows generate|audit`: the flows on Prefect's embedded server, same exit codes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import CoppiceError
+from pipeline.options import read_config
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Output = Annotated[Path, typer.Option("--output", help="Run directory.")]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file of other settings.")]
+
+
+def _absolute(path: str | Path) -> str:
+    """Paths that mean the same wherever the flow runs."""
+    return str(path) if "://" in str(path) else str(Path(path).absolute())
+
+
+@app.command()
+def generate(
+    input: Annotated[str, typer.Option("--input", help="Parquet file, folder or glob.")],
+    output: Output,
+    model: Annotated[str, typer.Option("--model", help="Model folder or hub id.")],
+    config: Config = None,
+) -> None:
+    """Do the job as a flow; the same call again resumes it."""
+    from flows.generate import generate as flow
+
+    settings = {} if config is None else read_config(config)
+    flow(_absolute(input), _absolute(output), settings | {"model": model})
+
+
+@app.command()
+def audit(output: Output, config: Config = None) -> None:
+    """Audit a run as a flow; exit code 4 below the bar."""
+    from flows.audit import audit as flow
+
+    flow(_absolute(output), {} if config is None else read_config(config))
+
+
+def main() -> None:
+    """Run the command; errors that are meant for a person become their exit code."""
+    try:
+        app()
+    except CoppiceError as error:
+        print(f"coppice: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

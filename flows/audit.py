@@ -1,0 +1,44 @@
+"""The audit and the report as a flow that fails below the bar, so that nothing follows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.generate import LoggingObserver
+from pipeline.audit_run import audit_run
+from pipeline.errors import AuditFailed
+from pipeline.options import merge_section
+from pipeline.run import report_run
+from pipeline.settings import AuditSettings
+
+
+@task(name="audit", cache_policy=NO_CACHE, persist_result=False)
+def audit_rows(output: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Audit a run directory. Raises AuditFailed below the bar."""
+    chosen = merge_section(AuditSettings, settings)
+    verdict = audit_run(Path(output), chosen, LoggingObserver())
+    if not verdict.passed:
+        raise AuditFailed(f"the audit of {output} failed: {'; '.join(verdict.reasons)}")
+    return {"verdict": verdict.verdict, "rows_audited": verdict.rows_audited}
+
+
+@task(name="report", cache_policy=NO_CACHE, persist_result=False)
+def write_report(output: str) -> str:
+    """Write the report; returns the page's path."""
+    return str(report_run(Path(output)))
+
+
+@flow(name="coppice-audit", persist_result=False)
+def audit(output: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Audit the run in `output`, then report; a failed audit is reported and fails the flow."""
+    try:
+        found = audit_rows(output, settings)
+    except AuditFailed:
+        write_report(output)
+        raise
+    write_report(output)
+    return found

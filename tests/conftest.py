@@ -1,0 +1,25 @@
+"""What several test modules stand on: a tokenizer, a tiny model, settings of an echo job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.settings import JobSettings
+from tests.tiny_job import echo_settings, write_model, write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def settings(tokenizer_folder: Path) -> JobSettings:
+    return echo_settings(tokenizer_folder, max_new_tokens=4, rows_per_part=2, fail_on_error="1")

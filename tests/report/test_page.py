@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import RunDirectoryError
+from pipeline.report.page import cell, count, decimal, duration, percent, render, size
+from pipeline.storage.run_directory import RunDirectory
+from tests.report.run_sample import AUDIT, make_run, output_rows
+
+_VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class PageReader(HTMLParser):
+    """Collects texts, ids and addresses, and insists that every tag is closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        links = ("href", "src", "xlink:href", "action")
+        self.addresses += [value or "" for name, value in attrs if name in links]
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in _VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def read_page(html: str) -> PageReader:
+    reader = PageReader()
+    reader.feed(html)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("reports") / "run"
+    render(make_run(root, output_rows()))
+    return root
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        "1,200", "412,345", "98,765", "76.0 %", "45,678", "494", "1 min 32 s", "97.0 %",
+        "123 MiB", "512 MiB", "298", "1.6 %",
+    ],
+)  # fmt: skip
+def test_the_numbers_of_run_json_are_shown(finished: Path, name: str, number: str) -> None:
+    text = (finished / name).read_text(encoding="utf-8")
+    shown = " ".join(read_page(text).texts) if name.endswith("html") else text
+    assert re.search(rf"(?<![\d,.]){re.escape(number)}(?![\d,])", shown)
+
+
+def test_the_page_stands_on_its_own(finished: Path) -> None:
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    reader = read_page(html)
+    assert reader.tags["script"] == reader.tags["link"] == reader.tags["img"] == 0
+    assert all(address.startswith("#") for address in reader.addresses)
+    assert not re.search(r"url\((?!#)|@import|xmlns", html)
+    assert re.findall(r"https?://[^\s<]*", html) == ["https://evil.example)"]  # as text, see below
+    assert reader.tags["svg"] == 5
+    assert len(reader.ids) == len(set(reader.ids))
+
+
+def test_text_of_rows_is_never_markup(finished: Path) -> None:
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in html and "<b>1202" not in html
+    assert "&lt;script&gt;" in html and "&lt;b&gt;1202&lt;/b&gt;" in html
+    assert "secret" not in html  # of a system prompt the report tells the length
+    assert "19 characters" in html
+    markdown = (finished / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in markdown
+    assert r"\| \[a\](https" in markdown
+
+
+def test_the_same_run_gives_the_same_page(finished: Path) -> None:
+    before = (finished / "report.html").read_bytes()
+    render(RunDirectory.open(finished))
+    assert (finished / "report.html").read_bytes() == before
+
+
+def test_a_run_that_just_began_has_a_report(tmp_path: Path) -> None:
+    render(make_run(tmp_path / "run", output_rows().clear(), audit=None))
+    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "not audited yet" in " ".join(read_page(html).texts)
+    assert "Not audited yet" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_failed_audit_says_so_and_why(tmp_path: Path) -> None:
+    failed = AUDIT | {"verdict": "fail", "reasons": ["2 of 299 rows are <corrupt>"]}
+    render(make_run(tmp_path / "run", output_rows(), failed))
+    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "FAILED" in html and "2 of 299 rows are &lt;corrupt&gt;" in html
+    assert "Audit FAILED" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_damaged_summary_is_named(tmp_path: Path) -> None:
+    directory = make_run(tmp_path / "run", output_rows())
+    (directory.root / "audit" / "summary.json").write_text("{", encoding="utf-8")
+    with pytest.raises(RunDirectoryError, match="summary.json is damaged"):
+        render(directory)
+
+
+def test_formats() -> None:
+    assert [count(None), count(1234567), count(0)] == ["–", "1,234,567", "0"]
+    assert [percent(0.7841), percent(0.99999), percent(1.0)] == ["78.4 %", "99.9 %", "100.0 %"]
+    assert [percent(0.0), percent(0.0004)] == ["0.0 %", "0.04 %"]
+    assert [size(512), size(1010 << 10), size(8 << 30)] == ["512 B", "1010 KiB", "8 GiB"]
+    assert [duration(0.4213), duration(59.97), duration(242), duration(11230)] == [
+        "0.421 s", "1 min 00 s", "4 min 02 s", "3 h 07 min"
+    ]  # fmt: skip
+    assert [decimal(494.35), decimal(12.345), decimal(0.5)] == ["494", "12.3", "0.5"]
+    assert cell("a|b\n`c`") == r"a\|b \`c\`"

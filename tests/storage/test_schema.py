@@ -1,0 +1,38 @@
+"""Output columns: ours first, the input's beside them, no name twice."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.storage.schema import OUTPUT_FIELDS, carry_columns, output_schema
+from tests.storage.tables import answers
+
+NAMES = [field.name for field in OUTPUT_FIELDS]
+
+
+def test_input_columns_are_carried_and_renamed_only_where_taken() -> None:
+    inputs = pa.table({"id": [7, 8], "prompt": ["a", "b"], "status": ["x", "y"], "n": [1.5, None]})
+    table = carry_columns(answers([3, 1]), inputs, id_column="id")
+    assert table.column_names == [*NAMES, "prompt", "input_status", "n"]
+    assert table.column("id").to_pylist() == ["r3", "r1"]
+    assert table.column("input_status").to_pylist() == ["x", "y"]
+    assert table.schema.equals(output_schema(inputs.schema, "id"))
+
+
+def test_an_id_column_of_another_name_is_carried_too() -> None:
+    inputs = pa.schema([("id", pa.int64()), ("custom_id", pa.string())])
+    assert output_schema(inputs, "custom_id").names == [*NAMES, "input_id", "custom_id"]
+
+
+def test_two_columns_that_would_get_one_name_are_refused() -> None:
+    inputs = pa.schema([("status", pa.string()), ("input_status", pa.string())])
+    with pytest.raises(InputError, match="'status' and 'input_status'"):
+        output_schema(inputs, None)
+
+
+def test_results_are_cast_to_the_documented_types() -> None:
+    wide = answers([0]).set_column(4, "prompt_tokens", pa.array([5], pa.int64()))
+    table = carry_columns(wide, pa.table({"prompt": ["a"]}), None)
+    assert table.schema.field("prompt_tokens").type == pa.int32()

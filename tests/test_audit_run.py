@@ -1,0 +1,101 @@
+"""The audit of whole runs with a tiny model: it passes, it fails, it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.audit.similarity import Encoder
+from pipeline.audit_run import audit_run, describe_audit, seed_of_output, select_rows
+from pipeline.errors import InputError, ModelError, RunDirectoryError
+from pipeline.run import open_job, run_job
+from pipeline.settings import AuditSettings, JobSettings
+from pipeline.storage.run_directory import RunDirectory
+from pipeline.storage.writer import write_part
+from tests.tiny_job import echo_settings, write_model, write_prompts, write_tokenizer
+
+PROMPTS = [f"answer this question in one word: {w}" for w in ("why?", "who?", "why?", "me or you?")]
+EVERY_ROW = AuditSettings(audit_sample="100%")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("audited-model"))
+
+
+@pytest.fixture(autouse=True)
+def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Similarity has tests of its own; loading its encoder takes seconds."""
+    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
+
+
+def make_run(folder: Path, model: Path, **flat: object) -> Path:
+    prompts = write_prompts(folder / "p.parquet", [*PROMPTS])
+    settings = {"model": str(model), "engine": "naive", "max_new_tokens": 6, "dtype": "float32"}
+    run_job(str(prompts), folder / "out", JobSettings.from_flat(settings | flat))
+    return folder / "out"
+
+
+@pytest.mark.parametrize("flat", [{}, {"temperature": 1.0}, {"stop": ["a"]}])
+def test_an_honest_run_passes(tmp_path: Path, model: Path, flat: dict[str, object]) -> None:
+    output = make_run(tmp_path, model, **flat)
+    verdict = audit_run(output, EVERY_ROW)
+    assert verdict.passed, verdict.reasons
+    summary = describe_audit(output)
+    assert summary["classes"]["identical"] == (4 if "temperature" in flat else 3)
+    assert summary["seed"] == seed_of_output(RunDirectory.open(output))
+    rows = pl.read_parquet(output / "audit" / "audit.parquet")
+    assert rows["audit_class"].unique().to_list() == ["identical"]
+
+
+def test_a_changed_token_is_found(tmp_path: Path, model: Path) -> None:
+    output = make_run(tmp_path, model, ignore_eos=True)
+    (part,) = (output / "data").iterdir()
+    table = pq.read_table(part)
+    ids = table.column("completion_token_ids").to_pylist()
+    ids[1][3] = (ids[1][3] + 7) % 40
+    column = table.schema.get_field_index("completion_token_ids")
+    field = table.schema.field(column)
+    changed = table.set_column(column, field, pa.array(ids, type=field.type))
+    part.unlink()
+    write_part(output / "data", 0, changed, {})
+    verdict = audit_run(output, EVERY_ROW)
+    assert not verdict.passed
+    rows = pl.read_parquet(output / "audit" / "audit.parquet")
+    assert rows.filter(~pl.col("audit_exact"))["audit_first_divergence"].to_list() == [3]
+
+
+def test_another_input_is_refused(tmp_path: Path, model: Path) -> None:
+    output = make_run(tmp_path, model)
+    write_prompts(tmp_path / "p.parquet", ["something else"])
+    with pytest.raises(InputError, match="has changed since"):
+        audit_run(output, EVERY_ROW)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    output = make_run(tmp_path, model)
+    with (model / "config.json").open("a") as config:
+        config.write("\n")
+    with pytest.raises(ModelError, match="model differs"):
+        audit_run(output, EVERY_ROW)
+
+
+def test_a_run_that_was_not_audited_says_so(tmp_path: Path, model: Path) -> None:
+    output = make_run(tmp_path, model)
+    with pytest.raises(RunDirectoryError, match="coppice audit"):
+        describe_audit(output)
+
+
+def test_rows_are_found_again_in_input_order(tmp_path: Path) -> None:
+    model = write_tokenizer(tmp_path / "model")
+    prompts = write_prompts(tmp_path / "p.parquet", [f"p{i}" for i in range(5000)])
+    job = open_job(str(prompts), echo_settings(model))
+    batch = select_rows(job, np.array([4999, 0, 2500]))
+    assert batch.contents == ["p0", "p2500", "p4999"]
+    assert batch.ids == ["r0", "r2500", "r4999"]

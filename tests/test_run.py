@@ -1,0 +1,195 @@
+"""Whole jobs with the echo engine, whose answers can be computed by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from pipeline.errors import (
+    InputError,
+    RunDirectoryError,
+    TooManyFailedRows,
+)
+from pipeline.run import plan_job, run_job, validate_input, write_plan
+from pipeline.settings import JobSettings
+from tests.tiny_job import PROMPTS, answers, echo_settings, write_prompts
+
+
+def test_every_row_gets_its_answer_and_keeps_its_columns(
+    tmp_path: Path, settings: JobSettings
+) -> None:
+    prompts = [*PROMPTS, None]
+    source = write_prompts(
+        tmp_path / "p.parquet", prompts, colour=list("abcdefg"), status=list("tuvwxyz")
+    )
+    outcome = run_job(str(source), tmp_path / "out", settings)
+    rows = answers(tmp_path / "out")
+    assert rows["id"].to_list() == [f"r{i}" for i in range(7)]
+    expected = [p[-4:][::-1] for p in PROMPTS]
+    assert rows["generated_text"].to_list() == [*expected, None]
+    assert rows["colour"].to_list() == list("abcdefg")
+    assert rows["input_status"].to_list() == list("tuvwxyz")
+    assert rows["status"].to_list() == ["ok"] * 6 + ["error"]
+    assert rows["error_type"][6] == "NullPrompt"
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+    assert outcome.rows_failed == 1
+    assert (outcome.counters["rows_ok"], outcome.counters["rows_in"]) == (6, 7)
+
+
+def test_duplicates_run_once_and_name_the_row_that_ran(
+    tmp_path: Path, settings: JobSettings
+) -> None:
+    source = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    outcome = run_job(str(source), tmp_path / "out", settings)
+    rows = answers(tmp_path / "out")
+    assert rows["dedup_of"].to_list() == [None, None, "r0", None, "r0", None]
+    assert rows["cached_tokens"].to_list() == [0, 0, 11, 0, 11, 0]
+    assert rows["prefill_s"].to_list()[2] == 0.0
+    assert rows["latency_s"][2] == rows["latency_s"][0]
+    counters = outcome.counters
+    assert counters["prefilled_tokens"] + counters["cached_tokens"] == counters["prompt_tokens"]
+
+
+def test_sampled_rows_are_never_copied(tmp_path: Path, settings: JobSettings) -> None:
+    source = write_prompts(
+        tmp_path / "p.parquet", ["hello", "hello"], sampling_params=[{"temperature": 1.0}] * 2
+    )
+    run_job(str(source), tmp_path / "out", settings)
+    assert answers(tmp_path / "out")["dedup_of"].to_list() == [None, None]
+
+
+def test_parts_hold_no_more_rows_than_asked(tmp_path: Path, settings: JobSettings) -> None:
+    source = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    run_job(str(source), tmp_path / "out", settings)
+    parts = sorted((tmp_path / "out" / "data").iterdir())
+    assert [pl.read_parquet(part).height for part in parts] == [2, 2, 2]
+
+
+def test_preserved_order_puts_consecutive_rows_into_parts(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    source = write_prompts(tmp_path / "p.parquet", [*PROMPTS, None, "aa", "ab"])
+    settings = echo_settings(
+        tokenizer_folder, preserve_order=True, rows_per_part=4, fail_on_error="1"
+    )
+    run_job(str(source), tmp_path / "out", settings)
+    parts = sorted((tmp_path / "out" / "data").iterdir())
+    rows = [pl.read_parquet(part)["row_index"].to_list() for part in parts]
+    assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+
+
+def test_a_sealed_run_has_nothing_left_to_do(tmp_path: Path, settings: JobSettings) -> None:
+    source = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    first = run_job(str(source), tmp_path / "out", settings)
+    before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet"))
+    second = run_job(str(source), tmp_path / "out", settings)
+    assert (first.was_complete, second.was_complete) == (False, True)
+    assert first.counters == second.counters
+    assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet"))
+
+
+def test_another_job_is_refused_by_name_of_the_field(tmp_path: Path, settings: JobSettings) -> None:
+    source = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    run_job(str(source), tmp_path / "out", settings)
+    flat = {"max_new_tokens": 5, "model": settings.model.model, "engine": "echo"}
+    with pytest.raises(RunDirectoryError, match="sampling"):
+        run_job(str(source), tmp_path / "out", JobSettings.from_flat(flat))
+    write_prompts(source, ["other"])
+    with pytest.raises(RunDirectoryError, match="input"):
+        run_job(str(source), tmp_path / "out", settings)
+
+
+def test_batch_sizes_may_change_between_sessions(tmp_path: Path, tokenizer_folder: Path) -> None:
+    source = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    run_job(str(source), tmp_path / "out", echo_settings(tokenizer_folder))
+    wider = echo_settings(tokenizer_folder, max_rows=3, rows_per_part=1, kv_budget="1GiB")
+    assert run_job(str(source), tmp_path / "out", wider).was_complete
+
+
+def test_duplicate_ids_are_refused_before_anything_is_made(
+    tmp_path: Path, settings: JobSettings
+) -> None:
+    source = write_prompts(tmp_path / "p.parquet", ["a", "b", "c"], id=["x", "y", "x"])
+    with pytest.raises(InputError, match="x"):
+        run_job(str(source), tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_many_failed_rows_are_an_error_after_all_is_written(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    source = write_prompts(tmp_path / "p.parquet", ["a", None, None])
+    settings = echo_settings(tokenizer_folder, fail_on_error="1")
+    with pytest.raises(TooManyFailedRows, match="2 of 3"):
+        run_job(str(source), tmp_path / "out", settings)
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+    assert pl.read_parquet(tmp_path / "out" / "failed.parquet")["id"].to_list() == ["r1", "r2"]
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "complete"
+
+
+def test_planning_writes_what_running_writes(tmp_path: Path, settings: JobSettings) -> None:
+    source = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    write_plan(plan_job(str(source), settings), tmp_path / "plan")
+    run_job(str(source), tmp_path / "out", settings)
+    for name in ("plan.parquet", "tree.parquet"):
+        planned = pl.read_parquet(tmp_path / "plan" / name)
+        assert planned.equals(pl.read_parquet(tmp_path / "out" / "plan" / name))
+    texts = [(tmp_path / folder / "summary.json").read_text() for folder in ("plan", "out/plan")]
+    assert texts[0] == texts[1]
+
+
+def test_validation_counts_bad_rows_and_shows_the_first_prompt(
+    tmp_path: Path, settings: JobSettings
+) -> None:
+    source = write_prompts(tmp_path / "p.parquet", [None, "ab", ""])
+    found = validate_input(str(source), settings)
+    assert found["reasons"] == {"NullPrompt": 1, "EmptyPrompt": 1}
+    assert found["first"] == {"id": "r1", "rendered": "ab", "token_ids": [2, 3]}
+
+
+def test_answers_are_cut_before_a_stop_string(tmp_path: Path, tokenizer_folder: Path) -> None:
+    source = write_prompts(tmp_path / "p.parquet", ["abcd"])
+    run_job(str(source), tmp_path / "out", echo_settings(tokenizer_folder, stop=["b"]))
+    row = answers(tmp_path / "out").row(0, named=True)
+    assert (row["generated_text"], row["completion_tokens"]) == ("dc", 4)
+
+
+@pytest.mark.parametrize(
+    ("rule", "length", "expected"),
+    [
+        ("error", 127, ("ok", 127, 1)),
+        ("error", 128, ("error", 0, 0)),
+        ("error", 1280, ("error", 0, 0)),
+        ("truncate-left", 128, ("ok", 120, 8)),
+        ("truncate-left", 127, ("ok", 127, 1)),
+    ],
+)
+def test_prompts_at_the_limit_of_the_context(
+    tmp_path: Path, model_folder: Path, rule: str, length: int, expected: tuple[str, int, int]
+) -> None:
+    source = write_prompts(tmp_path / "p.parquet", ["b" * (length - 1) + "a"])
+    flat = {"model": str(model_folder), "engine": "echo", "on_overlong": rule}
+    flat |= {"max_new_tokens": 8, "fail_on_error": "1"}
+    run_job(str(source), tmp_path / "out", JobSettings.from_flat(flat))
+    row = answers(tmp_path / "out").row(0, named=True)
+    assert (row["status"], row["prompt_tokens"], row["completion_tokens"]) == expected
+    if row["status"] == "ok":
+        assert row["generated_text"][0] == "a"
+
+
+@pytest.mark.parametrize("engine", ["prefix", "naive"])
+def test_a_real_model_computes_what_the_plan_says(
+    tmp_path: Path, model_folder: Path, engine: str
+) -> None:
+    prefix = "answer this question in a word: "
+    prompts = [prefix + p for p in ("why?", "who?", "why?", "when was it?")]
+    source = write_prompts(tmp_path / "p.parquet", prompts)
+    flat = {"model": str(model_folder), "engine": engine, "max_new_tokens": 5, "dtype": "float32"}
+    outcome = run_job(str(source), tmp_path / "out", JobSettings.from_flat(flat))
+    counters = outcome.counters
+    assert counters["rows_ok"] == 4
+    assert counters["prefilled_tokens"] + counters["cached_tokens"] == counters["prompt_tokens"]
+    assert (counters["prefilled_tokens"] == counters["unique_tokens"]) is (engine == "prefix")

@@ -1,0 +1,136 @@
+"""Settings: units, limits, and where a sampling parameter comes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.errors import UsageError
+from pipeline.records import SamplingParams
+from pipeline.settings import (
+    AuditSettings,
+    JobSettings,
+    SamplingSettings,
+    WriteSettings,
+    parse_bytes,
+    parse_seconds,
+    resolve_sampling,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1.5k", 1500), (1024, 1024), (" 2 mib ", 2 << 20)],
+)
+def test_sizes(text: str | int, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("4h", 14400.0), ("90m", 5400.0), ("30", 30.0), (2.5, 2.5), ("1d", 86400.0)],
+)
+def test_durations(text: str | float, expected: float) -> None:
+    assert parse_seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "8 apples", "-1", "GiB"])
+def test_what_is_neither_size_nor_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="write it like"):
+        parse_bytes(text)
+    with pytest.raises(ValueError, match="write it like"):
+        parse_seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("limit", "rows", "allowed"),
+    [("0.01", 1000, 10), ("0.01", 99, 0), ("50", 10, 50), ("0", 10, 0), ("1.0", 10, 10)],
+)
+def test_failures_allowed_are_a_share_or_a_count(limit: str, rows: int, allowed: int) -> None:
+    assert WriteSettings(fail_on_error=limit).allowed_failures(rows) == allowed
+
+
+@pytest.mark.parametrize(
+    ("sample", "total", "rows"),
+    [("200", 1000, 200), ("200", 50, 50), ("1%", 1000, 10), ("1%", 50, 1), ("0", 10, 0)],
+)
+def test_the_audit_sample_is_a_share_or_a_count(sample: str, total: int, rows: int) -> None:
+    assert AuditSettings(audit_sample=sample).num_rows(total) == rows
+
+
+def test_a_flat_mapping_is_dealt_out_to_the_sections() -> None:
+    settings = JobSettings.from_flat(
+        {"model": "m", "max-new-tokens": 7, "kv_budget": "1MiB", "stop": ["x"], "limit": None}
+    )
+    assert settings.sampling.max_new_tokens == 7
+    assert settings.engine.kv_budget == 1 << 20
+    assert settings.sampling.stop == ("x",)
+    assert settings.read.limit is None
+
+
+def test_field_names_are_unique_over_the_sections() -> None:
+    sections = [f.annotation for f in JobSettings.model_fields.values()]
+    names = [name for section in sections for name in section.model_fields]  # type: ignore[union-attr]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({"modle": "m"}, "unknown setting 'modle'"),
+        ({"model": "m", "max_rows": 0}, "max-rows"),
+        ({"model": "m", "engine": "fast"}, "engine"),
+        ({"model": "m", "kv_budget": "lots"}, "kv-budget"),
+        ({"model": "m", "fail_on_error": "many"}, "fail-on-error"),
+        ({"model": "m", "audit_sample": "half"}, "audit-sample"),
+        ({"model": "m", "time_budget": "soon"}, "time-budget"),
+    ],
+)
+def test_a_wrong_setting_is_named(flat: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        JobSettings.from_flat(flat)
+
+
+def test_settings_survive_json() -> None:
+    settings = JobSettings.from_flat(
+        {"model": "m", "time_budget": "4h", "chat_template": "a.jinja"}
+    )
+    assert JobSettings.model_validate(settings.model_dump(mode="json")) == settings
+
+
+def test_settings_cannot_be_changed() -> None:
+    settings = JobSettings.from_flat({"model": "m"})
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.engine.max_rows = 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "repository", "row", "expected"),
+    [
+        ({}, {}, {}, SamplingParams()),
+        ({}, {"do_sample": True, "top_p": 0.9}, {}, SamplingParams(temperature=1.0, top_p=0.9)),
+        ({}, {"do_sample": False, "temperature": 0.7}, {}, SamplingParams()),
+        ({"temperature": 0.0}, {"do_sample": True, "temperature": 0.7}, {}, SamplingParams()),
+        ({"max_new_tokens": 9}, {"max_new_tokens": 5}, {}, SamplingParams(max_new_tokens=9)),
+        ({"max_new_tokens": 9}, {}, {"max_new_tokens": 3}, SamplingParams(max_new_tokens=3)),
+        ({}, {}, {"stop": "x"}, SamplingParams(stop=("x",))),
+        ({}, {}, {"stop": ["x", "y"], "top_p": None}, SamplingParams(stop=("x", "y"))),
+        ({}, {}, {"top_k": -1}, SamplingParams()),
+        ({}, {}, {"seed": 4}, SamplingParams(seed=4)),
+    ],
+)
+def test_the_row_wins_over_flags_over_the_repository(
+    flags: dict[str, Any],
+    repository: dict[str, Any],
+    row: dict[str, object],
+    expected: SamplingParams,
+) -> None:
+    assert resolve_sampling(SamplingSettings(**flags), repository, row) == expected
+
+
+@pytest.mark.parametrize("row", [{"beams": 2}, {"top_p": 0.0}, {"max_new_tokens": 0}])
+def test_a_row_cannot_ask_for_the_impossible(row: dict[str, object]) -> None:
+    with pytest.raises(ValueError):
+        resolve_sampling(SamplingSettings(), {}, row)
