@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import CoppiceError
-from pipeline.options import read_config
+from pipeline.terminal.options import read_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 

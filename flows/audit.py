@@ -9,11 +9,11 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.generate import LoggingObserver
-from pipeline.audit_run import audit_run
 from pipeline.errors import AuditFailed
-from pipeline.options import merge_section
+from pipeline.job.auditing import audit_run
 from pipeline.run import report_run
 from pipeline.settings import AuditSettings
+from pipeline.terminal.options import merge_section
 
 
 @task(name="audit", cache_policy=NO_CACHE, persist_result=False)

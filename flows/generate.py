@@ -12,9 +12,10 @@ from prefect.logging import get_run_logger
 from prefect.tasks import Task
 
 from pipeline.errors import Interrupted, TimeBudgetReached, TooManyFailedRows, UsageError
-from pipeline.progress import Snapshot, plain_line
+from pipeline.job.observer import Snapshot
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
+from pipeline.terminal.progress import plain_line
 
 _LOG_EVERY_ROWS_SHARE = 0.1
 _NEVER_RETRIED = (UsageError, TooManyFailedRows, TimeBudgetReached, Interrupted)

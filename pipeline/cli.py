@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipeline.errors import AuditFailed, CoppiceError
-from pipeline.options import merge, merge_section, takes_settings, to_flat
 from pipeline.settings import (
     AuditSettings,
     EngineSettings,
@@ -25,6 +24,7 @@ from pipeline.settings import (
     TokenSettings,
     WriteSettings,
 )
+from pipeline.terminal.options import merge, merge_section, takes_settings, to_flat
 
 app = typer.Typer(
     name="coppice",
@@ -86,9 +86,9 @@ def run(
     elif dry_run:
         _plan(input, flags, config, json=False, output=None)
     else:
-        from pipeline.progress import make_observer
         from pipeline.run import run_job
-        from pipeline.terminal import counter_table, print_table
+        from pipeline.terminal.progress import make_observer
+        from pipeline.terminal.tables import counter_table, print_table
 
         outcome = run_job(input, output, merge(flags, config), make_observer(progress))
         print_table(str(output), counter_table(outcome.counters))
@@ -97,8 +97,8 @@ def run(
 @app.command()
 def status(directory: RunFolder, json: Json = False) -> None:
     """How far a job is; works while it runs."""
-    from pipeline.status import read_status
-    from pipeline.terminal import print_json, print_table, status_table
+    from pipeline.job.status import read_status
+    from pipeline.terminal.tables import print_json, print_table, status_table
 
     state = read_status(directory)
     if json:
@@ -113,9 +113,9 @@ def audit(
     directory: RunFolder, json: Json = False, progress: Progress = "auto", *, flags: dict[str, Any]
 ) -> None:
     """Compare a sample with plain full prefill; exit code 4 below the bar."""
-    from pipeline.audit_run import audit_run, describe_audit
-    from pipeline.progress import make_observer
-    from pipeline.terminal import audit_table, print_json, print_table
+    from pipeline.job.auditing import audit_run, describe_audit
+    from pipeline.terminal.progress import make_observer
+    from pipeline.terminal.tables import audit_table, print_json, print_table
 
     verdict = audit_run(directory, merge_section(AuditSettings, flags), make_observer(progress))
     summary = describe_audit(directory)
@@ -146,7 +146,7 @@ def validate(
 ) -> None:
     """Check every row; show the first prompt as the model will see it."""
     from pipeline.run import validate_input
-    from pipeline.terminal import print_json, print_table, validation_table
+    from pipeline.terminal.tables import print_json, print_table, validation_table
 
     found = validate_input(input, merge(flags, config))
     if json:
@@ -163,7 +163,7 @@ def demo(
     progress: Progress = "auto",
 ) -> None:
     """Plan, run, audit and report on the model and prompts that come along."""
-    from pipeline.demo_job import run_demo
+    from pipeline.terminal.demo import run_demo
 
     run_demo(output, progress)
 
@@ -172,7 +172,7 @@ def _plan(
     input: str, flags: dict[str, Any], config: Path | None, json: bool, output: Path | None
 ) -> None:
     from pipeline.run import plan_job, write_plan
-    from pipeline.terminal import plan_table, print_json, print_table
+    from pipeline.terminal.tables import plan_table, print_json, print_table
 
     planned = plan_job(input, merge(flags, config))
     typer.echo(planned.job.describe_generation(), err=True)

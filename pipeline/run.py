@@ -21,34 +21,46 @@ from typing import Any
 import numpy as np
 
 from pipeline.engine.base import Engine
-from pipeline.fingerprint import describe_versions, fingerprint_fields
-from pipeline.job import Job, PlannedJob, open_job, plan_rows, select_rows
+from pipeline.errors import EngineError
+from pipeline.job.fingerprint import describe_versions, fingerprint_fields
+from pipeline.job.observer import Observer, SilentObserver
+from pipeline.job.planning import Job, PlannedJob, open_job, plan_rows, select_rows
+from pipeline.job.session import RunOutcome, Session
+from pipeline.job.stopping import StopRequest
 from pipeline.plan.summary import plan_frame, tree_frame
-from pipeline.progress import Observer, SilentObserver
-from pipeline.session import RunOutcome, Session
 from pipeline.settings import JobSettings
-from pipeline.stopping import StopRequest
 from pipeline.storage.run_directory import RunDirectory
 
 _EXAMPLES = 5
 
 
 def make_engine(settings: JobSettings) -> Engine:
-    """The engine that the settings name, with its model loaded. Raises ModelError."""
+    """The engine that the settings name, with its model loaded. Raises ModelError.
+
+    A model that fails the self-test of the prefix engine gets the naive one, which says so.
+    """
     if settings.model.engine == "echo":
         from pipeline.engine.echo_engine import EchoEngine
 
         return EchoEngine()
     from pipeline.engine.model import load_model
+    from pipeline.engine.naive_engine import NaiveEngine
 
     loaded = load_model(settings.model)
     if settings.model.engine == "naive":
-        from pipeline.engine.naive_engine import NaiveEngine
-
         return NaiveEngine(loaded)
     from pipeline.engine.prefix_engine import PrefixEngine
+    from pipeline.engine.self_test import self_test
 
-    return PrefixEngine(loaded, settings.engine)
+    engine = PrefixEngine(loaded, settings.engine)
+    try:
+        worst = self_test(engine)
+    except EngineError as error:
+        naive = NaiveEngine(loaded)
+        naive.notes.append(f"{error}; so each row is computed in full by the naive engine")
+        return naive
+    engine.notes.append(f"self-test passed: within {worst:.1e} of the model's own largest logit")
+    return engine
 
 
 def plan_job(input: str, settings: JobSettings) -> PlannedJob:

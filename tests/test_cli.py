@@ -11,8 +11,8 @@ import yaml
 
 from pipeline import cli
 from pipeline.audit.similarity import Encoder
-from pipeline.options import PANELS
 from pipeline.settings import JobSettings
+from pipeline.terminal.options import PANELS
 from tests.tiny_job import write_model, write_prompts, write_tokenizer
 
 
@@ -195,7 +195,7 @@ def test_the_demo_runs_audits_and_reports(
     write_prompts(
         folder / "prompts.parquet", [f"what do you say to number {i}?" for i in range(20)]
     )
-    monkeypatch.setattr("pipeline.demo_job.demo_folder", lambda: folder)
+    monkeypatch.setattr("pipeline.terminal.demo.demo_folder", lambda: folder)
     monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
     out = tmp_path / "out"
     monkeypatch.chdir(tmp_path)

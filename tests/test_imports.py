@@ -27,6 +27,9 @@ ROOMS: dict[str, set[str] | None] = {
     "pipeline.engine": _FIRST | {"pipeline.plan"},
     "pipeline.audit": _FIRST | {"pipeline.storage", "pipeline.engine.base"},
     "pipeline.report": _FIRST | {"pipeline.storage", "pipeline.engine.base"},
+    "pipeline.job": _FIRST
+    | {f"pipeline.{room}" for room in ("storage", "tokens", "plan", "engine", "audit", "report")},
+    "pipeline.terminal": _FIRST | {"pipeline.job", "pipeline.run"},
 }
 # heavy package -> where it may be imported
 HOMES = {
@@ -35,7 +38,7 @@ HOMES = {
     "sentence_transformers": {"pipeline.audit.similarity"},
     "faiss": {"pipeline.audit.sample"},
     "matplotlib": {"pipeline.report"},
-    "pyarrow": {"pipeline.storage", "pipeline.plan", "pipeline.answers"},
+    "pyarrow": {"pipeline.storage", "pipeline.plan", "pipeline.job.answers"},
 }
 STANDARD_ONLY = {"pipeline.records", "pipeline.errors", "pipeline.settings"}
 

@@ -193,3 +193,20 @@ def test_a_real_model_computes_what_the_plan_says(
     assert counters["rows_ok"] == 4
     assert counters["prefilled_tokens"] + counters["cached_tokens"] == counters["prompt_tokens"]
     assert (counters["prefilled_tokens"] == counters["unique_tokens"]) is (engine == "prefix")
+
+
+def test_a_model_that_fails_the_self_test_gets_the_naive_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong merging must never reach an answer: the run goes on without reuse, and says why."""
+    from pipeline.engine.kernels import partial
+    from pipeline.run import make_engine
+    from tests.engine import tiny
+
+    tiny.build_model("llama").save_pretrained(tmp_path)
+    settings = JobSettings.from_flat({"model": str(tmp_path)})
+    engine = make_engine(settings)
+    assert engine.name == "prefix" and "self-test passed" in engine.notes[0]
+    monkeypatch.setattr(partial, "merge", lambda *parts: None)
+    engine = make_engine(settings)
+    assert engine.name == "naive" and "in full by the naive engine" in engine.notes[0]

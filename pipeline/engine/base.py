@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -30,7 +30,6 @@ class EngineCounters:
     busy_s: float = 0.0
     span_s: float = 0.0
     num_forwards: int = 0
-    notes: list[str] = field(default_factory=list)
 
 
 class StopCheck(Protocol):
@@ -55,6 +54,8 @@ class Engine(Protocol):
 
     name: str
     counters: EngineCounters
+    notes: list[str]
+    """What a person should know about this engine: self-test, fallbacks."""
 
     def generate(
         self, plan: Plan, sequences: NDArray[np.int64], control: RunControl

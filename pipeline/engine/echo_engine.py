@@ -24,6 +24,7 @@ class EchoEngine:
 
     def __init__(self) -> None:
         self.counters = EngineCounters()
+        self.notes: list[str] = []
 
     def generate(
         self, plan: Plan, sequences: NDArray[np.int64], control: RunControl

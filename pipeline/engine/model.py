@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import ModelError
 from pipeline.settings import ModelSettings
@@ -87,6 +88,7 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     shape = read_shape(settings.model, settings.revision)
     check_weights(settings.model)
     dtype = shape.dtype if settings.dtype == "auto" else settings.dtype
+    transformers_logging.disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             settings.model,

@@ -28,6 +28,7 @@ class NaiveEngine:
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
         self.counters = EngineCounters()
+        self.notes: list[str] = []
         self._eos = frozenset(loaded.shape.eos_token_ids)
 
     def generate(

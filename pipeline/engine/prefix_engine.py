@@ -59,6 +59,7 @@ class PrefixEngine:
         self.loaded = loaded
         self.settings = settings
         self.counters = EngineCounters()
+        self.notes: list[str] = []
         self.logits_probe: LogitsProbe | None = None
 
     def generate(

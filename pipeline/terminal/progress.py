@@ -4,82 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
+
+from pipeline.job.observer import Observer, SilentObserver, Snapshot
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _PLAIN_EVERY_S = 30.0
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Where a session stands. Rows count the whole job, tokens and seconds this session alone.
-
-    `saved_tokens` are prompt tokens of answered rows that were not computed for them.
-    """
-
-    rows_total: int
-    rows_done: int
-    rows_failed: int
-    rows_before: int
-    prefilled_tokens: int
-    saved_tokens: int
-    generated_tokens: int
-    prefill_s: float
-    decode_s: float
-    elapsed_s: float
-
-    @property
-    def eta_s(self) -> float | None:
-        """Seconds left at this session's pace; None before its first row."""
-        done = self.rows_done - self.rows_before
-        if done <= 0:
-            return None
-        return self.elapsed_s / done * (self.rows_total - self.rows_done)
-
-    def rates(self) -> dict[str, float]:
-        """Tokens per second of device time in each phase, and rows per second of wall time."""
-        done = self.rows_done - self.rows_before
-        return {
-            "prefill_tokens_per_s": _rate(self.prefilled_tokens, self.prefill_s),
-            "decode_tokens_per_s": _rate(self.generated_tokens, self.decode_s),
-            "rows_per_s": _rate(done, self.elapsed_s),
-        }
-
-
-def _rate(count: int, seconds: float) -> float:
-    return count / seconds if seconds > 0 else 0.0
-
-
-class Observer(Protocol):
-    """Whom a job tells about itself. Calls may come from any thread, one at a time."""
-
-    def say(self, line: str) -> None:
-        """One line for a person."""
-        ...
-
-    def show(self, snapshot: Snapshot) -> None:
-        """A new state; called about twice a second."""
-        ...
-
-    def close(self) -> None:
-        """Leave the terminal as it was found."""
-        ...
-
-
-class SilentObserver:
-    """Shows nothing."""
-
-    def say(self, line: str) -> None:
-        """Drop the line."""
-
-    def show(self, snapshot: Snapshot) -> None:
-        """Drop the state."""
-
-    def close(self) -> None:
-        """Nothing to leave."""
 
 
 class PlainObserver:

@@ -20,8 +20,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from pipeline.answers import AnswerWriter
-from pipeline.channel import Stages
 from pipeline.engine.base import Engine, RunControl
 from pipeline.errors import (
     CoppiceError,
@@ -32,10 +30,12 @@ from pipeline.errors import (
     TimeBudgetReached,
     TooManyFailedRows,
 )
-from pipeline.job import PlannedJob
+from pipeline.job.answers import AnswerWriter
+from pipeline.job.channel import Stages
+from pipeline.job.observer import Observer, Snapshot
+from pipeline.job.planning import PlannedJob
+from pipeline.job.stopping import StopRequest
 from pipeline.plan.summary import plan_frame, tree_frame
-from pipeline.progress import Observer, Snapshot
-from pipeline.stopping import StopRequest
 from pipeline.storage.run_directory import RunDirectory
 
 _COMPLETIONS_AHEAD = 256
@@ -92,6 +92,8 @@ class Session:
         try:
             engine = loading.result()
             self._observer.say(self._header())
+            for note in engine.notes:
+                self._observer.say(note)
             with self._stop.listening():
                 self._answer_rows(engine)
             self._check_prefilled(engine)
@@ -246,7 +248,6 @@ class Session:
     def _record(self, engine: Engine, end: str) -> dict[str, float]:
         """Append this session to run.json, with the sums over all of them; returns the sums."""
         counters = asdict(engine.counters)
-        notes = counters.pop("notes")
         session = counters | {
             "started_at": self._started_at,
             "wall_s": time.monotonic() - self._started,
@@ -261,7 +262,7 @@ class Session:
         sums["rows_in"] = len(self._planned.plan.table)
         sums["prompt_tokens"] = self._planned.summary.prompt_tokens
         sums["unique_tokens"] = self._planned.summary.unique_tokens
-        named = {"name": engine.name, "notes": notes}
+        named = {"name": engine.name, "notes": engine.notes}
         self._directory.update_manifest(sessions=sessions, counters=sums, engine=named)
         return sums
 

@@ -7,11 +7,10 @@ import io
 import pytest
 from rich.console import Console
 
-from pipeline.progress import (
+from pipeline.job.observer import SilentObserver, Snapshot
+from pipeline.terminal.progress import (
     BarObserver,
     PlainObserver,
-    SilentObserver,
-    Snapshot,
     format_bytes,
     format_duration,
     make_observer,

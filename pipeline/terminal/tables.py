@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.progress import format_bytes, format_duration
+from pipeline.terminal.progress import format_bytes, format_duration
 
 Rows = Sequence[tuple[str, str]]
 _SHOWN_IDS = 64

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.session import count_committed
+from pipeline.job.session import count_committed
 from pipeline.storage.run_directory import RunDirectory
 
 

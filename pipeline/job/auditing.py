@@ -34,10 +34,10 @@ from pipeline.audit.verdict import (
 )
 from pipeline.engine.base import Baseline
 from pipeline.errors import InputError, ModelError, RunDirectoryError, UsageError
-from pipeline.fingerprint import fingerprint_fields
-from pipeline.job import Job, open_job, select_rows
+from pipeline.job.fingerprint import fingerprint_fields
+from pipeline.job.observer import Observer, SilentObserver
+from pipeline.job.planning import Job, open_job, select_rows
 from pipeline.plan.plan import noise_key
-from pipeline.progress import Observer, SilentObserver
 from pipeline.settings import AuditSettings, JobSettings
 from pipeline.storage.run_directory import RunDirectory
 

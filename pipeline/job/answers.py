@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.job import PlannedJob
+from pipeline.job.planning import PlannedJob
 from pipeline.records import Completion, Rejected, Timing
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.schema import OUTPUT_FIELDS, carry_columns

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.channel import Stages
 from pipeline.errors import InputError, ModelError
+from pipeline.job.channel import Stages
+from pipeline.job.prepare import Limits, Preparation
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.summary import KVLimits, PlanSummary, summarise
 from pipeline.plan.token_table import TokenTable, narrowest_dtype
-from pipeline.prepare import Limits, Preparation
 from pipeline.records import PromptBatch, Rejected, SamplingParams
 from pipeline.settings import JobSettings, ModelSettings
 from pipeline.storage.reader import PromptSource, find_duplicate_ids, open_source

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline.channel import Channel, Stages
+from pipeline.job.channel import Channel, Stages
 
 
 def test_items_arrive_in_order_and_the_end_is_seen() -> None:

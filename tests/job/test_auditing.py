@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.audit.similarity import Encoder
-from pipeline.audit_run import audit_run, describe_audit, seed_of_output, select_rows
 from pipeline.errors import InputError, ModelError, RunDirectoryError
+from pipeline.job.auditing import audit_run, describe_audit, seed_of_output, select_rows
 from pipeline.run import open_job, run_job
 from pipeline.settings import AuditSettings, JobSettings
 from pipeline.storage.run_directory import RunDirectory

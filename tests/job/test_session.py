@@ -25,8 +25,8 @@ from pipeline.errors import (
     StorageError,
     TimeBudgetReached,
 )
+from pipeline.job.observer import SilentObserver, Snapshot
 from pipeline.plan.plan import Plan
-from pipeline.progress import SilentObserver, Snapshot
 from pipeline.records import Completion
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
@@ -162,7 +162,7 @@ def test_an_error_of_the_writer_stops_the_engine_and_is_the_one_raised(
                 yield from super().generate(plan, sequences, control)
 
     source = write_prompts(tmp_path / "p.parquet", PROMPTS)
-    monkeypatch.setattr("pipeline.answers.write_part", no_space)
+    monkeypatch.setattr("pipeline.job.answers.write_part", no_space)
     use_engine(monkeypatch, Endless())
     with pytest.raises(StorageError, match="no space left"):
         run_job(str(source), tmp_path / "out", settings)

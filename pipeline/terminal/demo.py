@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.audit_run import audit_run, describe_audit
 from pipeline.errors import AuditFailed, UsageError
-from pipeline.progress import make_observer
+from pipeline.job.auditing import audit_run, describe_audit
 from pipeline.run import report_run, run_job
 from pipeline.settings import JobSettings
-from pipeline.terminal import audit_table, counter_table, print_table
+from pipeline.terminal.progress import make_observer
+from pipeline.terminal.tables import audit_table, counter_table, print_table
 
 _PACKAGE = Path(__file__).resolve().parent
 
