@@ -11,7 +11,7 @@ from pipeline.settings import JobSettings
 from pipeline.terminal.progress import make_observer
 from pipeline.terminal.tables import audit_table, counter_table, print_table
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def demo_folder() -> Path:

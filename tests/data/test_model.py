@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from corpus import TASKS
-from evaluate_model import draw_exams, generate_answers, score
+from evaluate_model import Sitting, draw_exams, generate_answers, score
+from train_model import fingerprint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -48,10 +49,17 @@ def test_recorded_facts(model: PreTrainedModel, model_folder: Path) -> None:
             assert scores["exact"] >= 0.95
 
 
+def test_the_corpus_is_the_one_it_was_trained_on(
+    model_folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    facts = json.loads((model_folder / "training.json").read_text())
+    assert fingerprint(tokenizer, facts["seed"]) == facts["data_sha256"]
+
+
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("task", TASKS)
 def test_spot_check(task, chat, model, tokenizer) -> None:  # type: ignore[no-untyped-def]
-    exams = draw_exams(task, 25, SPOT_CHECK_SEED, tokenizer, chat)
+    exams = draw_exams(Sitting(task, chat, "known", SPOT_CHECK_SEED), 25, tokenizer)
     assert score(model, tokenizer, exams)["exact"] >= 0.9
 
 

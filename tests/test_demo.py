@@ -1,0 +1,39 @@
+"""The demo as a newcomer runs it: the command, in a process of its own, on the shipped files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_demo_answers_audits_and_reports(tmp_path: Path) -> None:
+    output = tmp_path / "demo"
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "demo", "-o", str(output), "--progress", "plain"],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80 + len(str(tmp_path))
+    counters = json.loads((output / "run.json").read_text())["counters"]
+    prompts = pl.read_parquet(ROOT / "data" / "prompts.parquet")
+    assert counters["rows_in"] == counters["rows_ok"] == len(prompts) >= 2000
+    assert counters["prefilled_tokens"] == counters["unique_tokens"]
+    assert counters["cached_tokens"] == counters["prompt_tokens"] - counters["unique_tokens"]
+    audit = json.loads((output / "audit" / "summary.json").read_text())
+    assert audit["verdict"] == "pass" and audit["classes"]["identical"] == audit["rows_audited"]
+    assert audit["groups_covered"] == audit["groups_total"] > 100
+    answers = pl.read_parquet(output / "data" / "*.parquet")
+    right = (answers["generated_text"].str.strip_chars() == answers["answer"]).mean()
+    assert right is not None and float(right) >= 0.95
+    assert "Audit" in done.stdout and str(output) in done.stdout
+    assert (output / "report.html").stat().st_size > 10_000
