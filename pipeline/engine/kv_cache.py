@@ -6,6 +6,7 @@ quickly, and so cannot tear holes between the long-lived nodes.
 
 from __future__ import annotations
 
+import bisect
 import os
 from dataclasses import dataclass
 
@@ -61,15 +62,15 @@ class KVCache:
         """Give the slots back; the range must not be used any more."""
         if kv_range.length == 0:
             return
-        gap = (kv_range.start, kv_range.start + kv_range.length)
         self.used_tokens -= kv_range.length
-        joined: list[tuple[int, int]] = []
-        for low, high in sorted([*self._free, gap]):
-            if joined and joined[-1][1] == low:
-                joined[-1] = (joined[-1][0], high)
-            else:
-                joined.append((low, high))
-        self._free = joined
+        low, high = kv_range.start, kv_range.start + kv_range.length
+        place = bisect.bisect_left(self._free, (low, high))
+        if place < len(self._free) and self._free[place][0] == high:
+            high = self._free.pop(place)[1]
+        if place and self._free[place - 1][1] == low:
+            place -= 1
+            low = self._free.pop(place)[0]
+        self._free.insert(place, (low, high))
 
     def copy(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
         """Copy slots `source` to `target` [n] in all layers."""

@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SlotRange = tuple[int, int]
+Items = NDArray[np.int64]
+"""[items, 4]: queries `[q_lo, q_hi)` of the packed row see all keys in slots `[kv_lo, kv_hi)`."""
+
 _BUCKET_CELLS = 1 << 16  # query x key pairs above which an item fills the device alone
 _BUCKET_KEYS = 512  # keys above which gathering them costs more than a call of its own
 _PADDED_CELLS = 1 << 24  # padded query x key pairs of one bucket: bounds its memory
@@ -43,7 +46,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class DenseItem:
-    """Queries `[q_lo, q_hi)` of the packed row see all keys in slots `[kv_lo, kv_hi)`."""
+    """One row of `Items` that is a call of its own."""
 
     q_lo: int
     q_hi: int
@@ -101,22 +104,22 @@ def pack_prefill(
     device: torch.device,
 ) -> PackedBatch:
     """One forward over `pieces`, in depth-first order, with slots `copies` (from, to)."""
-    starts = np.cumsum([0, *(len(p) for p in pieces)]).tolist()
-    bounds = list(zip(starts[:-1], starts[1:], strict=True))
-    own = [
-        DenseItem(low, high, *piece.own)
-        for piece, (low, high) in zip(pieces, bounds, strict=True)
-        if piece.own[0] < piece.own[1]
-    ]
+    columns = [(len(p), p.position, p.slot, *p.own) for p in pieces]
+    length, position, slot, own_lo, own_hi = np.array(columns, np.int64).T
+    high = np.cumsum(length)
+    low = high - length
+    own = np.stack([low, high, own_lo, own_hi], 1)[own_lo < own_hi]
+    bounds = list(zip(low.tolist(), high.tolist(), strict=True))
     levels = [*shared_levels([p.ancestors for p in pieces], bounds), own]
+    place = np.arange(high[-1]) - np.repeat(low, length)
     copy_from, copy_to = (torch.from_numpy(c).to(device) if len(c) else None for c in copies)
     return PackedBatch(
-        input_ids=_row([p.token_ids for p in pieces], device),
-        position_ids=_row([np.arange(p.position, p.position + len(p)) for p in pieces], device),
-        slots=_row([np.arange(p.slot, p.slot + len(p)) for p in pieces], device)[0],
-        base=make_level([DenseItem(low, high, low, high) for low, high in bounds], device),
+        input_ids=_row(np.concatenate([p.token_ids for p in pieces]), device),
+        position_ids=_row(np.repeat(position, length) + place, device),
+        slots=_row(np.repeat(slot, length) + place, device)[0],
+        base=make_level(np.stack([low, high, low, high], 1), device),
         base_is_causal=True,
-        levels=tuple(make_level(items, device) for items in levels if items),
+        levels=tuple(make_level(items, device) for items in levels if len(items)),
         copy_from=copy_from,
         copy_to=copy_to,
     )
@@ -134,14 +137,12 @@ def pack_decode(
     `own` is (first slot, last slot + 1) of each row's span with the new token's slot as the last.
     """
     low, high = own
-    rows = range(len(low))
-    own_ranges = zip(rows, low.tolist(), high.tolist(), strict=True)
-    items = [DenseItem(i, i + 1, kv_lo, kv_hi) for i, kv_lo, kv_hi in own_ranges]
+    rows = np.arange(len(low))
     return PackedBatch(
-        input_ids=_row([token_ids], device),
-        position_ids=_row([positions], device),
-        slots=_row([high - 1], device)[0],
-        base=make_level(items, device),
+        input_ids=_row(token_ids, device),
+        position_ids=_row(positions, device),
+        slots=_row(high - 1, device)[0],
+        base=make_level(np.stack([rows, rows + 1, low, high], 1), device),
         base_is_causal=False,
         levels=levels,
     )
@@ -149,47 +150,51 @@ def pack_decode(
 
 def shared_levels(
     ancestors: list[tuple[SlotRange, ...]], bounds: list[tuple[int, int]]
-) -> list[list[DenseItem]]:
+) -> list[Items]:
     """By depth, one item for each shared range, over all the neighbouring queries below it."""
-    levels: list[list[DenseItem]] = []
+    levels: list[list[list[int]]] = []
     for spans, (low, high) in zip(ancestors, bounds, strict=True):
         for depth, (kv_lo, kv_hi) in enumerate(spans):
             if depth == len(levels):
                 levels.append([])
             row = levels[depth]
-            if row and row[-1].q_hi == low and row[-1].kv_lo == kv_lo:
-                row[-1] = DenseItem(row[-1].q_lo, high, kv_lo, kv_hi)
+            if row and row[-1][1] == low and row[-1][2] == kv_lo:
+                row[-1][1] = high
             else:
-                row.append(DenseItem(low, high, kv_lo, kv_hi))
-    return levels
+                row.append([low, high, kv_lo, kv_hi])
+    return [np.array(level, np.int64) for level in levels]
 
 
-def make_level(items: list[DenseItem], device: torch.device) -> Level:
+def make_level(items: Items, device: torch.device) -> Level:
     """Split items into singles and buckets of similar shape."""
-    by_shape: dict[tuple[int, int], list[DenseItem]] = {}
-    singles = []
-    for item in items:
-        queries, keys = item.q_hi - item.q_lo, item.kv_hi - item.kv_lo
-        if queries * keys > _BUCKET_CELLS or keys > _BUCKET_KEYS:
-            singles.append(item)
-        else:
-            by_shape.setdefault((_grade(queries), _grade(keys)), []).append(item)
+    queries, keys = items[:, 1] - items[:, 0], items[:, 3] - items[:, 2]
+    is_single = (queries * keys > _BUCKET_CELLS) | (keys > _BUCKET_KEYS)
+    singles = tuple(DenseItem(*item) for item in items[is_single].tolist())
+    small = items[~is_single]
+    shape = (_grade(queries[~is_single]) << 32) | _grade(keys[~is_single])
+    order = np.argsort(shape, kind="stable")
+    graded = shape[order]
     buckets = []
-    for (queries, keys), group in by_shape.items():
-        step = max(1, _PADDED_CELLS // (queries * keys))
-        buckets += [_bucket(group[i : i + step], device) for i in range(0, len(group), step)]
-    return Level(tuple(singles), tuple(buckets))
+    begin = 0
+    for end in [*(np.flatnonzero(np.diff(graded)) + 1).tolist(), len(graded)]:
+        if begin < end:
+            cells = int(graded[begin] >> 32) * int(graded[begin] & 0xFFFFFFFF)
+            step = max(1, _PADDED_CELLS // cells)
+            cuts = range(begin, end, step)
+            buckets += [_bucket(small[order[i : min(i + step, end)]], device) for i in cuts]
+        begin = end
+    return Level(singles, tuple(buckets))
 
 
-def _grade(length: int) -> int:
+def _grade(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Round up to a quarter of a power of two: padding stays below a third."""
-    step = max(1, 1 << max(0, (length - 1).bit_length() - 2))
-    return -(-length // step) * step
+    step = 1 << np.maximum(0, np.frexp(lengths - 1.0)[1] - 2).astype(np.int64)
+    graded: NDArray[np.int64] = -(-lengths // step) * step
+    return graded
 
 
-def _bucket(items: list[DenseItem], device: torch.device) -> Bucket:
-    bounds = np.array([(i.q_lo, i.q_hi, i.kv_lo, i.kv_hi) for i in items], np.int64)
-    q_lo, q_hi, kv_lo, kv_hi = (bounds[:, i : i + 1] for i in range(4))
+def _bucket(items: Items, device: torch.device) -> Bucket:
+    q_lo, q_hi, kv_lo, kv_hi = (items[:, i : i + 1] for i in range(4))
     queries = q_lo + np.arange((q_hi - q_lo).max())
     valid = np.flatnonzero(queries < q_hi)
     queries = np.minimum(queries, q_hi - 1)
@@ -205,5 +210,5 @@ def _bucket(items: list[DenseItem], device: torch.device) -> Bucket:
     )
 
 
-def _row(parts: list[NDArray[np.int64]], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device).unsqueeze(0)
+def _row(values: NDArray[np.int64], device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device).unsqueeze(0)

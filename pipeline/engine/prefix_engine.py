@@ -150,7 +150,7 @@ class _Run:
             ids = job.token_ids[low - target.start : high - target.start]
             own = (slot - (low - target.start), slot)
             pieces.append(Piece(ids, low, slot, own, spans_before(target, target.start)))
-            if low == target.start:
+            if low == target.start > target.span_start:
                 heads.append(copied_head(target))
                 places.append(target.kv.start + np.arange(len(heads[-1])))
         copies = np.concatenate(heads), np.concatenate(places)

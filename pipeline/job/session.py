@@ -10,6 +10,7 @@ raised; a slow writer holds the engine back through the channel. Knows nothing a
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from concurrent.futures import Future
@@ -91,6 +92,7 @@ class Session:
         engine: Engine | None = None
         try:
             engine = loading.result()
+            gc.freeze()  # the model's objects live on; a full collection over them costs a step
             self._observer.say(self._header())
             for note in engine.notes:
                 self._observer.say(note)

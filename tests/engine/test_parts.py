@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -102,7 +104,7 @@ def test_a_level_serves_each_query_with_its_own_keys(shapes: list[tuple[int, int
     for queries, keys in shapes:
         items.append(DenseItem(query, query + queries, slot, slot + keys))
         query, slot = query + queries, slot + keys
-    level = make_level(items, CPU)
+    level = make_level(np.array([dataclasses.astuple(i) for i in items], np.int64), CPU)
     served: dict[int, set[int]] = {}
     for item in level.singles:
         for q in range(item.q_lo, item.q_hi):
@@ -129,9 +131,9 @@ def test_neighbours_below_one_node_share_one_item() -> None:
     levels = shared_levels(
         [(top, left), (top, left), (top, right), ()], [(0, 1), (1, 3), (3, 4), (4, 5)]
     )
-    assert levels == [
-        [DenseItem(0, 4, 0, 10)],
-        [DenseItem(0, 3, 10, 14), DenseItem(3, 4, 14, 20)],
+    assert [level.tolist() for level in levels] == [
+        [[0, 4, 0, 10]],
+        [[0, 3, 10, 14], [3, 4, 14, 20]],
     ]
 
 
