@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 _ANSWER_COLUMNS = ("row_index", "generated_text", "finish_reason", "completion_token_ids")
 _SAY_EVERY_S = 30.0
+_EMBEDDED_CHARACTERS = 400
 
 
 def audit_run(output: Path, settings: AuditSettings, observer: Observer | None = None) -> Verdict:
@@ -67,7 +68,8 @@ def audit_run(output: Path, settings: AuditSettings, observer: Observer | None =
 
     def embed(rows: Sequence[int]) -> NDArray[np.float32]:
         assert encoder is not None
-        return encoder.encode(_render(job, rows))
+        # Beginnings are what rows share and an encoder reads a few hundred tokens, so the ends.
+        return encoder.encode([text[-_EMBEDDED_CHARACTERS:] for text in _render(job, rows)])
 
     chosen = choose_rows(candidates, size, seed, None if encoder is None else embed)
     observer.say(f"auditing {len(chosen)} of {len(candidates)} rows against plain full prefill")
