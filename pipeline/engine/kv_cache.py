@@ -7,10 +7,10 @@ quickly, and so cannot tear holes between the long-lived nodes.
 from __future__ import annotations
 
 import bisect
-import os
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -114,4 +114,4 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can be taken now on `device`."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.virtual_memory().available)
