@@ -26,7 +26,7 @@ from pipeline.job.fingerprint import describe_versions, fingerprint_fields
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.planning import Job, PlannedJob, open_job, plan_rows, select_rows
 from pipeline.job.session import RunOutcome, Session
-from pipeline.job.stopping import StopRequest
+from pipeline.job.stopping import StopRequest, interruptible
 from pipeline.plan.summary import plan_frame, tree_frame
 from pipeline.settings import JobSettings
 from pipeline.storage.run_directory import RunDirectory
@@ -107,6 +107,7 @@ def validate_input(input: str, settings: JobSettings) -> dict[str, Any]:
     return found
 
 
+@interruptible()
 def run_job(
     input: str, output: Path, settings: JobSettings, observer: Observer | None = None
 ) -> RunOutcome:
@@ -122,18 +123,25 @@ def run_job(
     fingerprint = fingerprint_fields(settings, job.source.fingerprint(), job.tokenizer.fingerprint)
     description = describe_job(input, job)
     # A folder that refuses this job, or has it done, must say so before an hour of tokenising;
-    # a folder that is not there yet is made only when the input has proved sound.
+    # a folder that is not there yet is made only when input and model have proved sound, so that
+    # a model that is repaired afterwards does not meet the job of the broken one.
     if (output / "run.json").exists():
         with RunDirectory.create_or_resume(output, fingerprint, description) as directory:
             if directory.is_sealed:
-                observer.say(f"{output} is complete; nothing to do")
-                return RunOutcome.of_sealed(directory)
-            with loading_engine(settings) as engine:
-                return Session(plan_rows(job), directory, observer, stop).run(engine)
-    with loading_engine(settings) as engine:
+                if len(directory.done_rows()) == job.source.num_rows:
+                    observer.say(f"{output} is complete; nothing to do")
+                    outcome = RunOutcome.of_sealed(directory)
+                    outcome.check_failures(settings.write)
+                    return outcome
+                observer.say(f"{output} was complete, but parts are missing; they are made again")
+                directory.unseal()
+            with loading_engine(settings) as loading:
+                return Session(plan_rows(job), directory, observer, stop).run(loading)
+    with loading_engine(settings) as loading:
         planned = plan_rows(job)
+        loading.result()
         with RunDirectory.create_or_resume(output, fingerprint, description) as directory:
-            return Session(planned, directory, observer, stop).run(engine)
+            return Session(planned, directory, observer, stop).run(loading)
 
 
 def report_run(output: Path) -> Path:

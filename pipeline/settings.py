@@ -16,12 +16,13 @@ from pipeline.errors import UsageError
 from pipeline.records import SamplingParams
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_NUMBER = r"\d+(?:\.\d*)?|\.\d+"
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def parse_bytes(text: str | int) -> int:
     """`8GiB`, `500MB`, `1024` -> bytes. Raises ValueError for anything else."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kmg]i?)?b?\s*", str(text).lower())
+    match = re.fullmatch(rf"\s*({_NUMBER})\s*([kmg]i?)?b?\s*", str(text).lower())
     if match is None:
         raise ValueError(f"{text!r} is not a size; write it like 8GiB, 500MB or 1048576")
     return int(float(match[1]) * _UNITS[match[2] or ""])
@@ -29,7 +30,7 @@ def parse_bytes(text: str | int) -> int:
 
 def parse_seconds(text: str | float) -> float:
     """`4h`, `90m`, `30` -> seconds. Raises ValueError for anything else."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([smhd])?\s*", str(text).lower())
+    match = re.fullmatch(rf"\s*({_NUMBER})\s*([smhd])?\s*", str(text).lower())
     if match is None:
         raise ValueError(f"{text!r} is not a duration; write it like 4h, 90m or 3600")
     return float(match[1]) * _SECONDS[match[2] or ""]
@@ -66,15 +67,26 @@ class PlanSettings(_Section):
 
 
 class SamplingSettings(_Section):
-    """Defaults for rows without sampling fields; None means: as the model's repository says."""
+    """Defaults for rows without sampling fields; None means: as the model's repository says.
+
+    `top_k` 0 or -1: all tokens.
+    """
 
     max_new_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
+    temperature: float | None = Field(default=None, ge=0.0, le=100.0)
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    top_k: int | None = Field(default=None, ge=-1)
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _texts(cls, value: object) -> object:
+        texts = (value,) if isinstance(value, str) else value
+        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) and t for t in texts):
+            raise ValueError("give a text that is not empty, or a list of them")
+        return tuple(texts)
 
 
 class ModelSettings(_Section):

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 
 from pipeline.errors import (
     InputError,
+    Interrupted,
+    ModelError,
     RunDirectoryError,
+    StorageError,
     TooManyFailedRows,
+    UsageError,
 )
 from pipeline.run import plan_job, run_job, validate_input, write_plan
 from pipeline.settings import JobSettings
-from tests.tiny_job import PROMPTS, answers, echo_settings, write_prompts
+from tests.tiny_job import PROMPTS, answers, echo_settings, write_model, write_prompts
 
 
 def test_every_row_gets_its_answer_and_keeps_its_columns(
@@ -95,7 +100,7 @@ def test_another_job_is_refused_by_name_of_the_field(tmp_path: Path, settings: J
     source = write_prompts(tmp_path / "p.parquet", PROMPTS)
     run_job(str(source), tmp_path / "out", settings)
     flat = {"max_new_tokens": 5, "model": settings.model.model, "engine": "echo"}
-    with pytest.raises(RunDirectoryError, match="sampling"):
+    with pytest.raises(RunDirectoryError, match="another max_new_tokens"):
         run_job(str(source), tmp_path / "out", JobSettings.from_flat(flat))
     write_prompts(source, ["other"])
     with pytest.raises(RunDirectoryError, match="input"):
@@ -210,3 +215,94 @@ def test_a_model_that_fails_the_self_test_gets_the_naive_engine(
     monkeypatch.setattr(partial, "merge", lambda *parts: None)
     engine = make_engine(settings)
     assert engine.name == "naive" and "in full by the naive engine" in engine.notes[0]
+
+
+def test_a_complete_run_that_lost_a_part_makes_it_again(
+    tmp_path: Path, settings: JobSettings
+) -> None:
+    source = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    run_job(str(source), tmp_path / "out", settings)
+    before = answers(tmp_path / "out")["generated_text"].to_list()
+    sorted((tmp_path / "out" / "data").iterdir())[0].unlink()
+    assert not run_job(str(source), tmp_path / "out", settings).was_complete
+    rows = answers(tmp_path / "out")
+    assert rows["row_index"].to_list() == list(range(6))
+    assert rows["generated_text"].to_list() == before
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_a_complete_run_with_an_altered_part_is_not_called_complete(
+    tmp_path: Path, settings: JobSettings
+) -> None:
+    source = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    run_job(str(source), tmp_path / "out", settings)
+    part = sorted((tmp_path / "out" / "data").iterdir())[0]
+    part.write_bytes(part.read_bytes() + b"x")
+    with pytest.raises(StorageError, match="was altered"):
+        run_job(str(source), tmp_path / "out", settings)
+
+
+def test_a_model_that_cannot_run_leaves_no_folder(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    source = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    settings = JobSettings.from_flat({"model": str(model), "max_new_tokens": 2})
+    with pytest.raises(ModelError, match="weights cannot be loaded"):
+        run_job(str(source), tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+    (model / "model.safetensors").write_bytes(weights)
+    assert run_job(str(source), tmp_path / "out", settings).rows_failed == 0
+
+
+def test_a_kv_budget_without_room_for_a_prompt_is_refused(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    source = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    settings = JobSettings.from_flat({"model": str(model_folder), "kv_budget": "1KB"})
+    with pytest.raises(UsageError, match="--kv-budget"):
+        run_job(str(source), tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_while_planning_is_an_interruption(
+    tmp_path: Path, settings: JobSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(job: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.run.plan_rows", interrupt)
+    source = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    with pytest.raises(Interrupted, match="goes on from here"):
+        run_job(str(source), tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flat", "field"),
+    [
+        ({"limit": 2}, "limit"),
+        ({"seed": 4}, "seed"),
+        ({"stop": ["x"]}, "stop"),
+        ({"parse_special_tokens": True}, "parse_special_tokens"),
+    ],
+)
+def test_the_changed_setting_is_named_and_not_a_hash_of_it(
+    tmp_path: Path, tokenizer_folder: Path, flat: dict[str, Any], field: str
+) -> None:
+    source = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    run_job(str(source), tmp_path / "out", echo_settings(tokenizer_folder))
+    with pytest.raises(RunDirectoryError, match=f"another {field} "):
+        run_job(str(source), tmp_path / "out", echo_settings(tokenizer_folder, **flat))
+
+
+def test_too_many_failed_rows_stay_too_many_on_a_second_call(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    source = write_prompts(tmp_path / "p.parquet", ["a", None, None])
+    settings = echo_settings(tokenizer_folder, fail_on_error="1")
+    for _ in range(2):
+        with pytest.raises(TooManyFailedRows, match="2 of 3"):
+            run_job(str(source), tmp_path / "out", settings)
+    more = echo_settings(tokenizer_folder, fail_on_error="2")
+    assert run_job(str(source), tmp_path / "out", more).was_complete

@@ -36,7 +36,7 @@ def test_durations(text: str | float, expected: float) -> None:
     assert parse_seconds(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "8 apples", "-1", "GiB"])
+@pytest.mark.parametrize("text", ["", "8 apples", "-1", "GiB", ".", "1.2.3"])
 def test_what_is_neither_size_nor_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="write it like"):
         parse_bytes(text)
@@ -134,3 +134,26 @@ def test_the_row_wins_over_flags_over_the_repository(
 def test_a_row_cannot_ask_for_the_impossible(row: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         resolve_sampling(SamplingSettings(), {}, row)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("temperature", 101),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_k", -3),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", 3),
+    ],
+)
+def test_sampling_that_no_row_could_use_is_refused_before_any_row(field: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=field.replace("_", "-")):
+        JobSettings.from_flat({"model": "m", field: value})
+
+
+def test_one_stop_string_needs_no_list() -> None:
+    assert SamplingSettings.model_validate({"stop": "ab"}).stop == ("ab",)

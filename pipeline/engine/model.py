@@ -14,10 +14,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from pipeline.engine.support import why_unsupported
 from pipeline.errors import ModelError
 from pipeline.settings import ModelSettings
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SHOWN_CHARACTERS = 200  # of what transformers says
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -66,7 +68,11 @@ def read_shape(model: str, revision: str | None = None) -> ModelShape:
         )
     try:
         generation = GenerationConfig.from_pretrained(model, revision=revision)
-    except OSError:
+    except OSError as error:
+        if (Path(model) / "generation_config.json").exists():  # its stop tokens must not be lost
+            raise ModelError(
+                f"{model}: generation_config.json cannot be read; download it again or remove it"
+            ) from error
         generation = GenerationConfig.from_model_config(config)
     eos = generation.eos_token_id
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
@@ -84,11 +90,16 @@ def read_shape(model: str, revision: str | None = None) -> ModelShape:
 
 
 def load_model(settings: ModelSettings) -> LoadedModel:
-    """Load weights onto the device. Raises ModelError: missing, partial, or pickle-only weights."""
+    """Load weights onto the device.
+
+    Raises ModelError: missing, partial, or pickle-only weights, or a family the engine cannot run.
+    """
     shape = read_shape(settings.model, settings.revision)
     check_weights(settings.model)
+    _check_support(settings)
     dtype = shape.dtype if settings.dtype == "auto" else settings.dtype
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what it would warn of is an error here, said once
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             settings.model,
@@ -100,7 +111,11 @@ def load_model(settings: ModelSettings) -> LoadedModel:
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises a dozen kinds; all mean the same to the user
-        raise ModelError(f"{settings.model}: the weights cannot be loaded: {error}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:_SHOWN_CHARACTERS]
+        raise ModelError(
+            f"{settings.model}: the weights cannot be loaded ({reason}); "
+            "check that the download is complete"
+        ) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(
@@ -122,6 +137,15 @@ def choose_device(device: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ModelError(f"device {device!r} cannot be used: {reason}") from None
     return chosen
+
+
+def _check_support(settings: ModelSettings) -> None:
+    """Say what the prefix engine lacks before transformers fails on what it lacks itself."""
+    if settings.engine != "prefix":
+        return
+    reason = why_unsupported(_read_config(settings.model, settings.revision))
+    if reason:
+        raise ModelError(f"{settings.model}: {reason}")
 
 
 def check_weights(model: str) -> None:

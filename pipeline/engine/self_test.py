@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.engine.base import RunControl
 from pipeline.engine.prefix_engine import PrefixEngine
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, UsageError
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.token_table import TokenTable
 from pipeline.records import SamplingParams
@@ -22,7 +22,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def self_test(engine: PrefixEngine) -> float:
-    """Worst difference, as a share of the largest logit. Raises EngineError above the tolerance."""
+    """Worst difference, as a share of the largest logit. Raises EngineError above the tolerance,
+    UsageError where the KV budget has no room for the test."""
     model = engine.loaded.model
     plan = _small_plan(engine.loaded.shape.vocabulary_size)
     seen: dict[tuple[int, int], Tensor] = {}
@@ -35,6 +36,11 @@ def self_test(engine: PrefixEngine) -> float:
         done = list(engine.generate(plan, np.arange(len(plan.sequences)), RunControl()))
     finally:
         engine.logits_probe = None
+    if any(completion.finish_reason == "error" for completion in done):
+        raise UsageError(
+            f"the KV budget of {engine.settings.kv_budget} bytes cannot hold even a prompt of "
+            "40 tokens; raise --kv-budget"
+        )
     worst = 0.0
     model.set_attn_implementation("eager")
     for completion in done:

@@ -53,7 +53,8 @@ def audit_run(output: Path, settings: AuditSettings, observer: Observer | None =
     """Audit the rows committed in `output`; writes `audit/audit.parquet` and `summary.json`.
 
     A failed audit is a result, not an error. Raises UsageError where there is nothing to compare,
-    InputError or ModelError where input or model have changed since the run.
+    InputError or ModelError where input or model have changed since the run, StorageError where
+    the answers have.
     """
     observer = observer or SilentObserver()
     started = time.monotonic()
@@ -61,6 +62,7 @@ def audit_run(output: Path, settings: AuditSettings, observer: Observer | None =
     job = reopen_job(directory)
     if job.settings.model.engine == "echo":
         raise UsageError("the echo engine has no model to compare with; run with --engine prefix")
+    _check_complete(directory, job.source.num_rows)
     encoder = Encoder.load(settings.audit_encoder)
     candidates = candidate_rows(directory.scan())
     seed = seed_of_output(directory)
@@ -112,6 +114,18 @@ def reopen_job(directory: RunDirectory) -> Job:
             f"{changed[0]} differs; bring the old one back"
         )
     return job
+
+
+def _check_complete(directory: RunDirectory, rows: int) -> None:
+    """A verdict holds for what it was given on: all rows, as they were committed.
+
+    Raises RunDirectoryError for an unfinished run, StorageError for an altered or missing part.
+    """
+    if not directory.is_sealed:
+        raise RunDirectoryError(
+            f"the run in {directory.root} is not complete; finish it by the command that began it"
+        )
+    directory.check_rows(rows)
 
 
 def seed_of_output(directory: RunDirectory) -> int:

@@ -28,12 +28,18 @@ def fingerprint_fields(settings: JobSettings, input_hash: str, tokenizer: str) -
         **settings.read.model_dump(mode="json"),
         **identify_model(settings.model),
         "tokenizer": tokenizer,
+        **settings.tokens.model_dump(include={"apply_chat_template", "parse_special_tokens"}),
+        "system_prompt": _hash_text(settings.tokens.system_prompt),
         "sampling": settings.sampling.model_dump(mode="json"),
         "dtype": settings.model.dtype,
         "engine": settings.model.engine,
         "min_prefix_tokens": settings.plan.min_prefix_tokens,
         "on_overlong": settings.plan.on_overlong,
     }
+
+
+def _hash_text(text: str | None) -> str | None:
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
 def identify_model(settings: ModelSettings) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from pipeline.job.observer import Observer, Snapshot
 from pipeline.job.planning import PlannedJob
 from pipeline.job.stopping import StopRequest
 from pipeline.plan.summary import plan_frame, tree_frame
+from pipeline.settings import WriteSettings
 from pipeline.storage.run_directory import RunDirectory
 
 _COMPLETIONS_AHEAD = 256
@@ -59,6 +60,16 @@ class RunOutcome:
     def rows_failed(self) -> int:
         """Rows written with `status = error`."""
         return int(self.counters["rows_error"])
+
+    def check_failures(self, settings: WriteSettings) -> None:
+        """Raises TooManyFailedRows if more rows failed than the settings allow."""
+        rows = int(self.counters["rows_in"])
+        allowed = settings.allowed_failures(rows)
+        if self.rows_failed > allowed:
+            raise TooManyFailedRows(
+                f"{self.rows_failed} of {rows} rows failed, {allowed} are allowed by "
+                f"--fail-on-error; failed.parquet in {self.directory} names them"
+            )
 
     @classmethod
     def of_sealed(cls, directory: RunDirectory) -> RunOutcome:
@@ -229,12 +240,7 @@ class Session:
         self._note(self._snapshot(engine))
         self._directory.seal(rows)
         outcome = RunOutcome(self._directory.root, counters)
-        allowed = self._planned.job.settings.write.allowed_failures(rows)
-        if outcome.rows_failed > allowed:
-            raise TooManyFailedRows(
-                f"{outcome.rows_failed} of {rows} rows failed, {allowed} are allowed by "
-                f"--fail-on-error; failed.parquet in {self._directory.root} names them"
-            )
+        outcome.check_failures(self._planned.job.settings.write)
         return outcome
 
     def _record_failure(self, engine: Engine | None, error: BaseException) -> None:

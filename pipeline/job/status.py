@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.job.session import count_committed
+from pipeline.storage.lock import is_abandoned
 from pipeline.storage.run_directory import RunDirectory
 
 
@@ -22,9 +23,11 @@ def read_status(root: Path) -> dict[str, Any]:
     done = committed["rows_ok"] + committed["rows_error"]
     last = _last_metrics(root / "metrics.jsonl")
     rows_per_s = last.get("rows_per_s")
-    running = manifest["status"] == "running"
+    # A session that was killed could not say so itself.
+    died = manifest["status"] == "running" and is_abandoned(root)
+    status = "stopped" if died else manifest["status"]
     return {
-        "status": manifest["status"],
+        "status": status,
         "rows": rows,
         "rows_done": done,
         "rows_failed": committed["rows_error"],
@@ -32,7 +35,7 @@ def read_status(root: Path) -> dict[str, Any]:
         "rows_per_s": rows_per_s,
         "prefill_tokens_per_s": last.get("prefill_tokens_per_s"),
         "decode_tokens_per_s": last.get("decode_tokens_per_s"),
-        "eta_s": (rows - done) / rows_per_s if running and rows_per_s else None,
+        "eta_s": (rows - done) / rows_per_s if status == "running" and rows_per_s else None,
         "at": last.get("at"),
         "audit": _audit_verdict(root),
         "counters": manifest["counters"],

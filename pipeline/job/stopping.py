@@ -14,6 +14,20 @@ from pipeline.errors import CoppiceError, Interrupted, TimeBudgetReached
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C while no `StopRequest` listens (planning, sealing) ends the job in a sentence.
+
+    Serves as a decorator as well.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted: nothing that was committed is lost; the same command goes on from here"
+        ) from None
+
+
 class StopRequest:
     """First signal or spent budget: drain. Second signal: abort. Read from any thread."""
 

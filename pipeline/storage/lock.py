@@ -5,13 +5,33 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import socket
 from pathlib import Path
 
 from pipeline.errors import RunDirectoryError
 
 LOCK_NAME = ".lock"
+_OWNER = re.compile(r"process (\d+) on (.+)")
 _logger = logging.getLogger("coppice")
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether nobody holds the lock, as far as this machine can tell. Does not touch it."""
+    try:
+        owner = (folder / LOCK_NAME).read_text(errors="replace").strip()
+    except OSError:
+        return True
+    match = _OWNER.fullmatch(owner)
+    if match is None or match[2] != socket.gethostname():
+        return not owner
+    try:
+        os.kill(int(match[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it lives, as somebody else's
+        return False
+    return False
 
 
 class FolderLock:

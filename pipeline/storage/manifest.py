@@ -15,6 +15,7 @@ from pipeline.errors import RunDirectoryError
 from pipeline.storage.schema import SCHEMA_VERSION
 
 MANIFEST_NAME = "run.json"
+_HASHES = ("input", "model", "revision", "tokenizer")
 _SHOWN_CHARACTERS = 32  # of each value, where two fingerprints differ
 
 
@@ -51,13 +52,23 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 def check_fingerprint(root: Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises RunDirectoryError naming the first field in which two fingerprints differ."""
-    wanted = json.loads(json.dumps(wanted))  # as it would be read back: tuples are lists
-    for field in sorted(held.keys() | wanted.keys()):
+    wanted = _flatten(json.loads(json.dumps(wanted)))  # as it would be read back: tuples are lists
+    held = _flatten(held)
+    # Another setting can change a hash as well, and the setting is what a person can put back.
+    for field in sorted(held.keys() | wanted.keys(), key=lambda name: (name in _HASHES, name)):
         if held.get(field) != wanted.get(field):
             raise RunDirectoryError(
                 f"{root} holds a run with another {field} ({_shorten(held.get(field))}, now "
                 f"{_shorten(wanted.get(field))}); choose a new folder or go back to the old value"
             )
+
+
+def _flatten(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a nested record (`sampling`) beside the others: their names are unique."""
+    fields: dict[str, Any] = {}
+    for name, value in fingerprint.items():
+        fields |= value if isinstance(value, dict) else {name: value}
+    return fields
 
 
 def _shorten(value: Any) -> str:

@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 
 from pipeline.errors import RunDirectoryError, StorageError
 from pipeline.storage.card import render_card
-from pipeline.storage.durable import is_temp, replace_file, write_all, write_errors
+from pipeline.storage.durable import (
+    is_temp,
+    replace_file,
+    sync_folder,
+    write_all,
+    write_errors,
+)
 from pipeline.storage.lock import LOCK_NAME, FolderLock
 from pipeline.storage.manifest import (
     MANIFEST_NAME,
@@ -173,7 +179,7 @@ class RunDirectory:
         StorageError with the counts if a row is missing, foreign or has the id of another one.
         """
         self._check_locked()
-        self._check_rows(num_rows)
+        self.check_rows(num_rows)
         failed = self.scan().filter(pl.col("status") == "error").sort("row_index").collect()
         self.write_frame("failed.parquet", failed)
         self.write_text("README.md", render_card(self.read_manifest(), num_rows, failed.height))
@@ -197,7 +203,17 @@ class RunDirectory:
     ) -> None:
         self.close()
 
-    def _check_rows(self, num_rows: int) -> None:
+    def unseal(self) -> None:
+        """Take the mark away, and the audit of what was there: rows will be written anew."""
+        self._check_locked()
+        names = (SUCCESS_NAME, "audit/summary.json", "audit/audit.parquet")
+        with write_errors(self.root):
+            for name in names:
+                self._inside(name).unlink(missing_ok=True)
+            sync_folder(self.root)
+
+    def check_rows(self, num_rows: int) -> None:
+        """Raises StorageError unless rows [0, num_rows) are there once each, as committed."""
         done = self.done_rows()
         missing = np.setdiff1d(np.arange(num_rows), done, assume_unique=True)
         if len(missing):
@@ -259,6 +275,8 @@ def _make_folder(folder: Path) -> None:
         raise RunDirectoryError(
             f"{folder} is not empty and holds no run of coppice; choose a new folder"
         )
+    if MANIFEST_NAME in names:
+        read_manifest(folder)  # somebody else's run.json: leave nothing of ours beside it
 
 
 def _temp_files(root: Path) -> Iterator[Path]:

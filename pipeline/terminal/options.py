@@ -144,7 +144,8 @@ def merge(flags: dict[str, Any], config: Path | None) -> JobSettings:
 def merge_section(section: type[Section], flags: dict[str, Any]) -> Section:
     """One section of the settings from its flags alone. Raises UsageError."""
     try:
-        return section(**{name: value for name, value in flags.items() if value is not None})
+        said = {name: value for name, value in flags.items() if value is not None}
+        return section(**{name.replace("-", "_"): value for name, value in said.items()})
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")

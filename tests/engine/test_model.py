@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pipeline.engine.model import load_model, read_shape
 from pipeline.engine.support import why_unsupported
@@ -106,3 +106,28 @@ def test_reasons_against_reuse_are_said(changes: dict[str, object], reason: str)
         object.__setattr__(config, name, value)
     said = why_unsupported(config)
     assert said is not None and reason in said and "--engine naive" in said
+
+
+def test_broken_generation_defaults_are_no_missing_ones(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"generation_config\.json cannot be read"):
+        read_shape(str(folder))
+
+
+def test_what_transformers_says_is_cut_to_a_sentence(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise ValueError("x" * 500 + "\nsecond line")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(ModelError, match="weights cannot be loaded") as refused:
+        load_model(ModelSettings(model=str(folder)))
+    assert len(str(refused.value)) < 400 and "second" not in str(refused.value)
+
+
+def test_a_family_that_the_engine_lacks_is_named_before_it_is_loaded(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    with pytest.raises(ModelError, match="not 'mamba'.*--engine naive"):
+        load_model(ModelSettings(model=str(folder)))

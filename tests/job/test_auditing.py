@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.audit.similarity import Encoder
-from pipeline.errors import InputError, ModelError, RunDirectoryError
+from pipeline.errors import InputError, ModelError, RunDirectoryError, StorageError
 from pipeline.job.auditing import audit_run, describe_audit, seed_of_output, select_rows
 from pipeline.run import open_job, run_job
 from pipeline.settings import AuditSettings, JobSettings
@@ -99,3 +99,37 @@ def test_rows_are_found_again_in_input_order(tmp_path: Path) -> None:
     batch = select_rows(job, np.array([4999, 0, 2500]))
     assert batch.contents == ["p0", "p2500", "p4999"]
     assert batch.ids == ["r0", "r2500", "r4999"]
+
+
+def rewrite_a_token(output: Path) -> Path:
+    """Change an answer in place; the name, and with it the promised hash, stays."""
+    (part,) = (output / "data").iterdir()
+    table = pq.read_table(part)
+    place = table.column_names.index("completion_token_ids")
+    ids = [[2, 3]] * table.num_rows
+    pq.write_table(
+        table.set_column(place, table.field(place), pa.array(ids, pa.list_(pa.int32()))), part
+    )
+    return part
+
+
+def test_an_altered_part_is_named(tmp_path: Path, model: Path) -> None:
+    output = make_run(tmp_path, model)
+    part = rewrite_a_token(output)
+    with pytest.raises(StorageError, match=f"{part.name} was altered"):
+        audit_run(output, EVERY_ROW)
+
+
+def test_a_missing_part_is_no_smaller_run(tmp_path: Path, model: Path) -> None:
+    output = make_run(tmp_path, model, rows_per_part=2)
+    sorted((output / "data").iterdir())[0].unlink()
+    with pytest.raises(StorageError, match="2 of 4 rows have no answer"):
+        audit_run(output, EVERY_ROW)
+
+
+def test_an_unfinished_run_gets_no_verdict(tmp_path: Path, model: Path) -> None:
+    output = make_run(tmp_path, model)
+    (output / "_SUCCESS").unlink()
+    with pytest.raises(RunDirectoryError, match="not complete"):
+        audit_run(output, EVERY_ROW)
+    assert not (output / "audit").exists()

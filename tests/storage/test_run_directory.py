@@ -61,7 +61,8 @@ def test_resume_knows_what_is_done(tmp_path: Path) -> None:
         ({"model": "other"}, 'another model ("m", now "other")'),
         ({"input": "ab" * 32}, "another input ("),
         ({"extra": 1}, "another extra (null, now 1)"),
-        ({"sampling": {"seed": 1}}, "another sampling"),
+        ({"sampling": {"seed": 1}}, "another seed (0, now 1)"),
+        ({"input": "cd" * 32, "limit": 10}, "another limit (null, now 10)"),
     ],
 )
 def test_another_job_is_refused_and_the_field_named(
@@ -291,3 +292,20 @@ def _write_for_ever(root: Path) -> None:
         while True:
             add(run, [row])
             row += 1
+
+
+def test_a_foreign_manifest_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match="holds no run"):
+        create(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_unsealing_takes_the_mark_and_the_audit_away(tmp_path: Path) -> None:
+    with create(tmp_path) as run:
+        part = add(run, [0, 1])
+        run.seal(2)
+        run.write_json("audit/summary.json", {"verdict": "pass"})
+        run.unseal()
+        assert not run.is_sealed and part.exists()
+        assert not list((tmp_path / "audit").iterdir())
