@@ -37,6 +37,7 @@ from pipeline.errors import InputError, ModelError, RunDirectoryError, UsageErro
 from pipeline.job.fingerprint import fingerprint_fields
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.planning import Job, open_job, select_rows
+from pipeline.job.stopping import interruptible
 from pipeline.plan.plan import noise_key
 from pipeline.settings import AuditSettings, JobSettings
 from pipeline.storage.run_directory import RunDirectory
@@ -49,6 +50,7 @@ _SAY_EVERY_S = 30.0
 _EMBEDDED_CHARACTERS = 400
 
 
+@interruptible()
 def audit_run(output: Path, settings: AuditSettings, observer: Observer | None = None) -> Verdict:
     """Audit the rows committed in `output`; writes `audit/audit.parquet` and `summary.json`.
 

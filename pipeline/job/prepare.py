@@ -117,7 +117,10 @@ class Preparation:
             fitted = fit_to_context(length, chosen, context, self._limits.on_overlong)
             if fitted is None:
                 row = row_start + index
-                message = f"the prompt has {length} tokens, the model's context {context}"
+                message = (
+                    f"the prompt has {length} tokens, the model's context {context}; "
+                    "shorten it, or choose --on-overlong truncate-left"
+                )
                 rejected[row] = Rejected(row, "OverlongPrompt", message)
             changed[index] = fitted or (0, chosen)
         return changed
