@@ -26,7 +26,7 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed  ## the figures of the README; about 15 minutes, nothing else running
+bench: $(VENV)/.installed  ## the figures of the README; about 20 minutes, nothing else running
 	$(BIN)/python -m benchmarks.main_job
 
 demo-model: $(VENV)/.installed  ## train the embedded model again, from scratch

@@ -32,7 +32,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # its panels clip long flags at 80 columns
 )
 _JOB = (ModelSettings, ReadSettings, TokenSettings, SamplingSettings, PlanSettings, EngineSettings)
 
@@ -64,7 +64,7 @@ def plan(
     *,
     flags: dict[str, Any],
 ) -> None:
-    """Show what sharing would save; reads no weights, touches no device."""
+    """Show what sharing would save; no weights, no device."""
     _plan(input, flags, config, json, output)
 
 
@@ -112,7 +112,7 @@ def status(directory: RunFolder, json: Json = False) -> None:
 def audit(
     directory: RunFolder, json: Json = False, progress: Progress = "auto", *, flags: dict[str, Any]
 ) -> None:
-    """Compare a sample with plain full prefill; exit code 4 below the bar."""
+    """Compare a sample with full prefill; exit code 4 if it fails."""
     from pipeline.job.auditing import audit_run, describe_audit
     from pipeline.terminal.progress import make_observer
     from pipeline.terminal.tables import audit_table, print_json, print_table
@@ -162,7 +162,7 @@ def demo(
     ),
     progress: Progress = "auto",
 ) -> None:
-    """Plan, run, audit and report on the model and prompts that come along."""
+    """Plan, run, audit and report on the embedded model and prompts."""
     from pipeline.terminal.demo import run_demo
 
     run_demo(output, progress)
