@@ -18,6 +18,7 @@ from pipeline.engine.attention import ATTENTION_NAME
 from pipeline.engine.base import EngineCounters, RunControl
 from pipeline.engine.kv_cache import KVCache, kv_capacity
 from pipeline.engine.model import LoadedModel
+from pipeline.engine.outcome import complete, refuse
 from pipeline.engine.packing import (
     Level,
     PackedBatch,
@@ -40,7 +41,7 @@ from pipeline.engine.scheduler import (
 from pipeline.engine.support import why_unsupported
 from pipeline.errors import ModelError
 from pipeline.plan.plan import Plan
-from pipeline.records import Completion, FinishReason, Timing
+from pipeline.records import Completion, FinishReason
 from pipeline.settings import EngineSettings
 
 LogitsProbe = Callable[[list[int], list[int], Tensor], None]
@@ -266,47 +267,12 @@ class _Run:
         self.scheduler.finish(row)
         self.counters.cached_tokens += row.cached_tokens
         self.counters.peak_kv_bytes = self.cache.peak_tokens * self.cache.bytes_per_token
-        shared, node = 0.0, row.above
-        while node is not None:
-            shared += node.prefill_s / node.num_sequences
-            node = node.above
-        timing = Timing(
-            queue_s=row.admitted_s,
-            prefill_s=row.prefill_s,
-            prefill_amortized_s=shared,
-            decode_s=now - row.first_token_s,
-            ttft_s=row.first_token_s,
-            latency_s=now,
-        )
-        failed = reason == "error"
-        self.finished.append(
-            Completion(
-                sequence=row.sequence,
-                token_ids=() if failed else tuple(row.token_ids),
-                finish_reason=reason,
-                cached_tokens=row.cached_tokens,
-                timing=timing,
-                error_type="NonFiniteLogits" if failed else None,
-                error_message=(
-                    f"the model gave no finite logits at output token {len(row.token_ids)}"
-                    if failed
-                    else None
-                ),
-            )
-        )
+        self.finished.append(complete(row, reason, now))
 
     def _reject(self, sequence: int) -> None:
         """A sequence whose KV does not fit the budget becomes an error, never the job."""
-        prompt = int(self.plan.prompt_lengths[sequence])
         budget = self.cache.capacity * self.cache.bytes_per_token
-        message = (
-            f"{prompt} prompt tokens and up to {int(self.plan.max_new_tokens[sequence])} new ones "
-            f"need more KV than the budget of {budget} bytes; raise --kv-budget"
-        )
-        timing = Timing(queue_s=self._now())
-        self.finished.append(
-            Completion(sequence, (), "error", 0, timing, "KVBudgetExceeded", message)
-        )
+        self.finished.append(refuse(self.plan, sequence, budget, self._now()))
 
     def _take_finished(self) -> list[Completion]:
         taken, self.finished = self.finished, []

@@ -80,6 +80,7 @@ def test_a_fingerprint_is_compared_as_json(tmp_path: Path) -> None:
     create(tmp_path, stop=("a",)).close()
     create(tmp_path, stop=("a",)).close()
     create(tmp_path, stop=["a"]).close()
+    assert json.loads((tmp_path / "run.json").read_text())["fingerprint"]["stop"] == ["a"]
 
 
 def test_foreign_folders_are_refused_untouched(tmp_path: Path) -> None:
@@ -156,6 +157,7 @@ def test_a_crash_before_the_manifest_is_no_foreign_folder(tmp_path: Path) -> Non
     (tmp_path / ".lock").write_text("process 1 on gone")
     (tmp_path / ".run.json.7.tmp").write_text("{")
     create(tmp_path).close()
+    assert (tmp_path / "run.json").exists() and not (tmp_path / ".run.json.7.tmp").exists()
 
 
 def test_altered_and_foreign_parts_are_named(tmp_path: Path) -> None:
