@@ -124,8 +124,6 @@ class _Run:
 
     def _prefill(self, jobs: list[PrefillJob]) -> None:
         """Run the jobs in forwards of at most `max_batch_tokens` tokens; sample first tokens."""
-        if self.scheduler.rows and jobs:
-            self.decode_levels = None
         todo = jobs[::-1]
         while todo:
             taken: list[tuple[PrefillJob, int, int]] = []
@@ -248,6 +246,7 @@ class _Run:
         for row, token_id, is_finite in zip(rows, ids, finite, strict=True):
             if not row.token_ids:
                 row.first_token_s = now
+                self.decode_levels = None  # one more row decodes from here on
             row.token_ids.append(token_id)
             reason = self._finish_reason(row) if is_finite else "error"
             if reason:
