@@ -100,11 +100,15 @@ class ModelSettings(_Section):
 
 
 class EngineSettings(_Section):
-    """How wide the device runs; none of this may change an answer. `kv_budget` in bytes."""
+    """How the device runs; none of this may change an answer. `kv_budget` in bytes.
+
+    `kernels`: "auto" is the fastest that the machine has, "torch" nothing private or compiled.
+    """
 
     max_batch_tokens: int = Field(default=4096, ge=16)
     max_rows: int = Field(default=256, ge=1)
     kv_budget: int | None = Field(default=None, ge=1)
+    kernels: Literal["auto", "torch"] = "auto"
 
     @field_validator("kv_budget", mode="before")
     @classmethod

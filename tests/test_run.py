@@ -209,7 +209,7 @@ def test_a_model_that_fails_the_self_test_gets_the_naive_engine(
     from tests.engine import tiny
 
     tiny.build_model("llama").save_pretrained(tmp_path)
-    settings = JobSettings.from_flat({"model": str(tmp_path)})
+    settings = JobSettings.from_flat({"model": str(tmp_path), "kernels": "torch"})
     engine = make_engine(settings)
     assert engine.name == "prefix" and "self-test passed" in engine.notes[0]
     monkeypatch.setattr(partial, "merge", lambda *parts: None)

@@ -14,19 +14,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.attention import ATTENTION_NAME
+from pipeline.engine.backend import choose_backend
 from pipeline.engine.base import EngineCounters, RunControl
+from pipeline.engine.kernels.rules import Segments
 from pipeline.engine.kv_cache import KVCache, kv_capacity
 from pipeline.engine.model import LoadedModel
 from pipeline.engine.outcome import complete, refuse
 from pipeline.engine.packing import (
-    Level,
     PackedBatch,
     Piece,
-    make_level,
     pack_decode,
     pack_prefill,
-    shared_levels,
+    shared_segments,
 )
 from pipeline.engine.sampling import sample_next_token
 from pipeline.engine.scheduler import (
@@ -60,7 +59,8 @@ class PrefixEngine:
         self.loaded = loaded
         self.settings = settings
         self.counters = EngineCounters()
-        self.notes: list[str] = []
+        self.backend = choose_backend(loaded, settings.kernels)
+        self.notes: list[str] = [self.backend.note] if self.backend.note else []
         self.logits_probe: LogitsProbe | None = None
 
     def generate(
@@ -85,14 +85,14 @@ class _Run:
         needed_tokens: int,
     ) -> None:
         loaded, settings = engine.loaded, engine.settings
-        self.model = loaded.model
+        self.backend = engine.backend
         self.device = loaded.device
         self.probe = engine.logits_probe
         self.counters = engine.counters
         self.plan = plan
         self.control = control
         self.max_batch_tokens = settings.max_batch_tokens
-        weight = next(self.model.parameters())
+        weight = next(loaded.model.parameters())
         shape = (loaded.shape.num_layers, loaded.shape.num_kv_heads, loaded.shape.head_dim)
         bytes_per_token = loaded.shape.kv_bytes_per_token(str(weight.dtype).removeprefix("torch."))
         capacity = kv_capacity(settings.kv_budget, bytes_per_token, needed_tokens, self.device)
@@ -101,15 +101,12 @@ class _Run:
         self.eos = frozenset(loaded.shape.eos_token_ids)
         self.start_s = time.perf_counter()
         self.first_step_s: float | None = None
-        self.decode_levels: tuple[Level, ...] | None = None
+        self.shared_above: Segments | None = None  # of the decoding rows
         self.finished: list[Completion] = []
 
     @torch.inference_mode()
     def completions(self) -> Iterator[Completion]:
         """The engine's loop."""
-        if self.model.config._attn_implementation != ATTENTION_NAME:
-            self.model.set_attn_implementation(ATTENTION_NAME)
-            assert self.model.config._attn_implementation == ATTENTION_NAME, "switch was refused"
         scheduler = self.scheduler
         while not self.control.should_abort():
             if not self.control.should_drain():
@@ -158,7 +155,9 @@ class _Run:
             i for i, (job, _, high) in enumerate(taken)
             if high == job.target.end and (isinstance(job.target, LiveRow) or job.target.unread)
         ]  # fmt: skip
-        logits = self._forward(pack_prefill(pieces, copies, self.device), ends[readable])
+        logits = self._forward(
+            pack_prefill(pieces, copies, self.backend.kernel, self.device), ends[readable]
+        )
         rows, of_rows = [], []
         for i, place in enumerate(readable):
             target = taken[place][0].target
@@ -195,16 +194,17 @@ class _Run:
         """One more token for every live row."""
         begin = self._now()
         rows = self.scheduler.rows
-        if self.decode_levels is None:
+        if self.shared_above is None:
             bounds = [(i, i + 1) for i in range(len(rows))]
-            levels = shared_levels([spans_before(r, r.span_start) for r in rows], bounds)
-            self.decode_levels = tuple(make_level(items, self.device) for items in levels)
+            spans = [spans_before(r, r.span_start) for r in rows]
+            self.shared_above = shared_segments(spans, bounds)
         token_ids = np.array([r.token_ids[-1] for r in rows], np.int64)
         positions = np.array([r.end + len(r.token_ids) - 1 for r in rows], np.int64)
         first = np.array([r.kv.start for r in rows], np.int64)
         last = first + positions - np.array([r.span_start for r in rows], np.int64)
+        own = first, last + 1
         batch = pack_decode(
-            token_ids, positions, (first, last + 1), self.decode_levels, self.device
+            token_ids, positions, own, self.shared_above, self.backend.kernel, self.device
         )
         logits = self._forward(batch, np.arange(len(rows)))
         self._append_tokens(list(rows), logits)
@@ -215,15 +215,8 @@ class _Run:
         begin = time.perf_counter()
         if self.first_step_s is None:
             self.first_step_s = begin
-        output = self.model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=torch.from_numpy(keep).to(self.device),
-            packed_batch=batch,
-            kv_cache=self.cache,
-        )
-        logits: Tensor = output.logits[0].float()
+        places = torch.from_numpy(keep).to(self.device)
+        logits = self.backend.forward(batch, self.cache, places).float()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.counters.num_forwards += 1
@@ -246,7 +239,7 @@ class _Run:
         for row, token_id, is_finite in zip(rows, ids, finite, strict=True):
             if not row.token_ids:
                 row.first_token_s = now
-                self.decode_levels = None  # one more row decodes from here on
+                self.shared_above = None  # one more row decodes from here on
             row.token_ids.append(token_id)
             reason = self._finish_reason(row) if is_finite else "error"
             if reason:
@@ -262,7 +255,7 @@ class _Run:
         return "length" if len(row.token_ids) >= params.max_new_tokens else None
 
     def _finish(self, row: LiveRow, reason: FinishReason, now: float) -> None:
-        self.decode_levels = None
+        self.shared_above = None
         self.scheduler.finish(row)
         self.counters.cached_tokens += row.cached_tokens
         self.counters.peak_kv_bytes = self.cache.peak_tokens * self.cache.bytes_per_token

@@ -66,6 +66,7 @@ _HELP = {
     "max_batch_tokens": "Most prompt tokens of one forward pass.",
     "max_rows": "Most rows that decode together.",
     "kv_budget": "Memory for KV, like 8GiB (default: half of what is free).",
+    "kernels": "auto: the fastest here; torch: nothing compiled.",
     "rows_per_part": "Rows of one output file; a part is a checkpoint.",
     "preserve_order": "Parts in input order (answers wait in memory).",
     "fail_on_error": "Rows that may fail: a share like 0.01 or a count.",

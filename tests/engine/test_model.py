@@ -25,9 +25,9 @@ def folder(tmp_path: Path) -> Path:
 def test_shape_is_read_without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     shape = read_shape(str(folder))
-    assert (shape.num_layers, shape.num_kv_heads, shape.head_dim) == (2, 2, 8)
-    assert shape.kv_bytes_per_token() == 2 * 2 * 2 * 8 * 4
-    assert shape.kv_bytes_per_token("bfloat16") == 2 * 2 * 2 * 8 * 2
+    assert (shape.num_layers, shape.num_kv_heads, shape.head_dim) == (2, 2, 16)
+    assert shape.kv_bytes_per_token() == 2 * 2 * 2 * 16 * 4
+    assert shape.kv_bytes_per_token("bfloat16") == 2 * 2 * 2 * 16 * 2
     assert shape.eos_token_ids == (tiny.EOS,)
 
 

@@ -1,8 +1,6 @@
-"""The engine's parts alone: KV ranges, packing, kernels, sampling, self-test, naive replay."""
+"""The engine's parts alone: KV ranges, sampling, self-test, naive replay."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from pipeline.engine.base import RunControl
 from pipeline.engine.kernels import partial
 from pipeline.engine.kv_cache import KVCache, KVRange, kv_capacity
 from pipeline.engine.naive_engine import NaiveEngine
-from pipeline.engine.packing import DenseItem, make_level, shared_levels
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.engine.sampling import sample_next_token, uniform_noise
 from pipeline.engine.self_test import self_test
@@ -65,78 +62,6 @@ def test_capacity_is_the_smaller_of_need_and_budget() -> None:
     assert kv_capacity(None, 10, 7, CPU) == 7
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_fused_kernel_equals_reference(dtype: torch.dtype, with_bias: bool) -> None:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(5, 3, n, 16, dtype=dtype) for n in (7, 33, 33))
-    bias = torch.zeros(5, 1, 1, 33)
-    bias[2, ..., 20:] = float("-inf")
-    mask = bias if with_bias else None
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    for kernel, reference, keys in (
-        (lambda: partial.dense(q, k, v, 0.3, mask), partial.dense_reference, (k, v)),
-    ):
-        out, lse = kernel()
-        expected, expected_lse = reference(q, *keys, 0.3, mask)
-        torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
-        torch.testing.assert_close(lse, expected_lse, atol=1e-2, rtol=1e-3)
-    out, lse = partial.causal(q, k[..., :7, :], v[..., :7, :], 0.3)
-    expected, expected_lse = partial.causal_reference(q, k[..., :7, :], v[..., :7, :], 0.3)
-    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(lse, expected_lse, atol=1e-2, rtol=1e-3)
-
-
-def test_merged_parts_equal_the_whole() -> None:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, n, 8) for n in (4, 30, 30))
-    whole, whole_lse = partial.dense_reference(q, k, v, 0.4, None)
-    out, lse = partial.dense_reference(q, k[..., :11, :], v[..., :11, :], 0.4, None)
-    partial.merge(out, lse, *partial.dense_reference(q, k[..., 11:, :], v[..., 11:, :], 0.4, None))
-    torch.testing.assert_close(out, whole)
-    torch.testing.assert_close(lse, whole_lse)
-
-
-@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 700)), min_size=1, max_size=30))
-@settings(max_examples=100, deadline=None)
-def test_a_level_serves_each_query_with_its_own_keys(shapes: list[tuple[int, int]]) -> None:
-    items, query, slot = [], 0, 0
-    for queries, keys in shapes:
-        items.append(DenseItem(query, query + queries, slot, slot + keys))
-        query, slot = query + queries, slot + keys
-    level = make_level(np.array([dataclasses.astuple(i) for i in items], np.int64), CPU)
-    served: dict[int, set[int]] = {}
-    for item in level.singles:
-        for q in range(item.q_lo, item.q_hi):
-            assert q not in served
-            served[q] = set(range(item.kv_lo, item.kv_hi))
-    for bucket in level.buckets:
-        rows, width = bucket.queries.shape
-        hidden = (
-            torch.zeros(rows, 1, 1, bucket.keys.shape[1]) if bucket.bias is None else bucket.bias
-        )
-        for source, target in zip(bucket.source.tolist(), bucket.target.tolist(), strict=True):
-            row = source // width
-            assert target not in served and bucket.queries[row, source % width] == target
-            served[target] = set(bucket.keys[row][hidden[row, 0, 0] == 0].tolist())
-            assert set(bucket.keys[row].tolist()) == served[target], "padding reads a foreign slot"
-    for item in items:
-        for q in range(item.q_lo, item.q_hi):
-            assert served.pop(q) == set(range(item.kv_lo, item.kv_hi))
-    assert not served
-
-
-def test_neighbours_below_one_node_share_one_item() -> None:
-    top, left, right = (0, 10), (10, 14), (14, 20)
-    levels = shared_levels(
-        [(top, left), (top, left), (top, right), ()], [(0, 1), (1, 3), (3, 4), (4, 5)]
-    )
-    assert [level.tolist() for level in levels] == [
-        [[0, 4, 0, 10]],
-        [[0, 3, 10, 14], [3, 4, 14, 20]],
-    ]
-
-
 def test_noise_depends_on_key_and_position_alone_and_is_uniform() -> None:
     keys = np.arange(2000, dtype=np.uint64)
     one = uniform_noise(keys, np.zeros(2000, np.int64))
@@ -175,15 +100,18 @@ def test_top_k_and_top_p_keep_what_they_say(params: SamplingParams, allowed: set
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_self_test_passes_for_supported_families(family: str, dtype: torch.dtype) -> None:
-    engine = PrefixEngine(tiny.load_tiny(family, dtype), EngineSettings())
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_self_test_passes_for_supported_families(
+    family: str, dtype: torch.dtype, kernels: str
+) -> None:
+    engine = PrefixEngine(tiny.load_tiny(family, dtype), EngineSettings(kernels=kernels))
     assert 0.0 <= self_test(engine) < self_test_module._TOLERANCE[dtype]
 
 
 def test_self_test_notices_a_wrong_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partial, "merge", lambda *parts: None)
     with pytest.raises(EngineError, match="reuse would be unsound"):
-        self_test(PrefixEngine(tiny.load_tiny(), EngineSettings()))
+        self_test(PrefixEngine(tiny.load_tiny(), EngineSettings(kernels="torch")))
 
 
 def test_replay_agrees_with_generate_and_notices_a_change() -> None:

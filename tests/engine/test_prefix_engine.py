@@ -38,18 +38,24 @@ def random_plan(seed: int, min_prefix_tokens: int) -> Plan:
     )
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize(
     ("seed", "min_prefix_tokens", "max_batch_tokens", "max_rows"),
     [(0, 1, 16, 256), (1, 4, 64, 3), (2, 16, 4096, 256), (3, 1000, 16, 1), (4, 4, 4096, 7)],
 )
 def test_every_logit_equals_plain_attention(
-    family: str, seed: int, min_prefix_tokens: int, max_batch_tokens: int, max_rows: int
+    family: str,
+    seed: int,
+    min_prefix_tokens: int,
+    max_batch_tokens: int,
+    max_rows: int,
+    kernels: str,
 ) -> None:
     """Went red when a chunk's earlier keys, a copied edge or a level was left out."""
     plan = random_plan(seed, min_prefix_tokens)
     loaded = tiny.load_tiny(family)
-    settings = EngineSettings(max_batch_tokens=max_batch_tokens, max_rows=max_rows)
+    settings = EngineSettings(max_batch_tokens=max_batch_tokens, max_rows=max_rows, kernels=kernels)
     engine = PrefixEngine(loaded, settings)
     seen: dict[tuple[int, int], Tensor] = {}
     engine.logits_probe = lambda rows, at, logits: seen.update(
@@ -203,6 +209,6 @@ def test_unsupported_models_are_refused_by_name() -> None:
 def test_plain_call_of_a_switched_model_is_refused() -> None:
     """Without our batch there would be no mask at all: better an error than a wrong answer."""
     loaded = tiny.load_tiny()
-    run(PrefixEngine(loaded, EngineSettings()), tiny.plan_of([[5, 6]]))
+    run(PrefixEngine(loaded, EngineSettings(kernels="torch")), tiny.plan_of([[5, 6]]))
     with pytest.raises(EngineError, match="packed batch"):
         loaded.model(torch.tensor([[1, 2, 3]]))

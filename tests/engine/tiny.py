@@ -28,7 +28,7 @@ VOCABULARY = 97
 EOS = 3
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -45,7 +45,7 @@ def build_model(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
     if family == "gpt2":
         config = GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256,
+            vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256,
             bos_token_id=None, eos_token_id=EOS,
         )  # fmt: skip
         model: PreTrainedModel = GPT2LMHeadModel(config)
@@ -65,7 +65,7 @@ def load_tiny(family: str = "llama", dtype: torch.dtype = torch.float32) -> Load
     model = build_model(family).to(dtype)
     heads = 4 if family == "gpt2" else 2
     name = str(dtype).removeprefix("torch.")
-    shape = ModelShape(family, 2, heads, 8, 256, VOCABULARY, name, {}, (EOS,))
+    shape = ModelShape(family, 2, heads, 16, 256, VOCABULARY, name, {}, (EOS,))
     return LoadedModel(model, shape, f"tiny {family}")
 
 

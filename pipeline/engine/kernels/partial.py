@@ -16,32 +16,35 @@ Partial = tuple[Tensor, Tensor]
 _flash_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
-def dense_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Partial:
+def dense_reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, softcap: float = 0.0
+) -> Partial:
     """Every query sees every key. q [B, H, M, d], k and v [B, H, L, d].
 
-    `bias` [B, 1, 1, L] is added to the scores: 0 to see a key, -inf not to.
+    `bias` [B, 1, 1 or M, L] is added to the scores: 0 to see a key, -inf not to. A query that sees
+    no key gives zeros and an lse of -inf.
     """
     scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
     lse = scores.logsumexp(-1)
-    weights = (scores - lse.unsqueeze(-1)).exp().to(v.dtype)
-    return torch.matmul(weights, v), lse
+    base = lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)
+    return torch.matmul((scores - base).exp().to(v.dtype), v), lse
 
 
-def causal_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+def causal_reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float = 0.0
+) -> Partial:
     """Query i sees keys 0..i. q [B, H, M, d], k and v [B, H, M, d]."""
     length = q.shape[-2]
-    hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
-    scores = scores.masked_fill(hidden, float("-inf"))
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.unsqueeze(-1)).exp().to(v.dtype)
-    return torch.matmul(weights, v), lse
+    hidden = torch.full((length, length), float("-inf"), device=q.device).triu(1)
+    return dense_reference(q, k, v, scale, hidden, softcap)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Partial:
-    """As `dense_reference`; fused on CPU."""
+    """As `dense_reference`, where every query sees a key; fused on CPU."""
     if _flash_cpu is None or q.device.type != "cpu":
         return dense_reference(q, k, v, scale, bias)
     mask = None
@@ -63,7 +66,7 @@ def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
     """Join a partial result over other keys into `out`, `lse` (float32), in place. Exact.
 
     softmax over the union weighs the two results by exp(lse) / (exp(lse) + exp(part_lse)), which
-    is a sigmoid of the difference.
+    is a sigmoid of the difference. `lse` must be finite.
     """
     weight = torch.sigmoid(part_lse - lse).unsqueeze(-1)
     out.lerp_(part_out.float(), weight)

@@ -1,0 +1,45 @@
+"""Which kernels and which forward a model runs by on this machine: the fastest that suits both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.engine import native_forward
+from pipeline.engine.forward import Forward, TransformersForward
+from pipeline.engine.kernels import native
+from pipeline.engine.kernels.kernel import AttentionKernel
+from pipeline.engine.kernels.native_kernel import NativeKernel
+from pipeline.engine.kernels.torch_kernel import TorchKernel
+from pipeline.engine.model import LoadedModel
+
+_NATIVE_DTYPES = (torch.bfloat16, torch.float32)
+_NATIVE_HEAD = 16  # the head size must be a multiple of it
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How a packed batch is computed; `note` tells a person where it is not the fastest way."""
+
+    forward: Forward
+    kernel: AttentionKernel
+    note: str | None = None
+
+
+def choose_backend(loaded: LoadedModel, kernels: str) -> Backend:
+    """`kernels`: "auto" is the fastest way; "torch" nothing private and nothing compiled."""
+    model, shape, device = loaded.model, loaded.shape, loaded.device
+    if kernels == "torch" or device.type != "cpu":
+        return Backend(TransformersForward(model, pack_weights=False), TorchKernel(device))
+    reason = native.why_unavailable()
+    if reason is None and (model.dtype not in _NATIVE_DTYPES or shape.head_dim % _NATIVE_HEAD):
+        reason = f"they do not know {model.dtype} with heads of {shape.head_dim}"
+    if reason:
+        note = f"attention runs on plain torch, not on coppice's CPU kernels: {reason}"
+        forward = TransformersForward(model, pack_weights=True)
+        return Backend(forward, TorchKernel(device), note)
+    kernel = NativeKernel(model.config.num_attention_heads, shape.num_kv_heads)
+    if native_forward.suits(model):
+        return Backend(native_forward.NativeForward(model), kernel)
+    return Backend(TransformersForward(model, pack_weights=True), kernel)

@@ -1,0 +1,82 @@
+"""One packed batch through the model: the interface, and the way that suits every family.
+
+`TransformersForward` runs the model's own code with our attention in it. `native_forward` runs the
+families it knows layer by layer with fused kernels. The engine cannot tell them apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import psutil
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.engine import packed_linear
+from pipeline.engine.attention import ATTENTION_NAME
+from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.packed_linear import PackedLinear
+from pipeline.engine.packing import PackedBatch
+
+_SHARE_FOR_PACKED_WEIGHTS = 0.25  # of free memory; above it the model's own weights are used
+
+
+class Forward(Protocol):
+    """Computes the logits of a packed batch, writing its KV into the cache."""
+
+    name: str
+
+    def __call__(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
+        """Logits [len(keep), V], in the model's dtype, of the packed positions `keep`."""
+        ...
+
+
+class TransformersForward:
+    """The model's own forward, with tree attention and, on a CPU, packed weights."""
+
+    name = "transformers"
+
+    def __init__(self, model: PreTrainedModel, *, pack_weights: bool) -> None:
+        self._model = model
+        self._is_running = False
+        if pack_weights and can_pack(model):
+            for module in model.modules():
+                if type(module) is nn.Linear:
+                    self._pack(module)
+
+    def __call__(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
+        """See `Forward`."""
+        if self._model.config._attn_implementation != ATTENTION_NAME:
+            self._model.set_attn_implementation(ATTENTION_NAME)
+            assert self._model.config._attn_implementation == ATTENTION_NAME, "switch was refused"
+        self._is_running = True
+        try:
+            logits: Tensor = self._model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=keep,
+                packed_batch=batch,
+                kv_cache=cache,
+            ).logits[0]
+        finally:
+            self._is_running = False
+        return logits
+
+    def _pack(self, module: nn.Linear) -> None:
+        """Use packed weights in our forwards only: the audit's baseline stays the model's own."""
+        packed, plain = PackedLinear(module.weight, module.bias), module.forward
+
+        def forward(x: Tensor) -> Any:
+            return packed(x) if self._is_running else plain(x)
+
+        module.forward = forward  # type: ignore[method-assign, assignment]
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether a second, packed copy of the weights is possible and leaves memory for the job."""
+    weight = next(model.parameters())
+    if weight.device.type != "cpu" or not packed_linear.is_available(weight.dtype):
+        return False
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return bool(size <= psutil.virtual_memory().available * _SHARE_FOR_PACKED_WEIGHTS)

@@ -1,0 +1,383 @@
+// The CPU kernels: attention over a tree of KV ranges, and the element-wise steps around it.
+//
+// tree_attention has the meaning of `attend_reference` in rules.py. A task is one tile of queries
+// and one KV head; all query heads of a KV head are rows of one product, so K and V are read once:
+//
+//   for each segment of the tile, for each block of its keys:
+//     S = Q K^T                  [rows, keys]   brgemm (oneDNN), float32
+//     P = exp(S * scale - m)     running maximum m and sum l for each row, float32
+//     O = O * shrink + P V       [rows, d]      brgemm, float32
+//   out = O / l
+//
+// Scores never leave the core's cache, and nothing is padded, copied or merged in memory.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using at::BFloat16;
+using at::Tensor;
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int64_t kLanes = Vec::size();
+constexpr int64_t kKeys = 256;  // keys of a block
+constexpr float kUnseen = -std::numeric_limits<float>::infinity();
+
+// ---------------------------------------------------------------- rows of numbers
+
+void load(const float* from, float* to, int64_t n) { std::copy(from, from + n, to); }
+
+void load(const BFloat16* from, float* to, int64_t n) {
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
+    const auto [low, high] =
+        at::vec::convert_to_float<BFloat16>(at::vec::Vectorized<BFloat16>::loadu(from + j));
+    low.store(to + j);
+    high.store(to + j + kLanes);
+  }
+  for (; j < n; ++j) to[j] = from[j];
+}
+
+void store(const float* from, float* to, int64_t n) { std::copy(from, from + n, to); }
+
+void store(const float* from, BFloat16* to, int64_t n) {
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= n; j += 2 * kLanes)
+    at::vec::convert_from_float<BFloat16>(Vec::loadu(from + j), Vec::loadu(from + j + kLanes))
+        .store(to + j);
+  for (; j < n; ++j) to[j] = from[j];
+}
+
+float sum(Vec x) {
+  return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, x);
+}
+
+float largest(Vec x) {
+  return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, x);
+}
+
+// x / rms(x) * weight, in place
+void normalize(float* x, const float* weight, int64_t n, float eps) {
+  Vec squares(0.f);
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    const Vec part = Vec::loadu(x + j);
+    squares = at::vec::fmadd(part, part, squares);
+  }
+  float total = sum(squares);
+  for (; j < n; ++j) total += x[j] * x[j];
+  const float factor = 1.f / std::sqrt(total / n + eps);
+  for (j = 0; j < n; ++j) x[j] *= factor * weight[j];
+}
+
+// ---------------------------------------------------------------- operands of brgemm
+
+// [rows, columns] -> [columns, to_stride]
+void transpose(const float* from, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; i += 16)
+    for (int64_t j = 0; j < columns; j += 16)
+      at::vec::transpose_mxn<float>(
+          from + i * columns + j, columns, to + j * to_stride + i, to_stride,
+          std::min<int64_t>(16, rows - i), std::min<int64_t>(16, columns - j));
+}
+
+// K [n, d] -> K^T [d, padded], zeros beyond n
+void pack_keys(const float* k, int64_t n, int64_t padded, int64_t d, float* to) {
+  transpose(k, n, d, to, padded);
+  if (n < padded)
+    for (int64_t j = 0; j < d; ++j) std::fill(to + j * padded + n, to + (j + 1) * padded, 0.f);
+}
+
+// bfloat16: neighbours along the summed dimension lie side by side, [d / 2, padded, 2]
+void pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, BFloat16* to) {
+  pack_keys(reinterpret_cast<const float*>(k), n, padded, d / 2, reinterpret_cast<float*>(to));
+}
+
+// V [n, d] -> [padded, d], zeros beyond n
+void pack_values(const float* v, int64_t n, int64_t padded, int64_t d, float* to) {
+  std::copy(v, v + n * d, to);
+  std::fill(to + n * d, to + padded * d, 0.f);
+}
+
+// bfloat16: [padded / 2, d, 2]
+void pack_values(const BFloat16* v, int64_t n, int64_t padded, int64_t d, BFloat16* to) {
+  const auto* from = reinterpret_cast<const uint16_t*>(v);
+  auto* pairs = reinterpret_cast<uint32_t*>(to);
+  for (int64_t i = 0; i < n / 2; ++i)
+    for (int64_t j = 0; j < d; ++j)
+      pairs[i * d + j] = from[2 * i * d + j] | uint32_t(from[(2 * i + 1) * d + j]) << 16;
+  if (n % 2)
+    for (int64_t j = 0; j < d; ++j) pairs[n / 2 * d + j] = from[(n - 1) * d + j];
+  std::fill(pairs + (n + 1) / 2 * d, pairs + padded / 2 * d, 0u);
+}
+
+// C = A B (+ C). oneDNN compiles every shape once, so only few shapes are asked for.
+template <typename T>
+void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
+              float* c, int64_t ldc, bool add) {
+  const int64_t whole = m / 16 * 16;
+  for (auto [low, count] : {std::pair{int64_t(0), whole}, std::pair{whole, m - whole}})
+    if (count)
+      at::native::cpublas::brgemm(count, n, k, lda, ldb, ldc, add, a + low * lda, b,
+                                  c + low * ldc, /*is_vnni=*/sizeof(T) == 2);
+}
+
+int64_t padded_keys(int64_t n) { return n <= 32 ? 32 : n <= 64 ? 64 : n <= 128 ? 128 : kKeys; }
+
+// ---------------------------------------------------------------- tree attention
+
+struct Rules {
+  float scale;
+  int64_t window;
+  float softcap;
+  const float* sinks;
+};
+
+struct Segment {
+  int64_t q_lo, q_hi, kv_lo, kv_hi, position;
+};
+
+struct Tile {
+  int64_t q_lo, q_hi, segment_lo, segment_hi;
+};
+
+// The state of one task: `rows` queries of one KV head and their running results.
+template <typename T>
+struct Task {
+  std::vector<T> q, k, v, p;
+  std::vector<float> s, o, m, l;
+  int64_t d;
+
+  Task(int64_t max_rows, int64_t head_dim)
+      : q(max_rows * head_dim), k(kKeys * head_dim), v(kKeys * head_dim), p(max_rows * kKeys),
+        s(max_rows * kKeys), o(max_rows * head_dim), m(max_rows), l(max_rows), d(head_dim) {}
+
+  // Turn scores [0, n) of row r into weights; keys [lo, hi) are seen.
+  void weigh(int64_t r, int64_t state, int64_t lo, int64_t hi, int64_t padded, const Rules& rules) {
+    float* x = s.data() + r * kKeys;
+    T* weights = p.data() + r * kKeys;
+    if (hi <= lo) {
+      std::fill(weights, weights + padded, T(0));
+      return;
+    }
+    float scale = rules.scale;
+    if (rules.softcap > 0) {
+      const Vec inward(scale / rules.softcap), outward(rules.softcap);
+      for (int64_t j = 0; j < padded; j += kLanes)
+        ((Vec::loadu(x + j) * inward).tanh() * outward).store(x + j);
+      scale = 1.f;
+    }
+    std::fill(x, x + lo, kUnseen);
+    std::fill(x + hi, x + padded, kUnseen);
+    Vec best(kUnseen);
+    for (int64_t j = 0; j < padded; j += kLanes) best = at::vec::maximum(best, Vec::loadu(x + j));
+    const float top = largest(best) * scale;
+    if (!(top <= m[state])) {  // a NaN must not stay hidden
+      const Vec shrink(std::exp(m[state] - top));
+      float* row = o.data() + state * d;
+      for (int64_t j = 0; j < d; j += kLanes) (Vec::loadu(row + j) * shrink).store(row + j);
+      l[state] *= std::exp(m[state] - top);
+      m[state] = top;
+    }
+    const Vec factor(scale), base(-m[state]);
+    Vec total(0.f);
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      Vec w = at::vec::fmadd(Vec::loadu(x + j), factor, base);
+      w = sizeof(T) == 2 ? w.exp_u20() : w.exp();
+      total = total + w;
+      w.store(x + j);
+    }
+    l[state] += sum(total);
+    store(x, weights, padded);
+  }
+};
+
+template <typename T>
+void attend(const Tensor& out, const Tensor& query, const Tensor& keys, const Tensor& values,
+            const int64_t* positions, const Segment* segments, const Tile* tiles,
+            int64_t num_tiles, const Rules& rules) {
+  const int64_t heads = query.size(1), d = query.size(2), kv_heads = keys.size(0);
+  const int64_t rep = heads / kv_heads, num_tasks = num_tiles * kv_heads;
+  const T *q_data = query.const_data_ptr<T>(), *k_data = keys.const_data_ptr<T>(),
+          *v_data = values.const_data_ptr<T>();
+  T* out_data = out.mutable_data_ptr<T>();
+  int64_t max_rows = 0;
+  for (const Tile* t = tiles; t != tiles + num_tiles; ++t)
+    max_rows = std::max(max_rows, (t->q_hi - t->q_lo) * rep);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    Task<T> task(max_rows, d);
+    for (int64_t i; (i = next++) < num_tasks;) {
+      const Tile& tile = tiles[i / kv_heads];
+      const int64_t h = i % kv_heads, rows = (tile.q_hi - tile.q_lo) * rep;
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t head = h * rep + r % rep;
+        const T* from = q_data + (tile.q_lo + r / rep) * query.stride(0) + head * query.stride(1);
+        std::copy(from, from + d, task.q.data() + r * d);
+        task.m[r] = rules.sinks ? rules.sinks[head] : kUnseen;
+        task.l[r] = rules.sinks ? 1.f : 0.f;
+      }
+      std::fill_n(task.o.data(), rows * d, 0.f);
+      for (const Segment* g = segments + tile.segment_lo; g != segments + tile.segment_hi; ++g) {
+        const auto [first, last] =
+            std::minmax_element(positions + g->q_lo, positions + g->q_hi);
+        const int64_t offset = g->kv_lo - g->position;  // slot of prompt position 0
+        const int64_t stop = std::min(g->kv_hi, offset + *last + 1);
+        const int64_t start =
+            rules.window ? std::max(g->kv_lo, offset + *first - rules.window + 1) : g->kv_lo;
+        const int64_t state = (g->q_lo - tile.q_lo) * rep, count = (g->q_hi - g->q_lo) * rep;
+        for (int64_t slot = start; slot < stop; slot += kKeys) {
+          const int64_t n = std::min(kKeys, stop - slot), padded = padded_keys(n);
+          pack_keys(k_data + h * keys.stride(0) + slot * d, n, padded, d, task.k.data());
+          multiply(count, padded, d, task.q.data() + state * d, d, task.k.data(), padded,
+                   task.s.data(), kKeys, false);
+          for (int64_t r = 0; r < count; ++r) {
+            const int64_t now = offset + positions[g->q_lo + r / rep] - slot;  // key of the query
+            const int64_t lo = rules.window ? std::max<int64_t>(0, now - rules.window + 1) : 0;
+            task.weigh(r, state + r, lo, std::min(n, now + 1), padded, rules);
+          }
+          pack_values(v_data + h * values.stride(0) + slot * d, n, padded, d, task.v.data());
+          multiply(count, d, padded, task.p.data(), kKeys, task.v.data(), d,
+                   task.o.data() + state * d, d, true);
+        }
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        float* row = task.o.data() + r * d;
+        const Vec share(task.l[r] == 0.f ? 0.f : 1.f / task.l[r]);
+        for (int64_t j = 0; j < d; j += kLanes) (Vec::loadu(row + j) * share).store(row + j);
+        store(row, out_data + ((tile.q_lo + r / rep) * heads + h * rep + r % rep) * d, d);
+      }
+    }
+    at::native::cpublas::brgemm_release(sizeof(T) == 2);
+  });
+}
+
+// query [N, Hq, d] (last dimension dense); keys, values [Hkv, capacity, d], each head dense;
+// positions [N], segments [S, 5], tiles [T, 4] int64. Returns [N, Hq, d].
+Tensor tree_attention(const Tensor& query, const Tensor& keys, const Tensor& values,
+                      const Tensor& positions, const Tensor& segments, const Tensor& tiles,
+                      double scale, int64_t window, double softcap,
+                      const std::optional<Tensor>& sinks) {
+  TORCH_CHECK(query.size(2) % kLanes == 0, "head size must be a multiple of ", kLanes);
+  Tensor out = at::empty(query.sizes(), query.options());
+  const Rules rules{float(scale), window, float(softcap),
+                    sinks ? sinks->const_data_ptr<float>() : nullptr};
+  const auto* position_data = positions.const_data_ptr<int64_t>();
+  const auto* segment_data = reinterpret_cast<const Segment*>(segments.const_data_ptr<int64_t>());
+  const auto* tile_data = reinterpret_cast<const Tile*>(tiles.const_data_ptr<int64_t>());
+  if (query.scalar_type() == at::kBFloat16)
+    attend<BFloat16>(out, query, keys, values, position_data, segment_data, tile_data,
+                     tiles.size(0), rules);
+  else
+    attend<float>(out, query, keys, values, position_data, segment_data, tile_data,
+                  tiles.size(0), rules);
+  return out;
+}
+
+// ---------------------------------------------------------------- around attention
+
+template <typename T>
+void norm_rows(const Tensor& x, const float* weight, float eps, const Tensor& out) {
+  const int64_t n = x.size(1);
+  const T* from = x.const_data_ptr<T>();
+  T* to = out.mutable_data_ptr<T>();
+  at::parallel_for(0, x.size(0), 16, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(n);
+    for (int64_t i = begin; i < end; ++i) {
+      load(from + i * n, row.data(), n);
+      normalize(row.data(), weight, n, eps);
+      store(row.data(), to + i * n, n);
+    }
+  });
+}
+
+// x [N, n] dense, weight [n] float32 -> x / rms(x) * weight
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  Tensor out = at::empty_like(x);
+  const float* w = weight.const_data_ptr<float>();
+  x.scalar_type() == at::kBFloat16 ? norm_rows<BFloat16>(x, w, eps, out)
+                                   : norm_rows<float>(x, w, eps, out);
+  return out;
+}
+
+// Rotate `x` [d] by cos, sin [rotary]: pairs (j, j + rotary / 2), as in Llama.
+void rotate(float* x, const float* cos, const float* sin, int64_t rotary) {
+  const int64_t half = rotary / 2;
+  for (int64_t j = 0; j < half; ++j) {
+    const float a = x[j], b = x[j + half];
+    x[j] = a * cos[j] - b * sin[j];
+    x[j + half] = b * cos[j + half] + a * sin[j + half];
+  }
+}
+
+template <typename T>
+void rotate_rows(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& slots,
+                 const Tensor& keys, const Tensor& values, const float* q_norm,
+                 const float* k_norm, float eps) {
+  const int64_t width = qkv.size(1), kv_heads = keys.size(0), d = keys.size(2);
+  const int64_t q_heads = width / d - 2 * kv_heads, rotary = cos.size(1);
+  T* rows = qkv.mutable_data_ptr<T>();
+  T *k_data = keys.mutable_data_ptr<T>(), *v_data = values.mutable_data_ptr<T>();
+  const T *cos_data = cos.const_data_ptr<T>(), *sin_data = sin.const_data_ptr<T>();
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  at::parallel_for(0, qkv.size(0), 8, [&](int64_t begin, int64_t end) {
+    std::vector<float> x(d), c(rotary), s(rotary);
+    for (int64_t i = begin; i < end; ++i) {
+      load(cos_data + i * rotary, c.data(), rotary);
+      load(sin_data + i * rotary, s.data(), rotary);
+      for (int64_t h = 0; h < q_heads + kv_heads; ++h) {
+        const bool is_key = h >= q_heads;
+        T* head = rows + i * width + h * d;
+        load(head, x.data(), d);
+        if (q_norm) normalize(x.data(), is_key ? k_norm : q_norm, d, eps);
+        rotate(x.data(), c.data(), s.data(), rotary);
+        if (is_key) head = k_data + (h - q_heads) * keys.stride(0) + slot[i] * d;
+        store(x.data(), head, d);
+      }
+      for (int64_t h = 0; h < kv_heads; ++h) {
+        const T* from = rows + i * width + (q_heads + kv_heads + h) * d;
+        std::copy(from, from + d, v_data + h * values.stride(0) + slot[i] * d);
+      }
+    }
+  });
+}
+
+// qkv [N, (Hq + 2 Hkv) d]: queries are normalized and rotated in place, keys likewise but written
+// to slots [N] of keys [Hkv, capacity, d]; values are copied. cos, sin [N, rotary].
+void rotate_and_store(Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& slots,
+                      Tensor& keys, Tensor& values, const std::optional<Tensor>& q_norm,
+                      const std::optional<Tensor>& k_norm, double eps) {
+  const float* q = q_norm ? q_norm->const_data_ptr<float>() : nullptr;
+  const float* k = k_norm ? k_norm->const_data_ptr<float>() : nullptr;
+  qkv.scalar_type() == at::kBFloat16
+      ? rotate_rows<BFloat16>(qkv, cos, sin, slots, keys, values, q, k, eps)
+      : rotate_rows<float>(qkv, cos, sin, slots, keys, values, q, k, eps);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(coppice, m) {
+  m.def(
+      "tree_attention(Tensor query, Tensor keys, Tensor values, Tensor positions, Tensor segments, "
+      "Tensor tiles, float scale, int window, float softcap, Tensor? sinks) -> Tensor",
+      &tree_attention);
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", &rms_norm);
+  m.def(
+      "rotate_and_store(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor slots, Tensor(b!) keys, "
+      "Tensor(c!) values, Tensor? q_norm, Tensor? k_norm, float eps) -> ()",
+      &rotate_and_store);
+}

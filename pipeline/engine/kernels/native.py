@@ -1,0 +1,77 @@
+"""The compiled CPU kernels (native.cpp): built once per machine, kept in the user's cache.
+
+They need a C++ compiler and AVX-512. Without either, the torch kernels compute the same, slower.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+_SOURCE = Path(__file__).with_name("native.cpp")
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
+_MACROS = ("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512")
+_BUILD_LIMIT_S = 300
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """None once the kernels are loaded (`torch.ops.coppice`), else a clause that says why not.
+
+    The first call on a machine compiles them, about 10 s.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return "this CPU has no AVX-512"
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "this build of torch has no oneDNN"
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    try:
+        library = _library(compiler)
+        if not library.exists():
+            if compiler is None:
+                return "there is no C++ compiler"
+            _build(compiler, library)
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except subprocess.CalledProcessError as error:
+        lines = str(error.stderr).strip().splitlines() or ["no message"]
+        return f"they do not compile: {lines[0]}"
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+        return f"they cannot be built or loaded: {str(error).splitlines()[0]}"
+    return None
+
+
+def _library(compiler: str | None) -> Path:
+    """Named by all that the machine code depends on."""
+    try:
+        cpu = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in x)
+    except (OSError, StopIteration):
+        cpu = ""
+    parts = (_SOURCE.read_text(), *_FLAGS, *_MACROS, torch.__version__, str(compiler), cpu)
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "coppice" / f"native-{digest}.so"
+
+
+def _build(compiler: str, library: Path) -> None:
+    """Compile beside the final place, then rename: another process sees all of it or nothing."""
+    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    include = [f"-I{path}" for path in cpp_extension.include_paths()]
+    link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        built = Path(folder) / library.name
+        command = [compiler, *_FLAGS, *_MACROS, *include, str(_SOURCE), *link, "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_LIMIT_S)
+        os.replace(built, library)
+
+
+if __name__ == "__main__":
+    sys.exit(why_unavailable())

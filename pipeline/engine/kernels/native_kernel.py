@@ -1,0 +1,75 @@
+"""Tree attention by the compiled CPU kernel: segments cut into tiles of neighbouring queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.engine.kernels.rules import AttentionRules, Segments
+
+Tiles = NDArray[np.int64]
+"""[tiles, 4]: queries `[q_lo, q_hi)` and their segments `[segment_lo, segment_hi)`."""
+
+_MOST_ROWS = 256  # of one product: its scores must stay in a core's cache
+_FEWEST_ROWS = 32  # below, a product costs more than it computes
+_TASKS_A_THREAD = 4  # so that no thread waits long for the last one
+
+
+@dataclass(frozen=True, slots=True)
+class NativeWork:
+    """`positions` [N], `segments` [S, 5], `tiles` [T, 4], all int64, in the order of the tiles."""
+
+    positions: Tensor
+    segments: Tensor
+    tiles: Tensor
+
+
+class NativeKernel:
+    """See `AttentionKernel`. For bfloat16 and float32 on a CPU where the library is loaded."""
+
+    name = "native"
+
+    def __init__(self, num_heads: int, num_kv_heads: int) -> None:
+        self._rep = num_heads // num_kv_heads
+        self._num_kv_heads = num_kv_heads
+
+    def prepare(self, segments: Segments, positions: NDArray[np.int64]) -> NativeWork:
+        """Cut segments at the borders of tiles that keep all threads busy."""
+        cut, tiles = cut_tiles(segments, len(positions), self._tile_tokens(len(positions)))
+        return NativeWork(*(torch.from_numpy(x) for x in (positions, cut, tiles)))
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, work: NativeWork, rules: AttentionRules
+    ) -> Tensor:
+        """As `attend_reference`."""
+        out: Tensor = torch.ops.coppice.tree_attention(
+            query, keys, values, work.positions, work.segments, work.tiles,
+            rules.scale, rules.window, rules.softcap, rules.sinks,
+        )  # fmt: skip
+        return out
+
+    def _tile_tokens(self, num_tokens: int) -> int:
+        wanted = -(-_TASKS_A_THREAD * torch.get_num_threads() // self._num_kv_heads)
+        rows = num_tokens * self._rep
+        num_tiles = max(-(-rows // _MOST_ROWS), min(wanted, rows // _FEWEST_ROWS), 1)
+        return -(-num_tokens // num_tiles)
+
+
+def cut_tiles(segments: Segments, num_tokens: int, tile_tokens: int) -> tuple[Segments, Tiles]:
+    """(segments that lie within one tile each, sorted by tile; tiles of `tile_tokens` queries)."""
+    first = segments[:, 0] // tile_tokens
+    pieces = (segments[:, 1] - 1) // tile_tokens - first + 1
+    source = np.repeat(np.arange(len(segments)), pieces)
+    tile = first[source] + np.arange(len(source)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    order = np.argsort(tile, kind="stable")
+    cut, tile = segments[source[order]], tile[order]
+    cut[:, 0] = np.maximum(cut[:, 0], tile * tile_tokens)
+    cut[:, 1] = np.minimum(cut[:, 1], (tile + 1) * tile_tokens)
+    q_lo = np.arange(0, num_tokens, tile_tokens)
+    bounds = np.searchsorted(tile, np.arange(len(q_lo) + 1))
+    q_hi = np.minimum(q_lo + tile_tokens, num_tokens)
+    return cut, np.stack([q_lo, q_hi, bounds[:-1], bounds[1:]], 1)

@@ -1,0 +1,198 @@
+"""Every kernel against an oracle that looks up each query's own path, key by key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.engine.kernels import native, partial
+from pipeline.engine.kernels.kernel import AttentionKernel
+from pipeline.engine.kernels.native_kernel import NativeKernel, cut_tiles
+from pipeline.engine.kernels.rules import AttentionRules, attend_reference
+from pipeline.engine.kernels.torch_kernel import TorchKernel
+from pipeline.engine.packing import Piece, SlotRange, pack_prefill, shared_segments
+
+CPU = torch.device("cpu")
+CAPACITY = 3000
+
+
+@dataclass
+class Forest:
+    """Pieces over random ranges, and for each query the slots that it may see, in order."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    slots_of_query: list[list[int]] = field(default_factory=list)
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> Forest:
+    """A few nested shared ranges; below each, pieces that continue them."""
+    forest, used = Forest(), 0
+
+    def take(length: int) -> SlotRange:
+        nonlocal used
+        used += length + draw(st.integers(0, 3))
+        return used - length, used
+
+    def grow(above: tuple[SlotRange, ...], depth: int) -> None:
+        for _ in range(draw(st.integers(1, 3))):
+            if depth < 3 and draw(st.booleans()):
+                grow((*above, take(draw(st.integers(1, 300)))), depth + 1)
+                continue
+            past, new = draw(st.integers(0, 80)), draw(st.sampled_from([1, 1, 2, 5, 33, 70]))
+            low, _ = take(past + new)
+            position = sum(hi - lo for lo, hi in above) + past
+            ids = np.zeros(new, np.int64)
+            forest.pieces.append(Piece(ids, position, low + past, (low, low + past), above))
+            path = [slot for lo, hi in above for slot in range(lo, hi)]
+            for i in range(new):
+                forest.slots_of_query.append(path + list(range(low, low + past + i + 1)))
+
+    grow((), 0)
+    return forest
+
+
+def by_path(
+    query: Tensor, keys: Tensor, values: Tensor, forest: Forest, rules: AttentionRules
+) -> Tensor:
+    """[N, Hq, d] float64, one query and head at a time."""
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    rep = query.shape[1] // keys.shape[0]
+    for i, slots in enumerate(forest.slots_of_query):
+        seen = slots[-rules.window :] if rules.window else slots
+        for head in range(query.shape[1]):
+            scores = keys[head // rep, seen].double() @ query[i, head].double() * rules.scale
+            if rules.softcap:
+                scores = rules.softcap * torch.tanh(scores / rules.softcap)
+            if rules.sinks is not None:
+                scores = torch.cat([scores, rules.sinks[head : head + 1].double()])
+            weights = torch.softmax(scores, 0)[: len(seen)]
+            out[i, head] = weights @ values[head // rep, seen].double()
+    return out
+
+
+def kernels(num_heads: int, num_kv_heads: int) -> list[AttentionKernel]:
+    found: list[AttentionKernel] = [TorchKernel(CPU)]
+    if native.why_unavailable() is None:
+        found.append(NativeKernel(num_heads, num_kv_heads))
+    return found
+
+
+RULES = [
+    AttentionRules(0.3),
+    AttentionRules(0.3, window=40),
+    AttentionRules(0.3, softcap=2.0),
+    AttentionRules(0.3, window=7, softcap=5.0, sinks=torch.linspace(-1.0, 2.0, 6)),
+]
+
+
+@given(forests(), st.sampled_from(RULES), st.sampled_from([16, 48]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_kernels_equal_the_oracle(
+    forest: Forest, rules: AttentionRules, head_dim: int, is_bfloat16: bool
+) -> None:
+    """Seen red: no shrink of the running result, a window off by one, a tile's border ignored."""
+    torch.manual_seed(len(forest.slots_of_query))
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    tokens = len(forest.slots_of_query)
+    query = torch.randn(tokens, 6, head_dim).to(dtype)
+    keys, values = (torch.randn(2, CAPACITY, head_dim).to(dtype) for _ in range(2))
+    expected = by_path(query, keys, values, forest, rules)
+    tolerance = 6e-2 if is_bfloat16 else 2e-5
+    for kernel in kernels(6, 2):
+        nothing = np.zeros(0, np.int64)
+        batch = pack_prefill(forest.pieces, (nothing, nothing), kernel, CPU)
+        out = kernel.attend(query, keys, values, batch.work, rules)
+        torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_the_reference_equals_the_oracle() -> None:
+    piece = Piece(np.zeros(3, np.int64), 7, 20, (18, 20), ((2, 7),))
+    path = [2, 3, 4, 5, 6, 18, 19]
+    forest = Forest([piece], [[*path, *range(20, 21 + i)] for i in range(3)])
+    segments = np.array([[0, 3, 2, 7, 0], [0, 3, 18, 23, 5]])
+    query, keys, values = (torch.randn(*shape) for shape in ((3, 6, 8), (2, 30, 8), (2, 30, 8)))
+    for rules in RULES:
+        out = attend_reference(query, keys, values, torch.tensor([7, 8, 9]), segments, rules)
+        expected = by_path(query, keys, values, forest, rules)
+        torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_kernel_does_not_hide_a_nan(tokens: int) -> None:
+    """A broken number must reach the check of the logits, whatever computes attention."""
+    keys, values = torch.randn(2, 40, 16), torch.randn(2, 40, 16)
+    keys[:, 5] = float("nan")
+    piece = Piece(np.zeros(tokens, np.int64), 8, 20, (20, 20), ((0, 8),))
+    nothing = np.zeros(0, np.int64)
+    for kernel in kernels(4, 2):
+        batch = pack_prefill([piece], (nothing, nothing), kernel, CPU)
+        rules = AttentionRules(0.3)
+        out = kernel.attend(torch.randn(tokens, 4, 16), keys, values, batch.work, rules)
+        assert out.isnan().all(), kernel.name
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 90), st.integers(1, 60)), max_size=30), st.integers(1, 100)
+)
+@settings(max_examples=200, deadline=None)
+def test_tiles_hold_every_query_of_every_segment_once(
+    spans: list[tuple[int, int]], tile_tokens: int
+) -> None:
+    segments = [[lo, lo + n, 10 * i, 10 * i + 10, 0] for i, (lo, n) in enumerate(spans)]
+    table = np.array(segments, np.int64).reshape(-1, 5)
+    cut, tiles = cut_tiles(table, 150, tile_tokens)
+    served = {
+        (query, int(row[2]))
+        for q_lo, q_hi, low, high in tiles.tolist()
+        for row in cut[low:high]
+        for query in range(max(q_lo, int(row[0])), min(q_hi, int(row[1])))
+    }
+    assert served == {(q, s[2]) for s in segments for q in range(s[0], s[1])}
+    assert int((cut[:, 1] - cut[:, 0]).sum()) == sum(n for _, n in spans)
+    assert tiles[:, 0].tolist() == list(range(0, 150, tile_tokens)) and tiles[-1, 1] == 150
+
+
+def test_neighbours_below_one_node_share_one_segment() -> None:
+    top, left, right = (0, 10), (10, 14), (14, 20)
+    segments = shared_segments(
+        [(top, left), (top, left), (top, right), ()], [(0, 1), (1, 3), (3, 4), (4, 5)]
+    )
+    assert segments.tolist() == [[0, 4, 0, 10, 0], [0, 3, 10, 14, 10], [3, 4, 14, 20, 10]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_torchs_fused_kernel_equals_the_reference(dtype: torch.dtype, with_bias: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(5, 3, n, 16, dtype=dtype) for n in (7, 33, 33))
+    bias = torch.zeros(5, 1, 1, 33)
+    bias[2, ..., 20:] = float("-inf")
+    mask = bias if with_bias else None
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    pairs = [
+        (partial.dense(q, k, v, 0.3, mask), partial.dense_reference(q, k, v, 0.3, mask)),
+        (
+            partial.causal(q, k[..., :7, :], v[..., :7, :], 0.3),
+            partial.causal_reference(q, k[..., :7, :], v[..., :7, :], 0.3),
+        ),
+    ]
+    for (out, lse), (expected, expected_lse) in pairs:
+        torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(lse, expected_lse, atol=1e-2, rtol=1e-3)
+
+
+def test_merged_parts_equal_the_whole() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (4, 30, 30))
+    whole, whole_lse = partial.dense_reference(q, k, v, 0.4, None)
+    out, lse = partial.dense_reference(q, k[..., :11, :], v[..., :11, :], 0.4, None)
+    partial.merge(out, lse, *partial.dense_reference(q, k[..., 11:, :], v[..., 11:, :], 0.4, None))
+    torch.testing.assert_close(out, whole)
+    torch.testing.assert_close(lse, whole_lse)
