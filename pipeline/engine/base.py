@@ -19,6 +19,7 @@ class EngineCounters:
 
     `busy_s` is the time inside forward passes and sampling; `span_s` runs from the start of the
     first of them to the end of the last, so `busy_s / span_s` is how busy the device was kept.
+    `memory_retries`: steps that ran out of memory and were done again in halves.
     """
 
     prefilled_tokens: int = 0
@@ -30,6 +31,7 @@ class EngineCounters:
     busy_s: float = 0.0
     span_s: float = 0.0
     num_forwards: int = 0
+    memory_retries: int = 0
 
 
 class StopCheck(Protocol):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import psutil
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.engine import packed_linear
 from pipeline.engine.attention import ATTENTION_NAME
 from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.memory import free_memory
 from pipeline.engine.packed_linear import PackedLinear
 from pipeline.engine.packing import PackedBatch
 
@@ -79,4 +79,4 @@ def can_pack(model: PreTrainedModel) -> bool:
     if weight.device.type != "cpu" or not packed_linear.is_available(weight.dtype):
         return False
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return bool(size <= psutil.virtual_memory().available * _SHARE_FOR_PACKED_WEIGHTS)
+    return bool(size <= free_memory(weight.device) * _SHARE_FOR_PACKED_WEIGHTS)

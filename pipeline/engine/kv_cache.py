@@ -10,10 +10,11 @@ import bisect
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from pipeline.engine.memory import free_memory, is_exhausted, release_cached
 
 _SHARE_OF_FREE_MEMORY = {"cpu": 0.5, "cuda": 0.8}
 
@@ -110,8 +111,16 @@ def kv_capacity(
     return min(needed_tokens, budget // bytes_per_token)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be taken now on `device`."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+def reserve_kv(shape: tuple[int, int, int], capacity: int, like: Tensor) -> KVCache:
+    """A cache of `capacity` slots, or of half as many, and so on, where memory gives no more.
+
+    Raises what the allocation raised when there is no memory for a single slot.
+    """
+    while True:
+        try:
+            return KVCache(shape, capacity, like)
+        except (MemoryError, RuntimeError) as error:
+            if capacity < 2 or not is_exhausted(error):
+                raise
+            release_cached(like.device)
+            capacity //= 2

@@ -22,6 +22,13 @@ def complete(row: LiveRow, reason: FinishReason, now_s: float) -> Completion:
     )
 
 
+def fail(row: LiveRow, message: str, now_s: float) -> Completion:
+    """A row for which not even the smallest step found memory."""
+    return Completion(
+        row.sequence, (), "error", row.cached_tokens, _timing(row, now_s), "OutOfMemory", message
+    )
+
+
 def refuse(plan: Plan, sequence: int, budget: int, now_s: float) -> Completion:
     """A sequence whose KV does not fit `budget` bytes becomes an error, never the job."""
     message = (

@@ -17,9 +17,10 @@ from torch import Tensor
 from pipeline.engine.backend import choose_backend
 from pipeline.engine.base import EngineCounters, RunControl
 from pipeline.engine.kernels.rules import Segments
-from pipeline.engine.kv_cache import KVCache, kv_capacity
+from pipeline.engine.kv_cache import kv_capacity, reserve_kv
+from pipeline.engine.memory import is_exhausted, release_cached
 from pipeline.engine.model import LoadedModel
-from pipeline.engine.outcome import complete, refuse
+from pipeline.engine.outcome import complete, fail, refuse
 from pipeline.engine.packing import (
     PackedBatch,
     Piece,
@@ -45,6 +46,10 @@ from pipeline.settings import EngineSettings
 
 LogitsProbe = Callable[[list[int], list[int], Tensor], None]
 """Called with (sequences, output positions, logits [rows, V]) of every token that is chosen."""
+
+
+Chunk = tuple[PrefillJob, int, int]
+"""Prompt positions `[low, high)` of a job, to be computed in one forward."""
 
 
 class PrefixEngine:
@@ -92,16 +97,17 @@ class _Run:
         self.plan = plan
         self.control = control
         self.max_batch_tokens = settings.max_batch_tokens
+        self.max_decode_rows = settings.max_rows
         weight = next(loaded.model.parameters())
         shape = (loaded.shape.num_layers, loaded.shape.num_kv_heads, loaded.shape.head_dim)
         bytes_per_token = loaded.shape.kv_bytes_per_token(str(weight.dtype).removeprefix("torch."))
         capacity = kv_capacity(settings.kv_budget, bytes_per_token, needed_tokens, self.device)
-        self.cache = KVCache(shape, capacity, like=weight)
+        self.cache = reserve_kv(shape, capacity, like=weight)
         self.scheduler = Scheduler(plan, sequences, self.cache, settings.max_rows)
         self.eos = frozenset(loaded.shape.eos_token_ids)
         self.start_s = time.perf_counter()
         self.first_step_s: float | None = None
-        self.shared_above: Segments | None = None  # of the decoding rows
+        self.shared_above: dict[int, Segments] = {}  # of decoding rows, by the first one's place
         self.finished: list[Completion] = []
 
     @torch.inference_mode()
@@ -113,8 +119,7 @@ class _Run:
                 self._prefill(scheduler.admit(self._now()))
                 if scheduler.is_stuck:
                     self._reject(scheduler.reject())
-            if scheduler.rows:
-                self._decode_one_step()
+            self._decode_one_step()
             yield from self._take_finished()
             if not scheduler.rows and (not scheduler.waiting or self.control.should_drain()):
                 return
@@ -123,7 +128,7 @@ class _Run:
         """Run the jobs in forwards of at most `max_batch_tokens` tokens; sample first tokens."""
         todo = jobs[::-1]
         while todo:
-            taken: list[tuple[PrefillJob, int, int]] = []
+            taken: list[Chunk] = []
             room = self.max_batch_tokens
             while todo and room:
                 job = todo[-1]
@@ -133,10 +138,41 @@ class _Run:
                 job.done = stop
                 if stop == job.target.end:
                     todo.pop()
-            self._prefill_once(taken)
+            self._prefill_or_halve(taken)
         self._read_kept_logits()
 
-    def _prefill_once(self, taken: list[tuple[PrefillJob, int, int]]) -> None:
+    def _prefill_or_halve(self, taken: list[Chunk]) -> None:
+        """Where memory ends, half of the tokens at a time; one token that finds none fails."""
+        taken = [chunk for chunk in taken if self.scheduler.rows_below(chunk[0].target)]
+        if not taken:
+            return
+        try:
+            self._prefill_once(taken)
+        except (MemoryError, RuntimeError) as error:
+            num_tokens = sum(high - low for _, low, high in taken)
+            if not self._can_halve(error, num_tokens):
+                self._lose(taken[0][0].target, error)
+                return
+            self.max_batch_tokens = num_tokens // 2
+            first, second = split_chunks(taken, num_tokens // 2)
+            self._prefill_or_halve(first)
+            self._prefill_or_halve(second)
+
+    def _can_halve(self, error: BaseException, size: int) -> bool:
+        """Raises `error` unless memory is what failed."""
+        if not is_exhausted(error):
+            raise error
+        self.counters.memory_retries += 1
+        release_cached(self.device)
+        return size > 1
+
+    def _lose(self, target: LiveNode | LiveRow, error: BaseException) -> None:
+        """Rows that need `target` become errors, never the job."""
+        message = f"not even one token fits into memory: {str(error).splitlines()[0]}"
+        for row in self.scheduler.rows_below(target):
+            self._end(row, fail(row, message, self._now()))
+
+    def _prefill_once(self, taken: list[Chunk]) -> None:
         """One packed forward over prompt positions `[low, high)` of each job."""
         begin = self._now()
         pieces, heads, places = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -169,9 +205,9 @@ class _Run:
         seconds = self._now() - begin
         for piece, (job, _, _) in zip(pieces, taken, strict=True):
             job.target.prefill_s += seconds * len(piece) / int(ends[-1] + 1)
-        self.counters.prefilled_tokens += int(ends[-1] + 1)
-        self.counters.prefill_s += seconds
         self._append_tokens(rows, logits[of_rows])
+        self.counters.prefilled_tokens += int(ends[-1] + 1)  # here: a step may end half done
+        self.counters.prefill_s += seconds
 
     def _read_kept_logits(self) -> None:
         """First tokens of rows that end at a shared node: its logits were kept for them."""
@@ -192,22 +228,36 @@ class _Run:
 
     def _decode_one_step(self) -> None:
         """One more token for every live row."""
+        rows = list(self.scheduler.rows)
+        while rows:
+            width = self.max_decode_rows
+            try:
+                self._decode_rows(rows[:width])
+            except (MemoryError, RuntimeError) as error:
+                if self._can_halve(error, len(rows[:width])):
+                    self.max_decode_rows = len(rows[:width]) // 2
+                    self.scheduler.max_rows = max(1, self.scheduler.max_rows // 2)
+                    self.shared_above.clear()
+                    continue
+                self._lose(rows[0], error)
+            rows = rows[width:]
+
+    def _decode_rows(self, rows: list[LiveRow]) -> None:
+        """One forward: a token for each of `rows`, neighbours in depth-first order."""
         begin = self._now()
-        rows = self.scheduler.rows
-        if self.shared_above is None:
+        place = rows[0].sequence
+        if place not in self.shared_above:
             bounds = [(i, i + 1) for i in range(len(rows))]
             spans = [spans_before(r, r.span_start) for r in rows]
-            self.shared_above = shared_segments(spans, bounds)
+            self.shared_above[place] = shared_segments(spans, bounds)
         token_ids = np.array([r.token_ids[-1] for r in rows], np.int64)
         positions = np.array([r.end + len(r.token_ids) - 1 for r in rows], np.int64)
         first = np.array([r.kv.start for r in rows], np.int64)
         last = first + positions - np.array([r.span_start for r in rows], np.int64)
-        own = first, last + 1
-        batch = pack_decode(
-            token_ids, positions, own, self.shared_above, self.backend.kernel, self.device
-        )
+        own, shared = (first, last + 1), self.shared_above[place]
+        batch = pack_decode(token_ids, positions, own, shared, self.backend.kernel, self.device)
         logits = self._forward(batch, np.arange(len(rows)))
-        self._append_tokens(list(rows), logits)
+        self._append_tokens(rows, logits)
         self.counters.decode_s += self._now() - begin
 
     def _forward(self, batch: PackedBatch, keep: NDArray[np.int64]) -> Tensor:
@@ -239,11 +289,11 @@ class _Run:
         for row, token_id, is_finite in zip(rows, ids, finite, strict=True):
             if not row.token_ids:
                 row.first_token_s = now
-                self.shared_above = None  # one more row decodes from here on
+                self.shared_above.clear()  # one more row decodes from here on
             row.token_ids.append(token_id)
             reason = self._finish_reason(row) if is_finite else "error"
             if reason:
-                self._finish(row, reason, now)
+                self._end(row, complete(row, reason, now))
         self.counters.generated_tokens += len(rows)
 
     def _finish_reason(self, row: LiveRow) -> FinishReason | None:
@@ -254,12 +304,12 @@ class _Run:
             return "stop"
         return "length" if len(row.token_ids) >= params.max_new_tokens else None
 
-    def _finish(self, row: LiveRow, reason: FinishReason, now: float) -> None:
-        self.shared_above = None
+    def _end(self, row: LiveRow, completion: Completion) -> None:
+        self.shared_above.clear()
         self.scheduler.finish(row)
         self.counters.cached_tokens += row.cached_tokens
         self.counters.peak_kv_bytes = self.cache.peak_tokens * self.cache.bytes_per_token
-        self.finished.append(complete(row, reason, now))
+        self.finished.append(completion)
 
     def _reject(self, sequence: int) -> None:
         """A sequence whose KV does not fit the budget becomes an error, never the job."""
@@ -278,3 +328,18 @@ class _Run:
         end = time.perf_counter()
         self.counters.busy_s += end - begin
         self.counters.span_s = end - (self.first_step_s or begin)
+
+
+def split_chunks(chunks: list[Chunk], num_tokens: int) -> tuple[list[Chunk], list[Chunk]]:
+    """(the first `num_tokens` tokens of `chunks`, the others), in order."""
+    first: list[Chunk] = []
+    second: list[Chunk] = []
+    room = num_tokens
+    for job, low, high in chunks:
+        cut = min(high, low + room)
+        room -= cut - low
+        if low < cut:
+            first.append((job, low, cut))
+        if cut < high:
+            second.append((job, cut, high))
+    return first, second

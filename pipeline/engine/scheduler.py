@@ -8,6 +8,7 @@ prompts known there is nothing to guess and nothing to evict.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,6 +66,7 @@ class LiveRow:
     first_token_s: float = 0.0
     prefill_s: float = 0.0
     token_ids: list[int] = field(default_factory=list)
+    has_ended: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -76,6 +78,13 @@ class PrefillJob:
     done: int
 
 
+def _nodes_above(target: LiveNode | LiveRow) -> Iterator[LiveNode]:
+    node = target.above
+    while node is not None:
+        yield node
+        node = node.above
+
+
 def spans_before(target: LiveNode | LiveRow, position: int) -> tuple[SlotRange, ...]:
     """Slots of the shared ranges that tile prompt positions `[0, position)`, top first.
 
@@ -83,22 +92,20 @@ def spans_before(target: LiveNode | LiveRow, position: int) -> tuple[SlotRange, 
     its own range. A group node's range reaches back over the short edges above it.
     """
     spans: list[SlotRange] = []
-    node = target.above
-    while node is not None:
+    for node in _nodes_above(target):
         if node.end == position:
             spans.append((node.kv.start, node.kv.start + node.kv.length))
             position = node.span_start
-        node = node.above
     return tuple(reversed(spans))
 
 
 def copied_head(target: LiveNode | LiveRow) -> NDArray[np.int64]:
     """Slots where the short shared edges `[span_start, start)` above `target` were computed."""
     slots = [np.zeros(0, np.int64)]
-    node = target.above
-    while node is not None and node.end > target.span_start:
+    for node in _nodes_above(target):
+        if node.end <= target.span_start:
+            break
         slots.append(np.arange(node.kv.start, node.kv.start + node.kv.length))
-        node = node.above
     return np.concatenate(slots[::-1])
 
 
@@ -146,15 +153,20 @@ class Scheduler:
 
     def finish(self, row: LiveRow) -> None:
         """Release the row's range, and every node's that nobody below needs any more."""
+        row.has_ended = True
         self.rows.remove(row)
         self.cache.release(row.kv)
-        node = row.above
-        while node is not None:
+        for node in _nodes_above(row):
             node.unfinished -= 1
             if node.unfinished == 0:
                 self.cache.release(node.kv)
                 del self._nodes[node.node]
-            node = node.above
+
+    def rows_below(self, target: LiveNode | LiveRow) -> list[LiveRow]:
+        """Live rows that need `target`: the row itself, or all below the node."""
+        if isinstance(target, LiveRow):
+            return [] if target.has_ended else [target]
+        return [row for row in self.rows if target in _nodes_above(row)]
 
     def live_ranges(self) -> list[KVRange]:
         """Every range that is reserved now."""

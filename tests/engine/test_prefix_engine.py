@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline.engine import kv_cache
 from pipeline.engine.base import RunControl
+from pipeline.engine.forward import Forward
+from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.naive_engine import NaiveEngine
+from pipeline.engine.packing import PackedBatch
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.errors import EngineError, ModelError
 from pipeline.plan.plan import Plan
@@ -200,9 +205,9 @@ def test_bfloat16_differs_by_near_ties_only() -> None:
 
 
 def test_unsupported_models_are_refused_by_name() -> None:
-    loaded = tiny.load_tiny("mistral")
-    loaded.model.config.sliding_window = 8
-    with pytest.raises(ModelError, match="sliding window of 8.*--engine naive"):
+    loaded = tiny.load_tiny("llama")
+    loaded.model.config.rope_parameters["rope_type"] = "dynamic"
+    with pytest.raises(ModelError, match="rotary frequencies.*--engine naive"):
         PrefixEngine(loaded, EngineSettings())
 
 
@@ -212,3 +217,92 @@ def test_plain_call_of_a_switched_model_is_refused() -> None:
     run(PrefixEngine(loaded, EngineSettings(kernels="torch")), tiny.plan_of([[5, 6]]))
     with pytest.raises(EngineError, match="packed batch"):
         loaded.model(torch.tensor([[1, 2, 3]]))
+
+
+class FullMemory:
+    """A forward that finds memory for few tokens only, as a device under load would."""
+
+    name = "full memory"
+
+    def __init__(self, forward: Forward, most_tokens: int) -> None:
+        self._forward = forward
+        self.most_tokens = most_tokens
+        self.refused = 0
+
+    def __call__(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
+        logits = self._forward(batch, cache, keep)  # half done: the retry must overwrite it
+        if batch.input_ids.shape[1] > self.most_tokens:
+            self.refused += 1
+            raise torch.OutOfMemoryError("planted")
+        return logits
+
+
+def engine_with(most_tokens: int) -> tuple[PrefixEngine, FullMemory]:
+    engine = PrefixEngine(tiny.load_tiny(), EngineSettings())
+    forward = FullMemory(engine.backend.forward, most_tokens)
+    engine.backend = replace(engine.backend, forward=forward)
+    return engine, forward
+
+
+@pytest.mark.parametrize("most_tokens", [1, 3, 40])
+def test_out_of_memory_halves_the_batch_and_changes_no_answer(most_tokens: int) -> None:
+    """Went red when the second half was dropped, and when the first was counted twice."""
+    plan = random_plan(4, 4)
+    expected = run(PrefixEngine(tiny.load_tiny(), EngineSettings()), plan)
+    engine, forward = engine_with(most_tokens)
+    done = run(engine, plan)
+    assert {s: c.token_ids for s, c in done.items()} == {
+        s: c.token_ids for s, c in expected.items()
+    }
+    assert engine.counters.memory_retries == forward.refused > 0
+    assert engine.counters.prefilled_tokens == plan.tree.unique_tokens
+
+
+def test_without_any_memory_rows_become_errors_and_the_engine_ends() -> None:
+    plan = random_plan(4, 4)
+    engine, _ = engine_with(0)
+    done = run(engine, plan)
+    assert len(done) == len(plan.sequences)
+    assert {c.error_type for c in done.values()} == {"OutOfMemory"}
+    assert all("planted" in (c.error_message or "") for c in done.values())
+
+
+def test_memory_that_ends_while_rows_decode_costs_only_rows() -> None:
+    plan = random_plan(4, 4)
+    engine, forward = engine_with(10**9)
+
+    def tighten(rows: list[int], at: list[int], logits: Tensor) -> None:
+        if max(at) == 2:
+            forward.most_tokens = 0
+
+    engine.logits_probe = tighten
+    done = run(engine, plan)
+    assert len(done) == len(plan.sequences)
+    assert "OutOfMemory" in {c.error_type for c in done.values()}
+
+
+def test_a_fault_that_is_not_memory_is_not_hidden() -> None:
+    engine, _ = engine_with(10**9)
+    engine.logits_probe = lambda *_: torch.zeros(2) @ torch.zeros(3)  # type: ignore[return-value]
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        run(engine, random_plan(4, 4))
+
+
+def test_a_kv_arena_too_large_for_memory_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = random_plan(4, 4)
+    expected = run(PrefixEngine(tiny.load_tiny(), EngineSettings()), plan)
+    asked: list[int] = []
+    whole = kv_cache.KVCache
+
+    def small(shape: tuple[int, int, int], capacity: int, like: Tensor) -> KVCache:
+        asked.append(capacity)
+        if capacity > 300:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 bytes")
+        return whole(shape, capacity, like)
+
+    monkeypatch.setattr(kv_cache, "KVCache", small)
+    done = run(PrefixEngine(tiny.load_tiny(), EngineSettings()), plan)
+    assert asked[0] > 300 >= asked[-1] > 150
+    assert {s: c.token_ids for s, c in done.items()} == {
+        s: c.token_ids for s, c in expected.items()
+    }
