@@ -49,6 +49,7 @@ def make_engine(settings: JobSettings) -> Engine:
     loaded = load_model(settings.model)
     if settings.model.engine == "naive":
         return NaiveEngine(loaded)
+    from pipeline.engine.cost_model import calibrated
     from pipeline.engine.prefix_engine import PrefixEngine
     from pipeline.engine.self_test import self_test
 
@@ -59,6 +60,7 @@ def make_engine(settings: JobSettings) -> Engine:
         naive = NaiveEngine(loaded)
         naive.notes.append(f"{error}; so each row is computed in full by the naive engine")
         return naive
+    engine.cost_model = calibrated(loaded, engine.backend)
     engine.notes.append(f"self-test passed: within {worst:.1e} of the model's own largest logit")
     return engine
 

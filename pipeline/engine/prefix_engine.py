@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.engine.backend import choose_backend
 from pipeline.engine.base import EngineCounters, RunControl
+from pipeline.engine.cost_model import CostModel
 from pipeline.engine.kernels.rules import Segments
 from pipeline.engine.kv_cache import kv_capacity, reserve_kv
 from pipeline.engine.memory import is_exhausted, release_cached
@@ -34,13 +35,14 @@ from pipeline.engine.scheduler import (
     LiveRow,
     PrefillJob,
     Scheduler,
+    active_counts,
     copied_head,
     kv_tokens_if_all_at_once,
     spans_before,
 )
 from pipeline.engine.support import why_unsupported
 from pipeline.errors import ModelError
-from pipeline.plan.plan import Plan
+from pipeline.plan.plan import Plan, cut_by_cost
 from pipeline.records import Completion, FinishReason
 from pipeline.settings import EngineSettings
 
@@ -67,12 +69,17 @@ class PrefixEngine:
         self.backend = choose_backend(loaded, settings.kernels)
         self.notes: list[str] = [self.backend.note] if self.backend.note else []
         self.logits_probe: LogitsProbe | None = None
+        self.cost_model: CostModel | None = None
+        """Where it is known, it decides which spans rows share in decode, not the plan's rule."""
 
     def generate(
         self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
     ) -> Iterator[Completion]:
         """See `Engine.generate`."""
         self.counters = EngineCounters()
+        if self.cost_model is not None:
+            below = active_counts(plan, sequences)
+            plan = cut_by_cost(plan, below, self.cost_model.break_even_tokens)
         needed = kv_tokens_if_all_at_once(plan, sequences)
         run = _Run(self, plan, sequences, control, needed)
         yield from run.completions()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -112,7 +112,7 @@ def build_plan(
     sequences, sequence_of_row = _make_sequences(order, prompt, ids, params, params_of_row)
     low = np.searchsorted(sequences.prompt, tree.prompt_lo)
     high = np.searchsorted(sequences.prompt, tree.prompt_hi)
-    is_group, anchor_end, anchor = _choose_groups(tree, high - low, min_prefix_tokens)
+    is_group, anchor_end, anchor = _choose_groups(tree, high - low, min_prefix_tokens, 0.0)
     rows_below = np.searchsorted(prompt, tree.prompt_hi) - np.searchsorted(prompt, tree.prompt_lo)
     shared_end = _deepest(tree, np.where(rows_below > 1, tree.end, 0))
     reuse_depth = np.zeros(len(table), np.int64)
@@ -124,6 +124,16 @@ def build_plan(
         table, params, tree, sequences, low, high, anchor_end, is_group,
         sequence_of_row, reuse_depth, group_of_row,
     )  # fmt: skip
+
+
+def cut_by_cost(plan: Plan, sequences_below: NDArray[np.int64], break_even: float) -> Plan:
+    """The same plan with group nodes where sharing a span in decode pays on a device.
+
+    `sequences_below`: [nodes] that will run; `break_even`: least span x (sequences below - 1), in
+    tokens, see the engine's cost model. What rows report of their groups stays as planned.
+    """
+    is_group, anchor_end, _ = _choose_groups(plan.tree, sequences_below, 1, break_even)
+    return replace(plan, is_group=is_group, anchor_end=anchor_end)
 
 
 def _make_sequences(
@@ -155,7 +165,10 @@ def _make_sequences(
 
 
 def _choose_groups(
-    tree: RadixTree, sequences_below: NDArray[np.int64], min_prefix_tokens: int
+    tree: RadixTree,
+    sequences_below: NDArray[np.int64],
+    min_prefix_tokens: int,
+    break_even: float,
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
     """By node: is it a group node; where does the one above it end; the deepest one down to it."""
     is_group = np.zeros(tree.num_nodes, bool)
@@ -166,7 +179,8 @@ def _choose_groups(
         nearest = int(anchor[above]) if above >= 0 else -1
         anchor_end[node] = tree.end[nearest] if nearest >= 0 else 0
         span = tree.end[node] - anchor_end[node]
-        is_group[node] = sequences_below[node] > 1 and span >= min_prefix_tokens
+        saved = span * (sequences_below[node] - 1)
+        is_group[node] = saved > 0 and span >= min_prefix_tokens and saved >= break_even
         anchor[node] = node if is_group[node] else nearest
     return is_group, anchor_end, anchor
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
+from pipeline.engine.machine import cache_folder, cpu_description
+
 _SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
 _MACROS = ("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512")
@@ -51,14 +53,10 @@ def why_unavailable() -> str | None:
 
 def _library(compiler: str | None) -> Path:
     """Named by all that the machine code depends on."""
-    try:
-        cpu = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in x)
-    except (OSError, StopIteration):
-        cpu = ""
-    parts = (_SOURCE.read_text(), *_FLAGS, *_MACROS, torch.__version__, str(compiler), cpu)
+    source, flags = _SOURCE.read_text(encoding="utf-8"), (*_FLAGS, *_MACROS)
+    parts = (source, *flags, torch.__version__, str(compiler), cpu_description())
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "coppice" / f"native-{digest}.so"
+    return cache_folder() / f"native-{digest}.so"
 
 
 def _build(compiler: str, library: Path) -> None:
