@@ -8,7 +8,7 @@ import torch
 
 from pipeline.engine import native_forward
 from pipeline.engine.forward import Forward, TransformersForward
-from pipeline.engine.kernels import native
+from pipeline.engine.kernels import native, triton_kernel
 from pipeline.engine.kernels.kernel import AttentionKernel
 from pipeline.engine.kernels.native_kernel import NativeKernel
 from pipeline.engine.kernels.torch_kernel import TorchKernel
@@ -30,6 +30,10 @@ class Backend:
 def choose_backend(loaded: LoadedModel, kernels: str) -> Backend:
     """`kernels`: "auto" is the fastest way; "torch" nothing private and nothing compiled."""
     model, shape, device = loaded.model, loaded.shape, loaded.device
+    heads = model.config.num_attention_heads, shape.num_kv_heads
+    if kernels == "auto" and triton_kernel.is_available(device.type):
+        plain = TransformersForward(model, pack_weights=False)
+        return Backend(plain, triton_kernel.TritonKernel(*heads, device))
     if kernels == "torch" or device.type != "cpu":
         return Backend(TransformersForward(model, pack_weights=False), TorchKernel(device))
     reason = native.why_unavailable()
@@ -39,7 +43,7 @@ def choose_backend(loaded: LoadedModel, kernels: str) -> Backend:
         note = f"attention runs on plain torch, not on coppice's CPU kernels: {reason}"
         forward = TransformersForward(model, pack_weights=True)
         return Backend(forward, TorchKernel(device), note)
-    kernel = NativeKernel(model.config.num_attention_heads, shape.num_kv_heads)
+    kernel = NativeKernel(*heads)
     if native_forward.suits(model):
         return Backend(native_forward.NativeForward(model), kernel)
     return Backend(TransformersForward(model, pack_weights=True), kernel)

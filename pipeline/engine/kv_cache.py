@@ -28,7 +28,10 @@ class KVRange:
 
 
 class KVCache:
-    """Keys and values of all layers: `arena` is [layers, 2, kv_heads, capacity, head_dim]."""
+    """Keys and values of all layers: `arena` is [layers, 2, kv_heads, capacity + 1, head_dim].
+
+    The slot `capacity` belongs to no range: what pads a recorded step may write there.
+    """
 
     def __init__(self, shape: tuple[int, int, int], capacity: int, like: Tensor) -> None:
         """`shape` is (layers, kv_heads, head_dim); dtype and device are those of `like`."""
@@ -36,7 +39,7 @@ class KVCache:
         self.capacity = capacity
         self.bytes_per_token = 2 * layers * kv_heads * head_dim * like.element_size()
         self.arena = torch.empty(
-            layers, 2, kv_heads, capacity, head_dim, dtype=like.dtype, device=like.device
+            layers, 2, kv_heads, capacity + 1, head_dim, dtype=like.dtype, device=like.device
         )
         self.used_tokens = 0
         self.peak_tokens = 0

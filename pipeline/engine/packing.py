@@ -104,16 +104,26 @@ def pack_decode(
     `own` is (first slot, last slot + 1) of each row's span with the new token's slot as the last;
     `shared` are the segments of the nodes above.
     """
-    low, high = own
-    rows = np.arange(len(low))
-    own_segments = np.stack([rows, rows + 1, low, high, positions - (high - low) + 1], 1)
+    segments = decode_segments(positions, own, shared)
     return PackedBatch(
         input_ids=_row(token_ids, device),
         position_ids=_row(positions, device),
-        slots=_row(high - 1, device)[0],
+        slots=_row(own[1] - 1, device)[0],
         kernel=kernel,
-        work=kernel.prepare(np.concatenate([shared, own_segments]), positions),
+        work=kernel.prepare(segments, positions),
     )
+
+
+def decode_segments(
+    positions: NDArray[np.int64],
+    own: tuple[NDArray[np.int64], NDArray[np.int64]],
+    shared: Segments,
+) -> Segments:
+    """What decoding rows see: the nodes above, and each its own span; see `pack_decode`."""
+    low, high = own
+    rows = np.arange(len(low))
+    own_segments = np.stack([rows, rows + 1, low, high, positions - (high - low) + 1], 1)
+    return np.concatenate([shared, own_segments])
 
 
 def shared_segments(

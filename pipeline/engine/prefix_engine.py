@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.engine.backend import choose_backend
 from pipeline.engine.base import EngineCounters, RunControl
 from pipeline.engine.cost_model import CostModel
+from pipeline.engine.cuda_graphs import DecodeStep, NextTokens, decode_runner
 from pipeline.engine.kernels.rules import Segments
 from pipeline.engine.kv_cache import kv_capacity, reserve_kv
 from pipeline.engine.memory import is_exhausted, release_cached
@@ -25,11 +26,12 @@ from pipeline.engine.outcome import complete, fail, refuse
 from pipeline.engine.packing import (
     PackedBatch,
     Piece,
+    decode_segments,
     pack_decode,
     pack_prefill,
     shared_segments,
 )
-from pipeline.engine.sampling import sample_next_token
+from pipeline.engine.sampling import Sampled, sample_next_token
 from pipeline.engine.scheduler import (
     LiveNode,
     LiveRow,
@@ -110,6 +112,7 @@ class _Run:
         bytes_per_token = loaded.shape.kv_bytes_per_token(str(weight.dtype).removeprefix("torch."))
         capacity = kv_capacity(settings.kv_budget, bytes_per_token, needed_tokens, self.device)
         self.cache = reserve_kv(shape, capacity, like=weight)
+        self.runner = decode_runner(engine.backend, self.cache, self.device)
         self.scheduler = Scheduler(plan, sequences, self.cache, settings.max_rows)
         self.eos = frozenset(loaded.shape.eos_token_ids)
         self.start_s = time.perf_counter()
@@ -262,9 +265,14 @@ class _Run:
         first = np.array([r.kv.start for r in rows], np.int64)
         last = first + positions - np.array([r.span_start for r in rows], np.int64)
         own, shared = (first, last + 1), self.shared_above[place]
-        batch = pack_decode(token_ids, positions, own, shared, self.backend.kernel, self.device)
-        logits = self._forward(batch, np.arange(len(rows)))
-        self._append_tokens(rows, logits)
+        if self.runner is None:
+            kernel, device = self.backend.kernel, self.device
+            batch = pack_decode(token_ids, positions, own, shared, kernel, device)
+            self._append_tokens(rows, self._forward(batch, np.arange(len(rows))))
+        else:
+            step = DecodeStep(token_ids, positions, last, decode_segments(positions, own, shared))
+            chosen = self._run_recorded(step)
+            self._append_tokens(rows, chosen.logits, chosen.greedy)
         self.counters.decode_s += self._now() - begin
 
     def _forward(self, batch: PackedBatch, keep: NDArray[np.int64]) -> Tensor:
@@ -280,7 +288,18 @@ class _Run:
         self._count_busy(begin)
         return logits
 
-    def _append_tokens(self, rows: list[LiveRow], logits: Tensor) -> None:
+    def _run_recorded(self, step: DecodeStep) -> NextTokens:
+        """A decode step that also chooses greedy tokens on the device."""
+        assert self.runner is not None
+        begin = time.perf_counter()
+        tokens = self.runner(step)
+        self.counters.num_forwards += 1
+        self._count_busy(begin)
+        return tokens
+
+    def _append_tokens(
+        self, rows: list[LiveRow], logits: Tensor, greedy: Sampled | None = None
+    ) -> None:
         """Sample the next token of each row; rows that end are finished."""
         if not rows:
             return
@@ -289,7 +308,8 @@ class _Run:
         keys = self.plan.sequences.noise_key[[r.sequence for r in rows]]
         if self.probe is not None:
             self.probe([r.sequence for r in rows], positions.tolist(), logits)
-        chosen = sample_next_token(logits, [r.params for r in rows], keys, positions)
+        params = [r.params for r in rows]
+        chosen = sample_next_token(logits, params, keys, positions, greedy)
         self._count_busy(begin)
         now = self._now()
         ids, finite = chosen.token_ids.tolist(), chosen.is_finite.tolist()

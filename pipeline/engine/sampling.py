@@ -40,16 +40,26 @@ def sample_next_token(
     params: Sequence[SamplingParams],
     keys: NDArray[np.uint64],
     positions: NDArray[np.int64],
+    greedy: Sampled | None = None,
 ) -> Sampled:
-    """Choose one token a row. logits [rows, V]; `positions` [rows] of the token to be chosen."""
-    best, token_ids = logits.max(-1)
-    is_finite = torch.isfinite(best)
+    """Choose one token a row. logits [rows, V]; `positions` [rows] of the token to be chosen.
+
+    `greedy`: the likeliest tokens, where they are known already.
+    """
+    token_ids, is_finite = greedy or likeliest_token(logits)
     sampled = [i for i, p in enumerate(params) if not p.is_greedy]
     if sampled:
         noise = uniform_noise(keys[sampled], positions[sampled])
         chosen = _invert_cdf(logits[sampled].double(), [params[i] for i in sampled], noise)
-        token_ids[sampled] = chosen
-    return Sampled(token_ids.cpu().numpy(), is_finite.cpu().numpy())
+        token_ids = token_ids.copy()
+        token_ids[sampled] = chosen.cpu().numpy()
+    return Sampled(token_ids, is_finite)
+
+
+def likeliest_token(logits: Tensor) -> Sampled:
+    """The first of the largest logits of each row. logits [rows, V]."""
+    best, token_ids = logits.max(-1)
+    return Sampled(token_ids.cpu().numpy(), best.isfinite().cpu().numpy())
 
 
 def _invert_cdf(

@@ -1,0 +1,147 @@
+"""From the segments of a forward to the work items of the GPU kernel. Knows no tensors, no model.
+
+A *work item* is a tile of queries times a range of keys. A long shared prefix becomes many items,
+so that even a few rows keep the whole card busy, and an item reads its keys once for its tile:
+
+```
+             keys of one segment, cut into even parts of at most `split_keys`
+             |-- item --|-- item --|-- item --|
+  its        |-- item --|-- item --|-- item --|   a tile is `block_m` rows of one KV head:
+  queries    |-- item --|-- item --|-- item --|   block_m // rep tokens, rep query heads of each
+```
+
+An item writes one partial result for each of its tokens; a second kernel joins those of a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.engine.kernels.rules import Segments
+
+ITEM_FIELDS = 6
+SMALL_ROWS = 16  # the fewest that a tensor core takes; a decoding row's own range needs no more
+_FEWEST_KEYS = 256  # of a cut: each one costs a partial result per row, written and read again
+
+Items = NDArray[np.int64]
+"""[items, 6]: q_lo, q_hi, kv_lo, kv_hi, position of kv_lo, number of q_lo's partial."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkShape:
+    """How large a plan is. A CUDA graph recorded for one shape serves all plans that fit in it."""
+
+    tokens: int
+    large: int
+    small: int
+    partials: int
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Numbers of each part of `WorkItems.flatten`.
+
+        All even: a part that is aligned to 16 bytes at times only would make Triton compile twice.
+        """
+        counts = (
+            ITEM_FIELDS * self.large, ITEM_FIELDS * self.small,
+            self.tokens + 1, self.partials, self.tokens,
+        )  # fmt: skip
+        return tuple(count + count % 2 for count in counts)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItems:
+    """What the kernels do in one forward, the same in all layers.
+
+    `large` items have tiles of `block_m` rows, `small` ones of `SMALL_ROWS`. The partials of token
+    t are `partials[offsets[t] : offsets[t + 1]]`. `positions` [tokens], `offsets` [tokens + 1].
+    """
+
+    block_m: int
+    rep: int
+    large: Items
+    small: Items
+    offsets: NDArray[np.int64]
+    partials: NDArray[np.int64]
+    positions: NDArray[np.int64]
+
+    @property
+    def shape(self) -> WorkShape:
+        """The sizes of the arrays."""
+        return WorkShape(len(self.positions), len(self.large), len(self.small), len(self.partials))
+
+    def flatten(self, shape: WorkShape) -> NDArray[np.int64]:
+        """large, small, offsets, partials, positions as one vector: one copy to the device.
+
+        Padded with zeros, which do nothing: items without queries, tokens without partials.
+        """
+        parts = (
+            self.large.ravel(), self.small.ravel(), self.offsets, self.partials, self.positions,
+        )  # fmt: skip
+        flat = np.zeros(sum(shape.lengths), np.int64)
+        low = 0
+        for part, length in zip(parts, shape.lengths, strict=True):
+            assert len(part) <= length, f"{self.shape} does not fit into {shape}"
+            flat[low : low + len(part)] = part
+            low += length
+        return flat
+
+
+def plan_work(
+    segments: Segments, positions: NDArray[np.int64], rep: int, block_m: int, split_keys: int
+) -> WorkItems:
+    """Cut segments into items of at most `block_m` rows (tokens x `rep`) and `split_keys` keys."""
+    assert rep <= block_m, f"a tile of {block_m} rows cannot hold the {rep} query heads of a token"
+    items = _drop_future(_cut(segments, block_m // rep, split_keys), positions)
+    tokens = items[:, 1] - items[:, 0]
+    items[:, 5] = np.cumsum(tokens) - tokens
+    token = np.arange(tokens.sum()) + np.repeat(items[:, 0] - items[:, 5], tokens)
+    offsets = np.zeros(len(positions) + 1, np.int64)
+    np.cumsum(np.bincount(token, minlength=len(positions)), out=offsets[1:])
+    is_small = tokens * rep <= SMALL_ROWS
+    partials = np.argsort(token, kind="stable")
+    return WorkItems(block_m, rep, items[~is_small], items[is_small], offsets, partials, positions)
+
+
+def choose_split_keys(
+    segments: Segments, rep: int, block_m: int, kv_heads: int, programs: int
+) -> int:
+    """Keys of an item such that about `programs` equal ones would be the whole work."""
+    tiles = -(-(segments[:, 1] - segments[:, 0]) * rep // block_m)
+    keys = int((tiles * (segments[:, 3] - segments[:, 2])).sum()) * kv_heads
+    return max(_FEWEST_KEYS, -(-keys // programs))
+
+
+def _cut(segments: Segments, tile: int, split_keys: int) -> Items:
+    """Items by segment, then keys, then queries: neighbours read the same keys, out of the cache.
+
+    The number of the first partial is left open.
+    """
+    tokens, keys = segments[:, 1] - segments[:, 0], segments[:, 3] - segments[:, 2]
+    tiles, splits = -(-tokens // tile), -(-keys // split_keys)
+    count = tiles * splits
+    source = np.repeat(np.arange(len(segments)), count)
+    nth = np.arange(len(source)) - np.repeat(np.cumsum(count) - count, count)
+    split, place = np.divmod(nth, tiles[source])
+    q_lo, q_hi, kv_lo, kv_hi, position = segments[source].T
+    step = -(-keys // np.maximum(splits, 1))[source]
+    first = split * step
+    items = np.empty((len(source), ITEM_FIELDS), np.int64)
+    items[:, 0] = q_lo + place * tile
+    items[:, 1] = np.minimum(items[:, 0] + tile, q_hi)
+    items[:, 2] = kv_lo + first
+    items[:, 3] = np.minimum(items[:, 2] + step, kv_hi)
+    items[:, 4] = position + first
+    return items
+
+
+def _drop_future(items: Items, positions: NDArray[np.int64]) -> Items:
+    """Without the items whose keys all come after all of their queries."""
+    if not len(items):
+        return items
+    bounded = np.append(positions, 0)  # `reduceat` takes no index past the end
+    latest = np.maximum.reduceat(bounded, items[:, :2].ravel())[::2]
+    return items[items[:, 4] <= latest]
