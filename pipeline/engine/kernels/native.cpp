@@ -5,7 +5,7 @@
 //
 //   for each segment of the tile, for each block of its keys:
 //     S = Q K^T                  [rows, keys]   brgemm (oneDNN), float32
-//     P = exp(S * scale - m)     running maximum m and sum l for each row, float32
+//     P = exp(S * scale - m)     running maximum m (base 2) and sum l of each row, float32
 //     O = O * shrink + P V       [rows, d]      brgemm, float32
 //   out = O / l
 //
@@ -21,8 +21,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -35,6 +37,8 @@ using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kKeys = 256;  // keys of a block
+constexpr int64_t kRows = 32;   // queries whose scores fit the nearest cache
+constexpr float kLog2E = 1.44269504f;
 constexpr float kUnseen = -std::numeric_limits<float>::infinity();
 
 // ---------------------------------------------------------------- rows of numbers
@@ -52,13 +56,26 @@ void load(const BFloat16* from, float* to, int64_t n) {
   for (; j < n; ++j) to[j] = from[j];
 }
 
+// Two vectors of 16, rounded to the type of the model.
+void store(Vec low, Vec high, float* to) {
+  low.store(to);
+  high.store(to + kLanes);
+}
+
+void store(Vec low, Vec high, BFloat16* to) {
+#ifdef __AVX512BF16__
+  _mm512_storeu_ps(to, _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(high, low)));
+#else
+  at::vec::convert_from_float<BFloat16>(low, high).store(to);
+#endif
+}
+
 void store(const float* from, float* to, int64_t n) { std::copy(from, from + n, to); }
 
 void store(const float* from, BFloat16* to, int64_t n) {
   int64_t j = 0;
   for (; j + 2 * kLanes <= n; j += 2 * kLanes)
-    at::vec::convert_from_float<BFloat16>(Vec::loadu(from + j), Vec::loadu(from + j + kLanes))
-        .store(to + j);
+    store(Vec::loadu(from + j), Vec::loadu(from + j + kLanes), to + j);
   for (; j < n; ++j) to[j] = from[j];
 }
 
@@ -68,6 +85,27 @@ float sum(Vec x) {
 
 float largest(Vec x) {
   return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, x);
+}
+
+// 2^x by a polynomial on [-0.5, 0.5] and the exponent; relative error 3e-6, or 2e-7 if kExact.
+template <bool kExact>
+Vec exp2(Vec x) {
+  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-160.f), x);  // a NaN passes
+  const __m512 whole = _mm512_roundscale_ps(bounded, 0);
+  const __m512 part = _mm512_sub_ps(bounded, whole);
+  const auto step = [&](__m512 sofar, float next) {
+    return _mm512_fmadd_ps(sofar, part, _mm512_set1_ps(next));
+  };
+  const auto polynomial = [&](std::initializer_list<float> falling) {
+    __m512 power = _mm512_setzero_ps();
+    for (float next : falling) power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(next));
+    return power;
+  };
+  const __m512 power =
+      kExact ? polynomial({1.32764668e-3f, 9.67554129e-3f, 5.55071329e-2f, 2.40221197e-1f,
+                           6.93146967e-1f, 1.f})
+             : polynomial({9.57009667e-3f, 5.59178599e-2f, 2.40247450e-1f, 6.93121815e-1f, 1.f});
+  return _mm512_scalef_ps(power, whole);
 }
 
 // x / rms(x) * weight, in place
@@ -113,16 +151,38 @@ void pack_values(const float* v, int64_t n, int64_t padded, int64_t d, float* to
   std::fill(to + n * d, to + padded * d, 0.f);
 }
 
+// Rows of d numbers -> pairs of neighbours (even, odd), [d, 2]
+void interleave(const uint16_t* even, const uint16_t* odd, int64_t d, uint16_t* to) {
+  alignas(64) static constexpr auto kOrder = [] {
+    std::array<uint16_t, 64> order{};
+    for (int i = 0; i < 64; ++i) order[i] = i / 2 + 32 * (i % 2);
+    return order;
+  }();
+  const __m512i front = _mm512_load_si512(kOrder.data());
+  const __m512i back = _mm512_load_si512(kOrder.data() + 32);
+  int64_t j = 0;
+  for (; j + 32 <= d; j += 32) {
+    const __m512i a = _mm512_loadu_si512(even + j), b = _mm512_loadu_si512(odd + j);
+    _mm512_storeu_si512(to + 2 * j, _mm512_permutex2var_epi16(a, front, b));
+    _mm512_storeu_si512(to + 2 * j + 32, _mm512_permutex2var_epi16(a, back, b));
+  }
+  for (; j < d; ++j) {
+    to[2 * j] = even[j];
+    to[2 * j + 1] = odd[j];
+  }
+}
+
 // bfloat16: [padded / 2, d, 2]
 void pack_values(const BFloat16* v, int64_t n, int64_t padded, int64_t d, BFloat16* to) {
   const auto* from = reinterpret_cast<const uint16_t*>(v);
-  auto* pairs = reinterpret_cast<uint32_t*>(to);
-  for (int64_t i = 0; i < n / 2; ++i)
-    for (int64_t j = 0; j < d; ++j)
-      pairs[i * d + j] = from[2 * i * d + j] | uint32_t(from[(2 * i + 1) * d + j]) << 16;
+  auto* pairs = reinterpret_cast<uint16_t*>(to);
+  for (int64_t i = 0; i + 1 < n; i += 2)
+    interleave(from + i * d, from + (i + 1) * d, d, pairs + i * d);
   if (n % 2)
-    for (int64_t j = 0; j < d; ++j) pairs[n / 2 * d + j] = from[(n - 1) * d + j];
-  std::fill(pairs + (n + 1) / 2 * d, pairs + padded / 2 * d, 0u);
+    for (int64_t j = 0; j < 2 * d; ++j)
+      pairs[(n - 1) * d + j] = j % 2 ? 0 : from[(n - 1) * d + j / 2];
+  const int64_t filled = (n + 1) / 2 * 2;
+  std::fill(pairs + filled * d, pairs + padded * d, 0);
 }
 
 // C = A B (+ C). oneDNN compiles every shape once, so only few shapes are asked for.
@@ -136,7 +196,7 @@ void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T*
                                   c + low * ldc, /*is_vnni=*/sizeof(T) == 2);
 }
 
-int64_t padded_keys(int64_t n) { return n <= 32 ? 32 : n <= 64 ? 64 : n <= 128 ? 128 : kKeys; }
+int64_t padded_keys(int64_t n) { return (n + 31) / 32 * 32; }
 
 // ---------------------------------------------------------------- tree attention
 
@@ -163,8 +223,8 @@ struct Task {
   int64_t d;
 
   Task(int64_t max_rows, int64_t head_dim)
-      : q(max_rows * head_dim), k(kKeys * head_dim), v(kKeys * head_dim), p(max_rows * kKeys),
-        s(max_rows * kKeys), o(max_rows * head_dim), m(max_rows), l(max_rows), d(head_dim) {}
+      : q(max_rows * head_dim), k(kKeys * head_dim), v(kKeys * head_dim), p(kRows * kKeys),
+        s(kRows * kKeys), o(max_rows * head_dim), m(max_rows), l(max_rows), d(head_dim) {}
 
   // Turn scores [0, n) of row r into weights; keys [lo, hi) are seen.
   void weigh(int64_t r, int64_t state, int64_t lo, int64_t hi, int64_t padded, const Rules& rules) {
@@ -174,35 +234,40 @@ struct Task {
       std::fill(weights, weights + padded, T(0));
       return;
     }
-    float scale = rules.scale;
+    float scale = rules.scale * kLog2E;  // powers of two are cheaper than of e
     if (rules.softcap > 0) {
-      const Vec inward(scale / rules.softcap), outward(rules.softcap);
+      const Vec inward(rules.scale / rules.softcap), outward(rules.softcap * kLog2E);
       for (int64_t j = 0; j < padded; j += kLanes)
         ((Vec::loadu(x + j) * inward).tanh() * outward).store(x + j);
       scale = 1.f;
     }
     std::fill(x, x + lo, kUnseen);
     std::fill(x + hi, x + padded, kUnseen);
-    Vec best(kUnseen);
-    for (int64_t j = 0; j < padded; j += kLanes) best = at::vec::maximum(best, Vec::loadu(x + j));
-    const float top = largest(best) * scale;
+    Vec best(kUnseen), other(kUnseen);
+    for (int64_t j = 0; j < padded; j += 2 * kLanes) {
+      best = at::vec::maximum(best, Vec::loadu(x + j));
+      other = at::vec::maximum(other, Vec::loadu(x + j + kLanes));
+    }
+    const float top = largest(at::vec::maximum(best, other)) * scale;
     if (!(top <= m[state])) {  // a NaN must not stay hidden
-      const Vec shrink(std::exp(m[state] - top));
+      const float factor = std::exp2(m[state] - top);
+      const Vec shrink(factor);
       float* row = o.data() + state * d;
       for (int64_t j = 0; j < d; j += kLanes) (Vec::loadu(row + j) * shrink).store(row + j);
-      l[state] *= std::exp(m[state] - top);
+      l[state] *= factor;
       m[state] = top;
     }
+    constexpr bool kExact = sizeof(T) == 4;
     const Vec factor(scale), base(-m[state]);
-    Vec total(0.f);
-    for (int64_t j = 0; j < padded; j += kLanes) {
-      Vec w = at::vec::fmadd(Vec::loadu(x + j), factor, base);
-      w = sizeof(T) == 2 ? w.exp_u20() : w.exp();
-      total = total + w;
-      w.store(x + j);
+    Vec total(0.f), more(0.f);
+    for (int64_t j = 0; j < padded; j += 2 * kLanes) {
+      const Vec low = exp2<kExact>(at::vec::fmadd(Vec::loadu(x + j), factor, base));
+      const Vec high = exp2<kExact>(at::vec::fmadd(Vec::loadu(x + j + kLanes), factor, base));
+      total = total + low;
+      more = more + high;
+      store(low, high, weights + j);
     }
-    l[state] += sum(total);
-    store(x, weights, padded);
+    l[state] += sum(total + more);
   }
 };
 
@@ -228,7 +293,7 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& keys, const Te
         const int64_t head = h * rep + r % rep;
         const T* from = q_data + (tile.q_lo + r / rep) * query.stride(0) + head * query.stride(1);
         std::copy(from, from + d, task.q.data() + r * d);
-        task.m[r] = rules.sinks ? rules.sinks[head] : kUnseen;
+        task.m[r] = rules.sinks ? rules.sinks[head] * kLog2E : kUnseen;
         task.l[r] = rules.sinks ? 1.f : 0.f;
       }
       std::fill_n(task.o.data(), rows * d, 0.f);
@@ -243,16 +308,19 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& keys, const Te
         for (int64_t slot = start; slot < stop; slot += kKeys) {
           const int64_t n = std::min(kKeys, stop - slot), padded = padded_keys(n);
           pack_keys(k_data + h * keys.stride(0) + slot * d, n, padded, d, task.k.data());
-          multiply(count, padded, d, task.q.data() + state * d, d, task.k.data(), padded,
-                   task.s.data(), kKeys, false);
-          for (int64_t r = 0; r < count; ++r) {
-            const int64_t now = offset + positions[g->q_lo + r / rep] - slot;  // key of the query
-            const int64_t lo = rules.window ? std::max<int64_t>(0, now - rules.window + 1) : 0;
-            task.weigh(r, state + r, lo, std::min(n, now + 1), padded, rules);
-          }
           pack_values(v_data + h * values.stride(0) + slot * d, n, padded, d, task.v.data());
-          multiply(count, d, padded, task.p.data(), kKeys, task.v.data(), d,
-                   task.o.data() + state * d, d, true);
+          for (int64_t low = 0; low < count; low += kRows) {
+            const int64_t m = std::min(kRows, count - low);
+            multiply(m, padded, d, task.q.data() + (state + low) * d, d, task.k.data(), padded,
+                     task.s.data(), kKeys, false);
+            for (int64_t r = 0; r < m; ++r) {
+              const int64_t now = offset + positions[g->q_lo + (low + r) / rep] - slot;
+              const int64_t lo = rules.window ? std::max<int64_t>(0, now - rules.window + 1) : 0;
+              task.weigh(r, state + low + r, lo, std::min(n, now + 1), padded, rules);
+            }
+            multiply(m, d, padded, task.p.data(), kKeys, task.v.data(), d,
+                     task.o.data() + (state + low) * d, d, true);
+          }
         }
       }
       for (int64_t r = 0; r < rows; ++r) {
