@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= coppice-demo
 
-.PHONY: demo test check format lint types bench demo-model report-demo wheel clean
+.PHONY: demo test check format lint types bench bench-peers demo-model report-demo wheel clean
 
 demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts, audit it, report
 	$(BIN)/coppice demo -o $(DEMO)
@@ -28,6 +28,11 @@ types: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed  ## the figures of the README; about 20 minutes, nothing else running
 	$(BIN)/python -m benchmarks.main_job
+
+# Their environments are made below .bench, unless COPPICE_BENCH_VLLM / _OPENVINO name some.
+bench-peers: $(VENV)/.installed  ## vLLM, OpenVINO, transformers; hours, nothing else running
+	$(BIN)/python -m benchmarks.compare
+	$(BIN)/python -m benchmarks.grid
 
 demo-model: $(VENV)/.installed  ## train the embedded model again, from scratch
 	$(BIN)/python data/train_tokenizer.py

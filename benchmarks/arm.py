@@ -1,8 +1,8 @@
-"""One engine on one job, alone in its process; prints one JSON line. Called by `main_job`.
+"""One arm of this environment on one job, alone in its process: `python -m benchmarks.arm ARM JOB
+ANSWER`. See `job` for what goes in and what comes out, `transformers_arms` for the plain ones.
 
-`seconds` runs from "prompts and weights are in memory" to "all tokens are there": cold, no warm-up,
-no result kept from before. Arms: `prefix` (ours), `naive` (plain `generate`, one prompt after the
-other), `generate` (transformers `generate` given all prompts as one batch).
+Ours: `prefix` (the product), `unshared` (the product with every row a tenant of its own, so that
+nothing is reused), `naive` (the audit's baseline: plain `generate`, one prompt after the other).
 """
 
 from __future__ import annotations
@@ -11,65 +11,95 @@ import argparse
 import dataclasses
 import json
 import time
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from benchmarks.shapes import load_random, plan_prompts, shared_prompts
-from pipeline.engine.base import Engine, RunControl
-from pipeline.engine.model import LoadedModel
-from pipeline.engine.naive_engine import NaiveEngine
-from pipeline.engine.prefix_engine import PrefixEngine
-from pipeline.settings import EngineSettings
+from benchmarks.job import Job
+from benchmarks.prompts import Prompts, plan_prompts
+from benchmarks.transformers_arms import ContinuousArm, GenerateArm
+from pipeline.engine.base import RunControl
+from pipeline.engine.model import read_shape
+from pipeline.run import make_engine
+from pipeline.settings import JobSettings
 
 
-def run_engine(
-    engine: Engine, prompts: list[list[int]], vocabulary: int, new: int
-) -> list[list[int]]:
-    """Token ids by row."""
-    plan = plan_prompts(prompts, vocabulary, new)
-    done = engine.generate(plan, np.arange(len(plan.sequences)), RunControl())
-    answers = {c.sequence: list(c.token_ids) for c in done}
-    return [answers[s] for s in plan.sequence_of_row.tolist()]
+class Arm(Protocol):
+    """An engine with its weights loaded."""
+
+    engine: str
+
+    def generate(self, prompts: Prompts, new_tokens: int) -> Prompts:
+        """Token ids by row."""
+        ...
+
+    def counters(self) -> dict[str, Any] | None:
+        """Of the last call."""
+        ...
 
 
-def run_generate(loaded: LoadedModel, prompts: list[list[int]], new: int) -> list[list[int]]:
-    """transformers `generate`, all prompts (of one length) in one batch."""
-    ids = torch.tensor(prompts)
-    with torch.inference_mode():
-        output = loaded.model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False,
-            max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
-        )  # fmt: skip
-    return [row.tolist() for row in output[:, ids.shape[1] :]]
+class OwnArm:
+    """The product's engine as `coppice run` makes it, self-test included."""
+
+    def __init__(self, job: Job, name: str, share: bool) -> None:
+        settings = JobSettings.from_flat(
+            {"model": job.model, "dtype": job.dtype, "device": "cpu", "engine": name}
+            | ({} if job.kv_budget is None else {"kv_budget": job.kv_budget})
+        )
+        self._engine = make_engine(settings)
+        if self._engine.name != name:
+            raise RuntimeError("; ".join(self._engine.notes))
+        self._vocabulary_size = read_shape(job.model).vocabulary_size
+        self._share = share
+        self.engine = f"coppice {name}, torch {torch.__version__}"
+
+    def generate(self, prompts: Prompts, new_tokens: int) -> Prompts:
+        """Plan and run."""
+        plan = plan_prompts(prompts, self._vocabulary_size, new_tokens, self._share)
+        done = self._engine.generate(plan, np.arange(len(plan.sequences)), RunControl())
+        answers = {c.sequence: list(c.token_ids) for c in done}
+        return [answers[s] for s in plan.sequence_of_row.tolist()]
+
+    def counters(self) -> dict[str, Any]:
+        """The engine's."""
+        return dataclasses.asdict(self._engine.counters)
+
+
+def make_arm(name: str, job: Job) -> Arm:
+    """The arm of that name, ready."""
+    if name == "generate":
+        return GenerateArm(job)
+    if name == "generate_batch":
+        return ContinuousArm(job)
+    return OwnArm(job, "naive" if name == "naive" else "prefix", share=name != "unshared")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("arm", choices=["prefix", "naive", "generate"])
-    parser.add_argument("--shape", default="135M")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--shared", type=int, default=1024)
-    parser.add_argument("--own", type=int, default=32)
-    parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--kv-budget", default=None)
+    names = ["prefix", "unshared", "naive", "generate", "generate_batch"]
+    parser.add_argument("arm", choices=names)
+    parser.add_argument("job", type=Path)
+    parser.add_argument("answer", type=Path)
     args = parser.parse_args()
-    loaded = load_random(args.shape, args.dtype)
-    vocabulary = loaded.shape.vocabulary_size
-    prompts = shared_prompts(args.rows, args.shared, args.own, vocabulary)
-    counters = None
-    begin = time.perf_counter()
-    if args.arm == "generate":
-        token_ids = run_generate(loaded, prompts, args.new)
-    else:
-        engine: Engine = NaiveEngine(loaded)
-        if args.arm == "prefix":
-            engine = PrefixEngine(loaded, EngineSettings(kv_budget=args.kv_budget))
-        token_ids = run_engine(engine, prompts, vocabulary, args.new)
-        counters = dataclasses.asdict(engine.counters)
-    seconds = time.perf_counter() - begin
-    print(json.dumps({"seconds": seconds, "token_ids": token_ids, "counters": counters}))
+    job = Job.read(args.job)
+    arm = make_arm(args.arm, job)
+    arm.generate([list(job.warm_up)], 2)
+    startup_s = time.time() - job.asked_at
+    with args.answer.open("a") as answer:
+        for number, prompts in enumerate(job.batches):
+            begin = time.perf_counter()
+            token_ids = arm.generate(prompts, job.new_tokens)
+            line = {
+                "batch": number,
+                "engine": arm.engine,
+                "seconds": time.perf_counter() - begin,
+                "startup_s": startup_s,
+                "token_ids": token_ids,
+                "counters": arm.counters(),
+            }
+            print(json.dumps(line), file=answer, flush=True)
 
 
 if __name__ == "__main__":

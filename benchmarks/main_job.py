@@ -1,8 +1,8 @@
 """The main job's numbers: `python -m benchmarks.main_job` (or `make bench`). Last line: one JSON.
 
 Every ratio comes from one run on one machine: the arms take turns, each in its own process, and the
-median of the pairs is given. The limit beside a time is the work counted (2 x weights x tokens)
-over the rate of a plain matrix product of the model's own size, measured in this run.
+median of the pairs is given. The limit beside a time is the work counted over the best rate of a
+matrix product of the model's own size, measured in this run (`limit`). Peers are in `compare`.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.shapes import load_random, plan_prompts, workload_prompts
+from benchmarks.job import Job
+from benchmarks.launcher import must_run
+from benchmarks.limit import Dimensions, count_work, gemm_rates
+from benchmarks.prompts import Prompts, plan_prompts, shared_prompts, workload_prompts
+from benchmarks.shapes import SHAPES, load_random, model_folder
 from pipeline.engine.base import RunControl
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.settings import EngineSettings
 
-_BODY_135M, _HEAD_135M = 106_203_456, 28_311_552  # weights; the head only where a token is chosen
+_SHAPE = "135M"
+_VOCABULARY = int(SHAPES[_SHAPE]["vocab_size"])
 
 
-def run_arm(arm: str, **options: Any) -> dict[str, Any]:
-    """Run one arm in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.arm", arm]
-    for name, value in options.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+def make_job(prompts: Prompts, dtype: str = "bfloat16", new: int = 32, **fields: Any) -> Job:
+    """One batch, which `generate` is given all at once."""
+    folder = str(model_folder(_SHAPE, dtype))
+    return Job(folder, dtype, new, [prompts], rows_at_once=len(prompts), **fields)
 
 
-def paired(ours: dict[str, Any], peer: str, pairs: int, **options: Any) -> dict[str, float]:
+def paired(job: Job, peer: str, pairs: int) -> dict[str, float]:
     """Medians of the seconds and of the pairwise ratio peer / ours."""
     times = [
-        (run_arm("prefix", **options, **ours)["seconds"], run_arm(peer, **options)["seconds"])
-        for _ in range(pairs)
+        (must_run("prefix", job)["seconds"], must_run(peer, job)["seconds"]) for _ in range(pairs)
     ]
     return {
         "ours_s": statistics.median(t[0] for t in times),
@@ -50,17 +50,6 @@ def paired(ours: dict[str, Any], peer: str, pairs: int, **options: Any) -> dict[
         "ratio": statistics.median(t[1] / t[0] for t in times),
         "pairs": pairs,
     }
-
-
-def gemm_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a product of 2048 tokens with a 576 x 1536 weight, best of 20."""
-    left, right = torch.randn(2048, 576, dtype=dtype), torch.randn(576, 1536, dtype=dtype)
-    best = float("inf")
-    for _ in range(20):
-        begin = time.perf_counter()
-        torch.matmul(left, right)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * 2048 * 576 * 1536 / best
 
 
 def unique_tokens(workloads: Path) -> dict[str, float]:
@@ -78,18 +67,18 @@ def unique_tokens(workloads: Path) -> dict[str, float]:
 
 def exactness() -> dict[str, float]:
     """fp32 rows of 64 x (512 + 32) whose 32 tokens equal those of `generate`, one at a time."""
-    job = {"dtype": "float32", "rows": 64, "shared": 512, "own": 32}
-    ours, plain = run_arm("prefix", **job), run_arm("naive", **job)
+    job = make_job(shared_prompts(64, 512, 32, _VOCABULARY), "float32")
+    ours, plain = must_run("prefix", job), must_run("naive", job)
     same = [a == b for a, b in zip(ours["token_ids"], plain["token_ids"], strict=True)]
     return {"rows": len(same), "identical": sum(same), "ratio": plain["seconds"] / ours["seconds"]}
 
 
 def budget() -> dict[str, float]:
     """Peak KV under a budget of a quarter of what the job would take; all rows must still come."""
-    job = {"dtype": "float32", "rows": 64, "shared": 256, "own": 32, "new": 8}
-    free = run_arm("prefix", **job)
+    prompts = shared_prompts(64, 256, 32, _VOCABULARY)
+    free = must_run("prefix", make_job(prompts, "float32", 8))
     allowed = free["counters"]["peak_kv_bytes"] // 4
-    tight = run_arm("prefix", **job, kv_budget=allowed)
+    tight = must_run("prefix", make_job(prompts, "float32", 8, kv_budget=allowed))
     return {
         "budget_bytes": allowed,
         "peak_bytes": tight["counters"]["peak_kv_bytes"],
@@ -137,12 +126,14 @@ def main() -> None:
     print("peak KV under a budget   ", report["kv_budget"])
     report["fp32_exact"] = exactness()
     print("fp32, 64 x (512 + 32)    ", report["fp32_exact"])
-    report["one_row"] = paired({}, "generate", 5, rows=1)
+    one, many = (make_job(shared_prompts(rows, 1024, 32, _VOCABULARY)) for rows in (1, 64))
+    report["one_row"] = paired(one, "generate", 5)
     print("bf16, 1 x (1024 + 32)    ", report["one_row"])
-    report["shared_64"] = paired({}, "generate", args.pairs)
-    fed, chosen = 1024 + 64 * 32 + 64 * 31, 64 * 32
-    work = 2 * (_BODY_135M * fed + _HEAD_135M * chosen)
-    report["shared_64"]["gemm_limit_s"] = work / gemm_rate(torch.bfloat16)
+    report["shared_64"] = paired(many, "generate", args.pairs)
+    model = Dimensions.of(SHAPES[_SHAPE])
+    rate = max(gemm_rates(model, torch.bfloat16).values())
+    work = count_work(many.batches[0], many.new_tokens).flop(model)
+    report["shared_64"] |= {"gemm_flop_per_s": rate, "gemm_limit_s": work / rate}
     print("bf16, 64 x (1024 + 32)   ", report["shared_64"])
     print(json.dumps(report))
 

@@ -1,22 +1,24 @@
-"""Random weights of published shapes, and prompts with a known amount of sharing.
+"""Random weights of published shapes, kept as model folders that every engine can open.
 
-Random weights measure speed and exactness only: nothing that they generate means anything.
+Random weights measure speed and exactness only: nothing that they generate means anything. Of the
+published models only the sizes are taken (SmolLM2-135M and -360M, Llama-3.2-1B), not their rotary
+settings, which cost nothing to compute; the context is 16,384 tokens for all.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.engine.model import LoadedModel, ModelShape
-from pipeline.plan.plan import Plan, build_plan
-from pipeline.plan.token_table import TokenTable
-from pipeline.records import SamplingParams
+from benchmarks.scratch import scratch
+from pipeline.engine.model import LoadedModel, load_model
+from pipeline.settings import ModelSettings
 
 SHAPES: dict[str, dict[str, Any]] = {
     "135M": {
@@ -24,57 +26,61 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    "360M": {
+        "vocab_size": 49152, "hidden_size": 960, "intermediate_size": 2560,
+        "num_hidden_layers": 32, "num_attention_heads": 15, "num_key_value_heads": 5,
+        "tie_word_embeddings": True,
+    },
+    "1B": {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
     "tiny": {
-        "vocab_size": 32768, "hidden_size": 64, "intermediate_size": 128,
+        "vocab_size": 32768, "hidden_size": 128, "intermediate_size": 256,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "tie_word_embeddings": True,
     },
 }  # fmt: skip
+_CONTEXT = 16_384
+_TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "eos_token": "<|endoftext|>",
+    "pad_token": "<|pad|>",
+    "clean_up_tokenization_spaces": False,
+}
 
 
-def load_random(shape: str, dtype: str, seed: int = 0) -> LoadedModel:
-    """A Llama of that shape with seeded random weights, in evaluation mode, on the CPU."""
+def model_folder(shape: str, dtype: str, tokenizer: Path | None = None) -> Path:
+    """A folder with config, weights (seed 0) and, if given, tokenizer; written when absent.
+
+    The weights are drawn in float32 and rounded, so that all dtypes hold the same model.
+    """
+    folder = scratch("models") / f"{shape}-{dtype}"
+    if not (folder / "config.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+            write_model(Path(unfinished) / "model", shape, dtype)
+            shutil.rmtree(folder, ignore_errors=True)
+            (Path(unfinished) / "model").rename(folder)
+    if tokenizer is not None and not (folder / "tokenizer.json").exists():
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        (folder / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG))
+    return folder
+
+
+def write_model(folder: Path, shape: str, dtype: str, seed: int = 0) -> None:
+    """Save a Llama of that shape with seeded random weights that never ends by itself."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        **SHAPES[shape], max_position_embeddings=8192, bos_token_id=None, eos_token_id=None
+        **SHAPES[shape], max_position_embeddings=_CONTEXT, bos_token_id=None, eos_token_id=None
     )
-    model = LlamaForCausalLM(config).to(getattr(torch, dtype)).eval().requires_grad_(False)
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.generation_config.eos_token_id = None
-    described = ModelShape(
-        family="llama",
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        context_length=config.max_position_embeddings,
-        vocabulary_size=config.vocab_size,
-        dtype=dtype,
-        generation_config={},
-        eos_token_ids=(),
-    )
-    return LoadedModel(model, described, f"random {shape} Llama")
+    model.save_pretrained(folder)
 
 
-def shared_prompts(rows: int, shared: int, own: int, vocabulary_size: int) -> list[list[int]]:
-    """`rows` prompts of random ids: `shared` tokens in common, then `own` of their own."""
-    draw = np.random.default_rng(0)
-    prefix = draw.integers(0, vocabulary_size, shared).tolist()
-    return [prefix + draw.integers(0, vocabulary_size, own).tolist() for _ in range(rows)]
-
-
-def workload_prompts(path: Path) -> list[list[int]]:
-    """Token ids of a workload file, by the tokenizer beside it, shuffled with a fixed seed."""
-    import polars as pl
-
-    tokenizer = Tokenizer.from_file(str(path.parent / "tokenizer.json"))
-    texts = pl.read_parquet(path, columns=["prompt"])["prompt"]
-    encoded = tokenizer.encode_batch(texts.shuffle(seed=0).to_list(), add_special_tokens=False)
-    return [e.ids for e in encoded]
-
-
-def plan_prompts(prompts: list[list[int]], vocabulary_size: int, max_new_tokens: int) -> Plan:
-    """Greedy plan that generates exactly `max_new_tokens` for every prompt."""
-    params = (SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True),)
-    table = TokenTable.from_lists(prompts, vocabulary_size)
-    return build_plan(
-        table, [str(i) for i in range(len(prompts))], params, np.zeros(len(prompts), np.int64)
-    )
+def load_random(shape: str, dtype: str) -> LoadedModel:
+    """The model of `model_folder`, as the product loads it, on the CPU."""
+    settings = {"model": str(model_folder(shape, dtype)), "dtype": dtype, "device": "cpu"}
+    return load_model(ModelSettings.model_validate(settings))

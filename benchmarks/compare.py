@@ -1,0 +1,59 @@
+"""Every arm on every workload: `python -m benchmarks.compare` (`make bench-peers` adds the grid).
+
+The same token ids, the same weights, the same dtype; cold; one process an arm, one after another,
+arms taking turns within a round. Writes results/cases.jsonl line by line, and the table after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from benchmarks.arms import ARMS
+from benchmarks.prompts import distinct_prompts, shared_prompts, workload_prompts
+from benchmarks.setup import Setup, add_options, setup_of
+from benchmarks.study import Cell, Study
+from benchmarks.table import write_results
+
+CASES = ("shared_64", "gsm8k_8shot", "squad_passages", "no_sharing")
+DEFAULT_ARMS = ("prefix", "vllm", "vllm_all_cores", "openvino", "generate", "generate_batch")
+
+
+def make_cell(case: str, setup: Setup) -> Cell:
+    """`shared_64`: 64 x (1,024 + 32) random ids; `no_sharing`: 100 random prompts of 100 to 140."""
+    if case == "shared_64":
+        return Cell(case, shared_prompts(64, 1024, 32, setup.vocabulary_size))
+    if case == "no_sharing":
+        return Cell(case, distinct_prompts(100, (100, 141), setup.vocabulary_size))
+    return Cell(case, workload_prompts(setup.workloads / f"{case}.parquet"))
+
+
+def orders_of(cell: Cell, arm: str) -> list[Cell]:
+    """Sorted as well where that can matter: to a prefix cache, on rows that share in groups."""
+    is_file = cell.workload not in ("shared_64", "no_sharing")
+    return [cell, cell.presorted()] if is_file and ARMS[arm].ordered else [cell]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_options(parser)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=DEFAULT_ARMS)
+    parser.add_argument("--cases", nargs="+", default=CASES, help=f"of {CASES}, or other files")
+    parser.add_argument("--rows", type=int, help="only the first of each case: a trial")
+    args = parser.parse_args()
+    setup = setup_of(args)
+    study = Study(setup, setup.results / "cases.jsonl")
+    cells = [make_cell(case, setup) for case in args.cases]
+    if args.rows:
+        cells = [replace(cell, prompts=cell.prompts[: args.rows]) for cell in cells]
+    for repeat in range(setup.repeats):
+        for cell in cells:
+            study.measure_machine()
+            for arm in args.arms:
+                for ordered in orders_of(cell, arm):
+                    study.run(arm, [ordered], repeat)
+                write_results(setup.results)
+
+
+if __name__ == "__main__":
+    main()
