@@ -26,27 +26,35 @@ def tree_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     packed_batch: PackedBatch | None = None,
     kv_cache: KVCache | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Write the new K and V, then attend along each token's own path of the tree.
 
     query [1, Hq, N, d]; key, value [1, Hkv, N, d], after rotary, not repeated. Returns
-    ([1, N, Hq, d], None). Raises EngineError when called by anything but our engines.
+    ([1, N, Hq, d], None). Raises EngineError when called by anything but our engines, or when the
+    heads are not those that the config promised.
     """
     if packed_batch is None or kv_cache is None:
         raise EngineError("tree attention was called without a packed batch; use coppice's engine")
     keys, values = kv_cache.arena[int(module.layer_idx)]  # type: ignore[arg-type]
+    for made in (key, value):
+        if (made.shape[1], made.shape[3]) != (keys.shape[0], keys.shape[2]):
+            raise EngineError(
+                f"layer {module.layer_idx} made KV of {made.shape[1]} heads x {made.shape[3]}, but "
+                f"the model's config promised {keys.shape[0]} x {keys.shape[2]}"
+            )
+    # Qwen2-MoE alone does not pass its window; a None that is passed means all of the past.
+    window = options.get("sliding_window", getattr(module, "sliding_window", None))
     keys.index_copy_(1, packed_batch.slots, key[0])
     values.index_copy_(1, packed_batch.slots, value[0])
     copy_shared_heads(packed_batch, keys, values)
     rules = AttentionRules(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window or 0,
+        window=window or 0,
         softcap=softcap or 0.0,
         sinks=None if s_aux is None else s_aux.float(),
     )

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from pipeline.engine.support import why_unsupported
@@ -60,7 +66,8 @@ class LoadedModel:
 def read_shape(model: str, revision: str | None = None) -> ModelShape:
     """Read the config of a folder or hub id, no weights. Raises ModelError."""
     config = _read_config(model, revision)
-    heads = getattr(config, "num_attention_heads", None)
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    heads = getattr(layers[0], "num_attention_heads", None)
     if not heads or not getattr(config, "vocab_size", None):
         raise ModelError(
             f"{model}: a {config.model_type!r} model is no plain decoder; "
@@ -79,8 +86,8 @@ def read_shape(model: str, revision: str | None = None) -> ModelShape:
     return ModelShape(
         family=config.model_type,
         num_layers=config.num_hidden_layers,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        num_kv_heads=max(getattr(c, "num_key_value_heads", None) or heads for c in layers),
+        head_dim=max(getattr(c, "head_dim", None) or c.hidden_size // heads for c in layers),
         context_length=getattr(config, "max_position_embeddings", None),
         vocabulary_size=config.vocab_size,
         dtype=dtype if dtype in _BYTES else "float32",
@@ -98,6 +105,7 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     check_weights(settings.model)
     _check_support(settings)
     dtype = shape.dtype if settings.dtype == "auto" else settings.dtype
+    config = _read_config(settings.model, settings.revision)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # what it would warn of is an error here, said once
     try:
@@ -107,7 +115,7 @@ def load_model(settings: ModelSettings) -> LoadedModel:
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation="sdpa",
+            attn_implementation=own_attention(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]),
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises a dozen kinds; all mean the same to the user
@@ -124,6 +132,11 @@ def load_model(settings: ModelSettings) -> LoadedModel:
         )
     model.eval().requires_grad_(False)
     return LoadedModel(model.to(choose_device(settings.device)), shape, settings.model)
+
+
+def own_attention(model_class: Any) -> str:
+    """transformers' fused attention; its plain one for the classes that have no other."""
+    return "sdpa" if model_class._supports_sdpa else "eager"
 
 
 def choose_device(device: str) -> torch.device:

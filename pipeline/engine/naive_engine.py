@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.base import EngineCounters, Replay, RunControl
-from pipeline.engine.model import LoadedModel
+from pipeline.engine.model import LoadedModel, own_attention
 from pipeline.engine.sampling import sample_next_token, truncated_cdf, uniform_noise
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, FinishReason, SamplingParams, Timing
@@ -132,8 +132,9 @@ class NaiveEngine:
 
     def _use_own_attention(self) -> None:
         """The model object may have served the prefix engine before."""
-        if self.loaded.model.config._attn_implementation != "sdpa":
-            self.loaded.model.set_attn_implementation("sdpa")
+        own = own_attention(type(self.loaded.model))
+        if self.loaded.model.config._attn_implementation != own:
+            self.loaded.model.set_attn_implementation(own)
 
     @property
     def _dtype(self) -> str:

@@ -124,10 +124,14 @@ class NativeForward:
         return self._head(self._norm(x[keep]))
 
 
+def knows(config: Any) -> bool:
+    """Whether `NativeForward` computes what this config says."""
+    return config.model_type in FAMILIES and config.hidden_act == "silu"
+
+
 def suits(model: PreTrainedModel) -> bool:
     """Whether `NativeForward` knows this model and there is room for its weights."""
-    config: Any = model.config
-    return config.model_type in FAMILIES and config.hidden_act == "silu" and can_pack(model)
+    return knows(model.config) and can_pack(model)
 
 
 def _packed(linear: nn.Linear) -> PackedLinear:

@@ -1,37 +1,91 @@
 """Which models the tree engine may run, and the sentence for those it may not.
 
 Reuse is sound only where a prompt token's KV depends on nothing but the tokens before it and its
-absolute position (engine.md §3). Knows configs only.
+absolute position (engine.md §3). A family is admitted when `tests/engine/test_families.py` compares
+it with its own eager attention; `docs/families.md` is made from that table. Knows configs only.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-FAMILIES = ("llama", "qwen2", "mistral", "gpt2")
+FAMILIES = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gpt2", "opt",
+    "gpt_neox", "gpt_oss", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "granite", "granitemoe",
+    "olmo", "olmo2", "olmo3", "olmoe", "cohere", "cohere2", "starcoder2", "smollm3",
+)  # fmt: skip
+_OWN_ATTENTION = (
+    "bloom", "codegen", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt", "openai-gpt",
+    "stablelm", "xglm",
+)  # fmt: skip
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+_KNOWN_LAYERS = ("full_attention", "sliding_attention")
+_RECURRENT_LAYERS = ("conv", "hybrid", "linear_attention", "mamba", "recurrent")
+_EXPERTS = ("num_experts", "num_local_experts")
 
 
 def why_unsupported(config: Any) -> str | None:
     """One clause that names what is missing, or None when the tree engine can run the model."""
-    if config.model_type not in FAMILIES:
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder-decoder model continues no prompt; name a decoder such as Llama or Qwen3"
+    reason = _why_attention_is_unlike(config) or _why_family_is_unknown(config)
+    reason = reason or _why_kv_is_not_its_own(config)
+    return None if reason is None else f"{reason}; run it without reuse by --engine naive"
+
+
+def has_experts(config: Any) -> bool:
+    """Whether a router sends each token to a few of the model's experts."""
+    return any((getattr(config, name, None) or 0) > 1 for name in _EXPERTS)
+
+
+def _why_attention_is_unlike(config: Any) -> str | None:
+    """What the layers do that the KV cache or the kernels have no place for."""
+    layers = set(getattr(config, "layer_types", None) or ())
+    recurrent = sorted(layers.intersection(_RECURRENT_LAYERS))
+    if recurrent:
         return (
-            f"the prefix engine knows {', '.join(FAMILIES)}, not {config.model_type!r}; "
-            "run it without reuse by --engine naive"
+            f"its {recurrent[0]!r} layers carry a state from token to token, and the prefix engine "
+            "keeps no states at the ends of prefixes"
         )
-    uses_window = getattr(config, "use_sliding_window", True)
-    if getattr(config, "sliding_window", None) and uses_window:
+    if "chunked_attention" in layers:
         return (
-            f"its sliding window of {config.sliding_window} tokens limits which part of a prefix "
-            "a row may see, and the prefix engine has no windows yet; use --engine naive"
+            "its chunked attention sees nothing of earlier chunks, and the kernels know no chunks"
         )
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind not in _FIXED_ROPE:
+    if getattr(config, "is_heterogeneous", False):
+        return "its layers differ in the size or number of their heads, and the KV cache has one"
+    if getattr(config, "kv_lora_rank", None):
+        return "its latent attention has keys and values of two sizes, and the KV cache has one"
+    if getattr(config, "num_kv_shared_layers", None):
+        return "its last layers read the KV of earlier ones, and the KV cache has no such layers"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention looks ahead, so the KV of a prefix depends on what follows it"
+    return None
+
+
+def _why_family_is_unknown(config: Any) -> str | None:
+    family = config.model_type
+    if family in _OWN_ATTENTION:
         return (
-            f"its {kind!r} rotary frequencies depend on the longest position of a call, so KV of "
-            "a prefix cannot be shared; use --engine naive"
+            f"transformers computes the attention of a {family!r} model by itself and lets nothing "
+            "take its place"
         )
     if getattr(config, "reorder_and_upcast_attn", False):
-        return "reorder_and_upcast_attn bypasses the attention interface; use --engine naive"
+        return "its reorder_and_upcast_attn lets nothing take the place of its own attention"
+    unknown = set(getattr(config, "layer_types", None) or ()).difference(_KNOWN_LAYERS)
+    if family not in FAMILIES or unknown:
+        layers = f" with {sorted(unknown)[0]!r} layers" if unknown else ""
+        return f"the prefix engine was never compared with a {family!r} model{layers}"
+    return None
+
+
+def _why_kv_is_not_its_own(config: Any) -> str | None:
+    """A KV entry may depend on nothing that another row of the same call can change."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer = [r for r in rope.values() if isinstance(r, dict)] or [rope]
+    for kind in (r.get("rope_type", "default") for r in by_layer):
+        if kind not in _FIXED_ROPE:
+            return (
+                f"its {kind!r} rotary frequencies depend on the longest position of a call, so KV "
+                "of a prefix cannot be shared"
+            )
     return None
