@@ -30,7 +30,7 @@ from pipeline.engine.model import LoadedModel
 from pipeline.engine.packing import pack_decode
 
 _ROWS = 32
-_KEYS = 128  # of each row
+_KEYS = 128  # of each row, or as many as the model's context holds
 _PARTS = 8  # segments that they are cut into
 _REPEATS = 5
 _ALWAYS_SHARE = 1.0
@@ -87,41 +87,43 @@ def calibrated(loaded: LoadedModel, backend: Backend, cache: Path | None = None)
 def measure(loaded: LoadedModel, backend: Backend) -> CostModel:
     """Time forwards of decoding rows that differ in one thing each; about a second."""
     shape = (loaded.shape.num_layers, loaded.shape.num_kv_heads, loaded.shape.head_dim)
-    cache = KVCache(shape, _ROWS * (_KEYS + 1), like=next(loaded.model.parameters()))
+    keys = min(_KEYS, (loaded.shape.context_length or _KEYS + 1) - 1)
+    cache = KVCache(shape, _ROWS * (keys + 1), like=next(loaded.model.parameters()))
     cache.arena.zero_()
-    bench = _Bench(loaded, backend, cache)
+    bench = _Bench(loaded, backend, cache, keys)
     few, many = bench.seconds(_ROWS // 4, 0), bench.seconds(_ROWS, 0)
     token_s = max(0.0, (many - few) / (_ROWS - _ROWS // 4))
     shared = bench.seconds(_ROWS, 0, shared=1)
     own, parts = bench.seconds(_ROWS, 1), bench.seconds(_ROWS, _PARTS)
     segment_s = max(0.0, (parts - own) / (_ROWS * (_PARTS - 1)))
-    key_s = max(0.0, (own - shared - segment_s * (_ROWS - 1)) / (_KEYS * (_ROWS - 1)))
-    pair_s = max(0.0, (shared - many - segment_s - key_s * _KEYS) / (_KEYS * _ROWS))
+    key_s = max(0.0, (own - shared - segment_s * (_ROWS - 1)) / (keys * (_ROWS - 1)))
+    pair_s = max(0.0, (shared - many - segment_s - key_s * keys) / (keys * _ROWS))
     step_s = max(0.0, few - token_s * (_ROWS // 4))
     return CostModel(step_s, token_s, segment_s, key_s, pair_s)
 
 
 class _Bench:
-    """Forwards of rows that each hold one token of their own and see `_KEYS` earlier ones."""
+    """Forwards of rows that each hold one token of their own and see `keys` earlier ones."""
 
-    def __init__(self, loaded: LoadedModel, backend: Backend, cache: KVCache) -> None:
+    def __init__(self, loaded: LoadedModel, backend: Backend, cache: KVCache, keys: int) -> None:
         self._backend = backend
         self._cache = cache
+        self._keys = keys
         self._device = loaded.device
 
     def seconds(self, rows: int, parts: int, shared: int = 0) -> float:
         """Median time. The earlier keys are the row's own in `parts` segments, or all share one."""
-        segments = [_own_parts(row, parts) for row in range(rows)] if parts else []
+        segments = [self._own_parts(row, parts) for row in range(rows)] if parts else []
         if shared:
-            segments.append(np.array([[0, rows, 0, _KEYS, 0]], np.int64))
+            segments.append(np.array([[0, rows, 0, self._keys, 0]], np.int64))
         above = np.concatenate([np.zeros((0, 5), np.int64), *segments])
-        slot = _ROWS * _KEYS + np.arange(rows)
+        slot = _ROWS * self._keys + np.arange(rows)
         keep = torch.arange(rows, device=self._device)
         times = []
         for _ in range(_REPEATS + 1):
             begin = time.perf_counter()
             batch = pack_decode(
-                np.ones(rows, np.int64), np.full(rows, _KEYS), (slot, slot + 1), above,
+                np.ones(rows, np.int64), np.full(rows, self._keys), (slot, slot + 1), above,
                 self._backend.kernel, self._device,
             )  # fmt: skip
             self._backend.forward(batch, self._cache, keep)
@@ -130,12 +132,11 @@ class _Bench:
             times.append(time.perf_counter() - begin)
         return statistics.median(times[1:])
 
-
-def _own_parts(row: int, parts: int) -> Segments:
-    edges = np.linspace(0, _KEYS, parts + 1).astype(np.int64)
-    low, high = edges[:-1], edges[1:]
-    queries = np.full(parts, row)
-    return np.stack([queries, queries + 1, row * _KEYS + low, row * _KEYS + high, low], 1)
+    def _own_parts(self, row: int, parts: int) -> Segments:
+        edges = np.linspace(0, self._keys, parts + 1).astype(np.int64)
+        low, high = edges[:-1], edges[1:]
+        queries, first = np.full(parts, row), row * self._keys
+        return np.stack([queries, queries + 1, first + low, first + high, low], 1)
 
 
 def _fingerprint(loaded: LoadedModel, backend: Backend) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.engine import cost_model
 from pipeline.engine.base import RunControl
@@ -20,8 +21,13 @@ from tests.engine.test_prefix_engine import random_plan
 EVEN = CostModel(step_s=1.0, token_s=0.1, segment_s=0.02, key_s=0.001, pair_s=0.0001)
 
 
-def test_measured_costs_are_those_of_a_machine() -> None:
-    engine = PrefixEngine(tiny.load_tiny(), EngineSettings())
+@pytest.mark.parametrize("context", [256, 20, None])
+def test_measured_costs_are_those_of_a_machine(context: int | None) -> None:
+    loaded = tiny.load_tiny("gpt2")
+    shape = replace(loaded.shape, context_length=context)
+    if context:
+        loaded.model.transformer.wpe.weight.data = torch.randn(context, 64)  # no more positions
+    engine = PrefixEngine(replace(loaded, shape=shape), EngineSettings())
     model = measure(engine.loaded, engine.backend)
     costs = (model.step_s, model.token_s, model.segment_s, model.key_s, model.pair_s)
     assert min(costs) >= 0.0 < model.forward_s(32, 32, 4096, 4096) < 1.0
