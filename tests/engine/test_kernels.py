@@ -196,3 +196,18 @@ def test_merged_parts_equal_the_whole() -> None:
     partial.merge(out, lse, *partial.dense_reference(q, k[..., 11:, :], v[..., 11:, :], 0.4, None))
     torch.testing.assert_close(out, whole)
     torch.testing.assert_close(lse, whole_lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_argmax_is_torchs_and_sees_a_nan(dtype: torch.dtype) -> None:
+    if native.why_unavailable():
+        pytest.skip(str(native.why_unavailable()))
+    logits = torch.randn(9, 1003).to(dtype)
+    logits[2, 7] = logits[2, 900] = 9.0  # the first of equals
+    logits[3, 1001] = float("nan")
+    best, place = torch.ops.coppice.largest_of_rows(logits)
+    expected = logits.float().max(-1)
+    assert torch.equal(best.isfinite(), expected.values.isfinite()) and not best[3].isfinite()
+    seen = [row for row in range(9) if row != 3]
+    assert torch.equal(best[seen], expected.values[seen])
+    assert torch.equal(place[seen], expected.indices[seen])

@@ -27,6 +27,7 @@
 #include <initializer_list>
 #include <limits>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 namespace {
@@ -37,7 +38,7 @@ using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kKeys = 256;  // keys of a block
-constexpr int64_t kRows = 32;   // queries whose scores fit the nearest cache
+constexpr int64_t kRows = 48;   // queries of a product; native_kernel.py cuts tiles to fit
 constexpr float kLog2E = 1.44269504f;
 constexpr float kUnseen = -std::numeric_limits<float>::infinity();
 
@@ -382,6 +383,37 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   return out;
 }
 
+template <typename T>
+void find_largest(const Tensor& x, float* best, int64_t* place) {
+  const int64_t n = x.size(1);
+  const T* from = x.const_data_ptr<T>();
+  at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(n);
+    for (int64_t i = begin; i < end; ++i) {
+      load(from + i * n, row.data(), n);
+      Vec top(kUnseen);
+      int64_t j = 0;
+      for (; j + kLanes <= n; j += kLanes) top = at::vec::maximum(top, Vec::loadu(row.data() + j));
+      best[i] = largest(top);
+      for (; j < n && !std::isnan(best[i]); ++j)
+        if (!(row[j] <= best[i])) best[i] = row[j];  // larger, or NaN
+      place[i] = std::find(row.begin(), row.end(), best[i]) - row.begin();
+      if (place[i] == n) place[i] = 0;  // NaN equals nothing
+    }
+  });
+}
+
+// x [N, n] dense -> (the largest of each row [N] float32, where it stands first [N] int64)
+std::tuple<Tensor, Tensor> largest_of_rows(const Tensor& x) {
+  Tensor best = at::empty({x.size(0)}, x.options().dtype(at::kFloat));
+  Tensor place = at::empty({x.size(0)}, x.options().dtype(at::kLong));
+  auto* values = best.mutable_data_ptr<float>();
+  auto* places = place.mutable_data_ptr<int64_t>();
+  x.scalar_type() == at::kBFloat16 ? find_largest<BFloat16>(x, values, places)
+                                   : find_largest<float>(x, values, places);
+  return {best, place};
+}
+
 // Rotate `x` [d] by cos, sin [rotary]: pairs (j, j + rotary / 2), as in Llama.
 void rotate(float* x, const float* cos, const float* sin, int64_t rotary) {
   const int64_t half = rotary / 2;
@@ -444,6 +476,7 @@ TORCH_LIBRARY(coppice, m) {
       "Tensor tiles, float scale, int window, float softcap, Tensor? sinks) -> Tensor",
       &tree_attention);
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", &rms_norm);
+  m.def("largest_of_rows(Tensor x) -> (Tensor, Tensor)", &largest_of_rows);
   m.def(
       "rotate_and_store(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor slots, Tensor(b!) keys, "
       "Tensor(c!) values, Tensor? q_norm, Tensor? k_norm, float eps) -> ()",

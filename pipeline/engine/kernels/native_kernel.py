@@ -16,6 +16,7 @@ Tiles = NDArray[np.int64]
 
 _MOST_ROWS = 256  # of one product: its scores must stay in a core's cache
 _FEWEST_ROWS = 32  # below, a product costs more than it computes
+_STEP_TOKENS = 16  # tiles are multiples of it, so that no product has a few rows left over
 _TASKS_A_THREAD = 4  # so that no thread waits long for the last one
 
 
@@ -56,7 +57,7 @@ class NativeKernel:
         wanted = -(-_TASKS_A_THREAD * torch.get_num_threads() // self._num_kv_heads)
         rows = num_tokens * self._rep
         num_tiles = max(-(-rows // _MOST_ROWS), min(wanted, rows // _FEWEST_ROWS), 1)
-        return -(-num_tokens // num_tiles)
+        return -(-num_tokens // (num_tiles * _STEP_TOKENS)) * _STEP_TOKENS
 
 
 def cut_tiles(segments: Segments, num_tokens: int, tile_tokens: int) -> tuple[Segments, Tiles]:
