@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pipeline.engine import native_forward
 from pipeline.engine.forward import Forward, TransformersForward
-from pipeline.engine.kernels import native, triton_kernel
+from pipeline.engine.kernels import native, native_kernel, triton_kernel
 from pipeline.engine.kernels.kernel import AttentionKernel
 from pipeline.engine.kernels.native_kernel import NativeKernel
 from pipeline.engine.kernels.torch_kernel import TorchKernel
 from pipeline.engine.model import LoadedModel
+from pipeline.engine.sampling import Sampled, likeliest_token
 
 _NATIVE_DTYPES = (torch.bfloat16, torch.float32)
 _NATIVE_HEAD = 16  # the head size must be a multiple of it
@@ -25,6 +28,7 @@ class Backend:
     forward: Forward
     kernel: AttentionKernel
     note: str | None = None
+    likeliest: Callable[[Tensor], Sampled] = likeliest_token
 
 
 def choose_backend(loaded: LoadedModel, kernels: str) -> Backend:
@@ -41,9 +45,12 @@ def choose_backend(loaded: LoadedModel, kernels: str) -> Backend:
         reason = f"they do not know {model.dtype} with heads of {shape.head_dim}"
     if reason:
         note = f"attention runs on plain torch, not on coppice's CPU kernels: {reason}"
-        forward = TransformersForward(model, pack_weights=True)
-        return Backend(forward, TorchKernel(device), note)
+        packed = TransformersForward(model, pack_weights=True)
+        return Backend(packed, TorchKernel(device), note)
     kernel = NativeKernel(*heads)
+    forward: Forward
     if native_forward.suits(model):
-        return Backend(native_forward.NativeForward(model), kernel)
-    return Backend(TransformersForward(model, pack_weights=True), kernel)
+        forward = native_forward.NativeForward(model)
+    else:
+        forward = TransformersForward(model, pack_weights=True)
+    return Backend(forward, kernel, likeliest=native_kernel.likeliest_token)

@@ -20,9 +20,12 @@ class EngineCounters:
     `busy_s` is the time inside forward passes and sampling; `span_s` runs from the start of the
     first of them to the end of the last, so `busy_s / span_s` is how busy the device was kept.
     `memory_retries`: steps that ran out of memory and were done again in halves.
+    `prefilled_tokens` counts each prompt token the first time that it is computed;
+    `recomputed_tokens`: prompt and generated tokens whose KV had to give way and came back.
     """
 
     prefilled_tokens: int = 0
+    recomputed_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
     peak_kv_bytes: int = 0

@@ -21,7 +21,7 @@ _SHARE_OF_FREE_MEMORY = {"cpu": 0.5, "cuda": 0.8}
 
 @dataclass(eq=False)
 class KVRange:
-    """Slots `[start, start + length)`; `start` changes only in `KVCache.compact`."""
+    """Slots `[start, start + length)`; only `KVCache.compact` and `KVCache.extend` change it."""
 
     start: int
     length: int
@@ -45,22 +45,48 @@ class KVCache:
         self.peak_tokens = 0
         self._free: list[tuple[int, int]] = [(0, capacity)] if capacity else []  # half open, rising
 
-    def acquire(self, length: int, *, from_left: bool) -> KVRange | None:
-        """Reserve `length` contiguous slots, or None where no gap is long enough."""
+    @property
+    def free_tokens(self) -> int:
+        """Slots in all gaps together."""
+        return self.capacity - self.used_tokens
+
+    def acquire(self, length: int, *, from_left: bool, reach: int = 0) -> KVRange | None:
+        """Reserve `length` contiguous slots, or None where no gap is long enough.
+
+        A range from the right that may grow to `reach` slots goes where they are free, if anywhere.
+        """
         if length == 0:
             return KVRange(0, 0)
         places = range(len(self._free)) if from_left else range(len(self._free) - 1, -1, -1)
-        for place in places:
-            low, high = self._free[place]
-            if high - low < length:
-                continue
-            start = low if from_left else high - length
-            rest = (low + length, high) if from_left else (low, high - length)
-            self._free[place : place + 1] = [rest] if rest[0] < rest[1] else []
-            self.used_tokens += length
-            self.peak_tokens = max(self.peak_tokens, self.used_tokens)
-            return KVRange(start, length)
+        for wanted in (max(length, reach), length):
+            for place in places:
+                low, high = self._free[place]
+                if high - low >= wanted:
+                    start = low if from_left else high - wanted
+                    self._take(place, start, length)
+                    return KVRange(start, length)
         return None
+
+    def extend(self, kv_range: KVRange, length: int) -> bool:
+        """Lengthen a range by `length` slots in place; False unless those after it are free."""
+        stop = kv_range.start + kv_range.length
+        place = bisect.bisect_left(self._free, (stop, stop))
+        if place == len(self._free):
+            return False
+        low, high = self._free[place]
+        if low != stop or high - low < length:
+            return False
+        self._take(place, stop, length)
+        kv_range.length += length
+        return True
+
+    def _take(self, place: int, start: int, length: int) -> None:
+        """Slots `[start, start + length)` of a gap are free no more."""
+        low, high = self._free[place]
+        rest = [(low, start), (start + length, high)]
+        self._free[place : place + 1] = [gap for gap in rest if gap[0] < gap[1]]
+        self.used_tokens += length
+        self.peak_tokens = max(self.peak_tokens, self.used_tokens)
 
     def release(self, kv_range: KVRange) -> None:
         """Give the slots back; the range must not be used any more."""

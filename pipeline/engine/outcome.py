@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.engine.scheduler import LiveRow
+from pipeline.engine.live import LiveRow
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, FinishReason, Timing
 

@@ -95,16 +95,16 @@ def pack_decode(
     token_ids: NDArray[np.int64],
     positions: NDArray[np.int64],
     own: tuple[NDArray[np.int64], NDArray[np.int64]],
-    shared: Segments,
+    before: Segments,
     kernel: AttentionKernel,
     device: torch.device,
 ) -> PackedBatch:
     """One forward of one new token a row, rows in depth-first order; all arrays [rows] int64.
 
-    `own` is (first slot, last slot + 1) of each row's span with the new token's slot as the last;
-    `shared` are the segments of the nodes above.
+    `own` is (first slot, last slot + 1) of each row's last block, with the new token's slot as the
+    last; `before` are the segments of the nodes above and of the rows' earlier blocks.
     """
-    segments = decode_segments(positions, own, shared)
+    segments = decode_segments(positions, own, before)
     return PackedBatch(
         input_ids=_row(token_ids, device),
         position_ids=_row(positions, device),
@@ -117,13 +117,13 @@ def pack_decode(
 def decode_segments(
     positions: NDArray[np.int64],
     own: tuple[NDArray[np.int64], NDArray[np.int64]],
-    shared: Segments,
+    before: Segments,
 ) -> Segments:
-    """What decoding rows see: the nodes above, and each its own span; see `pack_decode`."""
+    """What decoding rows see: `before`, and each its own last block; see `pack_decode`."""
     low, high = own
     rows = np.arange(len(low))
     own_segments = np.stack([rows, rows + 1, low, high, positions - (high - low) + 1], 1)
-    return np.concatenate([shared, own_segments])
+    return np.concatenate([before, own_segments])
 
 
 def shared_segments(

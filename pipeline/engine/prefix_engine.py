@@ -18,30 +18,16 @@ from pipeline.engine.backend import choose_backend
 from pipeline.engine.base import EngineCounters, RunControl
 from pipeline.engine.cost_model import CostModel
 from pipeline.engine.cuda_graphs import DecodeStep, NextTokens, decode_runner
-from pipeline.engine.kernels.rules import Segments
+from pipeline.engine.decode_view import DecodeView, own_slots
 from pipeline.engine.kv_cache import kv_capacity, reserve_kv
+from pipeline.engine.live import LiveNode, LiveRow, copied_head
 from pipeline.engine.memory import is_exhausted, release_cached
 from pipeline.engine.model import LoadedModel
 from pipeline.engine.outcome import complete, fail, refuse
-from pipeline.engine.packing import (
-    PackedBatch,
-    Piece,
-    decode_segments,
-    pack_decode,
-    pack_prefill,
-    shared_segments,
-)
+from pipeline.engine.packing import PackedBatch, decode_segments, pack_decode
+from pipeline.engine.prefill import Chunk, needs_logits, pack_chunks, split_chunks, take_chunks
 from pipeline.engine.sampling import Sampled, sample_next_token
-from pipeline.engine.scheduler import (
-    LiveNode,
-    LiveRow,
-    PrefillJob,
-    Scheduler,
-    active_counts,
-    copied_head,
-    kv_tokens_if_all_at_once,
-    spans_before,
-)
+from pipeline.engine.scheduler import Scheduler, active_counts, kv_tokens_if_all_at_once
 from pipeline.engine.support import why_unsupported
 from pipeline.errors import ModelError
 from pipeline.plan.plan import Plan, cut_by_cost
@@ -50,10 +36,6 @@ from pipeline.settings import EngineSettings
 
 LogitsProbe = Callable[[list[int], list[int], Tensor], None]
 """Called with (sequences, output positions, logits [rows, V]) of every token that is chosen."""
-
-
-Chunk = tuple[PrefillJob, int, int]
-"""Prompt positions `[low, high)` of a job, to be computed in one forward."""
 
 
 class PrefixEngine:
@@ -117,7 +99,7 @@ class _Run:
         self.eos = frozenset(loaded.shape.eos_token_ids)
         self.start_s = time.perf_counter()
         self.first_step_s: float | None = None
-        self.shared_above: dict[int, Segments] = {}  # of decoding rows, by the first one's place
+        self.view = DecodeView()
         self.finished: list[Completion] = []
 
     @torch.inference_mode()
@@ -125,31 +107,23 @@ class _Run:
         """The engine's loop."""
         scheduler = self.scheduler
         while not self.control.should_abort():
-            if not self.control.should_drain():
-                self._prefill(scheduler.admit(self._now()))
-                if scheduler.is_stuck:
-                    self._reject(scheduler.reject())
+            self._admit()
             self._decode_one_step()
             yield from self._take_finished()
-            if not scheduler.rows and (not scheduler.waiting or self.control.should_drain()):
+            is_last = self.control.should_drain() or not scheduler.waiting
+            if is_last and not scheduler.has_begun:
                 return
 
-    def _prefill(self, jobs: list[PrefillJob]) -> None:
-        """Run the jobs in forwards of at most `max_batch_tokens` tokens; sample first tokens."""
-        todo = jobs[::-1]
+    def _admit(self) -> None:
+        """Let rows in and prefill them; a drain lets back in what was preempted."""
+        now = self._now()
+        admission = self.scheduler.admit(now, only_begun=self.control.should_drain())
+        budget = self.cache.capacity * self.cache.bytes_per_token
+        self.finished += [refuse(self.plan, s, budget, now) for s in admission.refused]
+        todo = admission.jobs[::-1]
         while todo:
-            taken: list[Chunk] = []
-            room = self.max_batch_tokens
-            while todo and room:
-                job = todo[-1]
-                stop = min(job.target.end, job.done + room)
-                taken.append((job, job.done, stop))
-                room -= stop - job.done
-                job.done = stop
-                if stop == job.target.end:
-                    todo.pop()
-            self._prefill_or_halve(taken)
-        self._read_kept_logits()
+            self._prefill_or_halve(take_chunks(todo, self.max_batch_tokens))
+        self._start_ready(admission.ready)
 
     def _prefill_or_halve(self, taken: list[Chunk]) -> None:
         """Where memory ends, half of the tokens at a time; one token that finds none fails."""
@@ -181,29 +155,15 @@ class _Run:
         message = f"not even one token fits into memory: {str(error).splitlines()[0]}"
         for row in self.scheduler.rows_below(target):
             self._end(row, fail(row, message, self._now()))
+        self.scheduler.evict_idle()  # what was not computed must not be found by later rows
 
     def _prefill_once(self, taken: list[Chunk]) -> None:
-        """One packed forward over prompt positions `[low, high)` of each job."""
+        """One packed forward; sample the first tokens of rows whose prompts end in it."""
         begin = self._now()
-        pieces, heads, places = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for job, low, high in taken:
-            target = job.target
-            slot = target.kv.start + low - target.span_start
-            ids = job.token_ids[low - target.start : high - target.start]
-            own = (slot - (low - target.start), slot)
-            pieces.append(Piece(ids, low, slot, own, spans_before(target, target.start)))
-            if low == target.start > target.span_start:
-                heads.append(copied_head(target))
-                places.append(target.kv.start + np.arange(len(heads[-1])))
-        copies = np.concatenate(heads), np.concatenate(places)
-        ends = np.cumsum([len(p) for p in pieces]) - 1
-        readable = [
-            i for i, (job, _, high) in enumerate(taken)
-            if high == job.target.end and (isinstance(job.target, LiveRow) or job.target.unread)
-        ]  # fmt: skip
-        logits = self._forward(
-            pack_prefill(pieces, copies, self.backend.kernel, self.device), ends[readable]
-        )
+        lengths = np.array([high - low for _, low, high in taken])
+        readable = [i for i, chunk in enumerate(taken) if needs_logits(chunk)]
+        batch = pack_chunks(taken, self.backend.kernel, self.device)
+        logits = self._forward(batch, np.cumsum(lengths)[readable] - 1)
         rows, of_rows = [], []
         for i, place in enumerate(readable):
             target = taken[place][0].target
@@ -213,31 +173,49 @@ class _Run:
                 rows.append(target)
                 of_rows.append(i)
         seconds = self._now() - begin
-        for piece, (job, _, _) in zip(pieces, taken, strict=True):
-            job.target.prefill_s += seconds * len(piece) / int(ends[-1] + 1)
+        self._charge_prefill(taken, seconds / int(lengths.sum()))
         self._append_tokens(rows, logits[of_rows])
-        self.counters.prefilled_tokens += int(ends[-1] + 1)  # here: a step may end half done
+        self._count_prefill(taken)  # here: a step may end half done
         self.counters.prefill_s += seconds
 
-    def _read_kept_logits(self) -> None:
-        """First tokens of rows that end at a shared node: its logits were kept for them."""
-        rows = [r for r in self.scheduler.rows if not r.token_ids]
-        if not rows:
-            return
-        logits = []
-        for row in rows:
-            node = row.above
-            assert node is not None and node.logits is not None and row.start == row.end
+    def _charge_prefill(self, taken: list[Chunk], per_token_s: float) -> None:
+        """A row pays for what it is the first to need, not for what must be repeated."""
+        for job, low, high in taken:
+            if not job.is_repeat:
+                job.target.prefill_s += per_token_s * (high - low)
+
+    def _count_prefill(self, taken: list[Chunk]) -> None:
+        for job, low, high in taken:
+            if job.is_repeat:
+                self.counters.recomputed_tokens += high - low
+            else:
+                self.counters.prefilled_tokens += high - low
+            if isinstance(job.target, LiveNode) and high == job.end:
+                job.target.was_computed = True
+
+    def _start_ready(self, ready: list[LiveRow]) -> None:
+        """Rows that end at a shared node: its KV is theirs, and its logits were kept for them."""
+        rows, logits = [], []
+        for row in ready:
+            if row.has_ended:
+                continue
             head = copied_head(row)
             self.cache.copy(head, row.kv.start + np.arange(len(head)))
+            if row.token_ids:  # was preempted after its first token
+                continue
+            node = row.above
+            assert node is not None and node.logits is not None and row.start == row.end
+            rows.append(row)
             logits.append(node.logits)
             node.unread -= 1
             if not node.unread:
                 node.logits = None
-        self._append_tokens(rows, torch.stack(logits))
+        if rows:
+            self._append_tokens(rows, torch.stack(logits))
 
     def _decode_one_step(self) -> None:
-        """One more token for every live row."""
+        """One more token for every live row that keeps its place."""
+        self.scheduler.grow()
         rows = list(self.scheduler.rows)
         while rows:
             width = self.max_decode_rows
@@ -247,7 +225,6 @@ class _Run:
                 if self._can_halve(error, len(rows[:width])):
                     self.max_decode_rows = len(rows[:width]) // 2
                     self.scheduler.max_rows = max(1, self.scheduler.max_rows // 2)
-                    self.shared_above.clear()
                     continue
                 self._lose(rows[0], error)
             rows = rows[width:]
@@ -255,33 +232,26 @@ class _Run:
     def _decode_rows(self, rows: list[LiveRow]) -> None:
         """One forward: a token for each of `rows`, neighbours in depth-first order."""
         begin = self._now()
-        place = rows[0].sequence
-        if place not in self.shared_above:
-            bounds = [(i, i + 1) for i in range(len(rows))]
-            spans = [spans_before(r, r.span_start) for r in rows]
-            self.shared_above[place] = shared_segments(spans, bounds)
         token_ids = np.array([r.token_ids[-1] for r in rows], np.int64)
-        positions = np.array([r.end + len(r.token_ids) - 1 for r in rows], np.int64)
-        first = np.array([r.kv.start for r in rows], np.int64)
-        last = first + positions - np.array([r.span_start for r in rows], np.int64)
-        own, shared = (first, last + 1), self.shared_above[place]
+        positions = np.array([r.next_position for r in rows], np.int64)
+        own, before = own_slots(rows), self.view.before(rows, self.scheduler.changes)
         if self.runner is None:
             kernel, device = self.backend.kernel, self.device
-            batch = pack_decode(token_ids, positions, own, shared, kernel, device)
+            batch = pack_decode(token_ids, positions, own, before, kernel, device)
             self._append_tokens(rows, self._forward(batch, np.arange(len(rows))))
         else:
-            step = DecodeStep(token_ids, positions, last, decode_segments(positions, own, shared))
-            chosen = self._run_recorded(step)
+            segments = decode_segments(positions, own, before)
+            chosen = self._run_recorded(DecodeStep(token_ids, positions, own[1] - 1, segments))
             self._append_tokens(rows, chosen.logits, chosen.greedy)
         self.counters.decode_s += self._now() - begin
 
     def _forward(self, batch: PackedBatch, keep: NDArray[np.int64]) -> Tensor:
-        """Logits [len(keep), V] float32 of the packed positions `keep`."""
+        """Logits [len(keep), V], in the model's dtype, of the packed positions `keep`."""
         begin = time.perf_counter()
         if self.first_step_s is None:
             self.first_step_s = begin
         places = torch.from_numpy(keep).to(self.device)
-        logits = self.backend.forward(batch, self.cache, places).float()
+        logits = self.backend.forward(batch, self.cache, places)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.counters.num_forwards += 1
@@ -309,6 +279,7 @@ class _Run:
         if self.probe is not None:
             self.probe([r.sequence for r in rows], positions.tolist(), logits)
         params = [r.params for r in rows]
+        greedy = greedy or self.backend.likeliest(logits)
         chosen = sample_next_token(logits, params, keys, positions, greedy)
         self._count_busy(begin)
         now = self._now()
@@ -316,7 +287,6 @@ class _Run:
         for row, token_id, is_finite in zip(rows, ids, finite, strict=True):
             if not row.token_ids:
                 row.first_token_s = now
-                self.shared_above.clear()  # one more row decodes from here on
             row.token_ids.append(token_id)
             reason = self._finish_reason(row) if is_finite else "error"
             if reason:
@@ -332,16 +302,10 @@ class _Run:
         return "length" if len(row.token_ids) >= params.max_new_tokens else None
 
     def _end(self, row: LiveRow, completion: Completion) -> None:
-        self.shared_above.clear()
         self.scheduler.finish(row)
         self.counters.cached_tokens += row.cached_tokens
         self.counters.peak_kv_bytes = self.cache.peak_tokens * self.cache.bytes_per_token
         self.finished.append(completion)
-
-    def _reject(self, sequence: int) -> None:
-        """A sequence whose KV does not fit the budget becomes an error, never the job."""
-        budget = self.cache.capacity * self.cache.bytes_per_token
-        self.finished.append(refuse(self.plan, sequence, budget, self._now()))
 
     def _take_finished(self) -> list[Completion]:
         taken, self.finished = self.finished, []
@@ -355,18 +319,3 @@ class _Run:
         end = time.perf_counter()
         self.counters.busy_s += end - begin
         self.counters.span_s = end - (self.first_step_s or begin)
-
-
-def split_chunks(chunks: list[Chunk], num_tokens: int) -> tuple[list[Chunk], list[Chunk]]:
-    """(the first `num_tokens` tokens of `chunks`, the others), in order."""
-    first: list[Chunk] = []
-    second: list[Chunk] = []
-    room = num_tokens
-    for job, low, high in chunks:
-        cut = min(high, low + room)
-        room -= cut - low
-        if low < cut:
-            first.append((job, low, cut))
-        if cut < high:
-            second.append((job, cut, high))
-    return first, second

@@ -44,7 +44,7 @@ def sample_next_token(
 ) -> Sampled:
     """Choose one token a row. logits [rows, V]; `positions` [rows] of the token to be chosen.
 
-    `greedy`: the likeliest tokens, where they are known already.
+    `greedy`: the likeliest tokens, where the device has found them already.
     """
     token_ids, is_finite = greedy or likeliest_token(logits)
     sampled = [i for i, p in enumerate(params) if not p.is_greedy]

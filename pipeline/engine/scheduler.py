@@ -2,115 +2,44 @@
 
 Sequences enter in depth-first order of the tree and leave when they end. A shared node's range is
 acquired with the first sequence below it and released with the last one (engine.md §1): with all
-prompts known there is nothing to guess and nothing to evict.
+prompts known there is nothing to guess.
+
+Rows are admitted with room for a few new tokens and get more as they grow. Where there is no more,
+the last row in depth-first order gives up its KV and waits again, first in the queue, with what it
+has generated; the KV is computed again when it comes back. Hence every live row comes before every
+waiting one, the first live row is never preempted, and alone it always finds room: only sequences
+that fit the whole budget to their end are admitted at all.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.engine.kv_cache import KVCache, KVRange
-from pipeline.engine.packing import SlotRange
+from pipeline.engine.live import BLOCK_TOKENS, LiveNode, LiveRow, PrefillJob, nodes_above
 from pipeline.plan.plan import Plan
-from pipeline.records import SamplingParams
 
 REFILL_BELOW = 0.75
 """New rows enter when so few of the rows of the last admission are left: prefill stays packed."""
+LIKELY_SHARE = 0.75
+"""Rows are expected to reach this share of the mean answer so far: they are not all old at once."""
 
 
-@dataclass(eq=False, slots=True)
-class LiveNode:
-    """A shared node on the device. Its range covers prompt positions `[span_start, end)`.
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What `admit` decided: jobs, parents first; rows that need no forward; rows too large."""
 
-    That is its own edge `[start, end)`; a group node's range begins with copies of the short edges
-    between it and the group node above, so that decoding rows see one range for all of them.
-    `unfinished`: sequences below that have not ended; `unread`: sequences that end exactly here
-    and have not sampled their first token yet (`logits` [V] waits for them).
-    """
-
-    node: int
-    above: LiveNode | None
-    kv: KVRange
-    start: int
-    end: int
-    span_start: int
-    num_sequences: int
-    unfinished: int
-    unread: int
-    prefill_s: float = 0.0
-    logits: Tensor | None = None
-
-
-@dataclass(eq=False, slots=True)
-class LiveRow:
-    """A sequence on the device. Its range holds positions from `span_start` to its last token.
-
-    `start` is where the tokens begin that no other sequence shares.
-    """
-
-    sequence: int
-    params: SamplingParams
-    above: LiveNode | None
-    kv: KVRange
-    start: int
-    end: int
-    span_start: int
-    cached_tokens: int
-    admitted_s: float
-    first_token_s: float = 0.0
-    prefill_s: float = 0.0
-    token_ids: list[int] = field(default_factory=list)
-    has_ended: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class PrefillJob:
-    """Prompt positions `[done, target.end)` of a node or row that wait for a forward."""
-
-    target: LiveNode | LiveRow
-    token_ids: NDArray[np.int64]
-    done: int
-
-
-def _nodes_above(target: LiveNode | LiveRow) -> Iterator[LiveNode]:
-    node = target.above
-    while node is not None:
-        yield node
-        node = node.above
-
-
-def spans_before(target: LiveNode | LiveRow, position: int) -> tuple[SlotRange, ...]:
-    """Slots of the shared ranges that tile prompt positions `[0, position)`, top first.
-
-    In prefill `position` is where the target's own tokens begin; a decoding row asks for all before
-    its own range. A group node's range reaches back over the short edges above it.
-    """
-    spans: list[SlotRange] = []
-    for node in _nodes_above(target):
-        if node.end == position:
-            spans.append((node.kv.start, node.kv.start + node.kv.length))
-            position = node.span_start
-    return tuple(reversed(spans))
-
-
-def copied_head(target: LiveNode | LiveRow) -> NDArray[np.int64]:
-    """Slots where the short shared edges `[span_start, start)` above `target` were computed."""
-    slots = [np.zeros(0, np.int64)]
-    for node in _nodes_above(target):
-        if node.end <= target.span_start:
-            break
-        slots.append(np.arange(node.kv.start, node.kv.start + node.kv.length))
-    return np.concatenate(slots[::-1])
+    jobs: list[PrefillJob] = field(default_factory=list)
+    ready: list[LiveRow] = field(default_factory=list)
+    refused: list[int] = field(default_factory=list)
 
 
 class Scheduler:
-    """Admission, release, and the order of prefill."""
+    """Admission, growth, preemption, release, and the order of prefill."""
 
     def __init__(
         self, plan: Plan, sequences: NDArray[np.int64], cache: KVCache, max_rows: int
@@ -121,113 +50,104 @@ class Scheduler:
         self.max_rows = max_rows
         self.rows: list[LiveRow] = []
         self.waiting: deque[int] = deque(sequences.tolist())
+        self.changes = 0
+        """Grows whenever a live row comes, goes, or gets a block, or a range moves."""
         self._prompt_lengths = plan.prompt_lengths
         self._counts = active_counts(plan, sequences)
         self._ending = ending_counts(plan, sequences)
         self._nodes: dict[int, LiveNode] = {}
+        self._preempted: dict[int, LiveRow] = {}
         self._refill_at = 0
-        self.is_stuck = False
+        self._ended_rows = 0
+        self._ended_tokens = 0
 
-    def admit(self, now_s: float) -> list[PrefillJob]:
-        """Let waiting sequences in while room lasts; what must be prefilled, parents first.
+    @property
+    def has_begun(self) -> bool:
+        """Whether some row has tokens and has not ended, be it live or preempted."""
+        return bool(self.rows or self._preempted)
 
-        Where not even the first one fits an otherwise idle device, `is_stuck` is True afterwards.
-        """
-        jobs: list[PrefillJob] = []
+    def admit(self, now_s: float, *, only_begun: bool = False) -> Admission:
+        """Let waiting sequences in while room lasts; with `only_begun` the preempted ones alone."""
+        admission = Admission()
         if len(self.rows) > self._refill_at:
-            return jobs
+            return admission
+        spoken_for = sum(self._likely_growth(row, row.kv_end) for row in self.rows)
         while self.waiting and len(self.rows) < self.max_rows:
-            admitted = self._admit_one(self.waiting[0], now_s)
-            if admitted is None:
-                self.is_stuck = not self.rows
+            sequence = self.waiting[0]
+            if only_begun and sequence not in self._preempted:
                 break
-            self.waiting.popleft()
-            jobs += admitted
+            row = self._preempted.get(sequence) or self._new_row(sequence, now_s)
+            path = [*nodes_above(row)][::-1]
+            if _slots(path) + row.kv_limit - row.span_start > self.cache.capacity:
+                admission.refused.append(self.waiting.popleft())
+                self._leave(row)
+            elif self._has_room_for(row, path, spoken_for):
+                self._admit_one(row, path, admission)
+                spoken_for += self._likely_growth(row, row.kv_end)
+            else:
+                break
         self._refill_at = int(len(self.rows) * REFILL_BELOW)
-        return jobs
+        return admission
 
-    def reject(self) -> int:
-        """Give up on the next sequence: it does not fit an otherwise empty device."""
-        self.is_stuck = False
-        return self.waiting.popleft()
+    def grow(self) -> None:
+        """Give every live row a slot for its next token; the last rows make room where it ends."""
+        for row in list(self.rows):
+            while row.blocks and row.next_position >= row.kv_end and not self._extend(row):
+                self._make_room()
 
     def finish(self, row: LiveRow) -> None:
-        """Release the row's range, and every node's that nobody below needs any more."""
+        """Release the row's blocks, and every node's range that nobody below needs any more."""
         row.has_ended = True
-        self.rows.remove(row)
-        self.cache.release(row.kv)
-        for node in _nodes_above(row):
-            node.unfinished -= 1
-            if node.unfinished == 0:
-                self.cache.release(node.kv)
-                del self._nodes[node.node]
+        self._ended_rows += 1
+        self._ended_tokens += len(row.token_ids)
+        self._take_off(row)
+        self._leave(row)
+
+    def evict_idle(self) -> None:
+        """Release the ranges of nodes without live rows; they are computed again when needed."""
+        for node in self._idle_nodes():
+            self._evict(node)
 
     def rows_below(self, target: LiveNode | LiveRow) -> list[LiveRow]:
         """Live rows that need `target`: the row itself, or all below the node."""
         if isinstance(target, LiveRow):
             return [] if target.has_ended else [target]
-        return [row for row in self.rows if target in _nodes_above(row)]
+        return [row for row in self.rows if target in nodes_above(row)]
 
     def live_ranges(self) -> list[KVRange]:
         """Every range that is reserved now."""
-        return [n.kv for n in self._nodes.values()] + [r.kv for r in self.rows]
+        of_nodes = [node.kv for node in self._nodes.values() if node.is_resident]
+        return of_nodes + [block for row in self.rows for block in row.blocks]
 
-    def _admit_one(self, sequence: int, now_s: float) -> list[PrefillJob] | None:
-        """Jobs of one sequence, or None when its ranges do not fit (nothing is kept then)."""
-        plan, prompt = self.plan, int(self.plan.sequences.prompt[sequence])
-        path = plan.tree.path(int(plan.tree.terminal[prompt]))
-        shared = [n for n in path if self._counts[n] > 1]
-        fresh: list[LiveNode] = []
-        above: LiveNode | None = None
-        for node in shared:
-            live = self._nodes.get(node) or self._acquire_node(node, above)
-            if live is None:
-                self._undo(fresh)
-                return None
-            if node not in self._nodes:
-                fresh.append(live)
-            above = live
-        row = self._acquire_row(sequence, above, now_s)
-        if row is None and not self.rows:
-            # Nothing runs, so only the nodes above can be in the way: close the gaps between them.
-            self.cache.compact(self.live_ranges() + [live.kv for live in fresh])
-            row = self._acquire_row(sequence, above, now_s)
-        if row is None:
-            self._undo(fresh)
-            return None
-        ids = plan.prompt_token_ids(sequence).astype(np.int64)
-        self._nodes.update((live.node, live) for live in fresh)
-        self.rows.append(row)
-        jobs = [PrefillJob(live, ids[live.start : live.end], live.start) for live in fresh]
-        if row.start < row.end:
-            jobs.append(PrefillJob(row, ids[row.start :], row.start))
-        row.cached_tokens = row.end - sum(len(job.token_ids) for job in jobs)
-        return jobs
+    def _new_row(self, sequence: int, now_s: float) -> LiveRow:
+        plan, above = self.plan, None
+        for node in plan.tree.path(int(plan.tree.terminal[plan.sequences.prompt[sequence]])):
+            if self._counts[node] > 1:
+                above = self._nodes.get(node) or self._new_node(node, above)
+        return LiveRow(
+            sequence,
+            plan.params[int(plan.sequences.params[sequence])],
+            above,
+            start=above.end if above else 0,
+            end=int(self._prompt_lengths[sequence]),
+            span_start=self._group_end(above),
+            admitted_s=now_s,
+        )
 
-    def _acquire_node(self, node: int, above: LiveNode | None) -> LiveNode | None:
-        plan = self.plan
-        start, end = int(plan.tree.start[node]), int(plan.tree.end[node])
-        is_group = bool(plan.is_group[node])
-        span_start = int(plan.anchor_end[node]) if is_group else start
-        kv = self.cache.acquire(end - span_start, from_left=True)
-        if kv is None:
-            return None
-        count = int(self._counts[node])
-        return LiveNode(
-            node, above, kv, start, end, span_start,
-            num_sequences=count, unfinished=count, unread=int(self._ending[node]),
-        )  # fmt: skip
-
-    def _acquire_row(self, sequence: int, above: LiveNode | None, now_s: float) -> LiveRow | None:
-        params = self.plan.params[int(self.plan.sequences.params[sequence])]
-        end = int(self._prompt_lengths[sequence])
-        start = above.end if above else 0
-        span_start = self._group_end(above)
-        # The last generated token is never fed back, so its KV needs no slot.
-        kv = self.cache.acquire(end - span_start + params.max_new_tokens - 1, from_left=False)
-        if kv is None:
-            return None
-        return LiveRow(sequence, params, above, kv, start, end, span_start, 0, now_s)
+    def _new_node(self, node: int, above: LiveNode | None) -> LiveNode:
+        plan, count = self.plan, int(self._counts[node])
+        start = int(plan.tree.start[node])
+        live = self._nodes[node] = LiveNode(
+            node,
+            above,
+            start,
+            end=int(plan.tree.end[node]),
+            span_start=int(plan.anchor_end[node]) if plan.is_group[node] else start,
+            num_sequences=count,
+            unfinished=count,
+            unread=int(self._ending[node]),
+        )
+        return live
 
     def _group_end(self, node: LiveNode | None) -> int:
         """Prompt position up to which group nodes cover the path down to `node`."""
@@ -235,9 +155,111 @@ class Scheduler:
             node = node.above
         return node.end if node else 0
 
-    def _undo(self, fresh: list[LiveNode]) -> None:
-        for live in fresh:
-            self.cache.release(live.kv)
+    def _has_room_for(self, row: LiveRow, path: list[LiveNode], spoken_for: int) -> bool:
+        """Whether the row can enter now. Where nothing runs it can: all that is left is its path.
+
+        For a node that lost its rows is evicted before a row further up the queue is preempted.
+        """
+        if not self.rows:
+            return True
+        absent = [node for node in path if not node.is_resident]
+        needed = _slots(absent) + row.first_block_end - row.span_start
+        growth = self._likely_growth(row, row.first_block_end)
+        return needed + growth + spoken_for <= self.cache.free_tokens
+
+    def _likely_growth(self, row: LiveRow, kv_end: int) -> int:
+        """Slots beyond `kv_end` that the row will ask for, going by the rows that have ended."""
+        likely = int(LIKELY_SHARE * self._ended_tokens / max(1, self._ended_rows))
+        return max(0, min(row.end + likely, row.kv_limit) - kv_end)
+
+    def _admit_one(self, row: LiveRow, path: list[LiveNode], admission: Admission) -> None:
+        """Acquire what is missing on the row's path, parents first, and its own first block."""
+        ids = self.plan.prompt_token_ids(row.sequence).astype(np.int64)
+        jobs = []
+        for node in path:
+            node.live_rows += 1
+            if not node.is_resident:
+                node.kv = self._acquire(node.end - node.span_start, from_left=True)
+                own = ids[node.start : node.end]
+                jobs.append(PrefillJob(node, own, node.start, node.was_computed))
+        row.kv_end = row.first_block_end
+        length, reach = row.kv_end - row.span_start, row.kv_limit - row.span_start
+        row.blocks = [self._acquire(length, from_left=False, reach=reach)]
+        was_preempted = self._preempted.pop(row.sequence, None) is not None
+        own = np.concatenate([ids[row.start :], np.array(row.token_ids[:-1], np.int64)])
+        if len(own):
+            jobs.append(PrefillJob(row, own, row.start, was_preempted))
+        else:
+            admission.ready.append(row)
+        if not was_preempted:
+            first = sum(len(job.token_ids) for job in jobs if not job.is_repeat)
+            row.cached_tokens = row.end - first
+        admission.jobs.extend(jobs)
+        self.rows.append(row)
+        self.waiting.popleft()
+        self.changes += 1
+
+    def _extend(self, row: LiveRow) -> bool:
+        """Lengthen the row's last block, or add one; False where too few slots are free."""
+        left = row.kv_limit - row.kv_end
+        length = min(BLOCK_TOKENS, left)
+        if length > self.cache.free_tokens:
+            return False
+        if not self.cache.extend(row.blocks[-1], length):
+            row.blocks.append(self._acquire(length, from_left=False, reach=left))
+            self.changes += 1
+        row.kv_end += length
+        return True
+
+    def _acquire(self, length: int, *, from_left: bool, reach: int = 0) -> KVRange:
+        """A range of `length` slots, which must be free; the gaps are closed where none is wide."""
+        kv = self.cache.acquire(length, from_left=from_left, reach=reach)
+        if kv is None:
+            self.cache.compact(self.live_ranges())  # the caller counts a change
+            kv = self.cache.acquire(length, from_left=from_left, reach=reach)
+        assert kv is not None, f"{length} slots wanted, {self.cache.free_tokens} free"
+        return kv
+
+    def _make_room(self) -> None:
+        """Evict the last idle node, or else preempt the last row, in depth-first order."""
+        idle = self._idle_nodes()
+        if idle:
+            self._evict(max(idle, key=lambda node: node.node))
+            return
+        row = self.rows[-1]
+        self._take_off(row)
+        self._preempted[row.sequence] = row
+        self.waiting.appendleft(row.sequence)
+        self._refill_at = min(self._refill_at, len(self.rows) - 1)  # some row must end first
+
+    def _idle_nodes(self) -> list[LiveNode]:
+        return [n for n in self._nodes.values() if n.is_resident and not n.live_rows]
+
+    def _evict(self, node: LiveNode) -> None:
+        self.cache.release(node.kv)
+        node.kv = KVRange(0, 0)
+
+    def _take_off(self, row: LiveRow) -> None:
+        """Remove the row and its blocks from the device."""
+        self.rows.remove(row)
+        for block in row.blocks:
+            self.cache.release(block)
+        row.blocks = []
+        for node in nodes_above(row):
+            node.live_rows -= 1
+        self.changes += 1
+
+    def _leave(self, row: LiveRow) -> None:
+        """The nodes above have one sequence less to serve."""
+        for node in nodes_above(row):
+            node.unfinished -= 1
+            if not node.unfinished:
+                self.cache.release(node.kv)
+                del self._nodes[node.node]
+
+
+def _slots(nodes: list[LiveNode]) -> int:
+    return sum(node.end - node.span_start for node in nodes)
 
 
 def active_counts(plan: Plan, sequences: NDArray[np.int64]) -> NDArray[np.int64]:

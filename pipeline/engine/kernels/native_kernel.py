@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.kernels.rules import AttentionRules, Segments
+from pipeline.engine.sampling import Sampled
 
 Tiles = NDArray[np.int64]
 """[tiles, 4]: queries `[q_lo, q_hi)` and their segments `[segment_lo, segment_hi)`."""
@@ -58,6 +59,12 @@ class NativeKernel:
         rows = num_tokens * self._rep
         num_tiles = max(-(-rows // _MOST_ROWS), min(wanted, rows // _FEWEST_ROWS), 1)
         return -(-num_tokens // (num_tiles * _STEP_TOKENS)) * _STEP_TOKENS
+
+
+def likeliest_token(logits: Tensor) -> Sampled:
+    """As the one of `sampling`, in one pass. logits [rows, V], bfloat16 or float32."""
+    best, token_ids = torch.ops.coppice.largest_of_rows(logits.contiguous())
+    return Sampled(token_ids.numpy(), best.isfinite().numpy())
 
 
 def cut_tiles(segments: Segments, num_tokens: int, tile_tokens: int) -> tuple[Segments, Tiles]:
