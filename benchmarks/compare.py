@@ -1,7 +1,7 @@
 """Every arm on every workload: `python -m benchmarks.compare` (`make bench-peers` adds the grid).
 
-The same token ids, the same weights, the same dtype; cold; one process an arm, one after another,
-arms taking turns within a round. Writes results/cases.jsonl line by line, and the table after each.
+The same token ids, the same weights, the same dtype; caches cold for each case; one process an arm
+and round, one after another. Writes results/cases.jsonl line by line, and the table after each arm.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def make_cell(case: str, setup: Setup) -> Cell:
 
 def orders_of(cell: Cell, arm: str) -> list[Cell]:
     """Sorted as well where that can matter: to a prefix cache, on rows that share in groups."""
-    is_file = cell.workload not in ("shared_64", "no_sharing")
-    return [cell, cell.presorted()] if is_file and ARMS[arm].ordered else [cell]
+    has_groups = cell.workload not in ("shared_64", "no_sharing", "gsm8k_8shot")
+    return [cell, cell.presorted()] if has_groups and ARMS[arm].ordered else [cell]
 
 
 def main() -> None:
@@ -40,19 +40,22 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=DEFAULT_ARMS)
     parser.add_argument("--cases", nargs="+", default=CASES, help=f"of {CASES}, or other files")
     parser.add_argument("--rows", type=int, help="only the first of each case: a trial")
+    parser.add_argument("--given-order-only", action="store_true")
+    parser.add_argument("--round", type=int, default=0, help="number of the first round")
     args = parser.parse_args()
     setup = setup_of(args)
     study = Study(setup, setup.results / "cases.jsonl")
     cells = [make_cell(case, setup) for case in args.cases]
     if args.rows:
         cells = [replace(cell, prompts=cell.prompts[: args.rows]) for cell in cells]
-    for repeat in range(setup.repeats):
-        for cell in cells:
+    for repeat in range(args.round, args.round + setup.repeats):
+        for arm in args.arms:
+            orders = [o for cell in cells for o in orders_of(cell, arm)]
+            if args.given_order_only:
+                orders = cells
             study.measure_machine()
-            for arm in args.arms:
-                for ordered in orders_of(cell, arm):
-                    study.run(arm, [ordered], repeat)
-                write_results(setup.results)
+            study.run(arm, orders, repeat)
+            write_results(setup.results)
 
 
 if __name__ == "__main__":

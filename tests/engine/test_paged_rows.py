@@ -428,6 +428,7 @@ class NoMemory:
 
     def __call__(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
         if self.is_full:
+            cache.arena.fill_(float("nan"))  # what is not written yet is not right by chance
             raise torch.OutOfMemoryError("planted")
         return self._forward(batch, cache, keep)
 
