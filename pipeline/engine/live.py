@@ -62,6 +62,11 @@ class LiveNode:
         """Whether it has a range; whether that is filled already is the engine's business."""
         return self.kv.length > 0
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether a row on the device lies below."""
+        return self.live_rows > 0
+
 
 @dataclass(eq=False, slots=True)
 class LiveRow:
@@ -85,6 +90,11 @@ class LiveRow:
     prefill_s: float = 0.0
     token_ids: list[int] = field(default_factory=list)
     has_ended: bool = False
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether anything is still to be computed for it."""
+        return not self.has_ended
 
     @property
     def kv(self) -> KVRange:

@@ -127,7 +127,7 @@ class _Run:
 
     def _prefill_or_halve(self, taken: list[Chunk]) -> None:
         """Where memory ends, half of the tokens at a time; one token that finds none fails."""
-        taken = [chunk for chunk in taken if self.scheduler.rows_below(chunk[0].target)]
+        taken = [chunk for chunk in taken if chunk[0].target.is_needed]
         if not taken:
             return
         try:

@@ -215,9 +215,8 @@ class _LayerAttention:
             partial.merge(self.out[:, queries], self.lse[:, queries], out[:, 0], lse[:, 0])
 
     def _bucket(self, bucket: Bucket, k: Tensor, v: Tensor, level: Level) -> None:
-        hidden = (
-            None if level.is_causal else bucket.bias
-        )  # padding at the end is in no query's past
+        # Padding at the end is in no query's past.
+        hidden = None if level.is_causal else bucket.bias
         bias = self._window_bias(self.positions[bucket.queries], bucket.key_positions, hidden)
         keys = bucket.keys
         out, lse = self._attend(self.query[:, bucket.queries], k[:, keys], v[:, keys], bias, level)
