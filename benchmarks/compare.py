@@ -50,11 +50,9 @@ def main() -> None:
         cells = [replace(cell, prompts=cell.prompts[: args.rows]) for cell in cells]
     for repeat in range(args.round, args.round + setup.repeats):
         for arm in args.arms:
-            orders = [o for cell in cells for o in orders_of(cell, arm)]
-            if args.given_order_only:
-                orders = cells
+            all_orders = [ordered for cell in cells for ordered in orders_of(cell, arm)]
             study.measure_machine()
-            study.run(arm, orders, repeat)
+            study.run(arm, cells if args.given_order_only else all_orders, repeat)
             write_results(setup.results)
 
 

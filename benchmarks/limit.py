@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from pipeline.engine import packed_linear
+
 _TOKENS = 2048  # rows of the measured product
 _TRIES, _TRY_S = 20, 2.0
 
@@ -95,17 +97,10 @@ def gemm_rates(model: Dimensions, dtype: torch.dtype) -> dict[str, float]:
     weight = torch.randn(model.intermediate, model.hidden, dtype=dtype)
     flop = 2 * _TOKENS * model.hidden * model.intermediate
     rates = {"matmul": flop / _best_s(lambda: torch.matmul(tokens, weight.T))}
-    if _can_pack():
-        linear = torch.ops.mkldnn._linear_pointwise
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TOKENS)
-        rates["prepacked"] = flop / _best_s(lambda: linear(tokens, packed, None, "none", [], ""))
+    if packed_linear.is_available(dtype):
+        packed = packed_linear.PackedLinear(weight)
+        rates["prepacked"] = flop / _best_s(lambda: packed(tokens))
     return rates
-
-
-def _can_pack() -> bool:
-    """The operators are private in torch, and refuse processors that gain nothing by them."""
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return known and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _common(left: tuple[int, ...], right: tuple[int, ...]) -> int:
