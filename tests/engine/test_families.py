@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from pipeline.engine import attention, native_forward, support
 from pipeline.engine.base import RunControl
@@ -49,10 +48,7 @@ def worst_difference(loaded: LoadedModel, plan: Plan, kernels: str) -> float:
     """Of any logit that chose a token from eager attention's, as a share of the largest one."""
     settings = EngineSettings(max_batch_tokens=64, max_rows=7, kernels=kernels)
     engine = PrefixEngine(loaded, settings)
-    seen: dict[tuple[int, int], Tensor] = {}
-    engine.logits_probe = lambda rows, at, logits: seen.update(
-        zip(zip(rows, at, strict=True), logits.clone(), strict=True)
-    )
+    seen = tiny.watch_logits(engine)
     done = generate(engine, plan)
     assert len(done) == len(plan.sequences)
     use_plain_torch(loaded)
@@ -94,7 +90,7 @@ def test_tokens_equal_the_naive_engine(family: Family) -> None:
 @every_family
 def test_bfloat16_passes_the_test_at_load(family: Family, kernels: str) -> None:
     loaded = families.load(family, torch.bfloat16)
-    self_test(PrefixEngine(loaded, EngineSettings(kernels=kernels)))
+    assert self_test(PrefixEngine(loaded, EngineSettings(kernels=kernels))) >= 0.0
 
 
 def altered(change: Callable[[AttentionRules], AttentionRules]) -> Callable[..., AttentionRules]:

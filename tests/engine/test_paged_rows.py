@@ -359,10 +359,7 @@ def test_logits_after_a_preemption_equal_plain_attention(
     loaded = tiny.load_tiny()
     budget = int(tokens_alone(plan).max()) * loaded.shape.kv_bytes_per_token()
     engine = PrefixEngine(loaded, EngineSettings(kv_budget=budget))
-    seen: dict[tuple[int, int], Tensor] = {}
-    engine.logits_probe = lambda rows, at, logits: seen.update(
-        zip(zip(rows, at, strict=True), logits.clone(), strict=True)
-    )
+    seen = tiny.watch_logits(engine)
     done = list(engine.generate(plan, np.arange(len(plan.sequences)), CONTROL))
     assert len(watch.preempted) >= 4
     loaded.model.set_attn_implementation("eager")

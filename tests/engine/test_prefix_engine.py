@@ -62,10 +62,7 @@ def test_every_logit_equals_plain_attention(
     loaded = tiny.load_tiny(family)
     settings = EngineSettings(max_batch_tokens=max_batch_tokens, max_rows=max_rows, kernels=kernels)
     engine = PrefixEngine(loaded, settings)
-    seen: dict[tuple[int, int], Tensor] = {}
-    engine.logits_probe = lambda rows, at, logits: seen.update(
-        zip(zip(rows, at, strict=True), logits.clone(), strict=True)
-    )
+    seen = tiny.watch_logits(engine)
     done = run(engine, plan)
     assert len(done) == len(plan.sequences)
     loaded.model.set_attn_implementation("eager")

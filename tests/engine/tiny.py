@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from pipeline.engine.model import LoadedModel, ModelShape
+from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.token_table import TokenTable
 from pipeline.records import SamplingParams
@@ -97,3 +98,12 @@ def plan_of(
     ids = [f"row-{i}" for i in range(len(prompts))]
     table = TokenTable.from_lists(prompts, VOCABULARY)
     return build_plan(table, ids, params, chosen, min_prefix_tokens=min_prefix_tokens)
+
+
+def watch_logits(engine: PrefixEngine) -> dict[tuple[int, int], torch.Tensor]:
+    """What fills with the logits [V] of every chosen token, by (sequence, output position)."""
+    seen: dict[tuple[int, int], torch.Tensor] = {}
+    engine.logits_probe = lambda rows, at, logits: seen.update(
+        zip(zip(rows, at, strict=True), logits.clone(), strict=True)
+    )
+    return seen
