@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.job import Job
+from benchmarks.peers.answering import answer_batches
 from benchmarks.prompts import Prompts, plan_prompts
 from benchmarks.transformers_arms import ContinuousArm, GenerateArm
 from pipeline.engine.base import RunControl
@@ -86,20 +85,14 @@ def main() -> None:
     job = Job.read(args.job)
     arm = make_arm(args.arm, job)
     arm.generate([list(job.warm_up)], 2)
-    startup_s = time.time() - job.asked_at
-    with args.answer.open("a") as answer:
-        for number, prompts in enumerate(job.batches):
-            begin = time.perf_counter()
-            token_ids = arm.generate(prompts, job.new_tokens)
-            line = {
-                "batch": number,
-                "engine": arm.engine,
-                "seconds": time.perf_counter() - begin,
-                "startup_s": startup_s,
-                "token_ids": token_ids,
-                "counters": arm.counters(),
-            }
-            print(json.dumps(line), file=answer, flush=True)
+    answer_batches(
+        args.answer,
+        arm.engine,
+        job.asked_at,
+        job.batches,
+        lambda prompts: arm.generate(prompts, job.new_tokens),
+        counters=arm.counters,
+    )
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
 """OpenVINO GenAI's continuous batching on one job: `python openvino_arm.py JOB ANSWER`.
 
-Imports nothing of this repository. The job's `model` is a folder made by `openvino_export`. Prefix
-caching on, inference and KV cache in the job's dtype (by default OpenVINO would round the KV cache
-to 8 bits), everything else as a user gets it. See `job` for the two files.
+Imports of this repository only `answering`, beside it. The job's `model` is a folder made by
+`openvino_export`. Prefix caching on, inference and KV cache in the job's dtype (by default OpenVINO
+would round the KV cache to 8 bits), everything else as a user gets it. See `job` for the two files.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino
 import openvino_genai
+from answering import answer_batches
 
 _PRECISION = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -44,20 +44,13 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     engine = make_engine(job)
     generate(engine, [job["warm_up"]], 2)
-    startup_s = time.time() - job["asked_at"]
-    with open(sys.argv[2], "a") as answer:
-        for number, prompts in enumerate(job["batches"]):
-            begin = time.perf_counter()
-            token_ids = generate(engine, prompts, job["new_tokens"])
-            line = {
-                "batch": number,
-                "engine": f"openvino-genai {openvino_genai.__version__}",
-                "seconds": time.perf_counter() - begin,
-                "startup_s": startup_s,
-                "token_ids": token_ids,
-                "counters": None,
-            }
-            print(json.dumps(line), file=answer, flush=True)
+    answer_batches(
+        Path(sys.argv[2]),
+        f"openvino-genai {openvino_genai.__version__}",
+        job["asked_at"],
+        job["batches"],
+        lambda prompts: generate(engine, prompts, job["new_tokens"]),
+    )
 
 
 if __name__ == "__main__":

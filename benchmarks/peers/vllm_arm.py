@@ -1,8 +1,8 @@
 """vLLM's CPU build on one job: `python vllm_arm.py JOB ANSWER`, by the interpreter that has it.
 
-Imports nothing of this repository. Prefix caching on, everything else as a user gets it. By default
-vLLM keeps one core for its scheduler, half of a machine of two: `arms` has a second arm without
-that, by environment variables. See `job` for the two files.
+Imports of this repository only `answering`, beside it. Prefix caching on, everything else as a
+user gets it. By default vLLM keeps one core for its scheduler, half of a machine of two: `arms` has
+a second arm without that, by environment variables. See `job` for the two files.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
+
+from answering import answer_batches
 
 
 def make_engine(job: dict[str, Any]) -> Any:
@@ -45,21 +46,14 @@ def main() -> None:
     import vllm
 
     generate(engine, [job["warm_up"]], 2)
-    startup_s = time.time() - job["asked_at"]
-    with open(sys.argv[2], "a") as answer:
-        for number, prompts in enumerate(job["batches"]):
-            engine.reset_prefix_cache()
-            begin = time.perf_counter()
-            token_ids = generate(engine, prompts, job["new_tokens"])
-            line = {
-                "batch": number,
-                "engine": f"vllm {vllm.__version__}",
-                "seconds": time.perf_counter() - begin,
-                "startup_s": startup_s,
-                "token_ids": token_ids,
-                "counters": None,
-            }
-            print(json.dumps(line), file=answer, flush=True)
+    answer_batches(
+        Path(sys.argv[2]),
+        f"vllm {vllm.__version__}",
+        job["asked_at"],
+        job["batches"],
+        lambda prompts: generate(engine, prompts, job["new_tokens"]),
+        forget=engine.reset_prefix_cache,
+    )
 
 
 if __name__ == "__main__":
