@@ -23,6 +23,7 @@ from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.packed_linear import PackedLinear
 from pipeline.engine.packing import PackedBatch
 
+_MLP_TOKENS = 1024  # so few that malloc keeps the memory of the wide activations between calls
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -97,6 +98,9 @@ class _Layer:
         heads = qkv.view(len(qkv), -1, keys.shape[2])[:, : -2 * keys.shape[0]]
         attended = batch.kernel.attend(heads, keys, values, batch.work, self.rules)
         x = self.output.plus(attended.flatten(1), x)
+        return torch.cat([self._mlp(part) for part in x.split(_MLP_TOKENS)])
+
+    def _mlp(self, x: Tensor) -> Tensor:
         h = self.mlp_norm(x)
         return self.down.plus(self.up.times(h, self.gate.silu(h)), x)
 

@@ -21,7 +21,7 @@ from pipeline.engine.cuda_graphs import DecodeStep, NextTokens, decode_runner
 from pipeline.engine.decode_view import DecodeView, own_slots
 from pipeline.engine.kv_cache import kv_capacity, reserve_kv
 from pipeline.engine.live import LiveNode, LiveRow, copied_head
-from pipeline.engine.memory import is_exhausted, release_cached
+from pipeline.engine.memory import is_exhausted, keep_freed_pages, release_cached
 from pipeline.engine.model import LoadedModel
 from pipeline.engine.outcome import complete, fail, refuse
 from pipeline.engine.packing import PackedBatch, decode_segments, pack_decode
@@ -50,6 +50,8 @@ class PrefixEngine:
         self.loaded = loaded
         self.settings = settings
         self.counters = EngineCounters()
+        if loaded.device.type == "cpu":
+            keep_freed_pages()
         self.backend = choose_backend(loaded, settings.kernels)
         self.notes: list[str] = [self.backend.note] if self.backend.note else []
         self.logits_probe: LogitsProbe | None = None

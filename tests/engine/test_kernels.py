@@ -92,12 +92,16 @@ RULES = [
 ]
 
 
-@given(forests(), st.sampled_from(RULES), st.sampled_from([16, 48]), st.booleans())
+@given(forests(), st.sampled_from(RULES), st.sampled_from([16, 48, 64]), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_kernels_equal_the_oracle(
     forest: Forest, rules: AttentionRules, head_dim: int, is_bfloat16: bool
 ) -> None:
-    """Seen red: no shrink of the running result, a window off by one, a tile's border ignored."""
+    """Heads of 64 take the way of few rows as well, where a piece is one token long.
+
+    Seen red: no shrink of the running result, a window off by one, a tile's border ignored; with
+    few rows lanes summed wrongly, the last key of a block left out, one row's weights for all.
+    """
     torch.manual_seed(len(forest.slots_of_query))
     dtype = torch.bfloat16 if is_bfloat16 else torch.float32
     tokens = len(forest.slots_of_query)
@@ -125,16 +129,17 @@ def test_the_reference_equals_the_oracle() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_a_kernel_does_not_hide_a_nan(tokens: int) -> None:
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_a_kernel_does_not_hide_a_nan(tokens: int, head_dim: int) -> None:
     """A broken number must reach the check of the logits, whatever computes attention."""
-    keys, values = torch.randn(2, 40, 16), torch.randn(2, 40, 16)
+    keys, values = torch.randn(2, 40, head_dim), torch.randn(2, 40, head_dim)
     keys[:, 5] = float("nan")
     piece = Piece(np.zeros(tokens, np.int64), 8, 20, (20, 20), ((0, 8),))
     nothing = np.zeros(0, np.int64)
     for kernel in kernels(4, 2):
         batch = pack_prefill([piece], (nothing, nothing), kernel, CPU)
         rules = AttentionRules(0.3)
-        out = kernel.attend(torch.randn(tokens, 4, 16), keys, values, batch.work, rules)
+        out = kernel.attend(torch.randn(tokens, 4, head_dim), keys, values, batch.work, rules)
         assert out.isnan().all(), kernel.name
 
 

@@ -39,6 +39,7 @@ using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kKeys = 256;  // keys of a block
 constexpr int64_t kRows = 48;   // queries of a product; native_kernel.py cuts tiles to fit
+constexpr int64_t kFew = 5;     // rows of a product that needs no packed keys
 constexpr float kLog2E = 1.44269504f;
 constexpr float kUnseen = -std::numeric_limits<float>::infinity();
 
@@ -199,6 +200,104 @@ void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T*
 
 int64_t padded_keys(int64_t n) { return (n + 31) / 32 * 32; }
 
+// ---------------------------------------------------------------- products of few rows
+
+// A row's own keys serve the `rep` queries of one token: to bring them into the order of brgemm
+// would cost more than the product. They come from memory, so the next ones are asked for early,
+// and a few at a time: a core waits where it has asked for many.
+
+template <typename T>
+void ask_for(const T* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
+}
+
+// The part-th of `parts` shares of n numbers
+template <typename T>
+void ask_for_part(const T* from, int64_t n, int64_t part, int64_t parts) {
+  const int64_t low = n * part / parts;
+  ask_for(from + low, n * (part + 1) / parts - low);
+}
+
+// sum + a . b, lane by lane; a step is one vector of T
+__m512 multiply_add(const float* a, const float* b, __m512 sum) {
+  return _mm512_fmadd_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b), sum);
+}
+
+#ifdef __AVX512BF16__
+constexpr bool kHasDirect = true;
+__m512 multiply_add(const BFloat16* a, const BFloat16* b, __m512 sum) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
+}
+#else
+constexpr bool kHasDirect = false;
+__m512 multiply_add(const BFloat16*, const BFloat16*, __m512 sum) { return sum; }
+#endif
+
+__m512 load_floats(const float* from) { return _mm512_loadu_ps(from); }
+__m512 load_floats(const BFloat16* from) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+
+// x[i] summed over its lanes, into lane i
+__m512 sum_each(__m512 (&x)[16]) {
+  for (int i = 0; i < 8; ++i) {  // lanes (0, 1), (2, 3), .. of two sums side by side
+    const __m512 a = x[2 * i], b = x[2 * i + 1];
+    x[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(x[2 * i]), b = _mm512_castps_pd(x[2 * i + 1]);
+    x[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  for (int i = 0; i < 2; ++i)
+    x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0x88),
+                         _mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88),
+                       _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
+}
+
+// scores [m, kKeys] = q [m, d] . k [n, d]
+template <typename T>
+void score_few(int64_t m, int64_t n, int64_t d, const T* q, const T* k, const T* v, float* scores) {
+  constexpr int64_t step = 64 / sizeof(T);
+  for (int64_t first = 0; first < n; first += 16) {
+    const int64_t count = std::min<int64_t>(16, n - first);
+    ask_for(v + first * d, count * d);
+    for (int64_t r = 0; r < m; ++r) {
+      __m512 sums[16];
+      for (int64_t i = 0; i < 16; ++i) {
+        const T *query = q + r * d, *key = k + (first + std::min(i, count - 1)) * d;
+        sums[i] = _mm512_setzero_ps();
+        for (int64_t j = 0; j < d; j += step) sums[i] = multiply_add(query + j, key + j, sums[i]);
+      }
+      _mm512_storeu_ps(scores + r * kKeys + first, sum_each(sums));
+    }
+  }
+}
+
+// out [m, d] += weights [m, kKeys] . v [n, d]; `next` are keys that will be wanted soon
+template <typename T>
+void add_few(int64_t m, int64_t n, int64_t d, const T* weights, const T* v, const T* next,
+             int64_t num_next, float* out) {
+  for (int64_t first = 0; first < n; first += 16) {
+    const int64_t count = std::min<int64_t>(16, n - first);
+    if (first < num_next) ask_for(next + first * d, std::min<int64_t>(16, num_next - first) * d);
+    for (int64_t r = 0; r < m; ++r)
+      for (int64_t j = 0; j < d; j += 32) {
+        __m512 low = _mm512_loadu_ps(out + r * d + j);
+        __m512 high = _mm512_loadu_ps(out + r * d + j + 16);
+        for (int64_t i = first; i < first + count; ++i) {
+          const __m512 weight = _mm512_set1_ps(float(weights[r * kKeys + i]));
+          low = _mm512_fmadd_ps(weight, load_floats(v + i * d + j), low);
+          high = _mm512_fmadd_ps(weight, load_floats(v + i * d + j + 16), high);
+        }
+        _mm512_storeu_ps(out + r * d + j, low);
+        _mm512_storeu_ps(out + r * d + j + 16, high);
+      }
+  }
+}
+
 // ---------------------------------------------------------------- tree attention
 
 struct Rules {
@@ -216,11 +315,18 @@ struct Tile {
   int64_t q_lo, q_hi, segment_lo, segment_hi;
 };
 
+// Keys `[slot, slot + n)` of one segment, for `count` rows from row `state` of the task.
+struct Block {
+  const Segment* segment;
+  int64_t state, count, offset, slot, n;
+};
+
 // The state of one task: `rows` queries of one KV head and their running results.
 template <typename T>
 struct Task {
   std::vector<T> q, k, v, p;
   std::vector<float> s, o, m, l;
+  std::vector<Block> blocks;
   int64_t d;
 
   Task(int64_t max_rows, int64_t head_dim)
@@ -281,6 +387,7 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& keys, const Te
   const T *q_data = query.const_data_ptr<T>(), *k_data = keys.const_data_ptr<T>(),
           *v_data = values.const_data_ptr<T>();
   T* out_data = out.mutable_data_ptr<T>();
+  const bool has_direct = d % 32 == 0 && (sizeof(T) == 4 || kHasDirect);
   int64_t max_rows = 0;
   for (const Tile* t = tiles; t != tiles + num_tiles; ++t)
     max_rows = std::max(max_rows, (t->q_hi - t->q_lo) * rep);
@@ -298,6 +405,7 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& keys, const Te
         task.l[r] = rules.sinks ? 1.f : 0.f;
       }
       std::fill_n(task.o.data(), rows * d, 0.f);
+      task.blocks.clear();
       for (const Segment* g = segments + tile.segment_lo; g != segments + tile.segment_hi; ++g) {
         const auto [first, last] =
             std::minmax_element(positions + g->q_lo, positions + g->q_hi);
@@ -306,22 +414,45 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& keys, const Te
         const int64_t start =
             rules.window ? std::max(g->kv_lo, offset + *first - rules.window + 1) : g->kv_lo;
         const int64_t state = (g->q_lo - tile.q_lo) * rep, count = (g->q_hi - g->q_lo) * rep;
-        for (int64_t slot = start; slot < stop; slot += kKeys) {
-          const int64_t n = std::min(kKeys, stop - slot), padded = padded_keys(n);
-          pack_keys(k_data + h * keys.stride(0) + slot * d, n, padded, d, task.k.data());
-          pack_values(v_data + h * values.stride(0) + slot * d, n, padded, d, task.v.data());
-          for (int64_t low = 0; low < count; low += kRows) {
-            const int64_t m = std::min(kRows, count - low);
-            multiply(m, padded, d, task.q.data() + (state + low) * d, d, task.k.data(), padded,
-                     task.s.data(), kKeys, false);
-            for (int64_t r = 0; r < m; ++r) {
-              const int64_t now = offset + positions[g->q_lo + (low + r) / rep] - slot;
-              const int64_t lo = rules.window ? std::max<int64_t>(0, now - rules.window + 1) : 0;
-              task.weigh(r, state + low + r, lo, std::min(n, now + 1), padded, rules);
+        for (int64_t slot = start; slot < stop; slot += kKeys)
+          task.blocks.push_back({g, state, count, offset, slot, std::min(kKeys, stop - slot)});
+      }
+      for (size_t b = 0; b < task.blocks.size(); ++b) {
+        const Block& block = task.blocks[b];
+        const Block& next = task.blocks[std::min(b + 1, task.blocks.size() - 1)];
+        const T* k_next = k_data + h * keys.stride(0) + next.slot * d;
+        const T* v_next = v_data + h * values.stride(0) + next.slot * d;
+        const T* k = k_data + h * keys.stride(0) + block.slot * d;
+        const T* v = v_data + h * values.stride(0) + block.slot * d;
+        const T* q = task.q.data() + block.state * d;
+        float* o = task.o.data() + block.state * d;
+        const int64_t n = block.n, padded = padded_keys(n);
+        const auto weigh = [&](int64_t row, int64_t place) {
+          const int64_t query = block.segment->q_lo + row / rep;
+          const int64_t now = block.offset + positions[query] - block.slot;
+          const int64_t lo = rules.window ? std::max<int64_t>(0, now - rules.window + 1) : 0;
+          task.weigh(place, block.state + row, lo, std::min(n, now + 1), padded, rules);
+        };
+        if (has_direct && block.count <= kFew) {
+          score_few(block.count, n, d, q, k, v, task.s.data());
+          for (int64_t r = 0; r < block.count; ++r) weigh(r, r);
+          add_few(block.count, n, d, task.p.data(), v, k_next, next.n, o);
+          continue;
+        }
+        pack_keys(k, n, padded, d, task.k.data());
+        pack_values(v, n, padded, d, task.v.data());
+        for (int64_t low = 0; low < block.count; low += kRows) {
+          const int64_t m = std::min(kRows, block.count - low);
+          multiply(m, padded, d, q + low * d, d, task.k.data(), padded, task.s.data(), kKeys,
+                   false);
+          for (int64_t r = 0; r < m; ++r) {
+            if (block.count <= kRows) {
+              ask_for_part(k_next, next.n * d, r, m);
+              ask_for_part(v_next, next.n * d, r, m);
             }
-            multiply(m, d, padded, task.p.data(), kKeys, task.v.data(), d,
-                     task.o.data() + (state + low) * d, d, true);
+            weigh(low + r, r);
           }
+          multiply(m, d, padded, task.p.data(), kKeys, task.v.data(), d, o + low * d, d, true);
         }
       }
       for (int64_t r = 0; r < rows; ++r) {

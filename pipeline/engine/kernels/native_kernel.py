@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,9 +56,12 @@ class NativeKernel:
         return out
 
     def _tile_tokens(self, num_tokens: int) -> int:
-        wanted = -(-_TASKS_A_THREAD * torch.get_num_threads() // self._num_kv_heads)
+        threads = torch.get_num_threads()
+        wanted = -(-_TASKS_A_THREAD * threads // self._num_kv_heads)
         rows = num_tokens * self._rep
         num_tiles = max(-(-rows // _MOST_ROWS), min(wanted, rows // _FEWEST_ROWS), 1)
+        even = threads // math.gcd(threads, self._num_kv_heads)  # as many tasks for each thread
+        num_tiles = -(-num_tiles // even) * even
         return -(-num_tokens // (num_tiles * _STEP_TOKENS)) * _STEP_TOKENS
 
 
