@@ -59,13 +59,14 @@ def plan(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the plan's files here.")
     ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with the tree.")] = None,
     config: Config = None,
     json: Json = False,
     *,
     flags: dict[str, Any],
 ) -> None:
     """Show what sharing would save; no weights, no device."""
-    _plan(input, flags, config, json, output)
+    _plan(input, flags, config, json, output, html)
 
 
 @app.command()
@@ -84,7 +85,7 @@ def run(
     if print_config:
         _print_config(flags, config)
     elif dry_run:
-        _plan(input, flags, config, json=False, output=None)
+        _plan(input, flags, config)
     else:
         from pipeline.run import run_job
         from pipeline.terminal.progress import make_observer
@@ -169,15 +170,22 @@ def demo(
 
 
 def _plan(
-    input: str, flags: dict[str, Any], config: Path | None, json: bool, output: Path | None
+    input: str,
+    flags: dict[str, Any],
+    config: Path | None,
+    json: bool = False,
+    output: Path | None = None,
+    html: Path | None = None,
 ) -> None:
-    from pipeline.run import plan_job, write_plan
+    from pipeline.run import plan_job, write_plan, write_plan_page
     from pipeline.terminal.tables import plan_table, print_json, print_table
 
     planned = plan_job(input, merge(flags, config))
     typer.echo(planned.job.describe_generation(), err=True)
     if output is not None:
         write_plan(planned, output)
+    if html is not None:
+        write_plan_page(planned, Path(input).name, html)
     if json:
         print_json(planned.summary.to_json())
     else:

@@ -27,8 +27,9 @@ from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.planning import Job, PlannedJob, open_job, plan_rows, select_rows
 from pipeline.job.session import RunOutcome, Session
 from pipeline.job.stopping import StopRequest, interruptible
-from pipeline.plan.summary import plan_frame, tree_frame
+from pipeline.plan.summary import largest_nodes, plan_frame, tree_frame
 from pipeline.settings import JobSettings
+from pipeline.storage.durable import replace_file, write_errors
 from pipeline.storage.run_directory import RunDirectory
 
 _EXAMPLES = 5
@@ -71,12 +72,26 @@ def plan_job(input: str, settings: JobSettings) -> PlannedJob:
 
 
 def write_plan(planned: PlannedJob, folder: Path) -> None:
-    """Write plan.parquet, tree.parquet and summary.json into `folder`, outside of any run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plan_frame(planned.plan, planned.ids).write_parquet(folder / "plan.parquet")
-    tree_frame(planned.plan).write_parquet(folder / "tree.parquet")
+    """Write plan.parquet, tree.parquet and summary.json into `folder`, outside of any run.
+
+    Raises StorageError.
+    """
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        plan_frame(planned.plan, planned.ids).write_parquet(folder / "plan.parquet")
+        tree_frame(planned.plan).write_parquet(folder / "tree.parquet")
     summary = json.dumps(planned.summary.to_json(), indent=2, ensure_ascii=False)
-    (folder / "summary.json").write_text(summary + "\n", encoding="utf-8")
+    replace_file(folder / "summary.json", f"{summary}\n".encode())
+
+
+def write_plan_page(planned: PlannedJob, title: str, path: Path) -> None:
+    """Write the plan as one HTML page."""
+    from pipeline.report.plan_page import render_plan
+    from pipeline.report.plots import Box
+
+    boxes = [Box(*node) for node in largest_nodes(planned.plan).tolist()]
+    page = render_plan(title, planned.summary.to_json(), boxes, planned.plan.tree.num_nodes)
+    replace_file(path.absolute(), page.encode())
 
 
 def validate_input(input: str, settings: JobSettings) -> dict[str, Any]:
@@ -130,7 +145,7 @@ def run_job(
     if (output / "run.json").exists():
         with RunDirectory.create_or_resume(output, fingerprint, description) as directory:
             if directory.is_sealed:
-                if len(directory.done_rows()) == job.source.num_rows:
+                if directory.is_whole:
                     observer.say(f"{output} is complete; nothing to do")
                     outcome = RunOutcome.of_sealed(directory)
                     outcome.check_failures(settings.write)

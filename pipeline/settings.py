@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.errors import UsageError
 from pipeline.records import SamplingParams
@@ -60,10 +67,28 @@ class TokenSettings(_Section):
 
 class PlanSettings(_Section):
     """How the file becomes a plan. `min_prefix_tokens`: shorter shared spans get no KV range of
-    their own in decode; their states are still computed once and then copied."""
+    their own in decode; their states are still computed once and then copied. `plan_memory`: bytes
+    that planning may take, which change its time and nothing else. `shard` of `num_shards`: only
+    these groups of the file, see `plan/shards.py`."""
 
     min_prefix_tokens: int = Field(default=16, ge=1)
+    plan_memory: int = Field(default=2 << 30, ge=1)
+    num_shards: int = Field(default=1, ge=1, le=10_000)
+    shard: int = Field(default=0, ge=0)
     on_overlong: Literal["error", "truncate-left", "keep"] = "error"
+
+    @field_validator("plan_memory", mode="before")
+    @classmethod
+    def _bytes(cls, value: str | int) -> int:
+        return parse_bytes(value)
+
+    @model_validator(mode="after")
+    def _is_a_shard(self) -> Self:
+        if self.shard >= self.num_shards:
+            raise ValueError(
+                f"shards are numbered from 0 to num-shards - 1 = {self.num_shards - 1}"
+            )
+        return self
 
 
 class SamplingSettings(_Section):

@@ -200,6 +200,34 @@ def test_a_real_model_computes_what_the_plan_says(
     assert (counters["prefilled_tokens"] == counters["unique_tokens"]) is (engine == "prefix")
 
 
+@pytest.mark.parametrize("num_shards", [2, 5])
+def test_shards_of_a_job_answer_every_row_once(
+    tmp_path: Path, model_folder: Path, num_shards: int
+) -> None:
+    """Each in a folder of its own, complete by itself; more shards than groups leave some empty.
+
+    Seen red: rows that cannot run written by every shard, tokens of all shards expected of one.
+    """
+    prompts = [f"{'first' if i % 2 else 'second'} group, {i}?" for i in range(9)]
+    source = write_prompts(tmp_path / "p.parquet", [*prompts, None, prompts[0], None])
+    flat = {"model": str(model_folder), "max_new_tokens": 2, "fail_on_error": "2"}
+    whole = run_job(str(source), tmp_path / "whole", JobSettings.from_flat(flat))
+    computed, rows = 0, []
+    for shard in range(num_shards):
+        out = tmp_path / f"shard-{shard}"
+        settings = JobSettings.from_flat(flat | {"num_shards": num_shards, "shard": shard})
+        counters = run_job(str(source), out, settings).counters
+        assert counters["prefilled_tokens"] == counters["unique_tokens"]
+        assert run_job(str(source), out, settings).was_complete
+        computed += int(counters["prefilled_tokens"])
+        rows.append(answers(out))
+    together = pl.concat(rows).sort("row_index")
+    expected = answers(tmp_path / "whole")
+    for column in ("row_index", "id", "completion_token_ids", "status", "reuse_depth"):
+        assert together[column].to_list() == expected[column].to_list()
+    assert computed >= whole.counters["prefilled_tokens"]
+
+
 def test_a_model_that_fails_the_self_test_gets_the_naive_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

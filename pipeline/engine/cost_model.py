@@ -139,6 +139,14 @@ class _Bench:
         return np.stack([queries, queries + 1, first + low, first + high, low], 1)
 
 
+def _kernel_sources() -> str:
+    """A hash of the kernels' code: another version of them costs something else."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).with_name("kernels").glob("*.[cp][py]*")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def _fingerprint(loaded: LoadedModel, backend: Backend) -> str:
     """Of all that the measured times depend on."""
     shape, device = loaded.shape, loaded.device
@@ -147,6 +155,6 @@ def _fingerprint(loaded: LoadedModel, backend: Backend) -> str:
     parts = (
         shape.family, shape.num_layers, shape.num_kv_heads, shape.head_dim, size,
         loaded.model.dtype, place, torch.get_num_threads(), torch.__version__,
-        backend.kernel.name, backend.forward.name,
+        backend.kernel.name, backend.forward.name, _kernel_sources(),
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -27,7 +27,7 @@ from pipeline.engine.outcome import complete, fail, refuse
 from pipeline.engine.packing import PackedBatch, decode_segments, pack_decode
 from pipeline.engine.prefill import Chunk, needs_logits, pack_chunks, split_chunks, take_chunks
 from pipeline.engine.sampling import Sampled, sample_next_token
-from pipeline.engine.scheduler import Scheduler, active_counts, kv_tokens_if_all_at_once
+from pipeline.engine.scheduler import Scheduler, kv_tokens_if_all_at_once
 from pipeline.engine.support import why_unsupported
 from pipeline.errors import ModelError
 from pipeline.plan.plan import Plan, cut_by_cost
@@ -64,7 +64,7 @@ class PrefixEngine:
         """See `Engine.generate`."""
         self.counters = EngineCounters()
         if self.cost_model is not None:
-            below = active_counts(plan, sequences)
+            below = plan.count_below(sequences)
             plan = cut_by_cost(plan, below, self.cost_model.break_even_tokens)
         needed = kv_tokens_if_all_at_once(plan, sequences)
         run = _Run(self, plan, sequences, control, needed)

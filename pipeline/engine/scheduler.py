@@ -53,7 +53,7 @@ class Scheduler:
         self.changes = 0
         """Grows whenever a live row comes, goes, or gets a block, or a range moves."""
         self._prompt_lengths = plan.prompt_lengths
-        self._counts = active_counts(plan, sequences)
+        self._counts = plan.count_below(sequences)
         self._ending = ending_counts(plan, sequences)
         self._nodes: dict[int, LiveNode] = {}
         self._preempted: dict[int, LiveRow] = {}
@@ -262,14 +262,6 @@ def _slots(nodes: list[LiveNode]) -> int:
     return sum(node.end - node.span_start for node in nodes)
 
 
-def active_counts(plan: Plan, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many of `sequences` lie below each node: [nodes] int64."""
-    chosen = np.zeros(len(plan.sequences) + 1, np.int64)
-    chosen[sequences + 1] = 1
-    before = np.cumsum(chosen)
-    return before[plan.sequence_hi] - before[plan.sequence_lo]
-
-
 def ending_counts(plan: Plan, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many of `sequences` end exactly at each node: [nodes] int64."""
     terminal = plan.tree.terminal[plan.sequences.prompt[sequences]]
@@ -278,7 +270,7 @@ def ending_counts(plan: Plan, sequences: NDArray[np.int64]) -> NDArray[np.int64]
 
 def kv_tokens_if_all_at_once(plan: Plan, sequences: NDArray[np.int64]) -> int:
     """Slots that would hold every node and row of the job at the same time: an upper bound."""
-    shared = active_counts(plan, sequences) > 1
+    shared = plan.count_below(sequences) > 1
     span_start = np.where(plan.is_group, plan.anchor_end, plan.tree.start)
     nodes = (plan.tree.end - span_start)[shared].sum()
     rows = plan.prompt_lengths[sequences] + plan.max_new_tokens[sequences] - 1

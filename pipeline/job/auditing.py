@@ -64,7 +64,7 @@ def audit_run(output: Path, settings: AuditSettings, observer: Observer | None =
     job = reopen_job(directory)
     if job.settings.model.engine == "echo":
         raise UsageError("the echo engine has no model to compare with; run with --engine prefix")
-    _check_complete(directory, job.source.num_rows)
+    _check_complete(directory)
     encoder = Encoder.load(settings.audit_encoder)
     candidates = candidate_rows(directory.scan())
     seed = seed_of_output(directory)
@@ -118,12 +118,13 @@ def reopen_job(directory: RunDirectory) -> Job:
     return job
 
 
-def _check_complete(directory: RunDirectory, rows: int) -> None:
+def _check_complete(directory: RunDirectory) -> None:
     """A verdict holds for what it was given on: all rows, as they were committed.
 
     Raises RunDirectoryError for an unfinished run, StorageError for an altered or missing part.
     """
-    if not directory.is_sealed:
+    rows = directory.planned_rows()
+    if rows is None or not directory.is_sealed:
         raise RunDirectoryError(
             f"the run in {directory.root} is not complete; finish it by the command that began it"
         )

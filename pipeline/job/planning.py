@@ -1,28 +1,35 @@
 """From an input file to a plan: read, tokenise, plan. Touches no device and no output folder.
 
 ```
- reader thread ──► channel ──► tokenise a batch ──► token table, parameters, rejected rows ──► plan
+ reader thread ──► channel ──► tokenise a batch ──► token file, parameters, rejected rows ──► plan
 ```
+
+Token ids go to a temporary file; of a row that can run, memory holds numbers and its id, packed.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
+import polars as pl
+import psutil
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError, ModelError
+from pipeline.job.advice import SAMPLE_ROWS, advise
 from pipeline.job.channel import Stages
 from pipeline.job.prepare import Limits, Preparation
 from pipeline.plan.plan import Plan, build_plan
+from pipeline.plan.shards import cut_into_shards
 from pipeline.plan.summary import KVLimits, PlanSummary, summarise
-from pipeline.plan.token_table import TokenTable, narrowest_dtype
+from pipeline.plan.token_table import TokenFile, TokenTable, narrowest_dtype
 from pipeline.records import PromptBatch, Rejected, SamplingParams
-from pipeline.settings import JobSettings, ModelSettings
+from pipeline.settings import JobSettings, ModelSettings, PlanSettings
 from pipeline.storage.reader import PromptSource, find_duplicate_ids, open_source
 from pipeline.storage.schema import output_schema
 from pipeline.tokens.tokenizer import PromptTokenizer
@@ -31,7 +38,13 @@ if TYPE_CHECKING:
     from pipeline.engine.model import ModelShape
 
 _BATCHES_AHEAD = 4
+_ROW_BYTES = 250  # of the plan's own columns while it is built, measured
+_SORT_COST = 2.0  # bytes of memory for each byte that is sorted, measured
+_LEAST_SORT_BYTES = 32 << 20
 _SAID = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens")
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +76,24 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class PlannedJob:
-    """A job whose rows are known: row i of `plan.table` is input row i and has the id `ids[i]`."""
+    """A job whose rows are known: row i of `plan.table` is input row i and has the id `ids[i]`.
+
+    `rows`: ascending, those that this job answers; the others belong to other shards.
+    """
 
     job: Job
     plan: Plan
-    ids: list[str]
+    ids: pl.Series
     rejected: dict[int, Rejected]
+    rows: NDArray[np.int64]
     summary: PlanSummary
+
+    def count_tokens(self) -> tuple[int, int]:
+        """(prompt tokens T, unique tokens U) of this job's rows."""
+        plan, runs = self.plan, self.plan.sequence_of_row[self.rows]
+        is_needed = plan.count_below(np.unique(runs[runs >= 0])) > 0
+        total = int(plan.table.lengths[self.rows].sum())
+        return total, int(plan.tree.edge_lengths[is_needed].sum())
 
 
 def open_job(input: str, settings: JobSettings) -> Job:
@@ -92,7 +116,12 @@ def _read_shape(settings: ModelSettings) -> ModelShape | None:
 
 def plan_rows(job: Job) -> PlannedJob:
     """Read, tokenise and plan every row. Raises InputError for duplicate ids and damaged pages."""
-    rows = _Rows(job)
+    return read_rows(job).plan()
+
+
+def read_rows(job: Job) -> PreparedRows:
+    """Read and tokenise every row. Raises InputError for damaged pages."""
+    rows = PreparedRows(job)
     with Stages() as stages:
         batches = stages.channel(_BATCHES_AHEAD)
 
@@ -105,56 +134,83 @@ def plan_rows(job: Job) -> PlannedJob:
         stages.start("reader", read)
         for batch in batches:
             rows.add(batch)
-    duplicates = find_duplicate_ids(rows.ids)
-    if duplicates:
-        raise InputError(
-            f"ids must be unique, but these come twice: {', '.join(duplicates)}; "
-            "make them unique or choose another column with --id-column"
-        )
-    return rows.plan()
+    return rows
 
 
-class _Rows:
+class PreparedRows:
     """The rows read so far, column by column."""
 
     def __init__(self, job: Job) -> None:
-        self.ids: list[str] = []
         self._job = job
         self._preparation = job.preparation()
-        self._dtype = narrowest_dtype(job.tokenizer.vocabulary_size)
-        self._batches: list[tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]] = []
+        dtype = narrowest_dtype(job.tokenizer.vocabulary_size)
+        self._tokens = TokenFile(tempfile.TemporaryFile(), dtype)  # gone with the process
+        self._largest_id = -1
+        self._ids = [pl.Series(dtype=pl.String)]
         self._rejected: dict[int, Rejected] = {}
-        self._params: dict[SamplingParams, int] = {}
-        self._params_of_row: list[int] = []
-        self._tenants: dict[str | None, int] = {}
-        self._tenant_of_row: list[int] = []
+        self._every = -(-job.source.num_rows // SAMPLE_ROWS)
+        self._sample: list[str] = []
+        self._params = _Numbers[SamplingParams]()
+        self._tenants = _Numbers[str | None]()
 
     def add(self, batch: PromptBatch) -> None:
         """Tokenise a batch and keep what the plan needs of it."""
         prepared = self._preparation.prepare(batch)
         self._rejected |= prepared.rejected
-        self._batches.append((prepared.flat.astype(self._dtype), prepared.lengths))
-        self.ids.extend(batch.ids)
-        for tenant in batch.tenants:
-            self._tenant_of_row.append(self._tenants.setdefault(tenant, len(self._tenants)))
-        for params in prepared.params:
-            self._params_of_row.append(self._params.setdefault(params, len(self._params)))
+        self._tokens.append(prepared.flat, prepared.lengths)
+        self._largest_id = max(self._largest_id, int(prepared.flat.max(initial=0)))
+        self._ids.append(pl.Series(batch.ids, dtype=pl.String))
+        self._tenants.extend(batch.tenants)
+        self._params.extend(prepared.params)
+        for index in range(-batch.row_start % self._every, len(batch.ids), self._every):
+            if prepared.lengths[index]:
+                content = batch.contents[index]
+                assert content is not None
+                self._sample.append(self._job.tokenizer.render(content))
+
+    def finish(self) -> TokenTable:
+        """The token ids of all rows read; no more can be added."""
+        return self._tokens.finish()
 
     def plan(self) -> PlannedJob:
-        """Build the plan of all rows read."""
+        """Build the plan of all rows read. Raises InputError for ids that come twice."""
         job = self._job
-        table = TokenTable.from_batches(self._batches, self._dtype)
-        _check_vocabulary(table, job)
+        table = self.finish()
+        _check_vocabulary(self._largest_id, job)
+        ids = pl.concat(self._ids, rechunk=True)
+        _check_ids(ids)
         plan = build_plan(
             table,
-            self.ids,
-            tuple(self._params),
-            np.array(self._params_of_row, np.int64),
-            np.array(self._tenant_of_row, np.int64),
+            ids,
+            tuple(self._params.known),
+            self._params.of_rows(),
+            self._tenants.of_rows(),
             job.settings.plan.min_prefix_tokens,
+            _sort_bytes(job.settings.plan.plan_memory, len(table)),
         )
-        summary = summarise(plan, self.ids, _kv_limits(job))
-        return PlannedJob(job, plan, self.ids, self._rejected, summary)
+        advice = advise(self._sample)
+        described = None if advice is None else advice.to_json()
+        summary = summarise(plan, ids, _kv_limits(job), described)
+        rows = _rows_of_shard(plan, job.settings.plan)
+        return PlannedJob(job, plan, ids, self._rejected, rows, summary)
+
+
+class _Numbers(Generic[Value]):
+    """Distinct values by number of appearance, and the number of every row's value."""
+
+    def __init__(self) -> None:
+        self.known: dict[Value, int] = {}
+        self._rows = [np.zeros(0, np.int32)]
+
+    def extend(self, values: Sequence[Value]) -> None:
+        """The next rows."""
+        known = self.known
+        numbers = (known.setdefault(value, len(known)) for value in values)
+        self._rows.append(np.fromiter(numbers, np.int32, len(values)))
+
+    def of_rows(self) -> NDArray[np.int32]:
+        """[rows] int32."""
+        return np.concatenate(self._rows)
 
 
 def select_rows(job: Job, rows: Sequence[int] | NDArray[np.int64]) -> PromptBatch:
@@ -172,15 +228,38 @@ def select_rows(job: Job, rows: Sequence[int] | NDArray[np.int64]) -> PromptBatc
     return chosen
 
 
-def _check_vocabulary(table: TokenTable, job: Job) -> None:
-    if job.shape is None or not len(table.flat):
-        return
-    largest = int(table.flat.max())
-    if largest >= job.shape.vocabulary_size:
+def _rows_of_shard(plan: Plan, settings: PlanSettings) -> NDArray[np.int64]:
+    """Rows that cannot run are dealt out in turn."""
+    rows = np.arange(len(plan.table))
+    if settings.num_shards == 1:
+        return rows
+    shard = cut_into_shards(plan, settings.num_shards)[settings.shard]
+    is_ours = np.isin(plan.sequence_of_row, shard.sequences)
+    is_ours |= (plan.sequence_of_row < 0) & (rows % settings.num_shards == settings.shard)
+    return rows[is_ours]
+
+
+def _check_ids(ids: pl.Series) -> None:
+    duplicates = find_duplicate_ids(ids)
+    if duplicates:
+        raise InputError(
+            f"ids must be unique, but these come twice: {', '.join(duplicates)}; "
+            "make them unique or choose another column with --id-column"
+        )
+
+
+def _check_vocabulary(largest: int, job: Job) -> None:
+    if job.shape is not None and largest >= job.shape.vocabulary_size:
         raise ModelError(
             f"tokenizer and model do not belong together: token id {largest} appears, "
             f"but the model knows {job.shape.vocabulary_size} ids; check --model and --revision"
         )
+
+
+def _sort_bytes(plan_memory: int, num_rows: int) -> int:
+    """Bytes of token ids to sort at a time, so that the process stays below `plan_memory`."""
+    left = plan_memory - psutil.Process().memory_info().rss - num_rows * _ROW_BYTES
+    return max(_LEAST_SORT_BYTES, int(left / _SORT_COST))
 
 
 def _kv_limits(job: Job) -> KVLimits:

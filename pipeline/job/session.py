@@ -38,7 +38,7 @@ from pipeline.job.planning import PlannedJob
 from pipeline.job.stopping import StopRequest
 from pipeline.plan.summary import plan_frame, tree_frame
 from pipeline.settings import WriteSettings
-from pipeline.storage.run_directory import RunDirectory
+from pipeline.storage.run_directory import PLAN_NAME, RunDirectory
 
 _COMPLETIONS_AHEAD = 256
 _SHOW_EVERY_S = 0.5
@@ -89,9 +89,11 @@ class Session:
         self._stop = stop
         self._started = time.monotonic()
         self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
-        done = np.zeros(len(planned.plan.table), bool)
-        done[directory.done_rows()] = True
-        self._rows_before = int(done.sum())
+        done = np.ones(len(planned.plan.table), bool)
+        done[planned.rows] = False
+        before = directory.done_rows()
+        done[before] = True
+        self._rows_before = len(before)
         left = planned.plan.sequence_of_row[~done]
         self._sequences = np.unique(left[left >= 0])
         self._writer = AnswerWriter(planned, directory, done)
@@ -132,7 +134,7 @@ class Session:
         """Write the plan once; a resumed job must come to the same one."""
         summary = self._planned.summary
         known = self._directory.root / "plan" / "summary.json"
-        if known.exists():
+        if known.exists() and self._directory.planned_rows() is not None:
             before = json.loads(known.read_text())["plan_hash"]
             if before != summary.plan_hash:
                 raise RunDirectoryError(
@@ -141,7 +143,10 @@ class Session:
                 )
             return
         plan, ids = self._planned.plan, self._planned.ids
-        self._directory.write_frame("plan/plan.parquet", plan_frame(plan, ids))
+        frame = plan_frame(plan, ids)
+        if len(self._planned.rows) < len(frame):
+            frame = frame.filter(pl.col("row_index").is_in(self._planned.rows))
+        self._directory.write_frame(PLAN_NAME, frame)
         self._directory.write_frame("plan/tree.parquet", tree_frame(plan))
         self._directory.write_json("plan/summary.json", summary.to_json())
 
@@ -176,7 +181,7 @@ class Session:
 
     @property
     def _rows_left(self) -> int:
-        return len(self._planned.plan.table) - self._rows_done
+        return len(self._planned.rows) - self._rows_done
 
     def _tick(self, stages: Stages, engine: Engine) -> None:
         """Show the state twice a second and note it in metrics.jsonl now and then."""
@@ -195,7 +200,7 @@ class Session:
     def _snapshot(self, engine: Engine) -> Snapshot:
         counters = engine.counters
         return Snapshot(
-            rows_total=len(self._planned.plan.table),
+            rows_total=len(self._planned.rows),
             rows_done=self._rows_done,
             rows_failed=self._writer.counts.failed,
             rows_before=self._rows_before,
@@ -209,17 +214,14 @@ class Session:
 
     def _check_prefilled(self, engine: Engine) -> None:
         """A cold run without errors computes every token of the tree exactly once."""
-        ran_whole_plan = len(self._sequences) == len(self._planned.plan.sequences)
-        failed_in_engine = self._writer.counts.failed > len(self._planned.rejected)
-        if engine.name != "prefix" or self._rows_before or not ran_whole_plan or failed_in_engine:
+        rejected = np.isin(list(self._planned.rejected), self._planned.rows).sum()
+        failed_in_engine = self._writer.counts.failed > rejected
+        if engine.name != "prefix" or self._rows_before or failed_in_engine:
             return
-        summary = self._planned.summary
+        total, unique = self._planned.count_tokens()
         counted = {
-            "prefilled": (engine.counters.prefilled_tokens, summary.unique_tokens),
-            "cached": (
-                self._writer.counts.cached_tokens,
-                summary.prompt_tokens - summary.unique_tokens,
-            ),
+            "prefilled": (engine.counters.prefilled_tokens, unique),
+            "cached": (self._writer.counts.cached_tokens, total - unique),
         }
         for name, (measured, planned) in counted.items():
             if measured != planned:
@@ -230,7 +232,7 @@ class Session:
 
     def _complete(self, engine: Engine) -> RunOutcome:
         """Count, record and seal. Raises StorageError, TooManyFailedRows."""
-        rows = len(self._planned.plan.table)
+        rows = len(self._planned.rows)
         counters = self._record(engine, "complete")
         if counters["rows_ok"] + counters["rows_error"] != rows:
             raise StorageError(
@@ -238,7 +240,7 @@ class Session:
                 f"{counters['rows_error']} errors are committed"
             )
         self._note(self._snapshot(engine))
-        self._directory.seal(rows)
+        self._directory.seal(self._planned.rows)
         outcome = RunOutcome(self._directory.root, counters)
         outcome.check_failures(self._planned.job.settings.write)
         return outcome
@@ -267,9 +269,8 @@ class Session:
         sums: dict[str, float] = {name: sum(s[name] for s in sessions) for name in _SUMMED}
         sums["peak_kv_bytes"] = max(s["peak_kv_bytes"] for s in sessions)
         sums |= count_committed(self._directory)
-        sums["rows_in"] = len(self._planned.plan.table)
-        sums["prompt_tokens"] = self._planned.summary.prompt_tokens
-        sums["unique_tokens"] = self._planned.summary.unique_tokens
+        sums["rows_in"] = len(self._planned.rows)
+        sums["prompt_tokens"], sums["unique_tokens"] = self._planned.count_tokens()
         named = {"name": engine.name, "notes": engine.notes}
         self._directory.update_manifest(sessions=sessions, counters=sums, engine=named)
         return sums

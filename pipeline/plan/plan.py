@@ -22,9 +22,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from pipeline.plan.radix_tree import RadixTree, build_tree, sort_prompts
+from pipeline.plan.radix_tree import RadixTree, build_tree
+from pipeline.plan.sorting import SORT_BYTES, sort_rows
 from pipeline.plan.token_table import TokenTable
 from pipeline.records import SamplingParams
+
+Names = Sequence[str] | pl.Series
+"""Row ids, packed where there are many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +79,13 @@ class Plan:
         """The whole prompt of a sequence."""
         return self.table[int(self.sequences.row[sequence])]
 
+    def count_below(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many of `sequences` lie below each node: [nodes] int64."""
+        chosen = np.zeros(len(self.sequences) + 1, np.int64)
+        chosen[sequences + 1] = 1
+        before = np.cumsum(chosen)
+        return before[self.sequence_hi] - before[self.sequence_lo]
+
     @property
     def prompt_lengths(self) -> NDArray[np.int64]:
         """[sequences] prompt tokens of each sequence."""
@@ -95,26 +106,32 @@ def noise_key(seed: int, row_id: str) -> int:
 
 def build_plan(
     table: TokenTable,
-    ids: Sequence[str],
+    ids: Names,
     params: tuple[SamplingParams, ...],
-    params_of_row: NDArray[np.int64],
-    tenant: NDArray[np.int64] | None = None,
+    params_of_row: NDArray[np.integer],
+    tenant: NDArray[np.integer] | None = None,
     min_prefix_tokens: int = 16,
+    sort_bytes: int = SORT_BYTES,
 ) -> Plan:
     """Plan the rows of `table`; empty rows are left out (`sequence_of_row == -1`).
 
-    `params_of_row`: [rows] index into `params`; `tenant`: [rows] small non-negative numbers.
+    `params_of_row`: [rows] index into `params`; `tenant`: [rows] small non-negative numbers;
+    `sort_bytes`: see `sort_rows`, it changes nothing but the memory taken.
     """
-    tenant = np.zeros(len(table), np.int64) if tenant is None else tenant
-    order, prompt = sort_prompts(table, tenant)
-    first = np.flatnonzero(np.diff(prompt, prepend=-1))
-    tree = build_tree(table, tenant, order[first])
+    tenants = np.zeros(len(table), np.int64) if tenant is None else tenant.astype(np.int64)
+    order, shared = sort_rows(table, tenants, sort_bytes)
+    lengths = table.lengths[order]
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (shared[1:] != lengths[1:]) | (shared[1:] != lengths[:-1])
+    prompt = np.cumsum(is_new) - 1
+    tree = build_tree(lengths[is_new], shared[is_new], order[is_new])
     sequences, sequence_of_row = _make_sequences(order, prompt, ids, params, params_of_row)
     low = np.searchsorted(sequences.prompt, tree.prompt_lo)
     high = np.searchsorted(sequences.prompt, tree.prompt_hi)
     is_group, anchor_end, anchor = _choose_groups(tree, high - low, min_prefix_tokens, 0.0)
-    rows_below = np.searchsorted(prompt, tree.prompt_hi) - np.searchsorted(prompt, tree.prompt_lo)
-    shared_end = _deepest(tree, np.where(rows_below > 1, tree.end, 0))
+    first_row = np.append(np.flatnonzero(is_new), len(order))
+    has_company = first_row[tree.prompt_hi] - first_row[tree.prompt_lo] > 1
+    shared_end = np.where(has_company, tree.end, tree.start)  # the parent always has company
     reuse_depth = np.zeros(len(table), np.int64)
     group_of_row = np.full(len(table), -1, np.int64)
     terminal = tree.terminal[prompt]
@@ -139,29 +156,26 @@ def cut_by_cost(plan: Plan, sequences_below: NDArray[np.int64], break_even: floa
 def _make_sequences(
     order: NDArray[np.int64],
     prompt: NDArray[np.int64],
-    ids: Sequence[str],
+    ids: Names,
     params: tuple[SamplingParams, ...],
-    params_of_row: NDArray[np.int64],
+    params_of_row: NDArray[np.integer],
 ) -> tuple[Sequences, NDArray[np.int64]]:
     """Greedy rows with equal prompt and parameters become one sequence; sampled rows never do."""
-    greedy = np.array([p.is_greedy for p in params], bool)[params_of_row[order]]
-    distinct = np.where(greedy, -1, order)
-    rows = pl.DataFrame({"prompt": prompt, "params": params_of_row[order], "distinct": distinct})
-    rows = rows.with_columns(row=order).sort("prompt", "params", "distinct", "row")
-    same = rows.select(pl.struct("prompt", "params", "distinct").rle_id()).to_series()
-    number = same.to_numpy().astype(np.int64)
+    greedy = np.array([p.is_greedy for p in params], bool)
+    chosen = params_of_row[order].astype(np.int64)
+    if len(params) > 1:  # rows are in order of (prompt, row) already
+        by_params = np.lexsort((order, chosen, prompt))
+        order, prompt, chosen = order[by_params], prompt[by_params], chosen[by_params]
+    is_head = np.ones(len(order), bool)
+    is_same = (prompt[1:] == prompt[:-1]) & (chosen[1:] == chosen[:-1])
+    is_head[1:] = ~(is_same & greedy[chosen[1:]])
     sequence_of_row = np.full(len(params_of_row), -1, np.int64)
-    sequence_of_row[rows["row"].to_numpy()] = number
-    heads = rows[np.flatnonzero(np.diff(number, prepend=-1))]
-    row = heads["row"].to_numpy()
-    keys = [
-        0 if params[p].is_greedy else noise_key(params[p].seed, ids[r])
-        for r, p in zip(row.tolist(), heads["params"].to_list(), strict=True)
-    ]
-    sequences = Sequences(
-        heads["prompt"].to_numpy(), heads["params"].to_numpy(), row, np.array(keys, np.uint64)
-    )
-    return sequences, sequence_of_row
+    sequence_of_row[order] = np.cumsum(is_head) - 1
+    row, head_params = order[is_head], chosen[is_head]
+    keys = np.zeros(len(row), np.uint64)
+    for place in np.flatnonzero(~greedy[head_params]).tolist():
+        keys[place] = noise_key(params[head_params[place]].seed, ids[int(row[place])])
+    return Sequences(prompt[is_head], head_params, row, keys), sequence_of_row
 
 
 def _choose_groups(
@@ -170,25 +184,39 @@ def _choose_groups(
     min_prefix_tokens: int,
     break_even: float,
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
-    """By node: is it a group node; where does the one above it end; the deepest one down to it."""
+    """By node: is it a group node; where does the one above it end; the deepest one down to it.
+
+    From the top, one level of nodes with company after the other; the others have none below.
+    """
     is_group = np.zeros(tree.num_nodes, bool)
     anchor_end = np.zeros(tree.num_nodes, np.int64)
     anchor = np.full(tree.num_nodes, -1, np.int64)
-    for node in range(tree.num_nodes):
-        above = int(tree.parent[node])
-        nearest = int(anchor[above]) if above >= 0 else -1
-        anchor_end[node] = tree.end[nearest] if nearest >= 0 else 0
-        span = tree.end[node] - anchor_end[node]
-        saved = span * (sequences_below[node] - 1)
-        is_group[node] = saved > 0 and span >= min_prefix_tokens and saved >= break_even
-        anchor[node] = node if is_group[node] else nearest
+    for nodes in _levels(tree.parent, np.flatnonzero(sequences_below > 1)):
+        above = tree.parent[nodes]
+        nearest = np.where(above < 0, -1, anchor[above])
+        anchor_end[nodes] = np.where(nearest < 0, 0, tree.end[nearest])
+        span = tree.end[nodes] - anchor_end[nodes]
+        saved = span * (sequences_below[nodes] - 1)
+        chosen = (span >= min_prefix_tokens) & (saved >= break_even)
+        is_group[nodes] = chosen
+        anchor[nodes] = np.where(chosen, nodes, nearest)
+    alone = np.flatnonzero(sequences_below <= 1)
+    above = tree.parent[alone]
+    while len(lonely := np.flatnonzero((above >= 0) & (sequences_below[above] <= 1))):
+        above[lonely] = tree.parent[above[lonely]]
+    anchor[alone] = np.where(above < 0, -1, anchor[above])
+    anchor_end[alone] = np.where(anchor[alone] < 0, 0, tree.end[anchor[alone]])
     return is_group, anchor_end, anchor
 
 
-def _deepest(tree: RadixTree, value: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Largest value on the path of each node: [nodes]. Parents come first: one pass."""
-    best = value.copy()
-    for node, above in enumerate(tree.parent.tolist()):
-        if above >= 0 and best[above] > best[node]:
-            best[node] = best[above]
-    return best
+def _levels(parent: NDArray[np.int64], nodes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """`nodes`, whose parents are among them, by the number of nodes above them."""
+    place = np.full(len(parent) + 1, -1, np.int64)  # the last one stands for "no parent"
+    place[nodes] = np.arange(len(nodes))
+    above = place[parent[nodes]]
+    level = (above >= 0).astype(np.int64)
+    while len(todo := np.flatnonzero(above >= 0)):
+        over = above[todo]
+        level[todo], above[todo] = level[todo] + level[over], above[over]
+    in_order = np.argsort(level, kind="stable")
+    return np.split(nodes[in_order], np.cumsum(np.bincount(level))[:-1])

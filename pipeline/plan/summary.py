@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,10 +12,15 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from pipeline.plan.plan import Plan
+from pipeline.plan.caching import MOST_ROWS, computed_by_blocks, computed_in_given_order
+from pipeline.plan.plan import Names, Plan
 
 _LARGEST_GROUPS = 10
+_BLOCKS = (16, 256)  # tokens: vLLM's default, and what transformers shares
+_CACHE_BYTES = 4 << 30  # of a prefix cache where no budget was named
+_CACHE_TOKENS = 100_000  # and where the model is not known either
 _EXAMPLE_IDS = 3
+_IDS_AT_A_TIME = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,14 @@ class PlanSummary:
     singletons: int
     depth_histogram: list[dict[str, int]]
     largest_groups: list[dict[str, Any]]
+    saving_by_blocks: dict[str, float]
+    saving_in_given_order: dict[str, float]
     max_new_tokens: int
     kv_bytes_per_token: int | None
     peak_kv_bytes: int | None
     kv_budget_bytes: int | None
+    rows_at_once: int | None
+    advice: dict[str, Any] | None
     plan_hash: str
 
     def to_json(self) -> dict[str, Any]:
@@ -60,8 +70,10 @@ class KVLimits:
     budget: int | None
 
 
-def summarise(plan: Plan, ids: Sequence[str], limits: KVLimits) -> PlanSummary:
-    """Describe `plan`; `ids[i]` is the id of table row i."""
+def summarise(
+    plan: Plan, ids: Names, limits: KVLimits, advice: dict[str, Any] | None = None
+) -> PlanSummary:
+    """Describe `plan`; `ids[i]` is the id of table row i, `advice` on the prompts' text."""
     runs = plan.sequence_of_row >= 0
     total = int(plan.table.lengths[runs].sum())
     unique = plan.tree.unique_tokens
@@ -80,10 +92,17 @@ def summarise(plan: Plan, ids: Sequence[str], limits: KVLimits) -> PlanSummary:
         singletons=int((group < 0).sum()),
         depth_histogram=depth_histogram(plan.reuse_depth[runs]),
         largest_groups=_largest_groups(plan, ids),
+        saving_by_blocks={
+            str(size): 1.0 - computed_by_blocks(plan, size) / total if total else 0.0
+            for size in _BLOCKS
+        },
+        saving_in_given_order=_saving_in_given_order(plan, limits),
         max_new_tokens=generated,
         kv_bytes_per_token=limits.bytes_per_token,
         peak_kv_bytes=_peak_kv_bytes(plan, limits),
         kv_budget_bytes=limits.budget,
+        rows_at_once=_rows_at_once(plan, limits),
+        advice=advice,
         plan_hash=hash_plan(plan, ids),
     )
 
@@ -101,7 +120,7 @@ def depth_histogram(reuse_depth: NDArray[np.int64]) -> list[dict[str, int]]:
     ]
 
 
-def _largest_groups(plan: Plan, ids: Sequence[str]) -> list[dict[str, Any]]:
+def _largest_groups(plan: Plan, ids: Names) -> list[dict[str, Any]]:
     frame = pl.DataFrame({"group_id": plan.group_of_row, "row": np.arange(len(plan.table))})
     largest = (
         frame.filter(pl.col("group_id") >= 0)
@@ -151,14 +170,35 @@ def _peak_kv_bytes(plan: Plan, limits: KVLimits) -> int | None:
     return peak if limits.budget is None else min(peak, limits.budget)
 
 
-def hash_plan(plan: Plan, ids: Sequence[str]) -> str:
+def _saving_in_given_order(plan: Plan, limits: KVLimits) -> dict[str, float]:
+    if limits.bytes_per_token is None:
+        capacity = _CACHE_TOKENS
+    else:
+        capacity = (limits.budget or _CACHE_BYTES) // limits.bytes_per_token
+    computed, total = computed_in_given_order(plan, capacity)
+    saving = 1.0 - computed / total if total else 0.0
+    rows = min(MOST_ROWS, int((plan.sequence_of_row >= 0).sum()))
+    return {"cache_tokens": capacity, "rows": rows, "saving": saving}
+
+
+def _rows_at_once(plan: Plan, limits: KVLimits) -> int | None:
+    """The widest window that fits; wider ones never need less."""
+    if limits.bytes_per_token is None or limits.budget is None:
+        return None
+    room = limits.budget // limits.bytes_per_token
+    widths = range(1, min(limits.max_rows, len(plan.sequences)) + 1)
+    return bisect.bisect_right(widths, room, key=lambda width: peak_kv_tokens(plan, width))
+
+
+def hash_plan(plan: Plan, ids: Names) -> str:
     """sha256 over everything that decides what runs and which row gets which answer."""
     digest = hashlib.sha256()
-    digest.update("\x1f".join(ids).encode())
-    digest.update(repr(plan.params).encode())
+    for text in (*_joined(ids), repr(plan.params)):
+        digest.update(text.encode())
+    for low, high in plan.table.chunks():
+        digest.update(plan.table.read_words(low, high).data)
     for array in (
-        plan.table.offsets,
-        plan.table.flat.astype(np.uint32),
+        plan.table.lengths,
         plan.sequences.prompt,
         plan.sequences.params,
         plan.sequences.row,
@@ -170,44 +210,66 @@ def hash_plan(plan: Plan, ids: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def plan_frame(plan: Plan, ids: Sequence[str]) -> pl.DataFrame:
+def _joined(ids: Names) -> Iterator[str]:
+    """The ids with a separator, many at a time."""
+    for low in range(0, len(ids), _IDS_AT_A_TIME):
+        yield "\x1f".join(ids[low : low + _IDS_AT_A_TIME]) + "\x1f"
+
+
+def plan_frame(plan: Plan, ids: Names) -> pl.DataFrame:
     """`plan/plan.parquet`: every input row in execution order; rows that cannot run come last."""
-    rows = np.arange(len(plan.table))
-    runs = plan.sequence_of_row >= 0
-    sequence = np.where(runs, plan.sequence_of_row, len(plan.sequences))
-    order = np.lexsort((rows, sequence))
-    first = np.append(plan.sequences.row, -1)[sequence]
-    prompt = np.append(plan.sequences.prompt, -1)[sequence]
-    most = np.append(plan.max_new_tokens, -1)[sequence]
-    dedup_of = [
-        ids[head] if head not in (-1, row) else None
-        for row, head in zip(rows[order].tolist(), first[order].tolist(), strict=True)
-    ]
+    num = len(plan.sequences)
+    sequence = np.where(plan.sequence_of_row < 0, num, plan.sequence_of_row)
+    order = np.argsort(sequence, kind="stable")
+    first = np.append(plan.sequences.row, -1)[sequence[order]]
+    copied_from = np.where(first == order, -1, first)
+    names = pl.Series(ids, dtype=pl.String)
 
-    def or_null(values: NDArray[np.int64]) -> pl.Expr:
-        return pl.lit(pl.Series(values[order])).replace(-1, None)
+    def or_null(values: NDArray[np.int64]) -> pl.Series:
+        column = pl.Series(values)
+        return column.set(column < 0, None)
 
-    return pl.select(
-        row_index=pl.Series(order),
-        id=pl.Series([ids[row] for row in order.tolist()], dtype=pl.String),
-        sequence=or_null(plan.sequence_of_row),
-        prompt=or_null(prompt),
-        group_id=or_null(plan.group_of_row),
-        reuse_depth=pl.Series(plan.reuse_depth[order]),
-        prompt_tokens=pl.Series(plan.table.lengths[order]),
-        max_new_tokens=or_null(most),
-        dedup_of=pl.Series(dedup_of, dtype=pl.String),
+    def of_sequence(values: NDArray[np.int64]) -> pl.Series:
+        return or_null(np.append(values, -1)[sequence[order]])
+
+    return pl.DataFrame(
+        {
+            "row_index": order,
+            "id": names.gather(order),
+            "sequence": or_null(plan.sequence_of_row[order]),
+            "prompt": of_sequence(plan.sequences.prompt),
+            "group_id": or_null(plan.group_of_row[order]),
+            "reuse_depth": plan.reuse_depth[order],
+            "prompt_tokens": plan.table.lengths[order],
+            "max_new_tokens": of_sequence(plan.max_new_tokens),
+            "dedup_of": names.gather(or_null(copied_from)),
+        }
     )
+
+
+def largest_nodes(plan: Plan, at_most: int = 400) -> NDArray[np.int64]:
+    """The nodes with most rows x tokens, first to last: [nodes, 4] int64.
+
+    Columns are the first row below, the last + 1, start and end; rows count in execution order.
+    """
+    rows = _rows_before_prompt(plan)
+    low, high = rows[plan.tree.prompt_lo], rows[plan.tree.prompt_hi]
+    area = (high - low) * plan.tree.edge_lengths
+    chosen = np.sort(np.argsort(-area, kind="stable")[:at_most])
+    return np.stack([low, high, plan.tree.start, plan.tree.end], 1)[chosen]
+
+
+def _rows_before_prompt(plan: Plan) -> NDArray[np.int64]:
+    """[prompts + 1] input rows of the prompts before each."""
+    runs = plan.sequence_of_row[plan.sequence_of_row >= 0]
+    rows = np.bincount(plan.sequences.prompt[runs], minlength=plan.tree.num_prompts)
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)])
 
 
 def tree_frame(plan: Plan) -> pl.DataFrame:
     """`plan/tree.parquet`: one row per node, depth first; `rows` counts the input rows below."""
     tree = plan.tree
-    rows_of_prompt = np.bincount(
-        plan.sequences.prompt[plan.sequence_of_row[plan.sequence_of_row >= 0]],
-        minlength=tree.num_prompts,
-    )
-    upto = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows_of_prompt)])
+    upto = _rows_before_prompt(plan)
     return pl.DataFrame(
         {
             "node": np.arange(tree.num_nodes),

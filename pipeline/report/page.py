@@ -38,7 +38,7 @@ def render(directory: RunDirectory) -> None:
 
 def render_html(metrics: RunMetrics) -> str:
     """One page that needs nothing else: no network, no script, light and dark."""
-    return _template("page.html.j2").render(
+    return template("page.html.j2").render(
         metrics=metrics,
         settings=list(_flatten(metrics.manifest.get("settings", {}))),
         pictures=[(title, note, Markup(svg)) for title, note, svg in _draw(metrics)],
@@ -47,10 +47,11 @@ def render_html(metrics: RunMetrics) -> str:
 
 def render_markdown(metrics: RunMetrics) -> str:
     """The same numbers, short."""
-    return _template("page.md.j2").render(metrics=metrics)
+    return template("page.md.j2").render(metrics=metrics)
 
 
-def _template(name: str) -> Template:
+def template(name: str) -> Template:
+    """A template of this room, with the formats below."""
     environment = Environment(
         loader=PackageLoader("pipeline", "report"),
         autoescape=True,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pipeline.report.metrics import RunMetrics
 
@@ -106,6 +106,35 @@ def draw_plan_and_actual(metrics: RunMetrics) -> str:
     return _to_svg("plan", "Planned and measured tokens and saving", draw)
 
 
+class Box(NamedTuple):
+    """A node of the tree: rows `[row_lo, row_hi)` share prompt tokens `[start, end)`."""
+
+    row_lo: int
+    row_hi: int
+    start: int
+    end: int
+
+
+def draw_tree(boxes: Sequence[Box]) -> str:
+    """The largest nodes as an icicle: rows from left to right, tokens from the top down."""
+
+    def draw(figure: Figure) -> None:
+        from matplotlib.collections import PatchCollection
+        from matplotlib.patches import Rectangle
+
+        axes = _axes(figure, "rows", "prompt tokens")
+        axes.xaxis.set_major_formatter(_short_number)
+        corners = [(b.row_lo, b.start, b.row_hi - b.row_lo, b.end - b.start) for b in boxes]
+        shared = [Rectangle((x, y), w, h) for x, y, w, h in corners if w > 1]
+        own = [Rectangle((x, y), w, h) for x, y, w, h in corners if w == 1]
+        for patches, colour in ((shared, _MOSS), (own, _STONE)):
+            axes.add_collection(PatchCollection(patches, fc=colour, ec=_INK, lw=0.15, alpha=0.8))
+        axes.set_xlim(0, max((b.row_hi for b in boxes), default=1))
+        axes.set_ylim(max((b.end for b in boxes), default=1), 0)
+
+    return _to_svg("tree", "Prefixes of the prompts and the rows below them", draw, (8.6, 3.2))
+
+
 def _axes(figure: Figure, x_label: str, y_label: str) -> Axes:
     axes = figure.subplots()
     axes.set_xlabel(x_label)
@@ -128,7 +157,12 @@ def _legend_above(axes: Axes) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0.2)
 
 
-def _to_svg(name: str, label: str, draw: Callable[[Figure], None]) -> str:
+def _to_svg(
+    name: str,
+    label: str,
+    draw: Callable[[Figure], None],
+    inches: tuple[float, float] = (4.2, 2.5),
+) -> str:
     """An `<svg>` element for use inside HTML; ids in it begin with `name`. `label` describes it."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -136,7 +170,7 @@ def _to_svg(name: str, label: str, draw: Callable[[Figure], None]) -> str:
     buffer = io.StringIO()
     nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with rc_context(_STYLE):
-        figure = Figure(figsize=(4.2, 2.5), layout="constrained")
+        figure = Figure(figsize=inches, layout="constrained")
         draw(figure)
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()

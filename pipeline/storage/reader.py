@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -187,11 +188,11 @@ def open_source(path: str | Path, settings: ReadSettings) -> PromptSource:
     return PromptSource(paths, num_rows, schema, columns, files, _make_labels(paths), first_row)
 
 
-def find_duplicate_ids(ids: Sequence[str], at_most: int = 5) -> list[str]:
+def find_duplicate_ids(ids: pl.Series, at_most: int = 5) -> list[str]:
     """The first few ids that occur more than once, in order of appearance."""
-    if len(set(ids)) == len(ids):
-        return []
-    return [row_id for row_id, count in Counter(ids).items() if count > 1][:at_most]
+    twice = ids.filter(ids.is_duplicated())
+    found: list[str] = twice.unique(maintain_order=True).head(at_most).to_list()
+    return found
 
 
 def _check_same_schema(first: ParquetInput, other: ParquetInput) -> None:

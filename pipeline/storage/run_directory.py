@@ -38,6 +38,7 @@ from pipeline.storage.schema import OUTPUT_FIELDS
 from pipeline.storage.writer import PART_NAME, PartFooter, encode_parquet, read_part_footer
 
 SUCCESS_NAME = "_SUCCESS"
+PLAN_NAME = "plan/plan.parquet"
 
 
 class RunDirectory:
@@ -99,6 +100,12 @@ class RunDirectory:
     def is_sealed(self) -> bool:
         """Whether every row is there and counted."""
         return (self.root / SUCCESS_NAME).exists()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the parts of a sealed run are all there still. Raises StorageError."""
+        rows = self.planned_rows()
+        return rows is not None and np.array_equal(self.done_rows(), rows)
 
     def done_rows(self) -> NDArray[np.int64]:
         """[done] int64, ascending: rows of all committed parts; each part is verified once.
@@ -172,17 +179,31 @@ class RunDirectory:
             finally:
                 os.close(file)
 
-    def seal(self, num_rows: int) -> None:
-        """Check that rows [0, num_rows) are there once each, then mark the run complete.
+    def planned_rows(self) -> NDArray[np.int64] | None:
+        """Ascending input rows that this run answers, of all or of its shard; None: no plan yet."""
+        path = self.root / PLAN_NAME
+        if not path.exists():
+            return None
+        try:
+            rows = pl.read_parquet(path, columns=["row_index"]).to_series()
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise StorageError(
+                f"{path} is damaged ({type(error).__name__}); delete it and run the same command "
+                "again"
+            ) from error
+        return rows.sort().to_numpy().astype(np.int64)
+
+    def seal(self, rows: NDArray[np.int64]) -> None:
+        """Check that these rows are there once each and no other, then mark the run complete.
 
         Writes failed.parquet and README.md, sets the status, and `_SUCCESS` last. Raises
         StorageError with the counts if a row is missing, foreign or has the id of another one.
         """
         self._check_locked()
-        self.check_rows(num_rows)
+        self.check_rows(rows)
         failed = self.scan().filter(pl.col("status") == "error").sort("row_index").collect()
         self.write_frame("failed.parquet", failed)
-        self.write_text("README.md", render_card(self.read_manifest(), num_rows, failed.height))
+        self.write_text("README.md", render_card(self.read_manifest(), len(rows), failed.height))
         self.update_manifest(status="complete")
         self.write_text(SUCCESS_NAME, "")
 
@@ -212,10 +233,10 @@ class RunDirectory:
                 self._inside(name).unlink(missing_ok=True)
             sync_folder(self.root)
 
-    def check_rows(self, num_rows: int) -> None:
-        """Raises StorageError unless rows [0, num_rows) are there once each, as committed."""
-        done = self.done_rows()
-        missing = np.setdiff1d(np.arange(num_rows), done, assume_unique=True)
+    def check_rows(self, rows: NDArray[np.int64]) -> None:
+        """Raises StorageError unless `rows` are there once each and no other, as committed."""
+        done, num_rows = self.done_rows(), len(rows)
+        missing = np.setdiff1d(rows, done, assume_unique=True)
         if len(missing):
             raise StorageError(
                 f"{len(missing)} of {num_rows} rows have no answer in {self.data} (first: row "
@@ -223,7 +244,7 @@ class RunDirectory:
             )
         if len(done) != num_rows:
             raise StorageError(
-                f"{self.data} holds {len(done)} rows for an input of {num_rows}; "
+                f"{self.data} holds {len(done)} rows where {num_rows} were planned; "
                 "move the folder away and run again"
             )
         num_ids = self.scan().select(pl.col("id").n_unique()).collect().item()

@@ -62,6 +62,9 @@ _HELP = {
     "stop": "End an answer before this text; may be repeated.",
     "ignore_eos": "Do not end at the end-of-sequence token.",
     "min_prefix_tokens": "Shortest prefix that gets KV of its own.",
+    "plan_memory": "Memory for planning, like 2GiB; token ids lie on disk.",
+    "num_shards": "Cut the job into N sets of whole groups.",
+    "shard": "Do only this one of them, from 0.",
     "on_overlong": "Prompts that exceed the model's context.",
     "max_batch_tokens": "Most prompt tokens of one forward pass.",
     "max_rows": "Most rows that decode together.",
@@ -77,7 +80,7 @@ _HELP = {
     "audit_encoder": "Sentence encoder for the similarity column.",
 }
 # Fields that a person writes with a unit or as one of two notations: the settings parse the text.
-_WRITTEN_AS_TEXT = {"kv_budget", "time_budget", "fail_on_error", "audit_sample"}
+_WRITTEN_AS_TEXT = {"kv_budget", "plan_memory", "time_budget", "fail_on_error", "audit_sample"}
 
 Section = TypeVar("Section", bound=BaseModel)
 Command = Callable[..., None]

@@ -14,6 +14,7 @@ from pipeline.terminal.progress import format_bytes, format_duration
 
 Rows = Sequence[tuple[str, str]]
 _SHOWN_IDS = 64
+_SHOWN_GROUPS = 3
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -34,6 +35,10 @@ def print_table(title: str, rows: Rows) -> None:
 def plan_table(summary: Mapping[str, Any]) -> Rows:
     """`plan/summary.json` as a table."""
     peak = summary["peak_kv_bytes"]
+    budget = format_bytes(summary["kv_budget_bytes"] or 0)
+    order = summary["saving_in_given_order"]
+    cache = f"{order['cache_tokens']:,}"
+    blocks = ", ".join(f"{x:.1%} at {size}" for size, x in summary["saving_by_blocks"].items())
     rejected = f", {summary['rows_rejected']:,} cannot run" if summary["rows_rejected"] else ""
     rows = [
         ("rows", f"{summary['rows']:,}{rejected}"),
@@ -42,11 +47,21 @@ def plan_table(summary: Mapping[str, Any]) -> Rows:
         ("prompt tokens T", f"{summary['prompt_tokens']:,}"),
         ("unique tokens U", f"{summary['unique_tokens']:,}"),
         ("prefill saved", f"{summary['saving']:.1%}  (1 - U/T)"),
+        ("  by blocks", f"{blocks} tokens  (a prefix cache without limit)"),
+        ("  in given order", f"{order['saving']:.1%}  (an LRU cache of {cache} tokens)"),
         ("new tokens D", f"at most {summary['max_new_tokens']:,}"),
         ("upper bound on gain", f"{summary['gain_bound']:.2f}x  ((T + D) / (U + D))"),
         ("prefix groups", f"{summary['groups']:,}, and {summary['singletons']:,} rows in none"),
         ("peak KV", "unknown (no model)" if peak is None else format_bytes(peak)),
     ]
+    if summary["rows_at_once"] is not None:
+        rows.append(("rows at once", f"{summary['rows_at_once']:,} within {budget}"))
+    if summary["advice"]:
+        rows.append(("advice", summary["advice"]["text"]))
+    for group in summary["largest_groups"][:_SHOWN_GROUPS]:
+        examples = ", ".join(group["example_ids"])
+        what = f"{group['rows']:,} rows share {group['prefix_tokens']:,} tokens, such as {examples}"
+        rows.append((f"group {group['group_id']}", what))
     if summary["depth_histogram"]:
         rows.append(("rows by reuse depth", histogram(summary["depth_histogram"])))
     return rows

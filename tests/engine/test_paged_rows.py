@@ -33,7 +33,7 @@ from pipeline.engine.live import LiveRow, nodes_above
 from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.packing import PackedBatch
 from pipeline.engine.prefix_engine import PrefixEngine
-from pipeline.engine.scheduler import Admission, Scheduler, active_counts
+from pipeline.engine.scheduler import Admission, Scheduler
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, SamplingParams
 from pipeline.settings import EngineSettings
@@ -154,7 +154,7 @@ def _path(plan: Plan, sequence: int) -> list[int]:
 
 def tokens_alone(plan: Plan) -> NDArray[np.int64]:
     """[sequences] slots that each needs to run to its end with nothing beside it: the oracle."""
-    below = active_counts(plan, np.arange(len(plan.sequences)))
+    below = plan.count_below(np.arange(len(plan.sequences)))
     needed = plan.prompt_lengths + plan.max_new_tokens - 1
     for sequence in range(len(needed)):
         path = [n for n in _path(plan, sequence) if below[n] > 1]

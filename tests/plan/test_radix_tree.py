@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
-from pipeline.plan import radix_tree
-from pipeline.plan.radix_tree import RadixTree, build_tree, sort_prompts
+from pipeline.plan.radix_tree import RadixTree, build_tree, next_smaller, previous_smaller
+from pipeline.plan.sorting import sort_rows
 from pipeline.plan.token_table import TokenTable
 from tests.plan.trie_oracle import Drawn, drawn_rows
 
@@ -15,9 +15,11 @@ from tests.plan.trie_oracle import Drawn, drawn_rows
 def make_tree(drawn: Drawn) -> tuple[RadixTree, TokenTable]:
     table = drawn.table
     tenant = np.array(drawn.tenants, np.int64)
-    order, prompt = sort_prompts(table, tenant)
-    first = np.flatnonzero(np.diff(prompt, prepend=-1))
-    return build_tree(table, tenant, order[first]), table
+    order, shared = sort_rows(table, tenant)
+    lengths = table.lengths[order]
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (shared[1:] != lengths[1:]) | (shared[1:] != lengths[:-1])
+    return build_tree(lengths[is_new], shared[is_new], order[is_new]), table
 
 
 @given(drawn_rows())
@@ -68,25 +70,14 @@ def test_siblings_begin_with_different_tokens(drawn: Drawn) -> None:
         seen.add(key)
 
 
-@given(drawn_rows())
-def test_prompts_are_distinct_and_sorted_by_tenant_and_ids(drawn: Drawn) -> None:
-    table = drawn.table
-    order, prompt = sort_prompts(table, np.array(drawn.tenants, np.int64))
-    keys = [(drawn.tenants[row], drawn.rows[row]) for row in order.tolist()]
-    assert keys == sorted(keys)
-    assert len(keys) == sum(1 for row in drawn.rows if row)
-    by_prompt = dict(zip(prompt.tolist(), keys, strict=True))
-    assert len(set(by_prompt.values())) == len(by_prompt) == len(set(keys))
-
-
-@given(drawn_rows())
-def test_comparing_in_small_pieces_changes_nothing(drawn: Drawn) -> None:
-    whole, _ = make_tree(drawn)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(radix_tree, "_COMPARE_TOKENS", 3)
-        pieces, _ = make_tree(drawn)
-    for name in ("parent", "start", "end", "prompt_lo", "prompt_hi", "terminal"):
-        assert getattr(whole, name).tolist() == getattr(pieces, name).tolist()
+@given(st.lists(st.integers(0, 4), max_size=40))
+def test_the_nearest_smaller_values_are_found(drawn: list[int]) -> None:
+    values = np.array([0, *drawn], np.int64)
+    before, after = previous_smaller(values), next_smaller(values)
+    for i in np.flatnonzero(values).tolist():
+        smaller = np.flatnonzero(values < values[i])
+        assert before[i] == smaller[smaller < i].max()
+        assert after[i] == smaller[smaller > i].min(initial=len(values))
 
 
 def test_the_picture_of_the_module() -> None:

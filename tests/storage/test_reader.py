@@ -355,6 +355,6 @@ def test_fuzzed_files_end_in_one_error_or_none(tmp_path: Path) -> None:
 
 
 def test_duplicate_ids_are_named_in_order() -> None:
-    assert find_duplicate_ids(["a", "b", "c"]) == []
-    assert find_duplicate_ids(["b", "a", "a", "b", "c"]) == ["b", "a"]
-    assert find_duplicate_ids([str(i // 2) for i in range(100)], at_most=2) == ["0", "1"]
+    assert find_duplicate_ids(pl.Series(["a", "b", "c"])) == []
+    assert find_duplicate_ids(pl.Series(["b", "a", "a", "b", "c"])) == ["b", "a"]
+    assert find_duplicate_ids(pl.Series([str(i // 2) for i in range(100)]), at_most=2) == ["0", "1"]

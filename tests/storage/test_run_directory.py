@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -189,10 +190,10 @@ def test_seal_counts_and_marks_last(tmp_path: Path) -> None:
     with create(tmp_path) as run:
         add(run, [2, 0], failed=[2])
         with pytest.raises(StorageError, match=r"1 of 3 rows have no answer .*first: row 1"):
-            run.seal(3)
+            run.seal(np.arange(3))
         assert not run.is_sealed and not (tmp_path / "failed.parquet").exists()
         add(run, [1])
-        run.seal(3)
+        run.seal(np.arange(3))
         assert run.is_sealed and run.read_manifest()["status"] == "complete"
     assert pl.read_parquet(tmp_path / "failed.parquet")["row_index"].to_list() == [2]
     card = (tmp_path / "README.md").read_text()
@@ -203,13 +204,13 @@ def test_seal_counts_and_marks_last(tmp_path: Path) -> None:
 def test_seal_refuses_rows_and_ids_that_do_not_belong(tmp_path: Path) -> None:
     with create(tmp_path) as run:
         add(run, [0, 1, 2])
-        with pytest.raises(StorageError, match="holds 3 rows for an input of 2"):
-            run.seal(2)
+        with pytest.raises(StorageError, match="holds 3 rows where 2 were planned"):
+            run.seal(np.arange(2))
         table = answers([3])
         table = table.set_column(0, table.schema.field("id"), answers([0]).column("id"))
         write_part(run.data, 1, table, {})
         with pytest.raises(StorageError, match="only 3 different ids"):
-            run.seal(4)
+            run.seal(np.arange(4))
 
 
 def test_a_reader_may_add_files_but_not_change_the_run(tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_a_reader_may_add_files_but_not_change_the_run(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="opened for reading"):
         reader.update_manifest(status="complete")
     with pytest.raises(RunDirectoryError, match="opened for reading"):
-        reader.seal(0)
+        reader.seal(np.arange(0))
     with pytest.raises(AssertionError):
         reader.write_text("../escaped", "")
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -247,7 +248,7 @@ def whole_job(root: Path) -> None:
                 add(run, rows)
         run.update_manifest(counters={"rows_in": 3})
         run.append_metrics({"rows": 3})
-        run.seal(3)
+        run.seal(np.arange(3))
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -285,7 +286,7 @@ def test_a_killed_job_resumes(tmp_path: Path) -> None:
         done = run.done_rows()
         assert done.tolist() == list(range(len(done))) and len(done) > 0
         assert not list(tmp_path.rglob("*.tmp"))
-        run.seal(len(done))
+        run.seal(np.arange(len(done)))
 
 
 def _write_for_ever(root: Path) -> None:
@@ -306,7 +307,7 @@ def test_a_foreign_manifest_is_left_as_it_was(tmp_path: Path) -> None:
 def test_unsealing_takes_the_mark_and_the_audit_away(tmp_path: Path) -> None:
     with create(tmp_path) as run:
         part = add(run, [0, 1])
-        run.seal(2)
+        run.seal(np.arange(2))
         run.write_json("audit/summary.json", {"verdict": "pass"})
         run.unseal()
         assert not run.is_sealed and part.exists()

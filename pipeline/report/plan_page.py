@@ -1,0 +1,30 @@
+"""A plan as a page that needs nothing else. Knows layout and formats, no arithmetic and no plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from pipeline.report.page import template
+from pipeline.report.plots import Box, draw_tree
+
+
+def render_plan(title: str, summary: dict[str, Any], boxes: Sequence[Box], num_nodes: int) -> str:
+    """`summary` is the content of `plan/summary.json`; `boxes` the largest of `num_nodes` nodes."""
+    order = summary["saving_in_given_order"]
+    savings = [("coppice: token by token, rows in the order of the tree", summary["saving"])]
+    savings += [
+        (f"blocks of {size} tokens, no limit", saving)
+        for size, saving in summary["saving_by_blocks"].items()
+    ]
+    cache = f"LRU of {order['cache_tokens']:,} tokens, rows as the file has them"
+    return template("plan.html.j2").render(
+        title=title,
+        plan=summary,
+        picture=Markup(draw_tree(boxes)),
+        shown=len(boxes),
+        nodes=num_nodes,
+        savings=[*savings, (cache, order["saving"])],
+    )

@@ -1,0 +1,65 @@
+"""Shards against the cost of running each set of sequences alone, counted prefix by prefix."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.plan.plan import Plan, build_plan
+from pipeline.plan.shards import cut_into_shards
+from pipeline.plan.token_table import TokenTable
+from pipeline.records import SamplingParams
+from tests.plan.test_plan import make_plan, params_strategy
+from tests.plan.trie_oracle import Drawn, drawn_rows
+
+
+def cost_alone(plan: Plan, tenants: list[int], sequences: list[int]) -> int:
+    """Distinct prefixes of the prompts, and the new tokens."""
+    prefixes = set()
+    for sequence in sequences:
+        ids = tuple(plan.prompt_token_ids(sequence).tolist())
+        tenant = tenants[int(plan.sequences.row[sequence])]
+        prefixes |= {(tenant, ids[:n]) for n in range(1, len(ids) + 1)}
+    return len(prefixes) + int(plan.max_new_tokens[sequences].sum())
+
+
+@given(drawn_rows(), params_strategy, st.integers(1, 5))
+def test_shards_tile_the_plan_and_know_their_cost(
+    drawn: Drawn, params: list[int], num_shards: int
+) -> None:
+    """A shard with two pieces of one group may cost less than the sum of them, never more."""
+    plan = make_plan(drawn, params)
+    shards = cut_into_shards(plan, num_shards)
+    assert len(shards) == num_shards
+    together = np.concatenate([shard.sequences for shard in shards])
+    assert sorted(together.tolist()) == list(range(len(plan.sequences)))
+    for shard in shards:
+        assert (np.diff(shard.sequences) > 0).all()
+        assert cost_alone(plan, drawn.tenants, shard.sequences.tolist()) <= shard.cost
+    if num_shards == 1:
+        everything = cost_alone(plan, drawn.tenants, together.tolist())
+        assert shards[0].cost == everything
+
+
+@given(drawn_rows(), st.integers(2, 4))
+def test_a_group_within_the_fair_share_stays_whole(drawn: Drawn, num_shards: int) -> None:
+    plan = make_plan(drawn, [0])
+    shards = cut_into_shards(plan, num_shards)
+    total = cost_alone(plan, drawn.tenants, list(range(len(plan.sequences))))
+    home = {s: i for i, shard in enumerate(shards) for s in shard.sequences.tolist()}
+    for top in np.flatnonzero(plan.tree.parent < 0).tolist():
+        below = list(range(int(plan.sequence_lo[top]), int(plan.sequence_hi[top])))
+        if cost_alone(plan, drawn.tenants, below) * num_shards <= total:
+            assert len({home[s] for s in below}) == 1
+
+
+@pytest.mark.parametrize("num_shards", [2, 3, 7, 16])
+def test_one_large_group_is_cut_evenly(num_shards: int) -> None:
+    rows = [[9] * 200 + [row // 5, row, *range(row % 7)] for row in range(2000)]
+    table = TokenTable.from_lists(rows)
+    names = [str(row) for row in range(2000)]
+    plan = build_plan(table, names, (SamplingParams(16),), np.zeros(2000, np.int64))
+    costs = [shard.cost for shard in cut_into_shards(plan, num_shards)]
+    assert max(costs) <= 1.05 * np.mean(costs)
