@@ -157,6 +157,17 @@ def validate(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="JSONL, Parquet or run directory.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Parquet or JSONL.")],
+) -> None:
+    """OpenAI batch files or plain JSON lines to Parquet, and back."""
+    from pipeline.storage.conversion import convert as convert_file
+
+    typer.echo(f"{convert_file(source, target):,} rows in {target}")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Run directory.")] = Path(
         "coppice-demo"

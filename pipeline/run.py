@@ -181,12 +181,14 @@ def loading_engine(settings: JobSettings) -> Iterator[Future[Engine]]:
 
 def with_absolute_paths(settings: JobSettings) -> JobSettings:
     """Settings that mean the same from any working directory: they are recorded and read again."""
-    model, tokens = settings.model, settings.tokens
+    model, tokens, read = settings.model, settings.tokens, settings.read
     if Path(model.model).is_dir():
         model = model.model_copy(update={"model": os.path.abspath(model.model)})
     if tokens.chat_template is not None:
         tokens = tokens.model_copy(update={"chat_template": tokens.chat_template.absolute()})
-    return settings.model_copy(update={"model": model, "tokens": tokens})
+    if read.template is not None:
+        read = read.model_copy(update={"template": read.template.absolute()})
+    return settings.model_copy(update={"model": model, "tokens": tokens, "read": read})
 
 
 def describe_job(input: str, job: Job) -> dict[str, Any]:

@@ -48,10 +48,14 @@ class _Section(BaseModel):
 
 
 class ReadSettings(_Section):
-    """Which rows and columns are read. A column left at None is found by its usual name."""
+    """Which rows and columns are read. A column left at None is found by its usual name.
+
+    `template`: a Jinja file that makes the prompt of a row's columns, instead of a ready one.
+    """
 
     prompt_column: str | None = None
     messages_column: str | None = None
+    template: Path | None = None
     id_column: str | None = None
     limit: int | None = Field(default=None, ge=1)
 

@@ -20,6 +20,7 @@ from pipeline.errors import (
 )
 from pipeline.run import plan_job, run_job, validate_input, write_plan
 from pipeline.settings import JobSettings
+from pipeline.storage.conversion import convert
 from tests.tiny_job import PROMPTS, answers, echo_settings, write_model, write_prompts
 
 
@@ -226,6 +227,26 @@ def test_shards_of_a_job_answer_every_row_once(
     for column in ("row_index", "id", "completion_token_ids", "status", "reuse_depth"):
         assert together[column].to_list() == expected[column].to_list()
     assert computed >= whole.counters["prefilled_tokens"]
+
+
+def test_a_batch_file_comes_back_as_responses(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Requests to rows, a run, its directory to responses: as OpenAI's batch service would."""
+    requests = [
+        {"custom_id": n, "url": "/v1/completions", "body": {"prompt": p, "max_tokens": 40}}
+        for n, p in (("x", "hello"), ("y", ""), ("z", "bye"))
+    ]
+    lines = tmp_path / "in.jsonl"
+    lines.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    convert(lines, tmp_path / "rows.parquet")
+    settings = echo_settings(tokenizer_folder, fail_on_error="1")
+    run_job(str(tmp_path / "rows.parquet"), tmp_path / "out", settings)
+    assert convert(tmp_path / "out", tmp_path / "out.jsonl") == 3
+    x, y, z = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert [line["custom_id"] for line in (x, y, z)] == ["x", "y", "z"]
+    (choice,) = x["response"]["body"]["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("olleh", "length")
+    assert x["response"]["body"]["usage"]["prompt_tokens"] == 5
+    assert y["response"] is None and y["error"]["message"] == "the prompt is empty"
 
 
 def test_a_model_that_fails_the_self_test_gets_the_naive_engine(

@@ -25,7 +25,8 @@ def fingerprint_fields(settings: JobSettings, input_hash: str, tokenizer: str) -
     """The fingerprint as plain values; `input_hash` and `tokenizer` are hashes made elsewhere."""
     return {
         "input": input_hash,
-        **settings.read.model_dump(mode="json"),
+        **settings.read.model_dump(mode="json", exclude={"template"}),
+        "template": _hash_file(settings.read.template),
         **identify_model(settings.model),
         "tokenizer": tokenizer,
         **settings.tokens.model_dump(include={"apply_chat_template", "parse_special_tokens"}),
@@ -37,6 +38,10 @@ def fingerprint_fields(settings: JobSettings, input_hash: str, tokenizer: str) -
         "on_overlong": settings.plan.on_overlong,
         "shard": f"{settings.plan.shard} of {settings.plan.num_shards}",
     }
+
+
+def _hash_file(path: Path | None) -> str | None:
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _hash_text(text: str | None) -> str | None:

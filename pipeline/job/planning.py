@@ -24,6 +24,7 @@ from pipeline.errors import InputError, ModelError
 from pipeline.job.advice import SAMPLE_ROWS, advise
 from pipeline.job.channel import Stages
 from pipeline.job.prepare import Limits, Preparation
+from pipeline.job.rates import recall_rates
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.shards import cut_into_shards
 from pipeline.plan.summary import KVLimits, PlanSummary, summarise
@@ -190,7 +191,9 @@ class PreparedRows:
         )
         advice = advise(self._sample)
         described = None if advice is None else advice.to_json()
-        summary = summarise(plan, ids, _kv_limits(job), described)
+        rates = None if job.shape is None else recall_rates(job.settings.model)
+        estimate = None if rates is None else rates.estimate
+        summary = summarise(plan, ids, _kv_limits(job), described, estimate)
         rows = _rows_of_shard(plan, job.settings.plan)
         return PlannedJob(job, plan, ids, self._rejected, rows, summary)
 

@@ -35,6 +35,7 @@ from pipeline.job.answers import AnswerWriter
 from pipeline.job.channel import Stages
 from pipeline.job.observer import Observer, Snapshot
 from pipeline.job.planning import PlannedJob
+from pipeline.job.rates import remember_rates
 from pipeline.job.stopping import StopRequest
 from pipeline.plan.summary import plan_frame, tree_frame
 from pipeline.settings import WriteSettings
@@ -241,6 +242,8 @@ class Session:
             )
         self._note(self._snapshot(engine))
         self._directory.seal(self._planned.rows)
+        if engine.name == "prefix":
+            remember_rates(self._planned.job.settings.model, asdict(engine.counters))
         outcome = RunOutcome(self._directory.root, counters)
         outcome.check_failures(self._planned.job.settings.write)
         return outcome

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,7 +31,11 @@ class PlanSummary:
     `max_new_tokens` the most tokens that the sequences may generate together, D. `gain_bound` is
     (T + D) / (U + D): no job of this shape can be sped up more by reuse, and a job that stops early
     or waits for memory less. `groups` are the distinct `group_id`s of the rows, `singletons` the
-    rows without one. Bytes are None where the model's shape is not known.
+    rows without one. `saving_by_blocks`: at best in a prefix cache that shares whole blocks of so
+    many tokens; `saving_in_given_order`: in an LRU cache of `cache_tokens` that meets the rows as
+    the file has them, followed for `rows`. `rows_at_once`: the most neighbouring sequences whose KV
+    fits the budget; `estimate`: device seconds, from rates measured here; `advice`: see
+    `job/advice.py`. Bytes are None where the model's shape is not known.
     """
 
     rows: int
@@ -53,6 +57,7 @@ class PlanSummary:
     peak_kv_bytes: int | None
     kv_budget_bytes: int | None
     rows_at_once: int | None
+    estimate: dict[str, Any] | None
     advice: dict[str, Any] | None
     plan_hash: str
 
@@ -71,9 +76,16 @@ class KVLimits:
 
 
 def summarise(
-    plan: Plan, ids: Names, limits: KVLimits, advice: dict[str, Any] | None = None
+    plan: Plan,
+    ids: Names,
+    limits: KVLimits,
+    advice: dict[str, Any] | None = None,
+    estimate: Callable[[int, int], dict[str, Any]] | None = None,
 ) -> PlanSummary:
-    """Describe `plan`; `ids[i]` is the id of table row i, `advice` on the prompts' text."""
+    """Describe `plan`; `ids[i]` is the id of table row i, `advice` on the prompts' text.
+
+    `estimate`: from tokens to prefill and tokens to generate to seconds.
+    """
     runs = plan.sequence_of_row >= 0
     total = int(plan.table.lengths[runs].sum())
     unique = plan.tree.unique_tokens
@@ -102,6 +114,7 @@ def summarise(
         peak_kv_bytes=_peak_kv_bytes(plan, limits),
         kv_budget_bytes=limits.budget,
         rows_at_once=_rows_at_once(plan, limits),
+        estimate=None if estimate is None else estimate(unique, generated),
         advice=advice,
         plan_hash=hash_plan(plan, ids),
     )

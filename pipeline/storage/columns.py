@@ -18,7 +18,8 @@ _MOST_NAMES = 20  # column names listed in a message
 class ColumnMap:
     """Names of the columns that steer the job; None where the file has none.
 
-    Exactly one of `prompt` and `messages` is set.
+    Exactly one of `prompt`, `messages` and `template` is set; the last are the columns that a
+    template asks for.
     """
 
     prompt: str | None
@@ -27,13 +28,14 @@ class ColumnMap:
     max_new_tokens: str | None
     sampling_params: str | None
     tenant: str | None
+    template: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """The columns that planning needs, each once."""
         chosen = (
             self.prompt, self.messages, self.id,
-            self.max_new_tokens, self.sampling_params, self.tenant,
+            self.max_new_tokens, self.sampling_params, self.tenant, *self.template,
         )  # fmt: skip
         return tuple(dict.fromkeys(name for name in chosen if name is not None))
 
@@ -59,15 +61,21 @@ def plain_schema(schema: pa.Schema) -> pa.Schema:
     return pa.schema([pa.field(f.name, plain_type(f.type)) for f in schema])
 
 
-def find_columns(schema: pa.Schema, settings: ReadSettings, name: str) -> ColumnMap:
+def find_columns(
+    schema: pa.Schema, settings: ReadSettings, name: str, template: tuple[str, ...] | None = None
+) -> ColumnMap:
     """Find the columns of a plain `schema`; `name` is the file that an error should blame.
+
+    `template`: the columns that a template makes the prompt of, None where there is no template.
 
     Raises InputError where a column is missing, twice there, or of the wrong type.
     """
     twice = [column for column, count in Counter(schema.names).items() if count > 1]
     if twice:
         raise InputError(f"{name} has the column {twice[0]!r} twice; rename one of the two")
-    prompt, messages = _find_content(schema, settings, name)
+    prompt, messages = None, None
+    if template is None:
+        prompt, messages = _find_content(schema, settings, name)
     columns = ColumnMap(
         prompt=prompt,
         messages=messages,
@@ -75,6 +83,7 @@ def find_columns(schema: pa.Schema, settings: ReadSettings, name: str) -> Column
         max_new_tokens=_find(schema, None, ("max_new_tokens",), "", name),
         sampling_params=_find(schema, None, ("sampling_params",), "", name),
         tenant=_find(schema, None, ("tenant",), "", name),
+        template=template or (),
     )
     _check_types(schema, columns, name)
     return columns

@@ -9,18 +9,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, UsageError
 from pipeline.records import Message, PromptBatch, Rejected
 from pipeline.settings import ReadSettings
 from pipeline.storage.cells import BadCell, read_messages, read_sampling, read_text
 from pipeline.storage.columns import ColumnMap, find_columns
 from pipeline.storage.parquet_input import ParquetInput, find_input_files
+from pipeline.storage.prompt_template import PromptTemplate
 
 _CACHE_BYTES = 256 << 20
 
@@ -40,6 +42,7 @@ class PromptSource:
     _files: tuple[ParquetInput, ...]
     _labels: tuple[str, ...]
     _first_row: NDArray[np.int64]
+    _template: PromptTemplate | None = None
     _cache: _GroupCache = field(default_factory=lambda: _GroupCache(_CACHE_BYTES))
 
     def iter_prompts(self) -> Iterator[PromptBatch]:
@@ -51,7 +54,7 @@ class PromptSource:
             row = start
             for table in file.iter_batches(self.columns.names, stop - start):
                 ids = self._read_ids(table, file, label, row - start)
-                yield _make_batch(table, self.columns, ids, row)
+                yield _make_batch(table, self.columns, ids, row, self._template)
                 row += table.num_rows
 
     def take(self, row_indices: NDArray[np.int64]) -> pa.Table:
@@ -177,7 +180,9 @@ def open_source(path: str | Path, settings: ReadSettings) -> PromptSource:
     schema = files[0].schema
     for file in files[1:]:
         _check_same_schema(files[0], file)
-    columns = find_columns(schema, settings, str(paths[0]))
+    template = _read_template(settings, schema.names)
+    asked = None if template is None else template.columns
+    columns = find_columns(schema, settings, str(paths[0]), asked)
     group_rows = np.concatenate([file.group_rows for file in files])
     first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(group_rows)])
     num_rows = int(first_row[-1])
@@ -185,7 +190,18 @@ def open_source(path: str | Path, settings: ReadSettings) -> PromptSource:
         raise InputError(f"{path} holds no rows; check how it was written")
     if settings.limit is not None:
         num_rows = min(num_rows, settings.limit)
-    return PromptSource(paths, num_rows, schema, columns, files, _make_labels(paths), first_row)
+    labels = _make_labels(paths)
+    return PromptSource(paths, num_rows, schema, columns, files, labels, first_row, template)
+
+
+def _read_template(settings: ReadSettings, columns: list[str]) -> PromptTemplate | None:
+    if settings.template is None:
+        return None
+    if settings.prompt_column or settings.messages_column:
+        raise UsageError("--template makes the prompt: drop --prompt-column and --messages-column")
+    template = PromptTemplate.read(settings.template)
+    template.check_columns(columns)
+    return template
 
 
 def find_duplicate_ids(ids: pl.Series, at_most: int = 5) -> list[str]:
@@ -216,21 +232,28 @@ def _make_labels(paths: tuple[Path, ...]) -> tuple[str, ...]:
     return tuple(path.relative_to(top).as_posix() for path in paths)
 
 
-def _make_batch(table: pa.Table, columns: ColumnMap, ids: list[str], row_start: int) -> PromptBatch:
+def _make_batch(
+    table: pa.Table,
+    columns: ColumnMap,
+    ids: list[str],
+    row_start: int,
+    template: PromptTemplate | None,
+) -> PromptBatch:
     def cells(name: str | None) -> list[object]:
         return [None] * len(ids) if name is None else table.column(name).to_pylist()
 
     contents: list[str | list[Message] | None] = []
     overrides: list[dict[str, object]] = []
     rejected: list[Rejected] = []
+    parse = _parser(columns, template)
     rows = zip(
-        cells(columns.prompt or columns.messages),
+        _contents(table, columns, template),
         cells(columns.sampling_params),
         cells(columns.max_new_tokens),
         strict=True,
     )
     for row, (content, sampling, max_new_tokens) in enumerate(rows, row_start):
-        parsed, override, fault = _read_row(content, sampling, columns.prompt is None)
+        parsed, override, fault = _read_row(content, sampling, *parse)
         if max_new_tokens is not None:
             override["max_new_tokens"] = max_new_tokens
         if fault is not None:
@@ -241,15 +264,41 @@ def _make_batch(table: pa.Table, columns: ColumnMap, ids: list[str], row_start: 
     return PromptBatch(row_start, ids, contents, overrides, tenants, tuple(rejected))
 
 
+Content = str | list[Message]
+
+
+def _contents(
+    table: pa.Table, columns: ColumnMap, template: PromptTemplate | None
+) -> list[Any]:
+    """What each row's prompt is made of: a cell, or the cells of a template by column."""
+    if template is None:
+        cells: list[Any] = table.column(columns.prompt or columns.messages).to_pylist()
+        return cells
+    if not template.columns:
+        return [{}] * table.num_rows
+    rows: list[Any] = table.select(list(template.columns)).to_pylist()
+    return rows
+
+
+def _parser(
+    columns: ColumnMap, template: PromptTemplate | None
+) -> tuple[Callable[[Any], Content], str]:
+    """What turns a cell, or the cells of a template, into content; and the error where it fails."""
+    if template is not None:
+        return lambda row: read_text(template.render(row)), "TemplateError"
+    if columns.messages is not None:
+        return read_messages, "BadMessages"
+    return lambda cell: read_text(str(cell)), "EmptyPrompt"
+
+
 def _read_row(
-    content: object, sampling: object, is_conversation: bool
+    content: object, sampling: object, parse: Callable[[Any], Content], error_type: str
 ) -> tuple[str | list[Message] | None, dict[str, object], tuple[str, str] | None]:
     """Content, overrides and, if the row cannot run, (error_type, message) with content None."""
     if content is None:
         return None, {}, ("NullPrompt", "the prompt is null")
-    error_type = "BadMessages" if is_conversation else "EmptyPrompt"
     try:
-        parsed = read_messages(content) if is_conversation else read_text(str(content))
+        parsed = parse(content)
         error_type = "BadSamplingParams"
         return parsed, {} if sampling is None else read_sampling(sampling), None
     except BadCell as error:

@@ -48,6 +48,7 @@ _HELP = {
     "device": "auto, cpu, cuda or cuda:1.",
     "prompt_column": "Column of prompt text (found: prompt).",
     "messages_column": "Column of conversations (found: messages).",
+    "template": "A Jinja file that makes prompts of the columns.",
     "id_column": "Column of row ids (found: id, custom_id).",
     "limit": "Only the first N rows.",
     "system_prompt": "A system message put before every row.",

@@ -56,6 +56,12 @@ def plan_table(summary: Mapping[str, Any]) -> Rows:
     ]
     if summary["rows_at_once"] is not None:
         rows.append(("rows at once", f"{summary['rows_at_once']:,} within {budget}"))
+    if summary["estimate"]:
+        prefill, decode = (summary["estimate"][name] for name in ("prefill_s", "decode_s"))
+        split = f"prefill {format_duration(prefill)}, decode {format_duration(decode)} at most"
+        measured = f"at the rates of {summary['estimate']['measured_on']}"
+        total = format_duration(prefill + decode)
+        rows.append(("estimated time", f"{total}  ({split}, {measured})"))
     if summary["advice"]:
         rows.append(("advice", summary["advice"]["text"]))
     for group in summary["largest_groups"][:_SHOWN_GROUPS]:

@@ -1,0 +1,68 @@
+"""How fast this machine last ran a model: what the estimated time of a plan rests on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.engine.machine import cache_folder, cpu_description
+from pipeline.errors import CoppiceError
+from pipeline.job.fingerprint import identify_model
+from pipeline.settings import ModelSettings
+from pipeline.storage.durable import replace_file
+
+_LEAST_TOKENS = 1000  # of either kind: a shorter run measures its own start
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens per second of device time, and the day on which they were measured."""
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    measured_on: str
+
+    def estimate(self, prefill_tokens: int, new_tokens: int) -> dict[str, Any]:
+        """Seconds that a job of so many tokens takes; answers may end before `new_tokens`."""
+        return {
+            "prefill_s": prefill_tokens / self.prefill_tokens_per_s,
+            "decode_s": new_tokens / self.decode_tokens_per_s,
+            "measured_on": self.measured_on,
+        }
+
+
+def remember_rates(settings: ModelSettings, counters: Mapping[str, float]) -> None:
+    """Keep the rates of a run for plans to come; a cache that cannot be written is no error."""
+    prefilled, generated = counters["prefilled_tokens"], counters["generated_tokens"]
+    if min(prefilled, generated) < _LEAST_TOKENS:
+        return
+    today = datetime.now(UTC).date().isoformat()
+    rates = Rates(prefilled / counters["prefill_s"], generated / counters["decode_s"], today)
+    try:
+        replace_file(_place(settings), json.dumps(asdict(rates)).encode())
+    except CoppiceError:
+        pass
+
+
+def recall_rates(settings: ModelSettings) -> Rates | None:
+    """What was kept for this model, type and device, or None."""
+    try:
+        return Rates(**json.loads(_place(settings).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, CoppiceError):
+        return None
+
+
+def _place(settings: ModelSettings) -> Path:
+    """Named by all that the rates depend on. Raises ModelError."""
+    parts = (
+        identify_model(settings), settings.dtype, settings.device, settings.engine,
+        cpu_description(), os.cpu_count(),
+    )  # fmt: skip
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return cache_folder() / "rates" / f"{digest}.json"

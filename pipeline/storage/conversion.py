@@ -1,0 +1,182 @@
+"""JSON lines to Parquet and back, streamed. Knows files; what a line means is `openai_batch`'s.
+
+```
+ requests.jsonl ─► rows.parquet        OpenAI batch requests, or plain objects of a row each
+ rows.parquet   ─► requests.jsonl      OpenAI batch requests
+ run directory  ─► responses.jsonl     OpenAI batch responses, in input order
+```
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError, UsageError
+from pipeline.settings import ReadSettings
+from pipeline.storage.durable import publish, temp_path, write_errors
+from pipeline.storage.openai_batch import (
+    BadRequest,
+    is_request,
+    request_of_row,
+    response_of_answer,
+    row_of_request,
+)
+from pipeline.storage.reader import open_source
+from pipeline.storage.run_directory import RunDirectory
+
+_ROWS_AT_A_TIME = 4096
+_REQUEST_SCHEMA = pa.schema(
+    {
+        "custom_id": pa.large_string(),
+        "prompt": pa.large_string(),
+        "messages": pa.large_string(),
+        "max_new_tokens": pa.int64(),
+        "sampling_params": pa.large_string(),
+        "url": pa.large_string(),
+        "model": pa.large_string(),
+    }
+)
+
+
+def convert(source: Path, target: Path) -> int:
+    """Convert by the names' endings, see the module's picture; returns the rows written.
+
+    The target appears whole or not at all. Raises InputError naming the line, UsageError,
+    StorageError.
+    """
+    if source.suffix == ".jsonl" and target.suffix == ".parquet":
+        return _write_whole(target, lambda file: _write_rows(source, file))
+    if target.suffix != ".jsonl" or source.suffix == ".jsonl":
+        raise UsageError(
+            "convert from .jsonl to .parquet, or from a Parquet file or run directory to .jsonl"
+        )
+    if (source / "run.json").is_file():
+        return _write_whole(target, lambda file: _write_lines(_responses(source), file))
+    return _write_whole(target, lambda file: _write_lines(_requests(source), file))
+
+
+def _write_whole(target: Path, write: Callable[[BinaryIO], int]) -> int:
+    path = target.absolute()
+    temp = temp_path(path)
+    with write_errors(target):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temp.open("xb") as file:
+                rows = write(file)
+            publish(temp, path)
+        finally:
+            temp.unlink(missing_ok=True)
+    return rows
+
+
+def _write_rows(source: Path, file: BinaryIO) -> int:
+    """Rows of a JSON lines file as Parquet."""
+    lines = _read_lines(source)
+    first = next(lines, None)
+    if first is None:
+        raise InputError(f"{source} holds no line; check how it was written")
+    lines = chain([first], lines)
+    if not is_request(first[1]):
+        return _write_plain(source, lines, file)
+    content = "messages" if "messages" in first[1]["body"] else "prompt"
+    names = [n for n in _REQUEST_SCHEMA.names if n in (content,) or n not in ("prompt", "messages")]
+    schema = pa.schema([_REQUEST_SCHEMA.field(name) for name in names])
+    count = 0
+    with pq.ParquetWriter(file, schema) as writer:
+        while batch := list(islice(lines, _ROWS_AT_A_TIME)):
+            rows = [_row(source, number, line, content) for number, line in batch]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+            count += len(rows)
+    return count
+
+
+def _row(source: Path, number: int, line: dict[str, Any], content: str) -> dict[str, Any]:
+    try:
+        row = row_of_request(line)
+    except BadRequest as error:
+        raise InputError(f"line {number} of {source}: {error}") from None
+    if content not in row:
+        raise InputError(
+            f"line {number} of {source} is of another kind than the first; "
+            "put chat and text completions into two files"
+        )
+    return row
+
+
+def _write_plain(source: Path, lines: Iterable[tuple[int, dict[str, Any]]], file: BinaryIO) -> int:
+    """Objects of any columns; all are needed to know their types."""
+    try:
+        frame = pl.DataFrame([line for _, line in lines], infer_schema_length=None)
+    except (pl.exceptions.PolarsError, TypeError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise InputError(
+            f"the lines of {source} do not fit into one table ({reason}); give each field one type"
+        ) from error
+    frame.write_parquet(file)
+    return len(frame)
+
+
+def _read_lines(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object); empty lines are skipped."""
+    try:
+        with source.open("rb") as file:
+            for number, text in enumerate(file, 1):
+                if text.strip():
+                    yield number, _object(source, number, text)
+    except OSError as error:
+        raise InputError(f"cannot read {source} ({error.strerror or error})") from error
+
+
+def _object(source: Path, number: int, text: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(f"line {number} of {source} is not a JSON object in UTF-8")
+    return value
+
+
+def _write_lines(lines: Iterable[dict[str, Any]], file: BinaryIO) -> int:
+    count = 0
+    for line in lines:
+        file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        count += 1
+    return count
+
+
+def _requests(source: Path) -> Iterator[dict[str, Any]]:
+    """Rows that a run would take; one that it would reject is refused here by its number."""
+    prompts = open_source(source, ReadSettings())
+    columns = prompts.columns
+    kept = [name for name in ("url", "model") if name in prompts.schema.names]
+    for batch in prompts.iter_prompts():
+        for bad in batch.rejected:
+            raise InputError(f"row {bad.row_index} of {source}: {bad.message}")
+        rows = range(batch.row_start, batch.row_start + len(batch.ids))
+        beside = prompts.take(pa.array(rows).to_numpy()).select(kept).to_pylist() if kept else []
+        for index, (name, content) in enumerate(zip(batch.ids, batch.contents, strict=True)):
+            sampling = dict(batch.overrides[index])
+            row = {
+                "custom_id": name,
+                "prompt" if columns.messages is None else "messages": content,
+                "max_new_tokens": sampling.pop("max_new_tokens", None),
+                "sampling_params": sampling,
+            }
+            yield request_of_row(row | (beside[index] if beside else {}))
+
+
+def _responses(source: Path) -> Iterator[dict[str, Any]]:
+    directory = RunDirectory.open(source)
+    run_id, rows = directory.run_id, directory.scan().sort("row_index")
+    for frame in rows.collect().iter_slices(_ROWS_AT_A_TIME):
+        for row in frame.iter_rows(named=True):
+            yield response_of_answer(row, run_id)

@@ -1,0 +1,128 @@
+"""Lines of OpenAI's batch files: a request becomes a row, a row a request, an answer a response.
+
+Knows the format and no files. The fields of a request's body that mean something here are kept
+under their own names in `sampling_params`; those that mean "as usual" are dropped; any other is
+refused, since an answer without it would be another answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
+_SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
+_LIMITS = ("max_completion_tokens", "max_tokens")
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "stream": (False,),
+    "logprobs": (False, 0),
+    "echo": (False,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "response_format": ({"type": "text"},),
+}
+_BESIDE = ("metadata", "user", "store", "service_tier")  # change no answer
+
+
+class BadRequest(ValueError):
+    """The line is no request that can be run; the message does not quote it."""
+
+
+def is_request(line: Mapping[str, Any]) -> bool:
+    """Whether a JSON object looks like a line of a batch file and not like a plain row."""
+    return "custom_id" in line and "body" in line
+
+
+def row_of_request(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of one request: `prompt` or `messages` (JSON text), the other is absent.
+
+    Raises BadRequest.
+    """
+    custom_id, body = line.get("custom_id"), line.get("body")
+    url = line.get("url", CHAT_URL)
+    if not isinstance(custom_id, str) or not isinstance(body, dict):
+        raise BadRequest("custom_id must be text and body an object")
+    if url not in (CHAT_URL, TEXT_URL):
+        raise BadRequest(f"url must be {CHAT_URL} or {TEXT_URL}")
+    said = {name: value for name, value in body.items() if value is not None}
+    content = "messages" if url == CHAT_URL else "prompt"
+    if content not in said:
+        raise BadRequest(f"body has no {content}")
+    if content == "prompt" and not isinstance(said["prompt"], str):
+        raise BadRequest("prompt must be one text, not a list or token ids")
+    known = {content, "model", *_SAMPLING, *_LIMITS, *_BESIDE}
+    for name, value in said.items():
+        if name not in known and value not in _NEUTRAL.get(name, ()):
+            raise BadRequest(f"body asks for {name}, which coppice cannot do; remove it")
+    limits = {said[name] for name in _LIMITS if name in said}
+    if len(limits) > 1 or not all(isinstance(limit, int) for limit in limits):
+        raise BadRequest("max_tokens must be one whole number")
+    sampling = {name: said[name] for name in _SAMPLING if name in said}
+    text = said[content] if content == "prompt" else _json(said[content])
+    return {
+        "custom_id": custom_id,
+        content: text,
+        "max_new_tokens": next(iter(limits), None),
+        "sampling_params": _json(sampling) if sampling else None,
+        "url": url,
+        "model": said.get("model"),
+    }
+
+
+def request_of_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `row_of_request`; `sampling_params` and `messages` may be values or JSON text.
+
+    Keys that are absent or None are left out.
+    """
+    said = {name: value for name, value in row.items() if value is not None}
+    is_chat = "messages" in said
+    content = "messages" if is_chat else "prompt"
+    body: dict[str, Any] = {}
+    if "model" in said:
+        body["model"] = said["model"]
+    body[content] = _value(said[content]) if is_chat else said[content]
+    if "max_new_tokens" in said:
+        body["max_completion_tokens" if is_chat else "max_tokens"] = said["max_new_tokens"]
+    sampling = _value(said.get("sampling_params", {}))
+    body |= {name: value for name, value in sampling.items() if value is not None}
+    url = said.get("url", CHAT_URL if is_chat else TEXT_URL)
+    return {"custom_id": said["custom_id"], "method": "POST", "url": url, "body": body}
+
+
+def response_of_answer(row: Mapping[str, Any], run_id: str) -> dict[str, Any]:
+    """A line of a batch's output file from a row of a run's output."""
+    name = f"{run_id}-{row['row_index']}"
+    line = {"id": f"batch_req_{name}", "custom_id": row["id"], "response": None, "error": None}
+    if row["status"] != "ok":
+        error = {"code": row["error_type"], "message": row["error_message"]}
+        return line | {"error": error}
+    is_chat = row.get("messages") is not None or row.get("url") == CHAT_URL
+    text, finish = row["generated_text"], row["finish_reason"]
+    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
+    choice |= {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+    body = {
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{name}",
+        "object": "chat.completion" if is_chat else "text_completion",
+        "model": row.get("model"),
+        "choices": [choice],
+        "usage": {
+            "prompt_tokens": row["prompt_tokens"],
+            "completion_tokens": row["completion_tokens"],
+            "total_tokens": row["prompt_tokens"] + row["completion_tokens"],
+            "prompt_tokens_details": {"cached_tokens": row["cached_tokens"]},
+        },
+    }
+    return line | {"response": {"status_code": 200, "request_id": name, "body": body}}
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _value(cell: Any) -> Any:
+    return json.loads(cell) if isinstance(cell, str) else cell
