@@ -24,7 +24,14 @@ from pipeline.engine.base import Engine
 from pipeline.errors import EngineError
 from pipeline.job.fingerprint import describe_versions, fingerprint_fields
 from pipeline.job.observer import Observer, SilentObserver
-from pipeline.job.planning import Job, PlannedJob, open_job, plan_rows, select_rows
+from pipeline.job.planning import (
+    Job,
+    PlannedJob,
+    open_job,
+    plan_for_a_person,
+    plan_rows,
+    select_rows,
+)
 from pipeline.job.session import RunOutcome, Session
 from pipeline.job.stopping import StopRequest, interruptible
 from pipeline.plan.summary import largest_nodes, plan_frame, tree_frame
@@ -68,7 +75,7 @@ def make_engine(settings: JobSettings) -> Engine:
 
 def plan_job(input: str, settings: JobSettings) -> PlannedJob:
     """Plan a job and do nothing else; of the model only tokenizer and config are read."""
-    return plan_rows(open_job(input, settings))
+    return plan_for_a_person(open_job(input, settings))
 
 
 def write_plan(planned: PlannedJob, folder: Path) -> None:
@@ -99,7 +106,7 @@ def validate_input(input: str, settings: JobSettings) -> dict[str, Any]:
 
     Raises InputError for what no job could start with: columns, types, damaged pages, double ids.
     """
-    planned = plan_job(input, settings)
+    planned = plan_rows(open_job(input, settings))
     reasons = Counter(rejected.error_type for rejected in planned.rejected.values())
     found: dict[str, Any] = {
         "rows": len(planned.ids),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -120,6 +120,22 @@ def plan_rows(job: Job) -> PlannedJob:
     return read_rows(job).plan()
 
 
+def plan_for_a_person(job: Job) -> PlannedJob:
+    """As `plan_rows`, with what a person wants to know before a run: advice and estimated time."""
+    rows = read_rows(job)
+    planned = rows.plan()
+    summary, advice = planned.summary, advise(rows.sample)
+    rates = None if job.shape is None else recall_rates(job.settings.model)
+    summary = replace(
+        summary,
+        advice=None if advice is None else advice.to_json(),
+        estimate=None
+        if rates is None
+        else rates.estimate(summary.unique_tokens, summary.max_new_tokens),
+    )
+    return replace(planned, summary=summary)
+
+
 def read_rows(job: Job) -> PreparedRows:
     """Read and tokenise every row. Raises InputError for damaged pages."""
     rows = PreparedRows(job)
@@ -139,7 +155,7 @@ def read_rows(job: Job) -> PreparedRows:
 
 
 class PreparedRows:
-    """The rows read so far, column by column."""
+    """The rows read so far, column by column; `sample`: rendered prompts of some, evenly spaced."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -150,7 +166,7 @@ class PreparedRows:
         self._ids = [pl.Series(dtype=pl.String)]
         self._rejected: dict[int, Rejected] = {}
         self._every = -(-job.source.num_rows // SAMPLE_ROWS)
-        self._sample: list[str] = []
+        self.sample: list[str] = []
         self._params = _Numbers[SamplingParams]()
         self._tenants = _Numbers[str | None]()
 
@@ -167,7 +183,7 @@ class PreparedRows:
             if prepared.lengths[index]:
                 content = batch.contents[index]
                 assert content is not None
-                self._sample.append(self._job.tokenizer.render(content))
+                self.sample.append(self._job.tokenizer.render(content))
 
     def finish(self) -> TokenTable:
         """The token ids of all rows read; no more can be added."""
@@ -189,11 +205,7 @@ class PreparedRows:
             job.settings.plan.min_prefix_tokens,
             _sort_bytes(job.settings.plan.plan_memory, len(table)),
         )
-        advice = advise(self._sample)
-        described = None if advice is None else advice.to_json()
-        rates = None if job.shape is None else recall_rates(job.settings.model)
-        estimate = None if rates is None else rates.estimate
-        summary = summarise(plan, ids, _kv_limits(job), described, estimate)
+        summary = summarise(plan, ids, _kv_limits(job))
         rows = _rows_of_shard(plan, job.settings.plan)
         return PlannedJob(job, plan, ids, self._rejected, rows, summary)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,8 +34,8 @@ class PlanSummary:
     rows without one. `saving_by_blocks`: at best in a prefix cache that shares whole blocks of so
     many tokens; `saving_in_given_order`: in an LRU cache of `cache_tokens` that meets the rows as
     the file has them, followed for `rows`. `rows_at_once`: the most neighbouring sequences whose KV
-    fits the budget; `estimate`: device seconds, from rates measured here; `advice`: see
-    `job/advice.py`. Bytes are None where the model's shape is not known.
+    fits the budget; `estimate` (device seconds, from rates measured here) and `advice`: where
+    somebody asks for a plan alone. Bytes are None where the model's shape is not known.
     """
 
     rows: int
@@ -57,9 +57,9 @@ class PlanSummary:
     peak_kv_bytes: int | None
     kv_budget_bytes: int | None
     rows_at_once: int | None
-    estimate: dict[str, Any] | None
-    advice: dict[str, Any] | None
     plan_hash: str
+    estimate: dict[str, Any] | None = None
+    advice: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A mapping of plain values."""
@@ -75,17 +75,8 @@ class KVLimits:
     budget: int | None
 
 
-def summarise(
-    plan: Plan,
-    ids: Names,
-    limits: KVLimits,
-    advice: dict[str, Any] | None = None,
-    estimate: Callable[[int, int], dict[str, Any]] | None = None,
-) -> PlanSummary:
-    """Describe `plan`; `ids[i]` is the id of table row i, `advice` on the prompts' text.
-
-    `estimate`: from tokens to prefill and tokens to generate to seconds.
-    """
+def summarise(plan: Plan, ids: Names, limits: KVLimits) -> PlanSummary:
+    """Describe `plan`; `ids[i]` is the id of table row i."""
     runs = plan.sequence_of_row >= 0
     total = int(plan.table.lengths[runs].sum())
     unique = plan.tree.unique_tokens
@@ -114,8 +105,6 @@ def summarise(
         peak_kv_bytes=_peak_kv_bytes(plan, limits),
         kv_budget_bytes=limits.budget,
         rows_at_once=_rows_at_once(plan, limits),
-        estimate=None if estimate is None else estimate(unique, generated),
-        advice=advice,
         plan_hash=hash_plan(plan, ids),
     )
 

@@ -267,9 +267,7 @@ def _make_batch(
 Content = str | list[Message]
 
 
-def _contents(
-    table: pa.Table, columns: ColumnMap, template: PromptTemplate | None
-) -> list[Any]:
+def _contents(table: pa.Table, columns: ColumnMap, template: PromptTemplate | None) -> list[Any]:
     """What each row's prompt is made of: a cell, or the cells of a template by column."""
     if template is None:
         cells: list[Any] = table.column(columns.prompt or columns.messages).to_pylist()
