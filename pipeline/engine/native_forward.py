@@ -98,6 +98,8 @@ class _Layer:
         heads = qkv.view(len(qkv), -1, keys.shape[2])[:, : -2 * keys.shape[0]]
         attended = batch.kernel.attend(heads, keys, values, batch.work, self.rules)
         x = self.output.plus(attended.flatten(1), x)
+        if len(x) <= _MLP_TOKENS:
+            return self._mlp(x)
         return torch.cat([self._mlp(part) for part in torch.split(x, _MLP_TOKENS)])
 
     def _mlp(self, x: Tensor) -> Tensor:
