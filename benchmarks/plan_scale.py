@@ -30,7 +30,7 @@ from pipeline.settings import parse_bytes
 _INSTRUCTION, _DOCUMENT, _OWN = 200, 100, 30
 _GROUPS, _ROWS_A_DOCUMENT = 20, 5
 _VOCABULARY = 32_768
-_BATCH = 50_000
+_BATCH = 5_000
 
 
 def make_table(num_rows: int, seed: int = 0) -> tuple[TokenTable, int]:

@@ -27,7 +27,7 @@ Batch = tuple[Ids, Sequence[int] | NDArray[np.int64]]
 """Ids end to end, in any byte order, and the length of each row."""
 
 WORD_BYTES = 8
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 16 << 20
 """Read at a time where the whole table is gone through."""
 
 

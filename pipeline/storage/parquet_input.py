@@ -140,7 +140,8 @@ def _check_magic(path: Path) -> None:
         file.seek(-min(4, os.fstat(file.fileno()).st_size), os.SEEK_END)
         tail = file.read(4)
     if head != _MAGIC:
-        raise InputError(f"{path} is not a Parquet file; convert it to Parquet first")
+        how = f": coppice convert {path} {path.stem}.parquet" if path.suffix == ".jsonl" else ""
+        raise InputError(f"{path} is not a Parquet file; convert it to Parquet first{how}")
     if tail != _MAGIC:
         raise InputError(f"{path} is a truncated Parquet file; write or copy it again")
 
