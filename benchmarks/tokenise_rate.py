@@ -42,7 +42,7 @@ def main() -> None:
         tokens = sum(len(e) for e in tokenizer.encode_batch(texts))
         alone = time.perf_counter() - begin
         begin = time.perf_counter()
-        table = read_rows(open_job(str(source), settings)).finish()
+        table = read_rows(open_job(str(source), settings)).tokens()
         filed = time.perf_counter() - begin
         assert int(table.lengths.sum()) == tokens
         ratios.append(alone / filed)

@@ -2,18 +2,17 @@
 
 ```
  reader thread ──► channel ──► tokenise a batch ──► token file, parameters, rejected rows ──► plan
+                                                       └── checkpoint, where there are many rows
 ```
-
-Token ids go to a temporary file; of a row that can run, memory holds numbers and its id, packed.
 """
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -21,15 +20,19 @@ import psutil
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError, ModelError
+from pipeline.job import checkpoint
 from pipeline.job.advice import SAMPLE_ROWS, advise
 from pipeline.job.channel import Stages
+from pipeline.job.checkpoint import Checkpoint
+from pipeline.job.fingerprint import describe_versions
 from pipeline.job.prepare import Limits, Preparation
+from pipeline.job.prepared_rows import PreparedRows
 from pipeline.job.rates import recall_rates
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.shards import cut_into_shards
 from pipeline.plan.summary import KVLimits, PlanSummary, summarise
-from pipeline.plan.token_table import TokenFile, TokenTable, narrowest_dtype
-from pipeline.records import PromptBatch, Rejected, SamplingParams
+from pipeline.plan.token_table import narrowest_dtype
+from pipeline.records import PromptBatch, Rejected
 from pipeline.settings import JobSettings, ModelSettings, PlanSettings
 from pipeline.storage.reader import PromptSource, find_duplicate_ids, open_source
 from pipeline.storage.schema import output_schema
@@ -43,9 +46,6 @@ _ROW_BYTES = 250  # of the plan's own columns while it is built, measured
 _SORT_COST = 2.0  # bytes of memory for each byte that is sorted, measured
 _LEAST_SORT_BYTES = 32 << 20
 _SAID = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens")
-
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +73,18 @@ class Job:
         context = None if self.shape is None else self.shape.context_length
         limits = Limits(context, self.settings.plan.on_overlong)
         return Preparation(self.tokenizer, self.settings.sampling, self.generation_config, limits)
+
+    def key(self) -> str:
+        """Stands for all that the prepared rows depend on."""
+        settings = self.settings
+        template = settings.read.template
+        parts = (
+            self.source.stamp(), self.source.num_rows, self.tokenizer.fingerprint,
+            settings.read, settings.tokens, settings.sampling, settings.plan.on_overlong,
+            self.generation_config, None if self.shape is None else self.shape.context_length,
+            None if template is None else template.read_bytes(), describe_versions(),
+        )  # fmt: skip
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,14 +129,14 @@ def _read_shape(settings: ModelSettings) -> ModelShape | None:
 
 def plan_rows(job: Job) -> PlannedJob:
     """Read, tokenise and plan every row. Raises InputError for duplicate ids and damaged pages."""
-    return read_rows(job).plan()
+    return _plan(job, read_rows(job))
 
 
 def plan_for_a_person(job: Job) -> PlannedJob:
     """As `plan_rows`, with what a person wants to know before a run: advice and estimated time."""
     rows = read_rows(job)
-    planned = rows.plan()
-    summary, advice = planned.summary, advise(rows.sample)
+    planned = _plan(job, rows)
+    summary, advice = planned.summary, advise(rows.sample())
     rates = None if job.shape is None else recall_rates(job.settings.model)
     summary = replace(
         summary,
@@ -137,13 +149,19 @@ def plan_for_a_person(job: Job) -> PlannedJob:
 
 
 def read_rows(job: Job) -> PreparedRows:
-    """Read and tokenise every row. Raises InputError for damaged pages."""
-    rows = PreparedRows(job)
-    with Stages() as stages:
+    """Read and tokenise every row, or what a killed call left. Raises InputError, StorageError."""
+    rows = PreparedRows(
+        job.tokenizer,
+        job.preparation(),
+        narrowest_dtype(job.tokenizer.vocabulary_size),
+        -(-job.source.num_rows // SAMPLE_ROWS),
+        Checkpoint.open(job.key()) if job.source.num_rows > checkpoint.EVERY_ROWS else None,
+    )
+    with rows.until_failure(), Stages() as stages:
         batches = stages.channel(_BATCHES_AHEAD)
 
         def read() -> None:
-            for batch in job.source.iter_prompts():
+            for batch in job.source.iter_prompts(rows.num_rows):
                 batches.put(batch)
             batches.finish()
             job.source.check_carried_columns()  # damage there must show before the device is used
@@ -154,78 +172,31 @@ def read_rows(job: Job) -> PreparedRows:
     return rows
 
 
-class PreparedRows:
-    """The rows read so far, column by column; `sample`: rendered prompts of some, evenly spaced."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._preparation = job.preparation()
-        dtype = narrowest_dtype(job.tokenizer.vocabulary_size)
-        self._tokens = TokenFile(tempfile.TemporaryFile(), dtype)  # gone with the process
-        self._largest_id = -1
-        self._ids = [pl.Series(dtype=pl.String)]
-        self._rejected: dict[int, Rejected] = {}
-        self._every = -(-job.source.num_rows // SAMPLE_ROWS)
-        self.sample: list[str] = []
-        self._params = _Numbers[SamplingParams]()
-        self._tenants = _Numbers[str | None]()
-
-    def add(self, batch: PromptBatch) -> None:
-        """Tokenise a batch and keep what the plan needs of it."""
-        prepared = self._preparation.prepare(batch)
-        self._rejected |= prepared.rejected
-        self._tokens.append(prepared.flat, prepared.lengths)
-        self._largest_id = max(self._largest_id, int(prepared.flat.max(initial=0)))
-        self._ids.append(pl.Series(batch.ids, dtype=pl.String))
-        self._tenants.extend(batch.tenants)
-        self._params.extend(prepared.params)
-        for index in range(-batch.row_start % self._every, len(batch.ids), self._every):
-            if prepared.lengths[index]:
-                content = batch.contents[index]
-                assert content is not None
-                self.sample.append(self._job.tokenizer.render(content))
-
-    def finish(self) -> TokenTable:
-        """The token ids of all rows read; no more can be added."""
-        return self._tokens.finish()
-
-    def plan(self) -> PlannedJob:
-        """Build the plan of all rows read. Raises InputError for ids that come twice."""
-        job = self._job
-        table = self.finish()
-        _check_vocabulary(self._largest_id, job)
-        ids = pl.concat(self._ids, rechunk=True)
-        _check_ids(ids)
-        plan = build_plan(
-            table,
-            ids,
-            tuple(self._params.known),
-            self._params.of_rows(),
-            self._tenants.of_rows(),
-            job.settings.plan.min_prefix_tokens,
-            _sort_bytes(job.settings.plan.plan_memory, len(table)),
-        )
-        summary = summarise(plan, ids, _kv_limits(job))
-        rows = _rows_of_shard(plan, job.settings.plan)
-        return PlannedJob(job, plan, ids, self._rejected, rows, summary)
+def _plan(job: Job, rows: PreparedRows) -> PlannedJob:
+    """The plan of rows that are read; only then their checkpoint is forgotten."""
+    with rows.until_failure():
+        planned = _build(job, rows)
+    rows.forget()
+    return planned
 
 
-class _Numbers(Generic[Value]):
-    """Distinct values by number of appearance, and the number of every row's value."""
-
-    def __init__(self) -> None:
-        self.known: dict[Value, int] = {}
-        self._rows = [np.zeros(0, np.int32)]
-
-    def extend(self, values: Sequence[Value]) -> None:
-        """The next rows."""
-        known = self.known
-        numbers = (known.setdefault(value, len(known)) for value in values)
-        self._rows.append(np.fromiter(numbers, np.int32, len(values)))
-
-    def of_rows(self) -> NDArray[np.int32]:
-        """[rows] int32."""
-        return np.concatenate(self._rows)
+def _build(job: Job, rows: PreparedRows) -> PlannedJob:
+    table, columns, params = rows.tokens(), rows.columns(), rows.params()
+    _check_vocabulary(rows.largest_id, job)
+    ids = columns["id"]
+    _check_ids(ids)
+    settings = job.settings.plan
+    plan = build_plan(
+        table,
+        ids,
+        params,
+        columns["params"].to_numpy(),
+        columns["tenant"].to_numpy(),
+        settings.min_prefix_tokens,
+        _sort_bytes(settings.plan_memory, len(table)),
+    )
+    summary = summarise(plan, ids, _kv_limits(job))
+    return PlannedJob(job, plan, ids, rows.rejected(), _rows_of_shard(plan, settings), summary)
 
 
 def select_rows(job: Job, rows: Sequence[int] | NDArray[np.int64]) -> PromptBatch:

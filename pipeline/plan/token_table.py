@@ -112,12 +112,20 @@ class TokenTable:
 class TokenFile:
     """Writes a table to an open file, batch by batch; only the lengths stay in memory."""
 
-    def __init__(self, file: BinaryIO, dtype: np.dtype[np.unsignedinteger]) -> None:
-        """`file` is empty and open for reading and writing; it is closed with the table."""
+    def __init__(
+        self,
+        file: BinaryIO,
+        dtype: np.dtype[np.unsignedinteger],
+        lengths: NDArray[np.integer] | None = None,
+    ) -> None:
+        """`file` is open for reading and writing, at its end; it is closed with the table.
+
+        `lengths`: of the rows that it holds already.
+        """
         self._file = file
         self._close = weakref.finalize(self, file.close)
         self._dtype = dtype
-        self._lengths: list[NDArray[np.int32]] = []
+        self._lengths = [np.zeros(0, np.int32) if lengths is None else lengths.astype(np.int32)]
 
     def append(self, flat: Ids, lengths: NDArray[np.int64]) -> None:
         """The next rows. Raises OSError where the disk is full."""
@@ -127,7 +135,7 @@ class TokenFile:
     def finish(self) -> TokenTable:
         """Everything appended, the ids mapped from the file."""
         self._file.flush()
-        lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths]).astype(np.int64)
+        lengths = np.concatenate(self._lengths).astype(np.int64)
         if not lengths.any():  # nothing can be mapped
             return TokenTable.of(np.zeros(0, self._dtype), lengths)
         table = TokenTable.of(np.memmap(self._file, self._dtype, "r"), lengths, self._file)

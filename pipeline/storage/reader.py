@@ -45,16 +45,23 @@ class PromptSource:
     _template: PromptTemplate | None = None
     _cache: _GroupCache = field(default_factory=lambda: _GroupCache(_CACHE_BYTES))
 
-    def iter_prompts(self) -> Iterator[PromptBatch]:
+    def stamp(self) -> str:
+        """Changes when a file of the input does, without reading it: path, size, time."""
+        return repr([(str(file.path.absolute()), file.stamp) for file in self._files])
+
+    def iter_prompts(self, first_row: int = 0) -> Iterator[PromptBatch]:
         """All rows in order, in batches of at most `parquet_input.BATCH_ROWS`.
+
+        Batches that end before `first_row` are left out; it must be where a batch begins.
 
         Raises InputError on a damaged page or a row without an id.
         """
         for file, label, start, stop in self._file_ranges():
             row = start
             for table in file.iter_batches(self.columns.names, stop - start):
-                ids = self._read_ids(table, file, label, row - start)
-                yield _make_batch(table, self.columns, ids, row, self._template)
+                if row >= first_row:
+                    ids = self._read_ids(table, file, label, row - start)
+                    yield _make_batch(table, self.columns, ids, row, self._template)
                 row += table.num_rows
 
     def take(self, row_indices: NDArray[np.int64]) -> pa.Table:

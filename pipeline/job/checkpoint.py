@@ -1,0 +1,109 @@
+"""Prepared rows of a large input, kept on disk until the plan is made: a killed plan goes on.
+
+```
+ <user's cache>/coppice/plans/<key>/   tokens.bin               token ids, appended
+                                       rows-00000.parquet ..    what the plan needs of each row
+                                       state.json               how much of these counts: last
+```
+
+The key stands for all that the rows depend on; another input, tokenizer or setting has another one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import polars as pl
+
+from pipeline.engine.machine import cache_folder
+from pipeline.errors import RunDirectoryError
+from pipeline.storage.durable import replace_file, write_errors
+from pipeline.storage.lock import FolderLock
+
+EVERY_ROWS = 100_000
+_STALE_S = 7 * 24 * 3600  # what nobody came back for
+
+
+class Checkpoint:
+    """The folder of one key, held by this process. Files of it are the user's alone."""
+
+    def __init__(self, folder: Path) -> None:
+        """Take the folder, made when absent. Raises RunDirectoryError if it is in use, OSError."""
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder = folder
+        self._lock = FolderLock(folder)
+        self.state = self._read_state()
+        self.tokens = self._open_tokens()
+
+    @classmethod
+    def open(cls, key: str) -> Checkpoint | None:
+        """None where it cannot be had: another process has it, or the cache is read-only."""
+        plans = cache_folder() / "plans"
+        _drop_stale(plans)
+        try:
+            return cls(plans / key)
+        except (RunDirectoryError, OSError):
+            return None
+
+    def frames(self) -> Iterator[pl.DataFrame]:
+        """The committed rows, in order."""
+        for number in range(self.state.get("parts", 0)):
+            yield pl.read_parquet(self._part(number))
+
+    def save(self, frame: pl.DataFrame, state: dict[str, Any]) -> None:
+        """Commit the tokens written so far, these rows, and `state`. Raises StorageError."""
+        number = self.state.get("parts", 0)
+        with write_errors(self._folder):
+            self.tokens.flush()
+            os.fsync(self.tokens.fileno())
+            frame.write_parquet(self._part(number))
+        self.state = state | {"parts": number + 1, "token_bytes": self.tokens.tell()}
+        replace_file(self._folder / "state.json", json.dumps(self.state).encode())
+
+    def remove(self) -> None:
+        """The files go; what is open or mapped lives until it is closed."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Leave the folder to others."""
+        self._lock.release()
+
+    def _read_state(self) -> dict[str, Any]:
+        """Of the last commit; empty where there is none, or where one of its files is damaged."""
+        try:
+            state: dict[str, Any] = json.loads((self._folder / "state.json").read_bytes())
+            rows = sum(
+                int(pl.scan_parquet(self._part(n)).select(pl.len()).collect().item())
+                for n in range(state["parts"])
+            )
+            whole = (self._folder / "tokens.bin").stat().st_size >= state["token_bytes"]
+            return state if whole and rows == state["rows"] else {}
+        except (OSError, ValueError, KeyError, pl.exceptions.PolarsError):
+            return {}
+
+    def _open_tokens(self) -> BinaryIO:
+        path = self._folder / "tokens.bin"
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b")
+        file.truncate(self.state.get("token_bytes", 0))
+        file.seek(0, os.SEEK_END)
+        return file
+
+    def _part(self, number: int) -> Path:
+        return self._folder / f"rows-{number:05}.parquet"
+
+
+def _drop_stale(plans: Path) -> None:
+    """Remove folders that were not touched for a week."""
+    for folder in plans.glob("*"):
+        try:
+            if time.time() - folder.stat().st_mtime > _STALE_S:
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue

@@ -1,0 +1,175 @@
+"""A plan that is killed goes on, and comes to the plan that it would have come to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.job import checkpoint, prepared_rows
+from pipeline.job.planning import PlannedJob, open_job, plan_rows
+from pipeline.job.prepare import Preparation, PreparedBatch
+from pipeline.records import PromptBatch
+from pipeline.settings import JobSettings
+from pipeline.storage import parquet_input
+from tests.tiny_job import echo_settings, write_prompts
+
+ROWS = 90
+
+
+@pytest.fixture(autouse=True)
+def small_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of 5 rows, a checkpoint every 20, a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(parquet_input, "BATCH_ROWS", 5)
+    for module in (checkpoint, prepared_rows):
+        monkeypatch.setattr(module, "EVERY_ROWS", 20)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    prompts = [None if i % 11 == 3 else f"prompt {i % 7} of {i}" for i in range(ROWS)]
+    tenants = ["a" if i % 2 else None for i in range(ROWS)]
+    limits = [3 + i % 4 for i in range(ROWS)]
+    return write_prompts(tmp_path / "p.parquet", prompts, tenant=tenants, max_new_tokens=limits)
+
+
+def fail_after(monkeypatch: pytest.MonkeyPatch, batches: int, error: BaseException) -> list[int]:
+    """Rows that are prepared from now on; the call after `batches` ones raises."""
+    prepared: list[int] = []
+    whole = Preparation.prepare
+
+    def prepare(self: Preparation, batch: PromptBatch) -> PreparedBatch:
+        if len(prepared) == batches:
+            raise error
+        prepared.append(batch.row_start)
+        return whole(self, batch)
+
+    monkeypatch.setattr(Preparation, "prepare", prepare)
+    return prepared
+
+
+def plan(source: Path, settings: JobSettings) -> PlannedJob:
+    return plan_rows(open_job(str(source), settings))
+
+
+def described(planned: PlannedJob) -> tuple[object, ...]:
+    return planned.summary, planned.ids.to_list(), planned.rejected, planned.rows.tolist()
+
+
+def leftovers(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("batches", [3, 4, 9, 17])
+def test_an_interrupted_plan_goes_on_where_it_was(
+    tmp_path: Path,
+    source: Path,
+    tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batches: int,
+) -> None:
+    """Seen red: rows of the last checkpoint tokenised again, numbers of parameters begun anew."""
+    settings = echo_settings(tokenizer_folder)
+    whole = described(plan(source, settings))
+    assert leftovers(tmp_path) == []
+    with pytest.MonkeyPatch.context() as patch:
+        fail_after(patch, batches, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            plan(source, settings)
+    saved = batches * 5 // 20 * 20
+    prepared = fail_after(monkeypatch, -1, KeyboardInterrupt())
+    assert described(plan(source, settings)) == whole
+    assert prepared == list(range(saved, ROWS, 5))
+    assert leftovers(tmp_path) == []
+
+
+def test_a_damaged_or_other_checkpoint_is_not_used(
+    tmp_path: Path, source: Path, tokenizer_folder: Path
+) -> None:
+    settings = echo_settings(tokenizer_folder)
+    whole = described(plan(source, settings))
+    for name in ("tokens.bin", "rows-00001.parquet", "state.json"):
+        with pytest.MonkeyPatch.context() as patch:
+            fail_after(patch, 9, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                plan(source, settings)
+        (place,) = (tmp_path / "cache").rglob(name)
+        place.write_bytes(place.read_bytes()[:7])
+        assert described(plan(source, settings)) == whole
+    with pytest.MonkeyPatch.context() as patch:
+        fail_after(patch, 9, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            plan(source, settings)
+    os.utime(source, (1, 1))  # another file for all that anybody knows
+    with pytest.MonkeyPatch.context() as patch:
+        prepared = fail_after(patch, -1, KeyboardInterrupt())
+        assert described(plan(source, settings)) == whole
+        assert prepared[0] == 0
+
+
+def test_an_input_at_fault_leaves_nothing(tmp_path: Path, tokenizer_folder: Path) -> None:
+    source = write_prompts(tmp_path / "p.parquet", ["x"] * 40, id=["same"] * 40)
+    with pytest.raises(InputError, match="come twice"):
+        plan(source, echo_settings(tokenizer_folder))
+    assert leftovers(tmp_path) == []
+
+
+def test_two_plans_of_one_input_do_not_share_a_checkpoint(
+    source: Path, tokenizer_folder: Path
+) -> None:
+    job = open_job(str(source), echo_settings(tokenizer_folder))
+    held = checkpoint.Checkpoint.open(job.key())
+    assert held is not None and checkpoint.Checkpoint.open(job.key()) is None
+    assert len(plan_rows(job).ids) == ROWS
+    held.tokens.close()
+    held.release()
+
+
+def test_old_folders_are_dropped(tmp_path: Path, source: Path, tokenizer_folder: Path) -> None:
+    old = tmp_path / "cache" / "coppice" / "plans" / "old"
+    old.mkdir(parents=True)
+    week = time.time() - 8 * 24 * 3600
+    os.utime(old, (week, week))
+    plan(source, echo_settings(tokenizer_folder))
+    assert not old.exists()
+
+
+_SLOW = """
+import sys, time
+from pipeline.job import checkpoint, prepared_rows
+from pipeline.job.planning import open_job, plan_rows
+from pipeline.job.prepare import Preparation
+from pipeline.storage import parquet_input
+from tests.tiny_job import echo_settings
+parquet_input.BATCH_ROWS = 5
+checkpoint.EVERY_ROWS = prepared_rows.EVERY_ROWS = 20
+whole = Preparation.prepare
+def prepare(self, batch):
+    time.sleep(0.02)
+    print(batch.row_start, flush=True)
+    return whole(self, batch)
+Preparation.prepare = prepare
+plan_rows(open_job(sys.argv[1], echo_settings(sys.argv[2])))
+"""
+
+
+def test_a_killed_process_leaves_a_checkpoint(
+    source: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", _SLOW, str(source), str(tokenizer_folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) == 55:
+                process.send_signal(signal.SIGKILL)
+                break
+    prepared = fail_after(monkeypatch, -1, KeyboardInterrupt())
+    assert len(plan(source, echo_settings(tokenizer_folder)).ids) == ROWS
+    assert prepared[0] == 40
