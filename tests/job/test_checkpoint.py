@@ -35,8 +35,8 @@ def small_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     prompts = [None if i % 11 == 3 else f"prompt {i % 7} of {i}" for i in range(ROWS)]
-    tenants = ["a" if i % 2 else None for i in range(ROWS)]
-    limits = [3 + i % 4 for i in range(ROWS)]
+    tenants = ["a" if i // 7 % 2 else None for i in range(ROWS)]
+    limits = [3 + i // 3 % 4 for i in range(ROWS)]
     return write_prompts(tmp_path / "p.parquet", prompts, tenant=tenants, max_new_tokens=limits)
 
 
