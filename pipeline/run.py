@@ -157,8 +157,9 @@ def run_job(
                     outcome = RunOutcome.of_sealed(directory)
                     outcome.check_failures(settings.write)
                     return outcome
-                observer.say(f"{output} was complete, but parts are missing; they are made again")
-                directory.unseal()
+                observer.say(f"{output} was complete, but files are missing; they are made again")
+                if len(directory.done_rows()) != directory.read_manifest()["counters"]["rows_in"]:
+                    directory.unseal()
             with loading_engine(settings) as loading:
                 return Session(plan_rows(job), directory, observer, stop).run(loading)
     with loading_engine(settings) as loading:

@@ -18,6 +18,7 @@ from pipeline.errors import (
     TooManyFailedRows,
     UsageError,
 )
+from pipeline.job.status import read_status
 from pipeline.run import plan_job, run_job, validate_input, write_plan
 from pipeline.settings import JobSettings
 from pipeline.storage.conversion import convert
@@ -220,6 +221,8 @@ def test_shards_of_a_job_answer_every_row_once(
         counters = run_job(str(source), out, settings).counters
         assert counters["prefilled_tokens"] == counters["unique_tokens"]
         assert run_job(str(source), out, settings).was_complete
+        state = read_status(out)
+        assert (state["rows"], state["rows_left"]) == (len(answers(out)), 0)
         computed += int(counters["prefilled_tokens"])
         rows.append(answers(out))
     together = pl.concat(rows).sort("row_index")
@@ -240,6 +243,10 @@ def test_a_batch_file_comes_back_as_responses(tmp_path: Path, tokenizer_folder: 
     convert(lines, tmp_path / "rows.parquet")
     settings = echo_settings(tokenizer_folder, fail_on_error="1")
     run_job(str(tmp_path / "rows.parquet"), tmp_path / "out", settings)
+    (tmp_path / "out" / "_SUCCESS").rename(tmp_path / "mark")
+    with pytest.raises(RunDirectoryError, match="not complete"):
+        convert(tmp_path / "out", tmp_path / "out.jsonl")
+    (tmp_path / "mark").rename(tmp_path / "out" / "_SUCCESS")
     assert convert(tmp_path / "out", tmp_path / "out.jsonl") == 3
     x, y, z = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert [line["custom_id"] for line in (x, y, z)] == ["x", "y", "z"]
@@ -289,6 +296,28 @@ def test_a_complete_run_with_an_altered_part_is_not_called_complete(
     part.write_bytes(part.read_bytes() + b"x")
     with pytest.raises(StorageError, match="was altered"):
         run_job(str(source), tmp_path / "out", settings)
+
+
+def test_a_lost_or_damaged_plan_of_a_complete_run(tmp_path: Path, settings: JobSettings) -> None:
+    """Lost: made again, the audit stays. Its hash is compared whatever else is lost."""
+    source = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    out = tmp_path / "out"
+    run_job(str(source), out, settings)
+    (out / "audit").mkdir()
+    (out / "audit" / "summary.json").write_text("{}")
+    (out / "plan" / "plan.parquet").unlink()
+    run_job(str(source), out, settings)
+    assert (out / "plan" / "plan.parquet").exists() and (out / "audit" / "summary.json").exists()
+    summary = json.loads((out / "plan" / "summary.json").read_text())
+    (out / "plan" / "summary.json").write_text(json.dumps(summary | {"plan_hash": "0" * 64}))
+    (out / "plan" / "plan.parquet").unlink()
+    with pytest.raises(RunDirectoryError, match="planned differently"):
+        run_job(str(source), out, settings)
+    (out / "plan" / "summary.json").write_text("{")
+    with pytest.raises(StorageError, match="summary.json is damaged; delete it"):
+        run_job(str(source), out, settings)
+    (out / "plan" / "summary.json").unlink()
+    assert run_job(str(source), out, settings).counters["rows_ok"] == 6
 
 
 def test_a_model_that_cannot_run_leaves_no_folder(tmp_path: Path) -> None:

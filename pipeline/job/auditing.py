@@ -110,6 +110,11 @@ def reopen_job(directory: RunDirectory) -> Job:
             "bring the old file back, or run the new one into another folder"
         )
     changed = [name for name in now if now[name] != before.get(name)]
+    if "template" in changed:
+        raise InputError(
+            f"the template {settings.read.template} has changed since the run in "
+            f"{directory.root}; bring the old one back"
+        )
     if changed:
         raise ModelError(
             f"{settings.model.model} is not the model of the run in {directory.root} any more: "

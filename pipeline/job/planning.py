@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-import psutil
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError, ModelError
@@ -44,7 +43,8 @@ if TYPE_CHECKING:
 _BATCHES_AHEAD = 4
 _ROW_BYTES = 250  # of the plan's own columns while it is built, measured
 _SORT_COST = 2.0  # bytes of memory for each byte that is sorted, measured
-_LEAST_SORT_BYTES = 32 << 20
+_LEAST_SORT_BYTES = 64 << 20
+_BASE_BYTES = 600 << 20  # Python with its libraries
 _SAID = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens")
 
 
@@ -134,7 +134,7 @@ def plan_rows(job: Job) -> PlannedJob:
 
 def plan_for_a_person(job: Job) -> PlannedJob:
     """As `plan_rows`, with what a person wants to know before a run: advice and estimated time."""
-    rows = read_rows(job)
+    rows = read_rows(job, -(-job.source.num_rows // SAMPLE_ROWS))
     planned = _plan(job, rows)
     summary, advice = planned.summary, advise(rows.sample())
     rates = None if job.shape is None else recall_rates(job.settings.model)
@@ -148,13 +148,13 @@ def plan_for_a_person(job: Job) -> PlannedJob:
     return replace(planned, summary=summary)
 
 
-def read_rows(job: Job) -> PreparedRows:
+def read_rows(job: Job, sample_every: int | None = None) -> PreparedRows:
     """Read and tokenise every row, or what a killed call left. Raises InputError, StorageError."""
     rows = PreparedRows(
         job.tokenizer,
         job.preparation(),
         narrowest_dtype(job.tokenizer.vocabulary_size),
-        -(-job.source.num_rows // SAMPLE_ROWS),
+        sample_every,
         Checkpoint.open(job.key()) if job.source.num_rows > checkpoint.EVERY_ROWS else None,
     )
     with rows.until_failure(), Stages() as stages:
@@ -243,8 +243,11 @@ def _check_vocabulary(largest: int, job: Job) -> None:
 
 
 def _sort_bytes(plan_memory: int, num_rows: int) -> int:
-    """Bytes of token ids to sort at a time, so that the process stays below `plan_memory`."""
-    left = plan_memory - psutil.Process().memory_info().rss - num_rows * _ROW_BYTES
+    """Bytes of token ids to sort at a time, so that planning stays below `plan_memory`.
+
+    What the process holds besides is not asked: a model may be loading in another thread.
+    """
+    left = plan_memory - _BASE_BYTES - num_rows * _ROW_BYTES
     return max(_LEAST_SORT_BYTES, int(left / _SORT_COST))
 
 

@@ -16,6 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from pipeline.errors import StorageError, UsageError
+from pipeline.job.advice import SAMPLE_CHARACTERS
 from pipeline.job.checkpoint import EVERY_ROWS, Checkpoint
 from pipeline.job.prepare import Preparation
 from pipeline.plan.token_table import TokenFile, TokenTable
@@ -42,10 +43,10 @@ class PreparedRows:
         tokenizer: PromptTokenizer,
         preparation: Preparation,
         dtype: np.dtype[np.unsignedinteger],
-        sample_every: int,
+        sample_every: int | None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """`sample_every`: so many rows apart, rendered prompts are kept for advice."""
+        """`sample_every`: so many rows apart, beginnings of prompts are kept for advice."""
         self._tokenizer = tokenizer
         self._preparation = preparation
         self._sample_every = sample_every
@@ -55,7 +56,8 @@ class PreparedRows:
         self._params = _Numbers[SamplingParams]()
         self._tenants = _Numbers[str | None]()
         self.largest_id = -1
-        file = tempfile.TemporaryFile() if checkpoint is None else checkpoint.tokens
+        with _disk_errors():
+            file = tempfile.TemporaryFile() if checkpoint is None else checkpoint.tokens
         if checkpoint is not None and checkpoint.state:
             self._restore(checkpoint)
         lengths = pl.concat([frame["length"] for frame in self._frames])
@@ -65,13 +67,8 @@ class PreparedRows:
     def add(self, batch: PromptBatch) -> None:
         """Tokenise the next rows and keep what the plan needs. Raises StorageError."""
         prepared = self._preparation.prepare(batch)
-        try:
+        with _disk_errors():
             self._tokens.append(prepared.flat, prepared.lengths)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write token ids to a temporary file ({error.strerror}); free the disk or "
-                "set TMPDIR to one with room"
-            ) from error
         self.largest_id = max(self.largest_id, int(prepared.flat.max(initial=0)))
         rows = range(batch.row_start, batch.row_start + len(batch.ids))
         faults = [prepared.rejected.get(row) for row in rows]
@@ -95,7 +92,8 @@ class PreparedRows:
 
     def tokens(self) -> TokenTable:
         """The token ids of all rows; no more can be added."""
-        return self._tokens.finish()
+        with _disk_errors():
+            return self._tokens.finish()
 
     @contextmanager
     def until_failure(self) -> Iterator[None]:
@@ -131,7 +129,7 @@ class PreparedRows:
         return {row: Rejected(row, kind, message) for row, kind, message in faults.iter_rows()}
 
     def sample(self) -> list[str]:
-        """Rendered prompts of some rows, evenly spaced."""
+        """Beginnings of the rendered prompts of some rows, evenly spaced."""
         kept: list[str] = self._column("sample").to_series().drop_nulls().to_list()
         return kept
 
@@ -140,10 +138,12 @@ class PreparedRows:
 
     def _sample(self, batch: PromptBatch, lengths: NDArray[np.int64]) -> list[str | None]:
         kept: list[str | None] = [None] * len(batch.ids)
+        if self._sample_every is None:
+            return kept
         for index in range(-batch.row_start % self._sample_every, len(kept), self._sample_every):
             content = batch.contents[index]
             if lengths[index] and content is not None:
-                kept[index] = self._tokenizer.render(content)
+                kept[index] = self._tokenizer.render(content)[:SAMPLE_CHARACTERS]
         return kept
 
     def _save(self) -> None:
@@ -165,6 +165,17 @@ class PreparedRows:
             [SamplingParams(**said | {"stop": tuple(said["stop"])}) for said in state["params"]]
         )
         self._tenants.number(state["tenants"])
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot keep token ids on disk ({error.strerror}); free the disk, or set TMPDIR and "
+            "XDG_CACHE_HOME to one with room"
+        ) from error
 
 
 class _Numbers(Generic[Value]):

@@ -101,10 +101,10 @@ class Session:
 
     def run(self, loading: Future[Engine]) -> RunOutcome:
         """Answer the rows that are left, then seal. The session is recorded however it ends."""
-        self._write_plan()
-        self._directory.update_manifest(status="running")
         engine: Engine | None = None
         try:
+            self._write_plan()
+            self._directory.update_manifest(status="running")
             engine = loading.result()
             gc.freeze()  # the model's objects live on; a full collection over them costs a step
             self._observer.say(self._header())
@@ -123,11 +123,12 @@ class Session:
             self._observer.close()
 
     def _header(self) -> str:
-        summary = self._planned.summary
+        total, unique = self._planned.count_tokens()
+        saving = 1.0 - unique / total if total else 0.0
         resumed = f" ({self._rows_before} done before)" if self._rows_before else ""
         return (
-            f"{summary.rows} rows{resumed}, {summary.prompt_tokens} prompt tokens, "
-            f"{summary.unique_tokens} to compute ({summary.saving:.1%} saved)\n"
+            f"{len(self._planned.rows)} rows{resumed}, {total} prompt tokens, "
+            f"{unique} to compute ({saving:.1%} saved)\n"
             f"{self._planned.job.describe_generation()}"
         )
 
@@ -135,14 +136,20 @@ class Session:
         """Write the plan once; a resumed job must come to the same one."""
         summary = self._planned.summary
         known = self._directory.root / "plan" / "summary.json"
-        if known.exists() and self._directory.planned_rows() is not None:
-            before = json.loads(known.read_text())["plan_hash"]
+        if known.exists():
+            try:
+                before = json.loads(known.read_text())["plan_hash"]
+            except (ValueError, KeyError) as error:
+                raise StorageError(
+                    f"{known} is damaged; delete it and run the same command again"
+                ) from error
             if before != summary.plan_hash:
                 raise RunDirectoryError(
                     f"{self._directory.root} was planned differently ({before[:12]}, now "
                     f"{summary.plan_hash[:12]}); finish it with the coppice that began it"
                 )
-            return
+            if self._directory.planned_rows() is not None:
+                return
         plan, ids = self._planned.plan, self._planned.ids
         frame = plan_frame(plan, ids)
         if len(self._planned.rows) < len(frame):

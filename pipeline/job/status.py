@@ -19,7 +19,8 @@ def read_status(root: Path) -> dict[str, Any]:
     directory = RunDirectory.open(root)
     manifest = directory.read_manifest()
     committed = count_committed(directory)
-    rows = int(manifest["input"]["rows"])
+    planned = directory.planned_rows()  # of a shard these are not all of the input
+    rows = int(manifest["input"]["rows"]) if planned is None else len(planned)
     done = committed["rows_ok"] + committed["rows_error"]
     last = _last_metrics(root / "metrics.jsonl")
     rows_per_s = last.get("rows_per_s")

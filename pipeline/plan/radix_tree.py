@@ -108,16 +108,29 @@ def build_tree(
 
 
 def previous_smaller(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[n] the nearest j < i with `values[j] < values[i]`; of no meaning where `values[i]` is 0.
+    """[n] the nearest j < i with `values[j] < values[i]`; -1 where `values[i]` or nothing is 0.
 
-    Every i holds a pointer with nothing smaller between; it takes the pointer of where it points to
-    as long as that is not smaller, so distances double.
+    Up a tree of minima over blocks of 1, 2, 4, ... to the first block on the left that has a
+    smaller one, and down again to its last: O(n log n), all values side by side.
     """
-    nearest = np.arange(-1, len(values) - 1)
+    levels = [values]
+    while len(levels[-1]) > 1:
+        row = levels[-1]
+        row = row if len(row) % 2 == 0 else np.append(row, np.iinfo(np.int64).max)
+        levels.append(np.minimum(row[::2], row[1::2]))
+    nearest = np.full(len(values), -1, np.int64)
     todo = np.flatnonzero(values)
-    while len(todo):
-        todo = todo[values[nearest[todo]] >= values[todo]]
-        nearest[todo] = nearest[nearest[todo]]
+    block = todo.copy()
+    for depth, row in enumerate(levels):
+        is_found = (block % 2 == 1) & (row[block - 1] < values[todo])
+        found, place = todo[is_found], block[is_found] - 1
+        for lower in reversed(levels[:depth]):
+            right = np.minimum(2 * place + 1, len(lower) - 1)
+            place = np.where(lower[right] < values[found], right, 2 * place)
+        nearest[found] = place
+        todo, block = todo[~is_found], block[~is_found] // 2
+        if not len(todo):
+            break
     return nearest
 
 

@@ -74,7 +74,7 @@ class _Costs:
         return int(self._upto[high] - self._upto[low]) + again
 
     def cut(self, low: int, high: int, fair: int) -> list[_Piece]:
-        """`[low, high)` in one piece, or in as many as it takes for each to cost `fair` at most.
+        """`[low, high)` in one piece, or in as many as it takes for each to cost about `fair`.
 
         A cut goes where the fewest tokens are shared, within a fiftieth of a share of its place.
         """

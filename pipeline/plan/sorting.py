@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pipeline.plan.token_table import WORD_BYTES, TokenTable
 
 SORT_BYTES = 1 << 30
-"""Bytes of ids in memory at a time, unless said otherwise; the keys and views double it."""
+"""Bytes of ids to sort at a time, unless said otherwise; the keys and views double it."""
 _SAMPLES = 200  # rows of the sample for each partition
 _PAIRS = 1 << 15  # compared at a time: their words stay in a core's cache
 _STEP = 8  # words compared before looking who is still equal
@@ -101,7 +101,9 @@ def _partitions(
         yield _read(table, tenant, present), False
         return
     number = -(-2 * size // sort_bytes)
-    splitters = _choose_splitters(table, tenant, present, number)
+    most = max(number, len(present) * sort_bytes // size)  # as many as fit
+    sample = _sample(present, min(number * _SAMPLES, most))
+    splitters = _choose_splitters(_read(table, tenant, sample), number)
     part_of_row = np.full(len(table), -1, np.int16)
     for low, high in table.chunks():
         block = _read(table, tenant, present[_between(present, low, high)])
@@ -119,12 +121,14 @@ def _partitions(
             yield block, is_one
 
 
-def _choose_splitters(
-    table: TokenTable, tenant: NDArray[np.int64], present: NDArray[np.int64], number: int
-) -> pl.Series:
-    """At most `number - 1` distinct keys that cut the sample into parts of like weight."""
-    sample = present[:: max(1, len(present) // (number * _SAMPLES))]
-    block = _read(table, tenant, sample)
+def _sample(rows: NDArray[np.int64], at_most: int) -> NDArray[np.int64]:
+    """Some of `rows`, at random: every n-th would miss templates that take turns."""
+    chosen = np.random.default_rng(0).integers(0, len(rows), min(at_most, len(rows)))
+    return rows[np.unique(chosen)]
+
+
+def _choose_splitters(block: _Block, number: int) -> pl.Series:
+    """At most `number - 1` distinct keys that cut the block into parts of like weight."""
     keys = block.keys()
     order = keys.arg_sort().to_numpy().astype(np.int64)
     weight = np.cumsum(np.diff(block.start)[order])

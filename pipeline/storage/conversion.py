@@ -9,20 +9,22 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import InputError, UsageError
+from pipeline.errors import InputError, RunDirectoryError, UsageError
 from pipeline.settings import ReadSettings
 from pipeline.storage.durable import publish, temp_path, write_errors
 from pipeline.storage.openai_batch import (
+    ANSWER_COLUMNS,
     BadRequest,
     is_request,
     request_of_row,
@@ -40,7 +42,6 @@ _REQUEST_SCHEMA = pa.schema(
         "messages": pa.large_string(),
         "max_new_tokens": pa.int64(),
         "sampling_params": pa.large_string(),
-        "url": pa.large_string(),
         "model": pa.large_string(),
     }
 )
@@ -71,6 +72,8 @@ def _write_whole(target: Path, write: Callable[[BinaryIO], int]) -> int:
         try:
             with temp.open("xb") as file:
                 rows = write(file)
+                file.flush()
+                os.fsync(file.fileno())
             publish(temp, path)
         finally:
             temp.unlink(missing_ok=True)
@@ -86,23 +89,27 @@ def _write_rows(source: Path, file: BinaryIO) -> int:
     lines = chain([first], lines)
     if not is_request(first[1]):
         return _write_plain(source, lines, file)
-    content = "messages" if "messages" in first[1]["body"] else "prompt"
+    content = "prompt" if "prompt" in _row(source, *first) else "messages"
     names = [n for n in _REQUEST_SCHEMA.names if n in (content,) or n not in ("prompt", "messages")]
     schema = pa.schema([_REQUEST_SCHEMA.field(name) for name in names])
     count = 0
     with pq.ParquetWriter(file, schema) as writer:
         while batch := list(islice(lines, _ROWS_AT_A_TIME)):
-            rows = [_row(source, number, line, content) for number, line in batch]
+            rows = [_row_of_kind(source, number, line, content) for number, line in batch]
             writer.write_table(pa.Table.from_pylist(rows, schema))
             count += len(rows)
     return count
 
 
-def _row(source: Path, number: int, line: dict[str, Any], content: str) -> dict[str, Any]:
+def _row(source: Path, number: int, line: dict[str, Any]) -> dict[str, Any]:
     try:
-        row = row_of_request(line)
+        return row_of_request(line)
     except BadRequest as error:
         raise InputError(f"line {number} of {source}: {error}") from None
+
+
+def _row_of_kind(source: Path, number: int, line: dict[str, Any], content: str) -> dict[str, Any]:
+    row = _row(source, number, line)
     if content not in row:
         raise InputError(
             f"line {number} of {source} is of another kind than the first; "
@@ -113,15 +120,20 @@ def _row(source: Path, number: int, line: dict[str, Any], content: str) -> dict[
 
 def _write_plain(source: Path, lines: Iterable[tuple[int, dict[str, Any]]], file: BinaryIO) -> int:
     """Objects of any columns; all are needed to know their types."""
+    rows = [line for _, line in lines]
+    names = dict.fromkeys(name for row in rows for name in row)
+    name = ""
     try:
-        frame = pl.DataFrame([line for _, line in lines], infer_schema_length=None)
-    except (pl.exceptions.PolarsError, TypeError) as error:
-        reason = str(error).split("\n")[0][:200]
+        columns = {}
+        for name in names:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        pq.write_table(pa.table(columns), file)
+    except (pa.ArrowException, TypeError, OverflowError, UnicodeError) as error:
         raise InputError(
-            f"the lines of {source} do not fit into one table ({reason}); give each field one type"
+            f"the field {name!r} of the lines of {source} does not fit into a column "
+            f"({type(error).__name__}); give it one type in all lines"
         ) from error
-    frame.write_parquet(file)
-    return len(frame)
+    return len(rows)
 
 
 def _read_lines(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -137,12 +149,16 @@ def _read_lines(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _object(source: Path, number: int, text: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(text.removeprefix(codecs.BOM_UTF8), parse_constant=_no_number)
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         value = None
     if not isinstance(value, dict):
         raise InputError(f"line {number} of {source} is not a JSON object in UTF-8")
     return value
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _write_lines(lines: Iterable[dict[str, Any]], file: BinaryIO) -> int:
@@ -157,7 +173,7 @@ def _requests(source: Path) -> Iterator[dict[str, Any]]:
     """Rows that a run would take; one that it would reject is refused here by its number."""
     prompts = open_source(source, ReadSettings())
     columns = prompts.columns
-    kept = [name for name in ("url", "model") if name in prompts.schema.names]
+    kept = [name for name in ("model",) if name in prompts.schema.names]
     for batch in prompts.iter_prompts():
         for bad in batch.rejected:
             raise InputError(f"row {bad.row_index} of {source}: {bad.message}")
@@ -175,8 +191,23 @@ def _requests(source: Path) -> Iterator[dict[str, Any]]:
 
 
 def _responses(source: Path) -> Iterator[dict[str, Any]]:
+    """Raises RunDirectoryError for a run that is not complete: half an output looks like one."""
     directory = RunDirectory.open(source)
-    run_id, rows = directory.run_id, directory.scan().sort("row_index")
-    for frame in rows.collect().iter_slices(_ROWS_AT_A_TIME):
-        for row in frame.iter_rows(named=True):
-            yield response_of_answer(row, run_id)
+    if not directory.is_sealed:
+        raise RunDirectoryError(
+            f"the run in {source} is not complete; finish it by the command that began it"
+        )
+    rows = directory.scan()
+    names = rows.collect_schema().names()
+    is_chat = _is_chat(directory.read_manifest()["settings"]["read"], names)
+    needed = [name for name in (*ANSWER_COLUMNS, "model") if name in names]
+    answers = rows.select(needed).sort("row_index").collect()
+    for row in answers.iter_rows(named=True):
+        yield response_of_answer(row, directory.run_id, is_chat)
+
+
+def _is_chat(read: dict[str, Any], columns: list[str]) -> bool:
+    """Whether the run took conversations, by its settings and the rules of `find_columns`."""
+    if read["messages_column"]:
+        return True
+    return not (read.get("template") or read["prompt_column"] or "prompt" in columns)

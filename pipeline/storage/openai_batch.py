@@ -2,7 +2,8 @@
 
 Knows the format and no files. The fields of a request's body that mean something here are kept
 under their own names in `sampling_params`; those that mean "as usual" are dropped; any other is
-refused, since an answer without it would be another answer.
+refused, since an answer without it would be another answer. What a row says wrongly (no message, a
+temperature of text) is the run's to reject: one row shall not keep a file from being converted.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from typing import Any
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 _SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
 _LIMITS = ("max_completion_tokens", "max_tokens")
+ANSWER_COLUMNS = (
+    "id", "row_index", "status", "error_type", "error_message", "generated_text", "finish_reason",
+    "prompt_tokens", "completion_tokens", "cached_tokens",
+)  # fmt: skip
+"""What a response is made of, besides `model`."""
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -55,21 +61,28 @@ def row_of_request(line: Mapping[str, Any]) -> dict[str, Any]:
         raise BadRequest(f"body has no {content}")
     if content == "prompt" and not isinstance(said["prompt"], str):
         raise BadRequest("prompt must be one text, not a list or token ids")
+    if not isinstance(said.get("model", ""), str):
+        raise BadRequest("model must be text")
     known = {content, "model", *_SAMPLING, *_LIMITS, *_BESIDE}
     for name, value in said.items():
         if name not in known and value not in _NEUTRAL.get(name, ()):
             raise BadRequest(f"body asks for {name}, which coppice cannot do; remove it")
-    limits = {said[name] for name in _LIMITS if name in said}
-    if len(limits) > 1 or not all(isinstance(limit, int) for limit in limits):
-        raise BadRequest("max_tokens must be one whole number")
+    limits = [said[name] for name in _LIMITS if name in said]
+    if any(type(limit) is not int or abs(limit) >= 2**31 for limit in limits):
+        raise BadRequest("max_tokens must be a whole number")
+    if len(set(limits)) > 1:
+        raise BadRequest("max_tokens and max_completion_tokens differ")
     sampling = {name: said[name] for name in _SAMPLING if name in said}
     text = said[content] if content == "prompt" else _json(said[content])
+    try:
+        f"{custom_id}{text}{said.get('model')}{_json(sampling)}".encode()
+    except UnicodeEncodeError:
+        raise BadRequest("a text holds half a surrogate pair, which is not text") from None
     return {
         "custom_id": custom_id,
         content: text,
-        "max_new_tokens": next(iter(limits), None),
+        "max_new_tokens": limits[0] if limits else None,
         "sampling_params": _json(sampling) if sampling else None,
-        "url": url,
         "model": said.get("model"),
     }
 
@@ -83,32 +96,32 @@ def request_of_row(row: Mapping[str, Any]) -> dict[str, Any]:
     is_chat = "messages" in said
     content = "messages" if is_chat else "prompt"
     body: dict[str, Any] = {}
-    if "model" in said:
+    if isinstance(said.get("model"), str):  # any table may have a column of that name
         body["model"] = said["model"]
     body[content] = _value(said[content]) if is_chat else said[content]
     if "max_new_tokens" in said:
         body["max_completion_tokens" if is_chat else "max_tokens"] = said["max_new_tokens"]
     sampling = _value(said.get("sampling_params", {}))
     body |= {name: value for name, value in sampling.items() if value is not None}
-    url = said.get("url", CHAT_URL if is_chat else TEXT_URL)
+    url = CHAT_URL if is_chat else TEXT_URL
     return {"custom_id": said["custom_id"], "method": "POST", "url": url, "body": body}
 
 
-def response_of_answer(row: Mapping[str, Any], run_id: str) -> dict[str, Any]:
-    """A line of a batch's output file from a row of a run's output."""
+def response_of_answer(row: Mapping[str, Any], run_id: str, is_chat: bool) -> dict[str, Any]:
+    """A line of a batch's output file from the `ANSWER_COLUMNS` of a row of a run's output."""
     name = f"{run_id}-{row['row_index']}"
     line = {"id": f"batch_req_{name}", "custom_id": row["id"], "response": None, "error": None}
     if row["status"] != "ok":
         error = {"code": row["error_type"], "message": row["error_message"]}
         return line | {"error": error}
-    is_chat = row.get("messages") is not None or row.get("url") == CHAT_URL
     text, finish = row["generated_text"], row["finish_reason"]
     choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
     choice |= {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+    model = row.get("model")
     body = {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{name}",
         "object": "chat.completion" if is_chat else "text_completion",
-        "model": row.get("model"),
+        "model": model if isinstance(model, str) else None,
         "choices": [choice],
         "usage": {
             "prompt_tokens": row["prompt_tokens"],

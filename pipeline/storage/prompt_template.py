@@ -2,6 +2,7 @@
 
 A template is code of the user's, rows are text of anybody's: it runs in Jinja's sandbox, sees the
 columns that it names and nothing else, and what it says when it fails leaves out the row's values.
+The same row must give the same prompt tomorrow, so nothing random is there either.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import meta
+from jinja2 import meta, nodes
+from jinja2.runtime import TemplateReference
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import UsageError
@@ -24,34 +26,55 @@ _FAULTS = (
 )  # fmt: skip
 
 
-class PromptTemplate:
-    """A template; `columns` are the names that it asks for, sorted."""
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """`order.items` is the field of a struct, where it has one, and not the method of a dict."""
 
-    def __init__(self, source: str, name: str = "the template") -> None:
-        """Raises UsageError with the line if it is not valid Jinja."""
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """See Jinja."""
+        if isinstance(obj, dict) and attribute in obj:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+
+class PromptTemplate:
+    """A template over a table; `columns` are those of it that the template asks for, sorted."""
+
+    def __init__(self, source: str, known: Sequence[str], name: str = "the template") -> None:
+        """`known`: the table's columns. Raises UsageError with the place of what is wrong."""
         self._name = name
         self._source = source
-        environment = ImmutableSandboxedEnvironment(
-            undefined=jinja2.StrictUndefined, finalize=_refuse_null, keep_trailing_newline=True
+        environment = _Sandbox(
+            undefined=jinja2.StrictUndefined, finalize=_printable, keep_trailing_newline=True
         )
+        for global_name in {"lipsum", *known} & environment.globals.keys():
+            del environment.globals[global_name]
+        del environment.filters["random"]
         try:
-            self.columns = tuple(sorted(meta.find_undeclared_variables(environment.parse(source))))
+            tree = environment.parse(source)
+            self.columns = tuple(sorted(meta.find_undeclared_variables(tree)))
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
                 f"{name}, line {error.lineno}, is not valid Jinja: {error.message}"
             ) from error
+        for other in tree.find_all((nodes.Include, nodes.Extends, nodes.Import, nodes.FromImport)):
+            raise UsageError(f"{name}, line {other.lineno}: other files cannot be read; copy it in")
+        self._check_columns(known)
 
     @classmethod
-    def read(cls, path: Path) -> PromptTemplate:
+    def read(cls, path: Path, known: Sequence[str]) -> PromptTemplate:
         """From a file. Raises UsageError."""
         try:
-            return cls(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeError) as error:
-            raise UsageError(f"cannot read the template {path} ({error}); correct it") from error
+            return cls(path.read_text(encoding="utf-8-sig"), known, str(path))
+        except OSError as error:
+            raise UsageError(f"cannot read the template {path} ({error.strerror})") from error
+        except UnicodeError as error:
+            raise UsageError(f"cannot read the template {path}: it is not UTF-8") from error
 
-    def check_columns(self, known: Sequence[str]) -> None:
+    def _check_columns(self, known: Sequence[str]) -> None:
         """Raises UsageError with line and column if it asks for what the table does not have."""
+        if not self.columns:
+            raise UsageError(f"{self._name} names no column, so all prompts would be the same")
         for column in self.columns:
             if column not in known:
                 found = re.search(rf"\b{re.escape(column)}\b", self._source)
@@ -75,9 +98,14 @@ class PromptTemplate:
             ) from None
 
 
-def _refuse_null(value: object) -> object:
+def _printable(value: object) -> object:
+    """What `{{ value }}` prints. A null within `a ~ b` is out of its sight."""
     if value is None:
         raise BadCell("prints a null; write {{ name or '' }} where that means nothing")
+    if not isinstance(value, jinja2.Undefined) and (
+        callable(value) or isinstance(value, TemplateReference)
+    ):
+        raise BadCell("prints a function, not a value")
     return value
 
 

@@ -206,9 +206,7 @@ def _read_template(settings: ReadSettings, columns: list[str]) -> PromptTemplate
         return None
     if settings.prompt_column or settings.messages_column:
         raise UsageError("--template makes the prompt: drop --prompt-column and --messages-column")
-    template = PromptTemplate.read(settings.template)
-    template.check_columns(columns)
-    return template
+    return PromptTemplate.read(settings.template, columns)
 
 
 def find_duplicate_ids(ids: pl.Series, at_most: int = 5) -> list[str]:
@@ -279,8 +277,6 @@ def _contents(table: pa.Table, columns: ColumnMap, template: PromptTemplate | No
     if template is None:
         cells: list[Any] = table.column(columns.prompt or columns.messages).to_pylist()
         return cells
-    if not template.columns:
-        return [{}] * table.num_rows
     rows: list[Any] = table.select(list(template.columns)).to_pylist()
     return rows
 

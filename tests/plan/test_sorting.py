@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.plan import token_table
+from pipeline.plan import sorting, token_table
 from pipeline.plan.sorting import SortedRows, sort_rows
 from pipeline.plan.token_table import TokenFile, TokenTable, narrowest_dtype
 from tests.plan.trie_oracle import Drawn, drawn_rows
@@ -83,3 +83,25 @@ def test_words_of_a_file_are_those_in_memory() -> None:
     mapped, kept = file.finish(), TokenTable.from_lists(rows, 100)
     assert mapped.read_words(1, 3).tolist() == kept.read_words(1, 3).tolist()
     assert [mapped[i].tolist() for i in range(3)] == rows
+
+
+@pytest.mark.parametrize("period", [1, 4, 5, 80])
+def test_templates_that_take_turns_do_not_end_up_in_one_partition(
+    period: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen red: every n-th row as the sample, which then knows one template of them."""
+    rows = [[100 + row % period] * 6 + [row] * 6 for row in range(8000)]
+    table = TokenTable.from_lists(rows)
+    size, largest = table.flat.nbytes, 0
+    read = sorting._read
+
+    def spy(*arguments: object) -> object:
+        nonlocal largest
+        block = read(*arguments)  # type: ignore[arg-type]
+        largest = max(largest, block.words.nbytes)
+        return block
+
+    monkeypatch.setattr(sorting, "_read", spy)
+    monkeypatch.setattr(token_table, "CHUNK_BYTES", 4096)
+    sort_rows(table, np.zeros(len(rows), np.int64), size // 5)
+    assert largest < size // 4

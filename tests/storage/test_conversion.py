@@ -74,8 +74,14 @@ def test_a_request_comes_back_as_it_was(body: dict[str, Any], text: str) -> None
         ({"logprobs": True}, "asks for logprobs"),
         ({"tools": [{"type": "function"}]}, "asks for tools"),
         ({"messages": None}, "no messages"),
-        ({"max_tokens": 5, "max_completion_tokens": 6}, "one whole number"),
-        ({"max_tokens": "5"}, "one whole number"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "differ"),
+        ({"max_tokens": "5"}, "a whole number"),
+        ({"max_tokens": True}, "a whole number"),
+        ({"max_tokens": [5]}, "a whole number"),
+        ({"max_tokens": 2**70}, "a whole number"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half a surrogate"),
+        ({"stop": "\ud800"}, "half a surrogate"),
+        ({"model": 5}, "model must be text"),
     ],
 )
 def test_what_would_change_the_answer_is_refused(body: dict[str, Any], said: str) -> None:
@@ -125,7 +131,14 @@ def test_plain_lines_keep_their_columns(tmp_path: Path) -> None:
             "line 2 of .*another kind",
         ),
         ([request() | {"url": "/v1/embeddings"}], "line 1 of .*url must be"),
-        (['{"id": 1}', '{"id": [1]}'], "do not fit into one table"),
+        (['{"id": 1}', '{"id": [1]}'], "field 'id' .* does not fit into a column"),
+        (['{"id": 1}', '{"id": "1"}'], "field 'id' .* does not fit into a column"),
+        (['{"t": [{"c": "x"}]}', '{"t": [{"c": ["y"]}]}'], "field 't' .* does not fit"),
+        ([json.dumps({"id": 2**70})], "field 'id' .* does not fit"),
+        ([json.dumps({"id": "\ud800"})], "field 'id' .* does not fit"),
+        (['{"id": "a", "sampling_params": {}}'], "does not fit into a column"),
+        (['{"id": 1, "temperature": NaN}'], "line 1 of .* is not a JSON object"),
+        (['{"custom_id": "a", "body": null}'], "line 1 of .*body an object"),
     ],
 )
 def test_a_line_that_cannot_be_taken_is_named_and_nothing_is_left(
@@ -141,6 +154,33 @@ def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
     with pytest.raises(InputError, match="line 2 of .*UTF-8"):
         convert(tmp_path / "in.jsonl", tmp_path / "rows.parquet")
+
+
+def test_what_a_row_says_wrongly_is_left_to_the_run(tmp_path: Path) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "t"}]}]
+    lines = [request("a", messages=[]), request("b", temperature="hot"), request("c", stop=5)]
+    lines += [request("d", messages=parts), request("e", max_tokens=-1), request("f")]
+    source = write_lines(tmp_path / "in.jsonl", *lines)
+    assert convert(source, tmp_path / "rows.parquet") == 6
+    (batch,) = open_source(tmp_path / "rows.parquet", ReadSettings()).iter_prompts()
+    assert [bad.row_index for bad in batch.rejected] == [0, 1, 2, 3]
+    assert batch.overrides[4] == {"max_new_tokens": -1}  # refused with the ranges, when planning
+
+
+def test_columns_that_only_share_a_name_with_a_request_change_nothing(tmp_path: Path) -> None:
+    rows = {"id": ["a"], "prompt": ["x"], "url": ["https://example.com"], "model": [1]}
+    pl.DataFrame(rows).write_parquet(tmp_path / "in.parquet")
+    assert convert(tmp_path / "in.parquet", tmp_path / "out.jsonl") == 1
+    (line,) = read_lines(tmp_path / "out.jsonl")
+    assert line == {
+        "custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}
+    }  # fmt: skip
+    assert convert(tmp_path / "out.jsonl", tmp_path / "back.parquet") == 1
+
+
+def test_a_mark_of_byte_order_is_not_part_of_the_first_line(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b'\xef\xbb\xbf{"id": "a", "prompt": "x"}\r\n')
+    assert convert(tmp_path / "in.jsonl", tmp_path / "rows.parquet") == 1
 
 
 def test_a_row_that_no_run_would_take_is_not_turned_into_a_request(tmp_path: Path) -> None:

@@ -39,8 +39,18 @@ def test_columns_become_the_prompt(tmp_path: Path) -> None:
     assert contents == ["lamp #x #y\n", "desk\n", "nothing #z\n"] and not faults
 
 
-def test_a_template_without_columns_is_the_same_prompt_for_all(tmp_path: Path) -> None:
-    assert read(tmp_path, "Hello")[0] == ["Hello"] * 3
+def test_what_shares_its_name_with_something_of_jinja_or_a_dict_is_the_column() -> None:
+    """Seen red: a function's address as the prompt, another one at each start."""
+    row = {"range": "5-10", "order": {"items": "3 pens", "n": 2}}
+    template = PromptTemplate("{{ range }} {{ order.items }} {{ order.n }}", list(row))
+    assert template.columns == ("order", "range") and template.render(row) == "5-10 3 pens 2"
+
+
+@pytest.mark.parametrize("printed", ["text.upper", "range", "self", "row.keys"])
+def test_a_function_is_not_printed(printed: str) -> None:
+    template = PromptTemplate(f"{{{{ {printed} }}}}{{{{ text }}}}", ["text", "row"])
+    with pytest.raises(BadCell, match="prints a function"):
+        template.render({"text": "x", "row": {"a": 1}})
 
 
 def test_a_null_is_an_error_of_its_row_and_never_the_word_none(tmp_path: Path) -> None:
@@ -53,7 +63,8 @@ def test_a_row_that_fails_is_told_by_line_and_not_quoted(tmp_path: Path) -> None
     contents, faults = read(tmp_path, "{{ price }}\n{{ product + 1 }}")
     assert contents == [None] * 3
     assert faults[0][1] == "line 2 of the template fails on this row (TypeError)"
-    assert read(tmp_path, "{{ '' }}")[1][0] == ("TemplateError", "the prompt is empty")
+    empty = read(tmp_path, "{{ product and '' or '' }}")[1][0]
+    assert empty == ("TemplateError", "the prompt is empty")
 
 
 @pytest.mark.parametrize(
@@ -61,6 +72,10 @@ def test_a_row_that_fails_is_told_by_line_and_not_quoted(tmp_path: Path) -> None
     [
         ("one\n{{ product", "line 2, is not valid Jinja"),
         ("{% if product %}", "line 1, is not valid Jinja"),
+        ("Hello", "names no column"),
+        ("{{ [1, 2] | random }}{{ price }}", "line 1, is not valid Jinja: No filter named"),
+        ("\n{% include 'other' %}{{ price }}", "line 2: other files cannot be read"),
+        ("{{ lipsum() }}{{ price }}", "asks for 'lipsum'"),
         ("a\nb {{ colour }}", "line 2, column 6, asks for 'colour', which the input does not have"),
     ],
 )
@@ -75,7 +90,13 @@ def test_files_and_columns_that_do_not_go_together(tmp_path: Path) -> None:
     TABLE.write_parquet(tmp_path / "in.parquet")
     with pytest.raises(UsageError, match="cannot read the template"):
         open_source(tmp_path / "in.parquet", ReadSettings(template=tmp_path / "absent.j2"))
-    (tmp_path / "t.j2").write_text("x")
+    (tmp_path / "t.j2").write_bytes(b"\xff{{ price }}")
+    settings = ReadSettings(template=tmp_path / "t.j2")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        open_source(tmp_path / "in.parquet", settings)
+    (tmp_path / "t.j2").write_bytes(b"\xef\xbb\xbf{{ price }}")
+    (batch,) = open_source(tmp_path / "in.parquet", settings).iter_prompts()
+    assert batch.contents == ["1", "2", "3"]
     settings = ReadSettings(template=tmp_path / "t.j2", prompt_column="product")
     with pytest.raises(UsageError, match="drop --prompt-column"):
         open_source(tmp_path / "in.parquet", settings)
@@ -89,10 +110,10 @@ def test_files_and_columns_that_do_not_go_together(tmp_path: Path) -> None:
         "{{ text.format.__globals__ }}",
         "{% for i in range(999999999) %}{% endfor %}",
         "{{ rows.append(1) }}",
-        "{% include '/etc/passwd' %}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
 def test_a_template_reaches_nothing_but_its_row(attack: str) -> None:
     with pytest.raises(BadCell, match="fails on this row"):
-        PromptTemplate(attack).render({"text": "secret", "rows": [1]})
+        template = PromptTemplate(attack + "{{ text }}{{ rows }}", ["text", "rows"])
+        template.render({"text": "secret", "rows": [1]})
