@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +20,7 @@ from pipeline.records import Message, PromptBatch, Rejected
 from pipeline.settings import ReadSettings
 from pipeline.storage.cells import BadCell, read_messages, read_sampling, read_text
 from pipeline.storage.columns import ColumnMap, find_columns
+from pipeline.storage.group_cache import GroupCache
 from pipeline.storage.parquet_input import ParquetInput, find_input_files
 from pipeline.storage.prompt_template import PromptTemplate
 
@@ -43,7 +43,7 @@ class PromptSource:
     _labels: tuple[str, ...]
     _first_row: NDArray[np.int64]
     _template: PromptTemplate | None = None
-    _cache: _GroupCache = field(default_factory=lambda: _GroupCache(_CACHE_BYTES))
+    _cache: GroupCache = field(default_factory=lambda: GroupCache(_CACHE_BYTES))
 
     def stamp(self) -> str:
         """Changes when a file of the input does, without reading it: path, size, time."""
@@ -152,28 +152,6 @@ class PromptSource:
             with file.open_groups() as read_group:
                 for group in here:
                     yield group, self._cache.get(group, partial(read_group, group - low))
-
-
-class _GroupCache:
-    """Decoded row groups, the least recently used dropped first; always room for one."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._tables: OrderedDict[int, pa.Table] = OrderedDict()
-
-    def get(self, group: int, read: Callable[[], pa.Table]) -> pa.Table:
-        """The row group, from `read` if it is not here."""
-        table = self._tables.pop(group, None)
-        if table is None:
-            table = read()
-        self._tables[group] = table
-        while len(self._tables) > 1 and self.num_bytes > self._max_bytes:
-            self._tables.popitem(last=False)
-        return table
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(table.nbytes for table in self._tables.values())
 
 
 def open_source(path: str | Path, settings: ReadSettings) -> PromptSource:
