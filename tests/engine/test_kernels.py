@@ -19,15 +19,18 @@ from pipeline.engine.kernels.torch_kernel import TorchKernel
 from pipeline.engine.packing import Piece, SlotRange, pack_prefill, shared_segments
 
 CPU = torch.device("cpu")
-CAPACITY = 3000
 
 
 @dataclass
 class Forest:
-    """Pieces over random ranges, and for each query the slots that it may see, in order."""
+    """Pieces over random ranges, and for each query the slots that it may see, in order.
+
+    All slots are below `capacity`.
+    """
 
     pieces: list[Piece] = field(default_factory=list)
     slots_of_query: list[list[int]] = field(default_factory=list)
+    capacity: int = 0
 
 
 @st.composite
@@ -55,6 +58,7 @@ def forests(draw: st.DrawFn) -> Forest:
                 forest.slots_of_query.append(path + list(range(low, low + past + i + 1)))
 
     grow((), 0)
+    forest.capacity = used
     return forest
 
 
@@ -106,7 +110,7 @@ def test_kernels_equal_the_oracle(
     dtype = torch.bfloat16 if is_bfloat16 else torch.float32
     tokens = len(forest.slots_of_query)
     query = torch.randn(tokens, 6, head_dim).to(dtype)
-    keys, values = (torch.randn(2, CAPACITY, head_dim).to(dtype) for _ in range(2))
+    keys, values = (torch.randn(2, forest.capacity, head_dim).to(dtype) for _ in range(2))
     expected = by_path(query, keys, values, forest, rules)
     tolerance = 6e-2 if is_bfloat16 else 2e-5
     for kernel in kernels(6, 2):
