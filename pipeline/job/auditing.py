@@ -130,9 +130,7 @@ def _check_complete(directory: RunDirectory) -> None:
     """
     rows = directory.planned_rows()
     if rows is None or not directory.is_sealed:
-        raise RunDirectoryError(
-            f"the run in {directory.root} is not complete; finish it by the command that began it"
-        )
+        raise directory.incomplete()
     directory.check_rows(rows)
 
 

@@ -37,15 +37,20 @@ class Rates:
         }
 
 
-def remember_rates(settings: ModelSettings, counters: Mapping[str, float]) -> None:
-    """Keep the rates of a run for plans to come; a cache that cannot be written is no error."""
+def remember_rates(
+    settings: ModelSettings, identity: Mapping[str, Any], counters: Mapping[str, float]
+) -> None:
+    """Keep the rates of a run for plans to come; a cache that cannot be written is no error.
+
+    `identity`: as of `identify_model`, which reads the model's files.
+    """
     prefilled, generated = counters["prefilled_tokens"], counters["generated_tokens"]
     if min(prefilled, generated) < _LEAST_TOKENS:
         return
     today = datetime.now(UTC).date().isoformat()
     rates = Rates(prefilled / counters["prefill_s"], generated / counters["decode_s"], today)
     try:
-        replace_file(_place(settings), json.dumps(asdict(rates)).encode())
+        replace_file(_place(settings, identity), json.dumps(asdict(rates)).encode())
     except CoppiceError:
         pass
 
@@ -53,15 +58,16 @@ def remember_rates(settings: ModelSettings, counters: Mapping[str, float]) -> No
 def recall_rates(settings: ModelSettings) -> Rates | None:
     """What was kept for this model, type and device, or None."""
     try:
-        return Rates(**json.loads(_place(settings).read_text(encoding="utf-8")))
+        place = _place(settings, identify_model(settings))
+        return Rates(**json.loads(place.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, CoppiceError):
         return None
 
 
-def _place(settings: ModelSettings) -> Path:
-    """Named by all that the rates depend on. Raises ModelError."""
+def _place(settings: ModelSettings, identity: Mapping[str, Any]) -> Path:
+    """Named by all that the rates depend on."""
     parts = (
-        identify_model(settings), settings.dtype, settings.device, settings.engine,
+        identity["model"], identity["revision"], settings.dtype, settings.device, settings.engine,
         cpu_description(), os.cpu_count(),
     )  # fmt: skip
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

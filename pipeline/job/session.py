@@ -250,7 +250,8 @@ class Session:
         self._note(self._snapshot(engine))
         self._directory.seal(self._planned.rows)
         if engine.name == "prefix":
-            remember_rates(self._planned.job.settings.model, asdict(engine.counters))
+            identity = self._directory.read_manifest()["fingerprint"]
+            remember_rates(self._planned.job.settings.model, identity, asdict(engine.counters))
         outcome = RunOutcome(self._directory.root, counters)
         outcome.check_failures(self._planned.job.settings.write)
         return outcome

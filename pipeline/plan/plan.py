@@ -119,10 +119,9 @@ def build_plan(
     `sort_bytes`: see `sort_rows`, it changes nothing but the memory taken.
     """
     tenants = np.zeros(len(table), np.int64) if tenant is None else tenant.astype(np.int64)
-    order, shared = sort_rows(table, tenants, sort_bytes)
+    order, shared = rows = sort_rows(table, tenants, sort_bytes)
     lengths = table.lengths[order]
-    is_new = np.ones(len(order), bool)
-    is_new[1:] = (shared[1:] != lengths[1:]) | (shared[1:] != lengths[:-1])
+    is_new = rows.is_new(lengths)
     prompt = np.cumsum(is_new) - 1
     tree = build_tree(lengths[is_new], shared[is_new], order[is_new])
     sequences, sequence_of_row = _make_sequences(order, prompt, ids, params, params_of_row)

@@ -39,6 +39,12 @@ class SortedRows(NamedTuple):
     order: NDArray[np.int64]
     shared: NDArray[np.int64]
 
+    def is_new(self, lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """[present] whether a row's prompt is not the one before; `lengths` in the same order."""
+        is_new = np.ones(len(self.order), bool)
+        is_new[1:] = (self.shared[1:] != lengths[1:]) | (self.shared[1:] != lengths[:-1])
+        return is_new
+
 
 @dataclass(frozen=True)
 class _Block:

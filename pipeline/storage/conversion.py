@@ -17,10 +17,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import InputError, RunDirectoryError, UsageError
+from pipeline.errors import InputError, UsageError
 from pipeline.settings import ReadSettings
 from pipeline.storage.durable import publish, temp_path, write_errors
 from pipeline.storage.openai_batch import (
@@ -90,7 +91,7 @@ def _write_rows(source: Path, file: BinaryIO) -> int:
     if not is_request(first[1]):
         return _write_plain(source, lines, file)
     content = "prompt" if "prompt" in _row(source, *first) else "messages"
-    names = [n for n in _REQUEST_SCHEMA.names if n in (content,) or n not in ("prompt", "messages")]
+    names = [n for n in _REQUEST_SCHEMA.names if n == content or n not in ("prompt", "messages")]
     schema = pa.schema([_REQUEST_SCHEMA.field(name) for name in names])
     count = 0
     with pq.ParquetWriter(file, schema) as writer:
@@ -173,30 +174,33 @@ def _requests(source: Path) -> Iterator[dict[str, Any]]:
     """Rows that a run would take; one that it would reject is refused here by its number."""
     prompts = open_source(source, ReadSettings())
     columns = prompts.columns
-    kept = [name for name in ("model",) if name in prompts.schema.names]
+    has_model = "model" in prompts.schema.names
     for batch in prompts.iter_prompts():
         for bad in batch.rejected:
             raise InputError(f"row {bad.row_index} of {source}: {bad.message}")
-        rows = range(batch.row_start, batch.row_start + len(batch.ids))
-        beside = prompts.take(pa.array(rows).to_numpy()).select(kept).to_pylist() if kept else []
-        for index, (name, content) in enumerate(zip(batch.ids, batch.contents, strict=True)):
-            sampling = dict(batch.overrides[index])
+        models: list[Any] = [None] * len(batch.ids)
+        if has_model:
+            rows = np.arange(batch.row_start, batch.row_start + len(batch.ids))
+            models = prompts.take(rows).column("model").to_pylist()
+        for name, content, override, model in zip(
+            batch.ids, batch.contents, batch.overrides, models, strict=True
+        ):
+            sampling = dict(override)
             row = {
                 "custom_id": name,
                 "prompt" if columns.messages is None else "messages": content,
                 "max_new_tokens": sampling.pop("max_new_tokens", None),
                 "sampling_params": sampling,
+                "model": model,
             }
-            yield request_of_row(row | (beside[index] if beside else {}))
+            yield request_of_row(row)
 
 
 def _responses(source: Path) -> Iterator[dict[str, Any]]:
     """Raises RunDirectoryError for a run that is not complete: half an output looks like one."""
     directory = RunDirectory.open(source)
     if not directory.is_sealed:
-        raise RunDirectoryError(
-            f"the run in {source} is not complete; finish it by the command that began it"
-        )
+        raise directory.incomplete()
     rows = directory.scan()
     names = rows.collect_schema().names()
     is_chat = _is_chat(directory.read_manifest()["settings"]["read"], names)

@@ -101,6 +101,12 @@ class RunDirectory:
         """Whether every row is there and counted."""
         return (self.root / SUCCESS_NAME).exists()
 
+    def incomplete(self) -> RunDirectoryError:
+        """What to raise where a complete run is needed."""
+        return RunDirectoryError(
+            f"the run in {self.root} is not complete; finish it by the command that began it"
+        )
+
     @property
     def is_whole(self) -> bool:
         """Whether the parts of a sealed run are all there still. Raises StorageError."""

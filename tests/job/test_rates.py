@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.job.fingerprint import identify_model
 from pipeline.job.rates import Rates, recall_rates, remember_rates
 from pipeline.run import plan_job, run_job
 from pipeline.settings import JobSettings
@@ -22,7 +23,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_remembered_is_recalled_for_the_same_model_only(model_folder: Path) -> None:
     settings = JobSettings.from_flat({"model": str(model_folder)}).model
     assert recall_rates(settings) is None
-    remember_rates(settings, RUN)
+    remember_rates(settings, identify_model(settings), RUN)
     rates = recall_rates(settings)
     assert rates is not None
     assert (rates.prefill_tokens_per_s, rates.decode_tokens_per_s) == (2000.0, 200.0)
@@ -33,9 +34,9 @@ def test_what_is_remembered_is_recalled_for_the_same_model_only(model_folder: Pa
 
 def test_a_short_run_and_a_damaged_cache_say_nothing(model_folder: Path, tmp_path: Path) -> None:
     settings = JobSettings.from_flat({"model": str(model_folder)}).model
-    remember_rates(settings, RUN | {"generated_tokens": 999})
+    remember_rates(settings, identify_model(settings), RUN | {"generated_tokens": 999})
     assert recall_rates(settings) is None
-    remember_rates(settings, RUN)
+    remember_rates(settings, identify_model(settings), RUN)
     (place,) = (tmp_path / "cache").rglob("*.json")
     place.write_text('{"prefill_tokens_per_s": 1}')
     assert recall_rates(settings) is None

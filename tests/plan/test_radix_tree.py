@@ -15,10 +15,9 @@ from tests.plan.trie_oracle import Drawn, drawn_rows
 def make_tree(drawn: Drawn) -> tuple[RadixTree, TokenTable]:
     table = drawn.table
     tenant = np.array(drawn.tenants, np.int64)
-    order, shared = sort_rows(table, tenant)
+    order, shared = rows = sort_rows(table, tenant)
     lengths = table.lengths[order]
-    is_new = np.ones(len(order), bool)
-    is_new[1:] = (shared[1:] != lengths[1:]) | (shared[1:] != lengths[:-1])
+    is_new = rows.is_new(lengths)
     return build_tree(lengths[is_new], shared[is_new], order[is_new]), table
 
 
