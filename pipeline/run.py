@@ -211,7 +211,6 @@ def describe_job(input: str, job: Job) -> dict[str, Any]:
         },
         "input": {
             "argument": input if "://" in input else os.path.abspath(input),
-            "paths": [str(Path(path).absolute()) for path in job.source.paths],
             "rows": job.source.num_rows,
         },
     }

@@ -21,7 +21,8 @@ from pipeline.settings import ReadSettings
 from pipeline.storage.cells import BadCell, read_messages, read_sampling, read_text
 from pipeline.storage.columns import ColumnMap, find_columns
 from pipeline.storage.group_cache import GroupCache
-from pipeline.storage.parquet_input import ParquetInput, find_input_files
+from pipeline.storage.input_files import InputFile, find_input_files
+from pipeline.storage.parquet_input import ParquetInput
 from pipeline.storage.prompt_template import PromptTemplate
 
 _CACHE_BYTES = 256 << 20
@@ -35,7 +36,6 @@ class PromptSource:
     g of all files together begins: [row groups + 1].
     """
 
-    paths: tuple[Path, ...]
     num_rows: int
     schema: pa.Schema
     columns: ColumnMap
@@ -47,7 +47,7 @@ class PromptSource:
 
     def stamp(self) -> str:
         """Changes when a file of the input does, without reading it: path, size, time."""
-        return repr([(str(file.path.absolute()), file.stamp) for file in self._files])
+        return repr([(file.file.path, file.stamp) for file in self._files])
 
     def iter_prompts(self, first_row: int = 0) -> Iterator[PromptBatch]:
         """All rows in order, in batches of at most `parquet_input.BATCH_ROWS`.
@@ -105,7 +105,7 @@ class PromptSource:
         """sha256 over the bytes of all files and the number of rows used; names do not matter."""
         digest = hashlib.sha256(f"rows={self.num_rows}\n".encode())
         for file in self._files:
-            digest.update(file.content_hash())
+            digest.update(file.file.content_hash())
         return digest.hexdigest()
 
     def _file_ranges(self) -> Iterator[tuple[ParquetInput, str, int, int]]:
@@ -130,13 +130,14 @@ class PromptSource:
         if column.null_count:
             row = row_in_file + column.is_null().to_pylist().index(True)
             raise InputError(
-                f"row {row} of {file.path} has no id; fill or drop the column {self.columns.id!r}"
+                f"row {row} of {file.file.name} has no id; "
+                f"fill or drop the column {self.columns.id!r}"
             )
         try:
             ids: list[str] = column.cast(pa.large_string()).to_pylist()
         except (pa.ArrowException, UnicodeError) as error:
             raise InputError(
-                f"column {self.columns.id!r} of {file.path} has the type {column.type}, "
+                f"column {self.columns.id!r} of {file.file.name} has the type {column.type}, "
                 "which does not turn into text; convert it"
             ) from error
         return ids
@@ -160,14 +161,13 @@ def open_source(path: str | Path, settings: ReadSettings) -> PromptSource:
     Raises InputError: nothing there, not Parquet, truncated, no rows, columns missing or of the
     wrong type, files that differ in their columns.
     """
-    paths = find_input_files(path)
-    files = tuple(ParquetInput.open(p) for p in paths)
+    files = tuple(map(ParquetInput.open, find_input_files(path)))
     schema = files[0].schema
     for file in files[1:]:
         _check_same_schema(files[0], file)
     template = _read_template(settings, schema.names)
     asked = None if template is None else template.columns
-    columns = find_columns(schema, settings, str(paths[0]), asked)
+    columns = find_columns(schema, settings, files[0].file.name, asked)
     group_rows = np.concatenate([file.group_rows for file in files])
     first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(group_rows)])
     num_rows = int(first_row[-1])
@@ -175,8 +175,8 @@ def open_source(path: str | Path, settings: ReadSettings) -> PromptSource:
         raise InputError(f"{path} holds no rows; check how it was written")
     if settings.limit is not None:
         num_rows = min(num_rows, settings.limit)
-    labels = _make_labels(paths)
-    return PromptSource(paths, num_rows, schema, columns, files, labels, first_row, template)
+    labels = _make_labels([file.file for file in files])
+    return PromptSource(num_rows, schema, columns, files, labels, first_row, template)
 
 
 def _read_template(settings: ReadSettings, columns: list[str]) -> PromptTemplate | None:
@@ -201,18 +201,18 @@ def _check_same_schema(first: ParquetInput, other: ParquetInput) -> None:
         if ours.get(name) != theirs.get(name):
             here, there = ours.get(name, "absent"), theirs.get(name, "absent")
             raise InputError(
-                f"column {name!r} is {here} in {first.path} but {there} in {other.path}; "
+                f"column {name!r} is {here} in {first.file.name} but {there} in {other.file.name}; "
                 "bring the files to one schema or run them one by one"
             )
 
 
-def _make_labels(paths: tuple[Path, ...]) -> tuple[str, ...]:
+def _make_labels(files: Sequence[InputFile]) -> tuple[str, ...]:
     """Base names for ids; where two are equal, paths from the folder that all files share."""
-    names = tuple(path.name for path in paths)
+    names = tuple(file.base_name for file in files)
     if len(set(names)) == len(names):
         return names
-    top = os.path.commonpath([path.parent for path in paths])
-    return tuple(path.relative_to(top).as_posix() for path in paths)
+    top = os.path.commonpath([os.path.dirname(file.path) for file in files])
+    return tuple(os.path.relpath(file.path, top) for file in files)
 
 
 def _make_batch(
