@@ -51,11 +51,13 @@ class ReadSettings(_Section):
     """Which rows and columns are read. A column left at None is found by its usual name.
 
     `template`: a Jinja file that makes the prompt of a row's columns, instead of a ready one.
+    `reorder_fields`: list its `fields(...)` in each row in the order in which rows share most.
     """
 
     prompt_column: str | None = None
     messages_column: str | None = None
     template: Path | None = None
+    reorder_fields: bool = False
     id_column: str | None = None
     limit: int | None = Field(default=None, ge=1)
 

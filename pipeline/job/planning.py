@@ -23,6 +23,7 @@ from pipeline.job import checkpoint
 from pipeline.job.advice import SAMPLE_ROWS, advise
 from pipeline.job.channel import Stages
 from pipeline.job.checkpoint import Checkpoint
+from pipeline.job.field_ordering import FieldSaving, memory_needed, order_fields
 from pipeline.job.fingerprint import describe_versions
 from pipeline.job.prepare import Limits, Preparation
 from pipeline.job.prepared_rows import PreparedRows
@@ -50,12 +51,16 @@ _SAID = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens")
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """An opened job: input, tokenizer and the model's shape (None only for the echo engine)."""
+    """An opened job: input, tokenizer and the model's shape (None only for the echo engine).
+
+    `fields`: what the order of the template's fields saves, where it was asked for.
+    """
 
     settings: JobSettings
     source: PromptSource
     tokenizer: PromptTokenizer
     shape: ModelShape | None
+    fields: FieldSaving | None = None
 
     @property
     def generation_config(self) -> dict[str, Any]:
@@ -115,7 +120,11 @@ def open_job(input: str, settings: JobSettings) -> Job:
     output_schema(source.schema, source.columns.id)  # refuses names that would collide
     model = settings.model
     tokenizer = PromptTokenizer.load(model.model, model.revision, settings.tokens)
-    return Job(settings, source, tokenizer, _read_shape(model))
+    shape = _read_shape(model)
+    if not settings.read.reorder_fields:
+        return Job(settings, source, tokenizer, shape)
+    ordered = order_fields(source, settings.plan.plan_memory, is_applied=True)
+    return Job(settings, source.with_field_order(ordered.order), tokenizer, shape, ordered.saving)
 
 
 def _read_shape(settings: ModelSettings) -> ModelShape | None:
@@ -137,10 +146,14 @@ def plan_for_a_person(job: Job) -> PlannedJob:
     rows = read_rows(job, -(-job.source.num_rows // SAMPLE_ROWS))
     planned = _plan(job, rows)
     summary, advice = planned.summary, advise(rows.sample())
+    fields, memory = job.fields, job.settings.plan.plan_memory
+    if fields is None and job.source.fields and memory_needed(job.source) <= memory:
+        fields = order_fields(job.source, memory, is_applied=False).saving
     rates = None if job.shape is None else recall_rates(job.settings.model)
     summary = replace(
         summary,
         advice=None if advice is None else advice.to_json(),
+        fields=None if fields is None else fields.to_json(),
         estimate=None
         if rates is None
         else rates.estimate(summary.unique_tokens, summary.max_new_tokens),

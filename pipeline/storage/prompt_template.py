@@ -3,6 +3,9 @@
 A template is code of the user's, rows are text of anybody's: it runs in Jinja's sandbox, sees the
 columns that it names and nothing else, and what it says when it fails leaves out the row's values.
 The same row must give the same prompt tomorrow, so nothing random is there either.
+
+`fields("title", "stars")` is the list of these columns' names and values, in an order that may be
+another one in each row: the only place where a planner may change a prompt.
 """
 
 from __future__ import annotations
@@ -37,7 +40,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class PromptTemplate:
-    """A template over a table; `columns` are those of it that the template asks for, sorted."""
+    """A template over a table.
+
+    `columns` are those of it that the template asks for, sorted; `fields` those that it lists by
+    `fields(...)`, as it lists them.
+    """
 
     def __init__(self, source: str, known: Sequence[str], name: str = "the template") -> None:
         """`known`: the table's columns. Raises UsageError with the place of what is wrong."""
@@ -51,7 +58,9 @@ class PromptTemplate:
         del environment.filters["random"]
         try:
             tree = environment.parse(source)
-            self.columns = tuple(sorted(meta.find_undeclared_variables(tree)))
+            self.fields = _find_fields(tree, name)
+            named = meta.find_undeclared_variables(tree) - ({"fields"} if self.fields else set())
+            self.columns = tuple(sorted({*named, *self.fields}))
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
@@ -85,10 +94,16 @@ class PromptTemplate:
                     f"input does not have (it has {', '.join(known)})"
                 )
 
-    def render(self, row: Mapping[str, Any]) -> str:
-        """The prompt of a row. Raises BadCell, without quoting the row."""
+    def render(self, row: Mapping[str, Any], order: Sequence[int] | None = None) -> str:
+        """The prompt of a row. Raises BadCell, without quoting the row.
+
+        `order`: places in `fields`, each once; None: as the template lists them.
+        """
+        listed = self.fields if order is None else [self.fields[place] for place in order]
+        pairs = [(name, row[name]) for name in listed]
+        own = {"fields": lambda *names: pairs} if self.fields else {}
         try:
-            return self._template.render(row)
+            return self._template.render(row, **own)
         except BadCell as error:
             raise BadCell(f"line {_line(error)} of the template {error}") from None
         except _FAULTS as error:
@@ -96,6 +111,28 @@ class PromptTemplate:
             raise BadCell(
                 f"line {_line(error)} of the template fails on this row ({kind})"
             ) from None
+
+
+def _find_fields(tree: nodes.Template, template: str) -> tuple[str, ...]:
+    """The names in the one call of `fields`, or nothing. Raises UsageError."""
+    calls = [
+        call
+        for call in tree.find_all(nodes.Call)
+        if isinstance(call.node, nodes.Name) and call.node.name == "fields"
+    ]
+    if not calls:
+        return ()
+    call = calls[-1]
+    names = [arg.value if isinstance(arg, nodes.Const) else None for arg in call.args]
+    texts = tuple(name for name in names if isinstance(name, str))
+    where = f"{template}, line {call.lineno}"
+    if len(calls) > 1:
+        raise UsageError(f"{where}: fields(...) may be called once, since it has one order")
+    if call.kwargs or call.dyn_args or call.dyn_kwargs or not texts or len(texts) < len(names):
+        raise UsageError(f"{where}: fields(...) takes names of columns, each in quotes")
+    if len(set(texts)) < len(texts):
+        raise UsageError(f"{where}: fields(...) names a column twice")
+    return texts
 
 
 def _printable(value: object) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from pipeline.storage.parquet_input import ParquetInput
 from pipeline.storage.prompt_template import PromptTemplate
 
 _CACHE_BYTES = 256 << 20
+Content = str | list[Message]
+# What turns a cell, or the cells of a template, into content; and the error where it fails.
+Parser = tuple[Callable[[Any], Content], str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +36,7 @@ class PromptSource:
     """A frozen view of the input. Row i of the job is row i of the files in order.
 
     `schema` has plain types (`columns.plain_type`). `_first_row[g]` is the row at which row group
-    g of all files together begins: [row groups + 1].
+    g of all files together begins: [row groups + 1]. `_field_order`: see `with_field_order`.
     """
 
     num_rows: int
@@ -43,11 +46,27 @@ class PromptSource:
     _labels: tuple[str, ...]
     _first_row: NDArray[np.int64]
     _template: PromptTemplate | None = None
+    _field_order: NDArray[np.uint8] | None = None
     _cache: GroupCache = field(default_factory=lambda: GroupCache(_CACHE_BYTES))
 
     def stamp(self) -> str:
         """Changes when a file of the input does, without reading it: path, size, time."""
         return repr([(file.file.path, file.stamp) for file in self._files])
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The columns whose order in the prompt is free: those in a template's `fields(...)`."""
+        return () if self._template is None else self._template.fields
+
+    def with_field_order(self, order: NDArray[np.uint8]) -> PromptSource:
+        """The same rows with `fields` in another order: [rows, fields] places in `fields`."""
+        return replace(self, _field_order=order)
+
+    def iter_fields(self) -> Iterator[pl.DataFrame]:
+        """The columns `fields` of all rows, in batches. Raises InputError on a damaged page."""
+        for file, _, start, stop in self._file_ranges():
+            for table in file.iter_batches(self.fields, stop - start):
+                yield pl.DataFrame(table)
 
     def iter_prompts(self, first_row: int = 0) -> Iterator[PromptBatch]:
         """All rows in order, in batches of at most `parquet_input.BATCH_ROWS`.
@@ -61,7 +80,8 @@ class PromptSource:
             for table in file.iter_batches(self.columns.names, stop - start):
                 if row >= first_row:
                     ids = self._read_ids(table, file, label, row - start)
-                    yield _make_batch(table, self.columns, ids, row, self._template)
+                    contents = self._contents(table, row)
+                    yield _make_batch(table, self.columns, ids, row, contents, self._parser())
                 row += table.num_rows
 
     def take(self, row_indices: NDArray[np.int64]) -> pa.Table:
@@ -142,6 +162,27 @@ class PromptSource:
             ) from error
         return ids
 
+    def _contents(self, table: pa.Table, row_start: int) -> list[Any]:
+        """What each row's prompt is made of: a cell, or what `PromptTemplate.render` takes."""
+        if self._template is None:
+            cells: list[Any] = table.column(
+                self.columns.prompt or self.columns.messages
+            ).to_pylist()
+            return cells
+        rows = table.select(list(self._template.columns)).to_pylist()
+        if self._field_order is None:
+            return [(row,) for row in rows]
+        order = self._field_order[row_start : row_start + len(rows)].tolist()
+        return list(zip(rows, order, strict=True))
+
+    def _parser(self) -> Parser:
+        template = self._template
+        if template is not None:
+            return lambda cells: read_text(template.render(*cells)), "TemplateError"
+        if self.columns.messages is not None:
+            return read_messages, "BadMessages"
+        return lambda cell: read_text(str(cell)), "EmptyPrompt"
+
     def _read_groups(self, groups: Sequence[int]) -> Iterator[tuple[int, pa.Table]]:
         """Row groups in ascending order, each decoded once and kept while there is room."""
         first_group = np.cumsum([0] + [len(file.group_rows) for file in self._files])
@@ -220,7 +261,8 @@ def _make_batch(
     columns: ColumnMap,
     ids: list[str],
     row_start: int,
-    template: PromptTemplate | None,
+    raw: list[Any],
+    parser: Parser,
 ) -> PromptBatch:
     def cells(name: str | None) -> list[object]:
         return [None] * len(ids) if name is None else table.column(name).to_pylist()
@@ -228,15 +270,14 @@ def _make_batch(
     contents: list[str | list[Message] | None] = []
     overrides: list[dict[str, object]] = []
     rejected: list[Rejected] = []
-    parse = _parser(columns, template)
     rows = zip(
-        _contents(table, columns, template),
+        raw,
         cells(columns.sampling_params),
         cells(columns.max_new_tokens),
         strict=True,
     )
     for row, (content, sampling, max_new_tokens) in enumerate(rows, row_start):
-        parsed, override, fault = _read_row(content, sampling, *parse)
+        parsed, override, fault = _read_row(content, sampling, *parser)
         if max_new_tokens is not None:
             override["max_new_tokens"] = max_new_tokens
         if fault is not None:
@@ -245,29 +286,6 @@ def _make_batch(
         overrides.append(override)
     tenants: list[str | None] = cells(columns.tenant)  # type: ignore[assignment]
     return PromptBatch(row_start, ids, contents, overrides, tenants, tuple(rejected))
-
-
-Content = str | list[Message]
-
-
-def _contents(table: pa.Table, columns: ColumnMap, template: PromptTemplate | None) -> list[Any]:
-    """What each row's prompt is made of: a cell, or the cells of a template by column."""
-    if template is None:
-        cells: list[Any] = table.column(columns.prompt or columns.messages).to_pylist()
-        return cells
-    rows: list[Any] = table.select(list(template.columns)).to_pylist()
-    return rows
-
-
-def _parser(
-    columns: ColumnMap, template: PromptTemplate | None
-) -> tuple[Callable[[Any], Content], str]:
-    """What turns a cell, or the cells of a template, into content; and the error where it fails."""
-    if template is not None:
-        return lambda row: read_text(template.render(row)), "TemplateError"
-    if columns.messages is not None:
-        return read_messages, "BadMessages"
-    return lambda cell: read_text(str(cell)), "EmptyPrompt"
 
 
 def _read_row(

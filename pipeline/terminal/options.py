@@ -49,6 +49,7 @@ _HELP = {
     "prompt_column": "Column of prompt text (found: prompt).",
     "messages_column": "Column of conversations (found: messages).",
     "template": "A Jinja file that makes prompts of the columns.",
+    "reorder_fields": "Reorder the template's fields so that rows share more.",
     "id_column": "Column of row ids (found: id, custom_id).",
     "limit": "Only the first N rows.",
     "system_prompt": "A system message put before every row.",

@@ -62,6 +62,8 @@ def plan_table(summary: Mapping[str, Any]) -> Rows:
         measured = f"at the rates of {summary['estimate']['measured_on']}"
         total = format_duration(prefill + decode)
         rows.append(("estimated time", f"{total}  ({split}, {measured})"))
+    if summary["fields"]:
+        rows.append(("fields", summary["fields"]["text"]))
     if summary["advice"]:
         rows.append(("advice", summary["advice"]["text"]))
     for group in summary["largest_groups"][:_SHOWN_GROUPS]:
