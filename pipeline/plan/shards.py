@@ -2,8 +2,9 @@
 
 A sequence's cost is what it adds when the sequences before it have run: the edges that it needs
 first, and its new tokens. A group, that is all sequences below one node at the top, stays together
-unless it costs more than a shard's fair share; then it is cut into as few runs of whole subtrees as
-will do, and each run pays for the prefix above it again.
+unless it costs more than a shard's fair share. Then its subtrees are the groups, if their prefix is
+so short that every shard may compute it; else it is cut into as few runs of whole subtrees as will
+do, and each run pays for the prefix above it again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.plan.plan import Plan
+
+_SHORT = 50  # a prefix is short if all shards together compute it for so small a part of the job
 
 
 @dataclass(frozen=True)
@@ -39,23 +42,61 @@ def cut_into_shards(plan: Plan, num_shards: int) -> list[Shard]:
 
     Longest piece first, each to the shard that has least (Graham's LPT rule).
     """
-    costs = _Costs(plan)
-    fair = -(-costs.whole(0, len(plan.sequences)) // num_shards)
-    pieces: list[_Piece] = []
-    for top in np.flatnonzero(plan.tree.parent < 0).tolist():
-        pieces += costs.cut(int(plan.sequence_lo[top]), int(plan.sequence_hi[top]), fair)
+    pieces = _Cutter(plan, num_shards).pieces()
     least = [(0, shard) for shard in range(num_shards)]
     ranges: list[list[NDArray[np.int64]]] = [[] for _ in range(num_shards)]
     for piece in sorted(pieces, key=lambda p: (-p.cost, p.low)):
         cost, shard = heapq.heappop(least)
         ranges[shard].append(np.arange(piece.low, piece.high))
         heapq.heappush(least, (cost + piece.cost, shard))
-    total = {shard: cost for cost, shard in least}
     nothing = np.zeros(0, np.int64)
-    return [
-        Shard(np.sort(np.concatenate([nothing, *ranges[shard]])), total[shard])
-        for shard in range(num_shards)
-    ]
+    sets = [np.sort(np.concatenate([nothing, *parts])) for parts in ranges]
+    return [Shard(sequences, cost_of(plan, sequences)) for sequences in sets]
+
+
+def cost_of(plan: Plan, sequences: NDArray[np.int64]) -> int:
+    """Tokens that a machine computes, prompt and new, if it runs these sequences and no other."""
+    needed = plan.count_below(sequences) > 0
+    return int(plan.tree.edge_lengths[needed].sum() + plan.max_new_tokens[sequences].sum())
+
+
+class _Cutter:
+    """Groups, and those that are too large in parts. What opened groups share is in no cost."""
+
+    def __init__(self, plan: Plan, num_shards: int) -> None:
+        self._plan = plan
+        self._costs = _Costs(plan)
+        total = self._costs.whole(0, len(plan.sequences))
+        self._fair = -(-total // num_shards)
+        self._short = total // (_SHORT * num_shards)
+        self._by_parent = np.argsort(plan.tree.parent, kind="stable")
+        self._parents = plan.tree.parent[self._by_parent]
+
+    def pieces(self) -> list[_Piece]:
+        """Pieces that tile the plan's sequences."""
+        found: list[_Piece] = []
+        ahead = [(node, 0) for node in self._children(-1)]
+        while ahead:
+            node, above = ahead.pop()
+            low, high = int(self._plan.sequence_lo[node]), int(self._plan.sequence_hi[node])
+            prefix, below = int(self._plan.tree.end[node]), self._children(node)
+            is_opened = self._costs.whole(low, high) - above > self._fair and prefix <= self._short
+            if is_opened:  # the prompts that end here come first, then those of the children
+                ahead += [(child, prefix) for child in below]
+                high = min([high, *self._plan.sequence_lo[below].tolist()])
+                above = prefix
+            found += self._parts(low, high, above)
+        return found
+
+    def _parts(self, low: int, high: int, above: int) -> list[_Piece]:
+        parts = self._costs.cut(low, high, self._fair + above)
+        return [_Piece(part.cost - above, part.low, part.high) for part in parts]
+
+    def _children(self, node: int) -> list[int]:
+        """Nodes below `node`; -1: the nodes at the top."""
+        low, high = np.searchsorted(self._parents, [node, node + 1])
+        children: list[int] = self._by_parent[low:high].tolist()
+        return children
 
 
 class _Costs:

@@ -29,7 +29,6 @@ def cost_alone(plan: Plan, tenants: list[int], sequences: list[int]) -> int:
 def test_shards_tile_the_plan_and_know_their_cost(
     drawn: Drawn, params: list[int], num_shards: int
 ) -> None:
-    """A shard with two pieces of one group may cost less than the sum of them, never more."""
     plan = make_plan(drawn, params)
     shards = cut_into_shards(plan, num_shards)
     assert len(shards) == num_shards
@@ -37,10 +36,7 @@ def test_shards_tile_the_plan_and_know_their_cost(
     assert sorted(together.tolist()) == list(range(len(plan.sequences)))
     for shard in shards:
         assert (np.diff(shard.sequences) > 0).all()
-        assert cost_alone(plan, drawn.tenants, shard.sequences.tolist()) <= shard.cost
-    if num_shards == 1:
-        everything = cost_alone(plan, drawn.tenants, together.tolist())
-        assert shards[0].cost == everything
+        assert cost_alone(plan, drawn.tenants, shard.sequences.tolist()) == shard.cost
 
 
 @given(drawn_rows(), st.integers(2, 4))
@@ -53,6 +49,22 @@ def test_a_group_within_the_fair_share_stays_whole(drawn: Drawn, num_shards: int
         below = list(range(int(plan.sequence_lo[top]), int(plan.sequence_hi[top])))
         if cost_alone(plan, drawn.tenants, below) * num_shards <= total:
             assert len({home[s] for s in below}) == 1
+
+
+@pytest.mark.parametrize("num_shards", [2, 4, 8])
+def test_conversations_under_one_short_system_prompt_are_dealt_out(num_shards: int) -> None:
+    """Seen red, 1.09 of the mean: as one group they were cut in order, uneven as they are."""
+    random = np.random.default_rng(0)
+    rows = [[9] * 20 + [talk] * int(random.integers(50, 1500)) for talk in range(80)]
+    rows += [row + [7] * int(random.integers(50, 400)) for row in rows]
+    plan = build_plan(
+        TokenTable.from_lists(rows),
+        [str(row) for row in range(160)],
+        (SamplingParams(128),),
+        np.zeros(160, np.int64),
+    )
+    costs = [shard.cost for shard in cut_into_shards(plan, num_shards)]
+    assert max(costs) <= 1.02 * np.mean(costs)
 
 
 @pytest.mark.parametrize("num_shards", [2, 3, 7, 16])
