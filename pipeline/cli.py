@@ -21,6 +21,7 @@ from pipeline.settings import (
     PlanSettings,
     ReadSettings,
     SamplingSettings,
+    StoreSettings,
     TokenSettings,
     WriteSettings,
 )
@@ -34,9 +35,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its panels clip long flags at 80 columns
 )
-_JOB = (ModelSettings, ReadSettings, TokenSettings, SamplingSettings, PlanSettings, EngineSettings)
+_READ = (ModelSettings, ReadSettings, TokenSettings, StoreSettings)
+_JOB = (*_READ, SamplingSettings, PlanSettings, EngineSettings)
 
-Input = Annotated[str, typer.Argument(metavar="IN", help="Parquet file, folder or glob.")]
+Input = Annotated[
+    str, typer.Argument(metavar="IN", help="Parquet file, folder, glob or s3:// URL.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of these settings.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
@@ -137,7 +141,7 @@ def report(directory: RunFolder) -> None:
 
 
 @app.command()
-@takes_settings(ModelSettings, ReadSettings, TokenSettings)
+@takes_settings(*_READ)
 def validate(
     input: Input,
     config: Config = None,
