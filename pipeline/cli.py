@@ -25,7 +25,7 @@ from pipeline.settings import (
     TokenSettings,
     WriteSettings,
 )
-from pipeline.terminal.options import merge, merge_section, takes_settings, to_flat
+from pipeline.terminal.options import merge, merge_section, split_store, takes_settings, to_flat
 
 app = typer.Typer(
     name="coppice",
@@ -41,7 +41,7 @@ _JOB = (*_READ, SamplingSettings, PlanSettings, EngineSettings)
 Input = Annotated[
     str, typer.Argument(metavar="IN", help="Parquet file, folder, glob or s3:// URL.")
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory.")]
+RunFolder = Annotated[str, typer.Argument(metavar="DIR", help="Run directory or s3:// URL.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of these settings.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Progress = Annotated[
@@ -77,7 +77,9 @@ def plan(
 @takes_settings(*_JOB, WriteSettings)
 def run(
     input: Input,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Run directory.")],
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="Run directory, or s3:// URL of one.")
+    ],
     config: Config = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Show settings.")] = False,
@@ -96,24 +98,25 @@ def run(
         from pipeline.terminal.tables import counter_table, print_table
 
         outcome = run_job(input, output, merge(flags, config), make_observer(progress))
-        print_table(str(output), counter_table(outcome.counters))
+        print_table(output, counter_table(outcome.counters))
 
 
 @app.command()
-def status(directory: RunFolder, json: Json = False) -> None:
+@takes_settings(StoreSettings)
+def status(directory: RunFolder, json: Json = False, *, flags: dict[str, Any]) -> None:
     """How far a job is; works while it runs."""
     from pipeline.job.status import read_status
     from pipeline.terminal.tables import print_json, print_table, status_table
 
-    state = read_status(directory)
+    state = read_status(directory, merge_section(StoreSettings, flags))
     if json:
         print_json(state)
     else:
-        print_table(str(directory), status_table(state))
+        print_table(directory, status_table(state))
 
 
 @app.command()
-@takes_settings(AuditSettings)
+@takes_settings(AuditSettings, StoreSettings)
 def audit(
     directory: RunFolder, json: Json = False, progress: Progress = "auto", *, flags: dict[str, Any]
 ) -> None:
@@ -122,22 +125,25 @@ def audit(
     from pipeline.terminal.progress import make_observer
     from pipeline.terminal.tables import audit_table, print_json, print_table
 
-    verdict = audit_run(directory, merge_section(AuditSettings, flags), make_observer(progress))
-    summary = describe_audit(directory)
+    flags, store = split_store(flags)
+    settings = merge_section(AuditSettings, flags)
+    verdict = audit_run(directory, settings, make_observer(progress), store)
+    summary = describe_audit(directory, store)
     if json:
         print_json(summary)
     else:
-        print_table(str(directory), audit_table(summary))
+        print_table(directory, audit_table(summary))
     if not verdict.passed:
         raise AuditFailed(f"the audit of {directory} failed: {'; '.join(verdict.reasons)}")
 
 
 @app.command()
-def report(directory: RunFolder) -> None:
+@takes_settings(StoreSettings)
+def report(directory: RunFolder, *, flags: dict[str, Any]) -> None:
     """Write report.html and report.md."""
     from pipeline.run import report_run
 
-    typer.echo(report_run(directory))
+    typer.echo(report_run(directory, merge_section(StoreSettings, flags)))
 
 
 @app.command()
@@ -161,14 +167,18 @@ def validate(
 
 
 @app.command()
+@takes_settings(StoreSettings)
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="JSONL, Parquet or run directory.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Parquet or JSONL.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="JSONL, Parquet or run directory.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="Parquet or JSONL.")],
+    *,
+    flags: dict[str, Any],
 ) -> None:
     """OpenAI batch files or plain JSON lines to Parquet, and back."""
     from pipeline.storage.conversion import convert as convert_file
 
-    typer.echo(f"{convert_file(source, target):,} rows in {target}")
+    rows = convert_file(source, target, merge_section(StoreSettings, flags))
+    typer.echo(f"{rows:,} rows in {target}")
 
 
 @app.command()

@@ -161,6 +161,13 @@ def _merge_options(written: object, said: dict[str, Any]) -> dict[str, str]:
         raise UsageError(f"setting storage-options: {error}") from None
 
 
+def split_store(flags: dict[str, Any]) -> tuple[dict[str, Any], StoreSettings]:
+    """The other flags, and how an object store is reached. Raises UsageError."""
+    names = {name for name in flags if name.replace("-", "_") in StoreSettings.model_fields}
+    others = {name: value for name, value in flags.items() if name not in names}
+    return others, merge_section(StoreSettings, {name: flags[name] for name in names})
+
+
 def merge_section(section: type[Section], flags: dict[str, Any]) -> Section:
     """One section of the settings from its flags alone. Raises UsageError."""
     try:

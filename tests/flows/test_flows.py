@@ -83,13 +83,13 @@ def test_a_failed_audit_fails_the_flow_and_is_reported(
         passed = False
         reasons = ("one row is corrupt",)
 
-    reported: list[Path] = []
+    reported: list[str] = []
     monkeypatch.setattr("flows.audit.audit_run", lambda *arguments: Failed())
-    monkeypatch.setattr("flows.audit.report_run", lambda path: reported.append(path) or path)
+    monkeypatch.setattr("flows.audit.report_run", lambda path, store: reported.append(path) or path)
     run_job(job[0], Path(job[1]), echo_settings(Path(job[2]["model"])))
     with pytest.raises(AuditFailed, match="one row is corrupt"):
         audit(job[1], {})
-    assert reported == [Path(job[1])]
+    assert reported == [job[1]]
 
 
 def test_prefect_is_told_not_to_track() -> None:

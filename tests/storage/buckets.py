@@ -9,6 +9,8 @@ from typing import Any
 
 import boto3
 import pytest
+from botocore.client import BaseClient
+from botocore.exceptions import EndpointConnectionError
 from moto.server import ThreadedMotoServer
 
 REGION = "us-east-1"
@@ -92,3 +94,26 @@ def use_store(patch: pytest.MonkeyPatch, url: str) -> None:
     patch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
     patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     patch.setenv("AWS_ENDPOINT_URL", url)
+
+
+class FailingStore:
+    """Counts the calls of boto3 and fails number `fail_at` (from 0); None: only counts.
+
+    `answered`: the store did what it was asked, and only its answer was lost.
+    """
+
+    def __init__(
+        self, patch: pytest.MonkeyPatch, fail_at: int | None = None, answered: bool = False
+    ) -> None:
+        self.calls: list[str] = []
+        real = BaseClient._make_api_call
+
+        def call(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
+            self.calls.append(f"{operation} {arguments.get('Key', '')}".strip())
+            if len(self.calls) - 1 != fail_at:
+                return real(client, operation, arguments)
+            if answered:
+                real(client, operation, arguments)
+            raise EndpointConnectionError(endpoint_url="http://store")
+
+        patch.setattr(BaseClient, "_make_api_call", call)
