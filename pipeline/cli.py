@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pipeline.errors import AuditFailed, CoppiceError
+from pipeline.errors import AuditFailed, CoppiceError, UsageError
 from pipeline.settings import (
     AuditSettings,
     EngineSettings,
@@ -61,7 +61,7 @@ def options(
 def plan(
     input: Input,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write the plan's files here.")
+        str | None, typer.Option("-o", "--output", help="Write the plan's files here.")
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page with the tree.")] = None,
     config: Config = None,
@@ -183,15 +183,13 @@ def convert(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Run directory.")] = Path(
-        "coppice-demo"
-    ),
+    output: Annotated[str, typer.Option("-o", "--output", help="Run directory.")] = "coppice-demo",
     progress: Progress = "auto",
 ) -> None:
     """Plan, run, audit and report on the embedded model and prompts."""
     from pipeline.terminal.demo import run_demo
 
-    run_demo(output, progress)
+    run_demo(_local(output), progress)
 
 
 def _plan(
@@ -199,22 +197,30 @@ def _plan(
     flags: dict[str, Any],
     config: Path | None,
     json: bool = False,
-    output: Path | None = None,
+    output: str | None = None,
     html: Path | None = None,
 ) -> None:
+    folder = None if output is None else _local(output)
     from pipeline.run import plan_job, write_plan, write_plan_page
     from pipeline.terminal.tables import plan_table, print_json, print_table
 
     planned = plan_job(input, merge(flags, config))
     typer.echo(planned.job.describe_generation(), err=True)
-    if output is not None:
-        write_plan(planned, output)
+    if folder is not None:
+        write_plan(planned, folder)
     if html is not None:
         write_plan_page(planned, Path(input).name, html)
     if json:
         print_json(planned.summary.to_json())
     else:
         print_table(f"Plan of {input}", plan_table(planned.summary.to_json()))
+
+
+def _local(output: str) -> Path:
+    """Raises UsageError for a URL, of which a path would make a folder."""
+    if "://" in output:
+        raise UsageError(f"{output} is not a folder of this machine; only runs are written there")
+    return Path(output)
 
 
 def _print_config(flags: dict[str, Any], config: Path | None) -> None:

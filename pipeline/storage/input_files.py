@@ -14,7 +14,7 @@ from pyarrow import fs
 
 from pipeline.errors import InputError
 from pipeline.settings import StoreSettings
-from pipeline.storage.object_store import SCHEME, explain_fault, find_objects, is_url
+from pipeline.storage.object_store import SCHEME, explain_read_fault, find_objects, is_url
 
 _HASHED_AT_A_TIME = 4 << 20
 
@@ -97,7 +97,7 @@ def damage_named(name: str | Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeError) as error:
-        fault = explain_fault(error) if is_url(name) else None
+        fault = explain_read_fault(error)
         if fault is not None:
             raise InputError(f"cannot read {name}: {fault}") from error
         reason = str(error).split("\n")[0][:200] or type(error).__name__

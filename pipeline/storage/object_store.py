@@ -39,7 +39,7 @@ _FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
             "ACCESS_DENIED", "AccessDenied", "INVALID_ACCESS_KEY_ID", "InvalidAccessKeyId",
             "SIGNATURE_DOES_NOT_MATCH", "SignatureDoesNotMatch", "ExpiredToken", "EXPIRED_TOKEN",
             "InvalidToken", "INVALID_CLIENT_TOKEN_ID", "HTTP status 403", "(403)",
-            "Unable to locate credentials", "could not be found", "Forbidden",
+            "Unable to locate credentials", "config profile", "Forbidden",
         ),
         "the store refuses the credentials; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or "
         "AWS_PROFILE, and what they may do",
@@ -66,9 +66,7 @@ class ObjectUrl:
         """Raises ValueError with a sentence that does not quote what may be a password."""
         scheme, _, rest = text.partition("://")
         if scheme != SCHEME:
-            raise ValueError(
-                f"{scheme}:// is not supported; copy the files to a folder or to s3://"
-            )
+            raise ValueError(f"{scheme}:// is not supported; use a folder or s3://")
         bucket, _, key = rest.partition("/")
         if not re.fullmatch(r"[A-Za-z0-9._-]+", bucket):
             raise ValueError(
@@ -95,10 +93,15 @@ def endpoint_url(store: StoreSettings) -> str | None:
 
 
 def explain_fault(error: BaseException) -> str | None:
-    """What is wrong with the store and the remedy; None if this error is not the store's."""
+    """What is wrong with the store and the remedy; None where only its own words can say it."""
     message = str(error)
     found = (said for tokens, said in _FAULTS if any(token in message for token in tokens))
     return next(found, None)
+
+
+def explain_read_fault(error: BaseException) -> str | None:
+    """As `explain_fault`; None also if what pyarrow read, and not the store, is at fault."""
+    return explain_fault(error) if "AWS Error" in str(error) else None
 
 
 def find_objects(url: str, store: StoreSettings) -> tuple[fs.FileSystem, list[str]]:
@@ -113,7 +116,7 @@ def find_objects(url: str, store: StoreSettings) -> tuple[fs.FileSystem, list[st
     except ValueError as error:  # pa.ArrowInvalid is one
         raise InputError(f"cannot read from the store: {error}") from None
     except (pa.ArrowException, OSError) as error:
-        reason = explain_fault(error) or f"{str(error).splitlines()[0][:200]}; try again"
+        reason = explain_read_fault(error) or f"{str(error).splitlines()[0][:200]}; try again"
         raise InputError(f"cannot read {url}: {reason}") from error
     if not paths:
         raise InputError(f"{_lacking(place, url)}; check the URL")

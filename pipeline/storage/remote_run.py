@@ -170,8 +170,12 @@ class RemoteRun(RunDirectory):
 
     def seal(self, rows: NDArray[np.int64]) -> None:
         """As of a run directory, and `data/` in the store holds the named parts and no other."""
+        present = self._call(self._folder.names)
+        self._check_stored(present)
+        # Only now: had somebody taken over, parts of theirs would look like left-overs to us.
+        self.update_manifest()
+        self._drop_unnamed(present)
         self._put(METRICS_NAME)
-        self._check_parts_stored()
         super().seal(rows)
 
     def unseal(self) -> None:
@@ -274,20 +278,19 @@ class RemoteRun(RunDirectory):
             self.update_manifest(parts=self._parts() | _describe(*ours))
         self._drop_unnamed(present)
 
-    def _check_parts_stored(self) -> None:
+    def _check_stored(self, present: dict[str, int]) -> None:
         """Raises StorageError if a part of ours went from the store behind our back."""
-        present = self._call(self._folder.names)
         for name, part in self._parts().items():
             if not _is_stored(name, part, present):
                 raise StorageError(
                     f"{self.name}/data/{name} is not there any more; run the same command again"
                 )
-        self._drop_unnamed(present)
 
     def _drop_unnamed(self, present: dict[str, int]) -> None:
-        """A part that is not named in our run.json cannot be named any more: nobody else commits.
+        """Remove parts that are not named; `present` was listed before run.json was found ours.
 
-        Raises StorageError for a Parquet file that is not a part: readers would take it for one.
+        Nobody can name them any more, for nobody else commits. Raises StorageError for a Parquet
+        file that is not a part: readers would take it for one.
         """
         named = {_part_file(name) for name in self._parts()}
         others = [n for n in present if n.startswith("data/") and n.endswith(".parquet")]

@@ -52,9 +52,15 @@ class Store:
         content: bytes = self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
         return content
 
-    def keys(self, bucket: str) -> list[str]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+    def keys(self, bucket: str, prefix: str = "") -> list[str]:
+        lister = self.client.get_paginator("list_objects_v2")
+        pages = lister.paginate(Bucket=bucket, Prefix=prefix)
         return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+
+    def copy(self, bucket: str, source: str, target: str) -> None:
+        """Every object below one prefix below another as well."""
+        for key in self.keys(bucket, source):
+            self.put(bucket, target + key.removeprefix(source), self.get(bucket, key))
 
     def delete(self, bucket: str, key: str) -> None:
         self.client.delete_object(Bucket=bucket, Key=key)

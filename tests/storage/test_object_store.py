@@ -126,8 +126,8 @@ def test_options_go_before_the_environment(
         ("s3://{}/in/z-*.parquet", "no object, prefix or match"),
         ("s3://{}/out/", r"no \*.parquet object below"),
         ("s3://{}/in/notes.txt", "not a Parquet file"),
-        ("abfs://{}/one.parquet", "abfs:// is not supported; copy"),
-        ("http://{}/one.parquet", "http:// is not supported; copy"),
+        ("abfs://{}/one.parquet", "abfs:// is not supported; use a folder"),
+        ("http://{}/one.parquet", "http:// is not supported; use a folder"),
         ("s3:///one.parquet", "must look like s3://bucket/name"),
     ],
 )
