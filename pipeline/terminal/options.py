@@ -176,7 +176,8 @@ def merge_section(section: type[Section], flags: dict[str, Any]) -> Section:
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"setting {first['loc'][0]}: {reason}".replace("_", "-")) from None
+        name = str(first["loc"][0]).replace("_", "-")
+        raise UsageError(f"setting {name}: {reason}") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:

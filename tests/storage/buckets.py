@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import boto3
 import pytest
 from botocore.client import BaseClient
-from botocore.exceptions import EndpointConnectionError
+from botocore.exceptions import ClientError, EndpointConnectionError
 from moto.server import ThreadedMotoServer
 
 REGION = "us-east-1"
@@ -66,9 +66,13 @@ class Store:
         self.client.delete_object(Bucket=bucket, Key=key)
 
     def remove_bucket(self, bucket: str) -> None:
-        for key in self.keys(bucket):
-            self.delete(bucket, key)
-        self.client.delete_bucket(Bucket=bucket)
+        """Also while somebody writes to it."""
+        while True:
+            for key in self.keys(bucket):
+                self.delete(bucket, key)
+            with suppress(ClientError):
+                self.client.delete_bucket(Bucket=bucket)
+                return
 
     @contextmanager
     def revoked(self) -> Iterator[None]:

@@ -71,6 +71,7 @@ def test_a_prefix_is_all_parquet_below_it_but_what_is_hidden(filled: str) -> Non
         ("in/x-?.parquet", "abc"),
         ("in/x-[!1].parquet", "c"),
         ("in/*/er/*", "d"),
+        ("in/deep/*/x-*.parquet", "d"),
         ("*/x-1.parquet", "ab"),
         ("in/deep/.hid/*.parquet", "e"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +13,9 @@ from typing import Any
 
 import polars as pl
 import pytest
+from botocore.client import BaseClient
 
-from pipeline.errors import RunDirectoryError, StorageError
+from pipeline.errors import RunDirectoryError, StorageError, UsageError
 from pipeline.job.status import read_status
 from pipeline.run import report_run, run_job
 from pipeline.settings import JobSettings, StoreSettings
@@ -239,7 +241,8 @@ def test_a_bucket_that_vanishes_loses_no_work(
 ) -> None:
     with monkeypatch.context() as inner:
         use_engine(inner, after_a_commit(store, out, lambda: store.remove_bucket(bucket)))
-        with pytest.raises(StorageError, match="no such bucket; check .*same command again"):
+        said = "(no such bucket; check|was removed while the job ran).*same command again"
+        with pytest.raises(StorageError, match=said):
             run_job(prompts, out, settings)
     with pytest.raises(StorageError, match="no such bucket"):
         run_job(prompts, out, settings)
@@ -362,7 +365,7 @@ def test_who_was_taken_over_stops_and_leaves_nothing(
         assert "took over" in caplog.text
         assert quick.done_rows().tolist() == [0, 1]
         with pytest.raises(RunDirectoryError, match="taken over by process .*; let that one"):
-            commit(slow, 2, 3)
+            commit(slow, 2)
         with pytest.raises(RunDirectoryError, match="taken over"):
             slow.write_text("report.md", "late")
         slow.close()
@@ -408,6 +411,22 @@ def test_a_part_whose_successor_knows_it_is_not_taken_back(
     seconds[0].close()
 
 
+def test_a_commit_whose_answer_was_lost_is_not_taken_for_anothers(
+    store: Store, out: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """boto3 asks again when an answer is lost, and meets what it wrote itself."""
+    real = BaseClient._make_api_call
+
+    def ask_twice(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
+        if arguments.get("Key", "").endswith("run.json") and operation == "PutObject":
+            real(client, operation, dict(arguments))
+        return real(client, operation, arguments)
+
+    monkeypatch.setattr(BaseClient, "_make_api_call", ask_twice)
+    finish(out, cache)
+    assert_whole(store, out)
+
+
 def test_a_second_process_of_this_machine_is_refused_with_the_url(out: str, cache: Path) -> None:
     with take(out, cache), pytest.raises(RunDirectoryError, match=f"{out} is in use by process"):
         take(out, cache)
@@ -416,8 +435,6 @@ def test_a_second_process_of_this_machine_is_refused_with_the_url(out: str, cach
 def test_a_store_that_ignores_conditions_is_refused(
     store: Store, out: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from botocore.client import BaseClient
-
     real = BaseClient._make_api_call
 
     def careless(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
@@ -440,12 +457,11 @@ def test_parts_that_nobody_names_are_removed(store: Store, bucket: str, cache: P
         content = left.read_bytes()
     stray = "run/data/part-00007-0123456789ab.parquet"
     store.put(bucket, stray, content)
-    with take(url, cache):
+    with take(url, cache) as run:
         assert stray not in store.keys(bucket)
         store.put(bucket, stray, content)  # a slow PUT of somebody who lost
-    assert stray in store.keys(bucket)
-    finish(url, cache)
-    assert_whole(store, url)
+        run.seal(run.done_rows())
+    assert rows_in(store, url)["row_index"].to_list() == [0, 1]
 
 
 def test_a_foreign_parquet_file_among_the_parts_is_refused(
@@ -465,7 +481,7 @@ def test_a_prefix_with_something_else_in_it_is_refused_before_anything_is_comput
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store.put(bucket, "out/notes.txt", b"mine")
-    use_engine(monkeypatch, FailingEngine(0, lambda: pytest.fail("must not compute")))
+    monkeypatch.setattr("pipeline.run.make_engine", lambda _: pytest.fail("must not load"))
     with pytest.raises(RunDirectoryError, match="not empty and holds no run"):
         run_job(prompts, f"s3://{bucket}/out", settings)
     assert store.keys(bucket) == ["out/notes.txt"]
@@ -541,6 +557,44 @@ def test_a_run_directory_may_be_copied_there_and_back(
     RunDirectory.create_or_resume(tmp_path / "local", FINGERPRINT, DESCRIPTION).close()
     held = json.loads((tmp_path / "local" / "run.json").read_text())
     assert not {"parts", "writer"} & held.keys()
+
+
+@pytest.mark.parametrize("command", ["run", "status"])
+def test_a_missing_library_says_what_to_install(
+    out: str,
+    prompts: str,
+    settings: JobSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(UsageError, match=r"needs boto3; pip install 'kvcoppice\[s3\]'"):
+        run_job(prompts, out, settings) if command == "run" else read_status(out)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("gs://bucket/out", "gs:// is not supported; use a folder or s3://"),
+        (f"s3://{KEY_ID}:{SECRET}@bucket/out", "credentials belong to"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused(
+    prompts: str, settings: JobSettings, url: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message) as error:
+        run_job(prompts, url, settings)
+    assert SECRET not in str(error.value)
+
+
+def test_a_store_that_is_not_there_is_an_error_at_once(
+    out: str, prompts: str, settings: JobSettings
+) -> None:
+    away = StoreSettings(storage_options={"endpoint_url": "http://127.0.0.1:9"})
+    started = time.monotonic()
+    with pytest.raises(StorageError, match="cannot be reached; check the network"):
+        run_job(prompts, out, settings.model_copy(update={"store": away}))
+    assert time.monotonic() - started < 10
 
 
 # Commands that read.
