@@ -36,6 +36,7 @@ from pipeline.storage.manifest import (
     parse_manifest,
     run_id_of,
 )
+from pipeline.storage.part_list import describe_parts, is_stored, named_parts, part_file
 from pipeline.storage.remote_folder import RemoteFolder, Stored, SupersededError
 from pipeline.storage.run_directory import (
     PLAN_NAME,
@@ -43,7 +44,7 @@ from pipeline.storage.run_directory import (
     UNSEALED_NAMES,
     RunDirectory,
 )
-from pipeline.storage.writer import PART_NAME, PartFooter
+from pipeline.storage.writer import PART_NAME
 
 METRICS_NAME: Final = "metrics.jsonl"
 _PLAN_NAMES: Final = (PLAN_NAME, "plan/tree.parquet", "plan/summary.json")  # the last one last
@@ -121,7 +122,7 @@ class RemoteRun(RunDirectory):
             if name in present:
                 folder.fetch(name, root / name)
         if with_parts or "parts" not in manifest:
-            run._fetch_parts(_named_parts(manifest, present))
+            run._fetch_parts(named_parts(manifest, present))
         return run
 
     @property
@@ -145,9 +146,9 @@ class RemoteRun(RunDirectory):
         """Commit a part here and in the store. Raises StorageError, RunDirectoryError."""
         path = super().write_part(number, table, provenance)
         self._footers[path] = self._read_footer(path)
-        self._put(_part_file(path.name))
+        self._put(part_file(path.name))
         try:
-            self.update_manifest(parts=self._parts() | _describe(self._footers[path]))
+            self.update_manifest(parts=self._parts() | describe_parts(self._footers[path]))
         except RunDirectoryError:
             with suppress(StorageError):
                 self._drop_lost(path.name)
@@ -201,7 +202,7 @@ class RemoteRun(RunDirectory):
         """Make copy and store the same, both ahead of where either was; then the run is ours."""
         present = self._folder.names()
         parts = {} if held is None else self._adopt(held, present)
-        stored = {n: part for n, part in parts.items() if _is_stored(n, part, present)}
+        stored = {n: part for n, part in parts.items() if is_stored(n, part, present)}
         self._mark_sealed(SUCCESS_NAME in present)
         if self.is_sealed and stored == parts and set(_PLAN_NAMES) <= present.keys():
             self._has_whole_copy = True  # of nothing but names: enough to say that all is done
@@ -220,7 +221,7 @@ class RemoteRun(RunDirectory):
         known = theirs["sessions"]
         if len(ours["sessions"]) <= len(known) or ours["sessions"][: len(known)] != known:
             replace_file(self.root / MANIFEST_NAME, held.content)
-        return _named_parts(theirs, present)
+        return named_parts(theirs, present)
 
     def _mark_sealed(self, is_sealed: bool) -> None:
         if is_sealed:
@@ -234,7 +235,7 @@ class RemoteRun(RunDirectory):
             path = self.data / name
             if path.exists():
                 continue
-            self._folder.fetch(_part_file(name), path)
+            self._folder.fetch(part_file(name), path)
             try:
                 self._footers[path] = self._read_footer(path)
             except StorageError:
@@ -262,7 +263,7 @@ class RemoteRun(RunDirectory):
             _logger.warning("took over %s from %s", self.name, _writer_of(before))
         self._etag = None if held is None else held.etag
         writer = {"name": own_name(), "session": uuid.uuid4().hex}
-        named = _describe(*(f for f in self.footers() if f.path.name in stored))
+        named = describe_parts(*(f for f in self.footers() if f.path.name in stored))
         self.update_manifest(parts=named, writer=writer)
 
     def _put_missing(self, present: dict[str, int]) -> None:
@@ -273,15 +274,15 @@ class RemoteRun(RunDirectory):
                 self._put(name)
         ours = [footer for footer in self.footers() if footer.path.name not in self._parts()]
         for footer in ours:
-            self._put(_part_file(footer.path.name))
+            self._put(part_file(footer.path.name))
         if ours:
-            self.update_manifest(parts=self._parts() | _describe(*ours))
+            self.update_manifest(parts=self._parts() | describe_parts(*ours))
         self._drop_unnamed(present)
 
     def _check_stored(self, present: dict[str, int]) -> None:
         """Raises StorageError if a part of ours went from the store behind our back."""
         for name, part in self._parts().items():
-            if not _is_stored(name, part, present):
+            if not is_stored(name, part, present):
                 raise StorageError(
                     f"{self.name}/data/{name} is not there any more; run the same command again"
                 )
@@ -292,7 +293,7 @@ class RemoteRun(RunDirectory):
         Nobody can name them any more, for nobody else commits. Raises StorageError for a Parquet
         file that is not a part: readers would take it for one.
         """
-        named = {_part_file(name) for name in self._parts()}
+        named = {part_file(name) for name in self._parts()}
         others = [n for n in present if n.startswith("data/") and n.endswith(".parquet")]
         unnamed = [name for name in others if name not in named]
         for name in unnamed:
@@ -309,7 +310,7 @@ class RemoteRun(RunDirectory):
         """
         now = self._folder.read(MANIFEST_NAME)
         if now is not None and name not in parse_manifest(now.content, self.name).get("parts", {}):
-            self._folder.delete([_part_file(name)])
+            self._folder.delete([part_file(name)])
 
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = self.read_manifest().get("parts", {})
@@ -356,34 +357,6 @@ def check_empty(folder: RemoteFolder) -> None:
         raise RunDirectoryError(
             f"{folder.url} is not empty and holds no run of coppice; choose a new folder"
         )
-
-
-def _part_file(name: str) -> str:
-    return f"data/{name}"
-
-
-def _describe(*footers: PartFooter) -> dict[str, Any]:
-    """What run.json says about these parts, by name."""
-    return {
-        footer.path.name: {
-            "bytes": footer.path.stat().st_size,
-            "rows_ok": footer.num_ok,
-            "rows_error": footer.num_error,
-        }
-        for footer in footers
-    }
-
-
-def _named_parts(manifest: dict[str, Any], present: dict[str, int]) -> dict[str, Any]:
-    """The parts of a run; one that was copied here from a folder names none, so all count."""
-    names = {name.removeprefix("data/"): size for name, size in present.items()}
-    listed = {n: {"bytes": size} for n, size in names.items() if PART_NAME.fullmatch(n)}
-    parts: dict[str, Any] = manifest.get("parts", listed)
-    return parts
-
-
-def _is_stored(name: str, part: dict[str, Any], present: dict[str, int]) -> bool:
-    return bool(present.get(_part_file(name)) == part["bytes"])
 
 
 def _writer_of(manifest: dict[str, Any]) -> str:
