@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import CoppiceError
-from pipeline.terminal.options import read_config
+from pipeline.errors import CoppiceError, UsageError
+from pipeline.settings import STORAGE_SECRETS
+from pipeline.terminal.options import read_config, split_store
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-Output = Annotated[Path, typer.Option("--output", help="Run directory.")]
+Output = Annotated[str, typer.Option("--output", help="Run directory, or s3:// URL of one.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of other settings.")]
 
 
-def _absolute(path: str | Path) -> str:
+def _absolute(path: str) -> str:
     """Paths that mean the same wherever the flow runs."""
-    return str(path) if "://" in str(path) else str(Path(path).absolute())
+    return path if "://" in path else str(Path(path).absolute())
+
+
+def _settings(config: Path | None) -> dict[str, Any]:
+    """What the file says. Raises UsageError for secrets, which Prefect would keep."""
+    settings = {} if config is None else read_config(config)
+    if split_store(settings)[1].storage_options.keys() & set(STORAGE_SECRETS):
+        raise UsageError(
+            "Prefect would store the secrets among the storage options; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY instead"
+        )
+    return settings
 
 
 @app.command()
@@ -32,8 +44,7 @@ def generate(
     """Do the job as a flow; the same call again resumes it."""
     from flows.generate import generate as flow
 
-    settings = {} if config is None else read_config(config)
-    flow(_absolute(input), _absolute(output), settings | {"model": model})
+    flow(_absolute(input), _absolute(output), _settings(config) | {"model": model})
 
 
 @app.command()
@@ -41,7 +52,7 @@ def audit(output: Output, config: Config = None) -> None:
     """Audit a run as a flow; exit code 4 below the bar."""
     from flows.audit import audit as flow
 
-    flow(_absolute(output), {} if config is None else read_config(config))
+    flow(_absolute(output), _settings(config))
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
@@ -13,23 +12,23 @@ from pipeline.errors import AuditFailed
 from pipeline.job.auditing import audit_run
 from pipeline.run import report_run
 from pipeline.settings import AuditSettings
-from pipeline.terminal.options import merge_section
+from pipeline.terminal.options import merge_section, split_store
 
 
 @task(name="audit", cache_policy=NO_CACHE, persist_result=False)
 def audit_rows(output: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Audit a run directory. Raises AuditFailed below the bar."""
-    chosen = merge_section(AuditSettings, settings)
-    verdict = audit_run(Path(output), chosen, LoggingObserver())
+    others, store = split_store(settings)
+    verdict = audit_run(output, merge_section(AuditSettings, others), LoggingObserver(), store)
     if not verdict.passed:
         raise AuditFailed(f"the audit of {output} failed: {'; '.join(verdict.reasons)}")
     return {"verdict": verdict.verdict, "rows_audited": verdict.rows_audited}
 
 
 @task(name="report", cache_policy=NO_CACHE, persist_result=False)
-def write_report(output: str) -> str:
-    """Write the report; returns the page's path."""
-    return str(report_run(Path(output)))
+def write_report(output: str, settings: dict[str, Any]) -> str:
+    """Write the report; returns the page's path or URL."""
+    return report_run(output, split_store(settings)[1])
 
 
 @flow(name="coppice-audit", persist_result=False)
@@ -38,7 +37,7 @@ def audit(output: str, settings: dict[str, Any]) -> dict[str, Any]:
     try:
         found = audit_rows(output, settings)
     except AuditFailed:
-        write_report(output)
+        write_report(output, settings)
         raise
-    write_report(output)
+    write_report(output, settings)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
@@ -59,7 +58,7 @@ async def is_worth_a_retry(tried: Task[Any, Any], run: TaskRun, state: State[Any
 def generate_rows(input: str, output: str, settings: dict[str, Any]) -> dict[str, float]:
     """Run or resume the job; returns its counters. A retry goes on where the last try stopped."""
     job = JobSettings.from_flat(settings)
-    return run_job(input, Path(output), job, LoggingObserver()).counters
+    return run_job(input, output, job, LoggingObserver()).counters
 
 
 @flow(name="coppice-generate", persist_result=False)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pipeline.errors import AuditFailed, CoppiceError
+from pipeline.errors import AuditFailed, CoppiceError, UsageError
 from pipeline.settings import (
     AuditSettings,
     EngineSettings,
@@ -21,10 +21,11 @@ from pipeline.settings import (
     PlanSettings,
     ReadSettings,
     SamplingSettings,
+    StoreSettings,
     TokenSettings,
     WriteSettings,
 )
-from pipeline.terminal.options import merge, merge_section, takes_settings, to_flat
+from pipeline.terminal.options import merge, merge_section, split_store, takes_settings, to_flat
 
 app = typer.Typer(
     name="coppice",
@@ -34,10 +35,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its panels clip long flags at 80 columns
 )
-_JOB = (ModelSettings, ReadSettings, TokenSettings, SamplingSettings, PlanSettings, EngineSettings)
+_READ = (ModelSettings, ReadSettings, TokenSettings, StoreSettings)
+_JOB = (*_READ, SamplingSettings, PlanSettings, EngineSettings)
 
-Input = Annotated[str, typer.Argument(metavar="IN", help="Parquet file, folder or glob.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory.")]
+Input = Annotated[
+    str, typer.Argument(metavar="IN", help="Parquet file, folder, glob or s3:// URL.")
+]
+RunFolder = Annotated[str, typer.Argument(metavar="DIR", help="Run directory or s3:// URL.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of these settings.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Progress = Annotated[
@@ -57,7 +61,7 @@ def options(
 def plan(
     input: Input,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write the plan's files here.")
+        str | None, typer.Option("-o", "--output", help="Write the plan's files here.")
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page with the tree.")] = None,
     config: Config = None,
@@ -73,7 +77,9 @@ def plan(
 @takes_settings(*_JOB, WriteSettings)
 def run(
     input: Input,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Run directory.")],
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="Run directory, or s3:// URL of one.")
+    ],
     config: Config = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Show settings.")] = False,
@@ -92,24 +98,25 @@ def run(
         from pipeline.terminal.tables import counter_table, print_table
 
         outcome = run_job(input, output, merge(flags, config), make_observer(progress))
-        print_table(str(output), counter_table(outcome.counters))
+        print_table(output, counter_table(outcome.counters))
 
 
 @app.command()
-def status(directory: RunFolder, json: Json = False) -> None:
+@takes_settings(StoreSettings)
+def status(directory: RunFolder, json: Json = False, *, flags: dict[str, Any]) -> None:
     """How far a job is; works while it runs."""
     from pipeline.job.status import read_status
     from pipeline.terminal.tables import print_json, print_table, status_table
 
-    state = read_status(directory)
+    state = read_status(directory, merge_section(StoreSettings, flags))
     if json:
         print_json(state)
     else:
-        print_table(str(directory), status_table(state))
+        print_table(directory, status_table(state))
 
 
 @app.command()
-@takes_settings(AuditSettings)
+@takes_settings(AuditSettings, StoreSettings)
 def audit(
     directory: RunFolder, json: Json = False, progress: Progress = "auto", *, flags: dict[str, Any]
 ) -> None:
@@ -118,26 +125,29 @@ def audit(
     from pipeline.terminal.progress import make_observer
     from pipeline.terminal.tables import audit_table, print_json, print_table
 
-    verdict = audit_run(directory, merge_section(AuditSettings, flags), make_observer(progress))
-    summary = describe_audit(directory)
+    flags, store = split_store(flags)
+    settings = merge_section(AuditSettings, flags)
+    verdict = audit_run(directory, settings, make_observer(progress), store)
+    summary = describe_audit(directory, store)
     if json:
         print_json(summary)
     else:
-        print_table(str(directory), audit_table(summary))
+        print_table(directory, audit_table(summary))
     if not verdict.passed:
         raise AuditFailed(f"the audit of {directory} failed: {'; '.join(verdict.reasons)}")
 
 
 @app.command()
-def report(directory: RunFolder) -> None:
+@takes_settings(StoreSettings)
+def report(directory: RunFolder, *, flags: dict[str, Any]) -> None:
     """Write report.html and report.md."""
     from pipeline.run import report_run
 
-    typer.echo(report_run(directory))
+    typer.echo(report_run(directory, merge_section(StoreSettings, flags)))
 
 
 @app.command()
-@takes_settings(ModelSettings, ReadSettings, TokenSettings)
+@takes_settings(*_READ)
 def validate(
     input: Input,
     config: Config = None,
@@ -157,27 +167,29 @@ def validate(
 
 
 @app.command()
+@takes_settings(StoreSettings)
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="JSONL, Parquet or run directory.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Parquet or JSONL.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="JSONL, Parquet or run directory.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="Parquet or JSONL.")],
+    *,
+    flags: dict[str, Any],
 ) -> None:
     """OpenAI batch files or plain JSON lines to Parquet, and back."""
     from pipeline.storage.conversion import convert as convert_file
 
-    typer.echo(f"{convert_file(source, target):,} rows in {target}")
+    rows = convert_file(source, target, merge_section(StoreSettings, flags))
+    typer.echo(f"{rows:,} rows in {target}")
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Run directory.")] = Path(
-        "coppice-demo"
-    ),
+    output: Annotated[str, typer.Option("-o", "--output", help="Run directory.")] = "coppice-demo",
     progress: Progress = "auto",
 ) -> None:
     """Plan, run, audit and report on the embedded model and prompts."""
     from pipeline.terminal.demo import run_demo
 
-    run_demo(output, progress)
+    run_demo(_local(output), progress)
 
 
 def _plan(
@@ -185,22 +197,30 @@ def _plan(
     flags: dict[str, Any],
     config: Path | None,
     json: bool = False,
-    output: Path | None = None,
+    output: str | None = None,
     html: Path | None = None,
 ) -> None:
+    folder = None if output is None else _local(output)
     from pipeline.run import plan_job, write_plan, write_plan_page
     from pipeline.terminal.tables import plan_table, print_json, print_table
 
     planned = plan_job(input, merge(flags, config))
     typer.echo(planned.job.describe_generation(), err=True)
-    if output is not None:
-        write_plan(planned, output)
+    if folder is not None:
+        write_plan(planned, folder)
     if html is not None:
         write_plan_page(planned, Path(input).name, html)
     if json:
         print_json(planned.summary.to_json())
     else:
         print_table(f"Plan of {input}", plan_table(planned.summary.to_json()))
+
+
+def _local(output: str) -> Path:
+    """Raises UsageError for a URL, of which a path would make a folder."""
+    if "://" in output:
+        raise UsageError(f"{output} is not a folder of this machine; only runs are written there")
+    return Path(output)
 
 
 def _print_config(flags: dict[str, Any], config: Path | None) -> None:

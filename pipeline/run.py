@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.engine.base import Engine
+from pipeline.engine.machine import cache_folder
 from pipeline.errors import EngineError
 from pipeline.job.fingerprint import describe_versions, fingerprint_fields
 from pipeline.job.observer import Observer, SilentObserver
@@ -35,9 +36,10 @@ from pipeline.job.planning import (
 from pipeline.job.session import RunOutcome, Session
 from pipeline.job.stopping import StopRequest, interruptible
 from pipeline.plan.summary import largest_nodes, plan_frame, tree_frame
-from pipeline.settings import JobSettings
+from pipeline.settings import JobSettings, StoreSettings
 from pipeline.storage.durable import replace_file, write_errors
 from pipeline.storage.run_directory import RunDirectory
+from pipeline.storage.run_place import Place, check_free, holds_run, reading_run, take_run
 
 _EXAMPLES = 5
 
@@ -133,9 +135,11 @@ def validate_input(input: str, settings: JobSettings) -> dict[str, Any]:
 
 @interruptible()
 def run_job(
-    input: str, output: Path, settings: JobSettings, observer: Observer | None = None
+    input: str, output: Place, settings: JobSettings, observer: Observer | None = None
 ) -> RunOutcome:
     """Do the job, or what is left of it; the same call again resumes.
+
+    `input` and `output` may lie below `s3://`; `settings.store` says how to get there.
 
     Raises UsageError and its kin before anything ran; EngineError, StorageError, Interrupted or
     TimeBudgetReached with every committed part intact; TooManyFailedRows after the job is sealed.
@@ -146,11 +150,16 @@ def run_job(
     job = open_job(input, settings)
     fingerprint = fingerprint_fields(settings, job.source.fingerprint(), job.tokenizer.fingerprint)
     description = describe_job(input, job)
+
     # A folder that refuses this job, or has it done, must say so before an hour of tokenising;
     # a folder that is not there yet is made only when input and model have proved sound, so that
     # a model that is repaired afterwards does not meet the job of the broken one.
-    if (output / "run.json").exists():
-        with RunDirectory.create_or_resume(output, fingerprint, description) as directory:
+    def take() -> RunDirectory:
+        copies = cache_folder() / "runs"
+        return take_run(output, settings.store, copies, fingerprint, description)
+
+    if holds_run(output, settings.store):
+        with take() as directory:
             if directory.is_sealed:
                 if directory.is_whole:
                     observer.say(f"{output} is complete; nothing to do")
@@ -162,19 +171,21 @@ def run_job(
                     directory.unseal()
             with loading_engine(settings) as loading:
                 return Session(plan_rows(job), directory, observer, stop).run(loading)
+    check_free(output, settings.store)
     with loading_engine(settings) as loading:
         planned = plan_rows(job)
         loading.result()
-        with RunDirectory.create_or_resume(output, fingerprint, description) as directory:
+        with take() as directory:
             return Session(planned, directory, observer, stop).run(loading)
 
 
-def report_run(output: Path) -> Path:
-    """Write `report.html` and `report.md` of a run directory; returns the page's path."""
+def report_run(output: Place, store: StoreSettings | None = None) -> str:
+    """Write `report.html` and `report.md` of a run directory; returns the page's path or URL."""
     from pipeline.report.page import render
 
-    render(RunDirectory.open(output))
-    return output / "report.html"
+    with reading_run(output, store or StoreSettings()) as directory:
+        render(directory)
+        return f"{directory.name}/report.html"
 
 
 @contextmanager

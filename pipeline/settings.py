@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -25,6 +26,8 @@ from pipeline.records import SamplingParams
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _NUMBER = r"\d+(?:\.\d*)?|\.\d+"
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+STORAGE_SECRETS = ("access_key_id", "secret_access_key", "session_token")
+STORAGE_OPTIONS = ("endpoint_url", "region", "anonymous", *STORAGE_SECRETS)
 
 
 def parse_bytes(text: str | int) -> int:
@@ -41,6 +44,32 @@ def parse_seconds(text: str | float) -> float:
     if match is None:
         raise ValueError(f"{text!r} is not a duration; write it like 4h, 90m or 3600")
     return float(match[1]) * _SECONDS[match[2] or ""]
+
+
+def parse_storage_options(value: object) -> dict[str, str]:
+    """`["region=eu-west-1"]`, one such text, or a mapping, as a mapping; later ones win.
+
+    `aws_region` is `region`, and so on. Raises ValueError, which never quotes a value: it may be
+    a secret.
+    """
+    texts = [value] if isinstance(value, str) else value
+    pairs = list(texts.items()) if isinstance(texts, dict) else _split_options(texts)
+    options: dict[str, str] = {}
+    for key, content in pairs:
+        name = str(key).strip().lower().replace("-", "_").removeprefix("aws_")
+        if name not in STORAGE_OPTIONS:
+            raise ValueError(f"there is no option {key!r}; known are {', '.join(STORAGE_OPTIONS)}")
+        options[name] = str(content).lower() if isinstance(content, bool) else str(content)
+    return options
+
+
+def _split_options(texts: object) -> list[tuple[str, str]]:
+    if not isinstance(texts, list | tuple):
+        raise ValueError("write it as name=value")
+    pairs = [str(text).partition("=") for text in texts]
+    if not all(equals for _, equals, _ in pairs):
+        raise ValueError("write it as name=value, like region=eu-west-1")
+    return [(name, content) for name, _, content in pairs]
 
 
 class _Section(BaseModel):
@@ -199,6 +228,39 @@ class AuditSettings(_Section):
         return min(total, int(wanted))
 
 
+class StoreSettings(_Section):
+    """How an object store is reached, to read and to write; decides no answer.
+
+    Secrets are in no dump and no repr: run.json and `--print-config` never hold them. What is
+    not given is taken from the environment variables and files that AWS's own tools use.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    storage_options: dict[str, str] = Field(default={}, repr=False)
+
+    @field_validator("storage_options", mode="before")
+    @classmethod
+    def _options(cls, value: object) -> dict[str, str]:
+        options = parse_storage_options(value)
+        endpoint = options.get("endpoint_url")
+        if endpoint is not None and not re.fullmatch(r"https?://[^/@\s]+/?", endpoint):
+            raise ValueError("endpoint_url must look like https://host:port, without a password")
+        if options.get("anonymous", "true") not in ("true", "false"):
+            raise ValueError("anonymous is true or false")
+        if ("access_key_id" in options) != ("secret_access_key" in options):
+            raise ValueError("access_key_id and secret_access_key belong together; give both")
+        return options
+
+    @field_serializer("storage_options")
+    def _without_secrets(self, options: dict[str, str]) -> dict[str, str]:
+        return {name: text for name, text in options.items() if name not in STORAGE_SECRETS}
+
+    def overridden_by(self, other: StoreSettings) -> StoreSettings:
+        """These options, and those of `other` over them."""
+        return StoreSettings(storage_options=self.storage_options | other.storage_options)
+
+
 class JobSettings(_Section):
     """The whole job, section by section."""
 
@@ -210,6 +272,7 @@ class JobSettings(_Section):
     engine: EngineSettings = EngineSettings()
     write: WriteSettings = WriteSettings()
     audit: AuditSettings = AuditSettings()
+    store: StoreSettings = StoreSettings()
 
     @classmethod
     def from_flat(cls, flat: dict[str, Any]) -> JobSettings:
@@ -231,7 +294,8 @@ class JobSettings(_Section):
             first = error.errors()[0]
             name = str(first["loc"][-1]).replace("_", "-")
             reason = first["msg"].removeprefix("Value error, ")
-            raise UsageError(f"setting {name}: {reason} (got {first['input']!r})") from None
+            got = "" if first["loc"][0] == "store" else f" (got {first['input']!r})"
+            raise UsageError(f"setting {name}: {reason}{got}") from None
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {
@@ -243,6 +307,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "engine": EngineSettings,
     "write": WriteSettings,
     "audit": AuditSettings,
+    "store": StoreSettings,
 }
 
 

@@ -215,3 +215,25 @@ def test_the_echo_engine_cannot_be_audited(
     assert shell(*job, "--fail-on-error", "1") == 0
     assert shell("audit", out) == 2
     assert "echo" in shell.err
+
+
+def test_where_a_url_cannot_be_written_it_is_refused(
+    shell: Shell, prompts: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = ("--model", model, "--engine", "echo")
+    assert shell("plan", prompts, "-o", "s3://bucket/plan", *job) == 2
+    assert "not a folder of this machine" in shell.err
+    assert shell("demo", "-o", "s3://bucket/demo") == 2
+    assert shell("convert", prompts, "s3://bucket/out.jsonl") == 2
+    assert "convert writes a file of this machine" in shell.err
+    assert [path.name for path in tmp_path.iterdir()] == ["p.parquet"]
+
+
+def test_storage_options_are_shown_without_secrets(shell: Shell, prompts: str, model: str) -> None:
+    options = ("region=eu-west-1", "access_key_id=CANARY", "secret_access_key=CANARY")
+    flags = [part for option in options for part in ("--storage-options", option)]
+    assert shell("run", prompts, "-o", "out", "--model", model, *flags, "--print-config") == 0
+    assert yaml.safe_load(shell.out)["storage-options"] == {"region": "eu-west-1"}
+    assert shell("status", "s3://bucket/x", "--storage-options", "secrt_access_key=CANARY") == 2
+    assert "no option 'secrt_access_key'" in shell.err and "CANARY" not in shell.err

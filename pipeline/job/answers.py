@@ -22,7 +22,6 @@ from pipeline.job.planning import PlannedJob
 from pipeline.records import Completion, Rejected, Timing
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.schema import OUTPUT_FIELDS, carry_columns
-from pipeline.storage.writer import write_part
 
 
 class Answered(NamedTuple):
@@ -108,7 +107,7 @@ class AnswerWriter:
             answered.sort(key=lambda a: a.row)
             number = block
         table = answers_table(self._planned, answered)
-        write_part(self._directory.data, number, table, self._provenance)
+        self._directory.write_part(number, table, self._provenance)
         self._next_part += 1
 
 

@@ -15,7 +15,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,8 +38,9 @@ from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.planning import Job, open_job, select_rows
 from pipeline.job.stopping import interruptible
 from pipeline.plan.plan import noise_key
-from pipeline.settings import AuditSettings, JobSettings
+from pipeline.settings import AuditSettings, JobSettings, StoreSettings
 from pipeline.storage.run_directory import RunDirectory
+from pipeline.storage.run_place import Place, reading_run
 
 if TYPE_CHECKING:
     from pipeline.engine.model import LoadedModel
@@ -51,17 +51,30 @@ _EMBEDDED_CHARACTERS = 400
 
 
 @interruptible()
-def audit_run(output: Path, settings: AuditSettings, observer: Observer | None = None) -> Verdict:
+def audit_run(
+    output: Place,
+    settings: AuditSettings,
+    observer: Observer | None = None,
+    store: StoreSettings | None = None,
+) -> Verdict:
     """Audit the rows committed in `output`; writes `audit/audit.parquet` and `summary.json`.
+
+    `store` reaches output and input, over what run.json says of it: secrets are not there.
 
     A failed audit is a result, not an error. Raises UsageError where there is nothing to compare,
     InputError or ModelError where input or model have changed since the run, StorageError where
     the answers have.
     """
-    observer = observer or SilentObserver()
+    store = store or StoreSettings()
+    with reading_run(output, store) as directory:
+        return _audit(directory, settings, observer or SilentObserver(), store)
+
+
+def _audit(
+    directory: RunDirectory, settings: AuditSettings, observer: Observer, store: StoreSettings
+) -> Verdict:
     started = time.monotonic()
-    directory = RunDirectory.open(output)
-    job = reopen_job(directory)
+    job = reopen_job(directory, store)
     if job.settings.model.engine == "echo":
         raise UsageError("the echo engine has no model to compare with; run with --engine prefix")
     _check_complete(directory)
@@ -92,32 +105,34 @@ def audit_run(output: Path, settings: AuditSettings, observer: Observer | None =
     return verdict
 
 
-def reopen_job(directory: RunDirectory) -> Job:
+def reopen_job(directory: RunDirectory, store: StoreSettings | None = None) -> Job:
     """The job of a run directory, from what it recorded.
 
     Raises InputError or ModelError if the input, the tokenizer or the model is another one now.
     """
     manifest = directory.read_manifest()
     if "settings" not in manifest or "input" not in manifest:
-        raise RunDirectoryError(f"{directory.root} does not say how it was made; run the job again")
+        raise RunDirectoryError(f"{directory.name} does not say how it was made; run the job again")
     settings = JobSettings.model_validate(manifest["settings"])
+    if store is not None:
+        settings = settings.model_copy(update={"store": settings.store.overridden_by(store)})
     job = open_job(manifest["input"]["argument"], settings)
     now = fingerprint_fields(settings, job.source.fingerprint(), job.tokenizer.fingerprint)
     before = manifest["fingerprint"]
     if now["input"] != before["input"]:
         raise InputError(
-            f"{manifest['input']['argument']} has changed since the run in {directory.root}; "
+            f"{manifest['input']['argument']} has changed since the run in {directory.name}; "
             "bring the old file back, or run the new one into another folder"
         )
     changed = [name for name in now if now[name] != before.get(name)]
     if "template" in changed:
         raise InputError(
             f"the template {settings.read.template} has changed since the run in "
-            f"{directory.root}; bring the old one back"
+            f"{directory.name}; bring the old one back"
         )
     if changed:
         raise ModelError(
-            f"{settings.model.model} is not the model of the run in {directory.root} any more: "
+            f"{settings.model.model} is not the model of the run in {directory.name} any more: "
             f"{changed[0]} differs; bring the old one back"
         )
     return job
@@ -230,10 +245,11 @@ def _similarity(
     return {a.row_index: float(c) for a, c in zip(audits, cosines, strict=True)}
 
 
-def describe_audit(output: Path) -> dict[str, Any]:
+def describe_audit(output: Place, store: StoreSettings | None = None) -> dict[str, Any]:
     """The content of `audit/summary.json`. Raises RunDirectoryError if there was no audit."""
-    path = output / "audit" / "summary.json"
-    if not path.is_file():
-        raise RunDirectoryError(f"{output} was not audited yet; run: coppice audit {output}")
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    with reading_run(output, store or StoreSettings(), parts=False) as directory:
+        path = directory.root / "audit" / "summary.json"
+        if not path.is_file():
+            raise RunDirectoryError(f"{output} was not audited yet; run: coppice audit {output}")
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return summary

@@ -116,7 +116,7 @@ class PlannedJob:
 
 def open_job(input: str, settings: JobSettings) -> Job:
     """Open input, tokenizer and model config. Raises InputError, ModelError, UsageError."""
-    source = open_source(input, settings.read)
+    source = open_source(input, settings.read, settings.store)
     output_schema(source.schema, source.columns.id)  # refuses names that would collide
     model = settings.model
     tokenizer = PromptTokenizer.load(model.model, model.revision, settings.tokens)

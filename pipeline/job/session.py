@@ -16,7 +16,6 @@ import time
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -53,7 +52,7 @@ _SUMMED = (
 class RunOutcome:
     """A finished job. `was_complete`: there was nothing left to do."""
 
-    directory: Path
+    directory: str
     counters: dict[str, float]
     was_complete: bool = False
 
@@ -75,7 +74,7 @@ class RunOutcome:
     @classmethod
     def of_sealed(cls, directory: RunDirectory) -> RunOutcome:
         """What a complete run directory has to say."""
-        return cls(directory.root, directory.read_manifest()["counters"], was_complete=True)
+        return cls(directory.name, directory.read_manifest()["counters"], was_complete=True)
 
 
 class Session:
@@ -145,7 +144,7 @@ class Session:
                 ) from error
             if before != summary.plan_hash:
                 raise RunDirectoryError(
-                    f"{self._directory.root} was planned differently ({before[:12]}, now "
+                    f"{self._directory.name} was planned differently ({before[:12]}, now "
                     f"{summary.plan_hash[:12]}); finish it with the coppice that began it"
                 )
             if self._directory.planned_rows() is not None:
@@ -252,7 +251,7 @@ class Session:
         if engine.name == "prefix":
             identity = self._directory.read_manifest()["fingerprint"]
             remember_rates(self._planned.job.settings.model, identity, asdict(engine.counters))
-        outcome = RunOutcome(self._directory.root, counters)
+        outcome = RunOutcome(self._directory.name, counters)
         outcome.check_failures(self._planned.job.settings.write)
         return outcome
 

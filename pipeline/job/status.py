@@ -6,32 +6,36 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.job.session import count_committed
-from pipeline.storage.lock import is_abandoned
+from pipeline.settings import StoreSettings
 from pipeline.storage.run_directory import RunDirectory
+from pipeline.storage.run_place import Place, reading_run
 
 
-def read_status(root: Path) -> dict[str, Any]:
+def read_status(place: Place, store: StoreSettings | None = None) -> dict[str, Any]:
     """Rows by outcome, and the last rates that a session noted (None before the first note).
 
     `eta_s` is there only while the job is running. Raises RunDirectoryError if there is no run.
     """
-    directory = RunDirectory.open(root)
-    manifest = directory.read_manifest()
-    committed = count_committed(directory)
+    with reading_run(place, store or StoreSettings(), parts=False) as directory:
+        return _describe(directory)
+
+
+def _describe(directory: RunDirectory) -> dict[str, Any]:
+    manifest, root = directory.read_manifest(), directory.root
+    answered, failed = directory.count_rows()
     planned = directory.planned_rows()  # of a shard these are not all of the input
     rows = int(manifest["input"]["rows"]) if planned is None else len(planned)
-    done = committed["rows_ok"] + committed["rows_error"]
+    done = answered + failed
     last = _last_metrics(root / "metrics.jsonl")
     rows_per_s = last.get("rows_per_s")
     # A session that was killed could not say so itself.
-    died = manifest["status"] == "running" and is_abandoned(root)
+    died = manifest["status"] == "running" and directory.is_abandoned
     status = "stopped" if died else manifest["status"]
     return {
         "status": status,
         "rows": rows,
         "rows_done": done,
-        "rows_failed": committed["rows_error"],
+        "rows_failed": failed,
         "rows_left": rows - done,
         "rows_per_s": rows_per_s,
         "prefill_tokens_per_s": last.get("prefill_tokens_per_s"),

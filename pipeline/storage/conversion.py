@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, UsageError
-from pipeline.settings import ReadSettings
+from pipeline.settings import ReadSettings, StoreSettings
 from pipeline.storage.durable import publish, temp_path, write_errors
+from pipeline.storage.object_store import is_url
 from pipeline.storage.openai_batch import (
     ANSWER_COLUMNS,
     BadRequest,
@@ -34,6 +35,7 @@ from pipeline.storage.openai_batch import (
 )
 from pipeline.storage.reader import open_source
 from pipeline.storage.run_directory import RunDirectory
+from pipeline.storage.run_place import Place, holds_run, reading_run
 
 _ROWS_AT_A_TIME = 4096
 _REQUEST_SCHEMA = pa.schema(
@@ -48,21 +50,25 @@ _REQUEST_SCHEMA = pa.schema(
 )
 
 
-def convert(source: Path, target: Path) -> int:
+def convert(source: Place, target: Place, store: StoreSettings | None = None) -> int:
     """Convert by the names' endings, see the module's picture; returns the rows written.
 
-    The target appears whole or not at all. Raises InputError naming the line, UsageError,
-    StorageError.
+    The target appears whole or not at all; `store` is how an `s3://` source is reached. Raises
+    InputError naming the line, UsageError, StorageError.
     """
-    if source.suffix == ".jsonl" and target.suffix == ".parquet":
-        return _write_whole(target, lambda file: _write_rows(source, file))
-    if target.suffix != ".jsonl" or source.suffix == ".jsonl":
+    if is_url(target):
+        raise UsageError("convert writes a file of this machine; copy it to the store afterwards")
+    path, reads_lines = Path(target), str(source).endswith(".jsonl")
+    if reads_lines and path.suffix == ".parquet" and not is_url(source):
+        return _write_whole(path, lambda file: _write_rows(Path(source), file))
+    if path.suffix != ".jsonl" or reads_lines:
         raise UsageError(
-            "convert from .jsonl to .parquet, or from a Parquet file or run directory to .jsonl"
+            "convert from a local .jsonl to .parquet, or from a Parquet file or run directory to "
+            ".jsonl"
         )
-    if (source / "run.json").is_file():
-        return _write_whole(target, lambda file: _write_lines(_responses(source), file))
-    return _write_whole(target, lambda file: _write_lines(_requests(source), file))
+    store = store or StoreSettings()
+    read = _responses if holds_run(source, store) else _requests
+    return _write_whole(path, lambda file: _write_lines(read(source, store), file))
 
 
 def _write_whole(target: Path, write: Callable[[BinaryIO], int]) -> int:
@@ -170,9 +176,9 @@ def _write_lines(lines: Iterable[dict[str, Any]], file: BinaryIO) -> int:
     return count
 
 
-def _requests(source: Path) -> Iterator[dict[str, Any]]:
+def _requests(source: Place, store: StoreSettings) -> Iterator[dict[str, Any]]:
     """Rows that a run would take; one that it would reject is refused here by its number."""
-    prompts = open_source(source, ReadSettings())
+    prompts = open_source(source, ReadSettings(), store)
     columns = prompts.columns
     has_model = "model" in prompts.schema.names
     for batch in prompts.iter_prompts():
@@ -196,9 +202,13 @@ def _requests(source: Path) -> Iterator[dict[str, Any]]:
             yield request_of_row(row)
 
 
-def _responses(source: Path) -> Iterator[dict[str, Any]]:
+def _responses(source: Place, store: StoreSettings) -> Iterator[dict[str, Any]]:
     """Raises RunDirectoryError for a run that is not complete: half an output looks like one."""
-    directory = RunDirectory.open(source)
+    with reading_run(source, store) as directory:
+        yield from _responses_of(directory)
+
+
+def _responses_of(directory: RunDirectory) -> Iterator[dict[str, Any]]:
     if not directory.is_sealed:
         raise directory.incomplete()
     rows = directory.scan()

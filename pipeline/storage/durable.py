@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,9 +42,15 @@ def write_errors(path: Path) -> Iterator[None]:
 
 def write_new(path: Path, content: bytes | memoryview) -> None:
     """Write a file that must not exist yet and flush it to the disk. Raises OSError."""
+    write_stream(path, [content])
+
+
+def write_stream(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """As `write_new`, of chunks that need not be in memory together."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        write_all(file, content)
+        for chunk in chunks:
+            write_all(file, chunk)
         os.fsync(file)
     finally:
         os.close(file)

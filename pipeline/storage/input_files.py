@@ -13,6 +13,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pipeline.errors import InputError
+from pipeline.settings import StoreSettings
+from pipeline.storage.object_store import SCHEME, explain_read_fault, find_objects, is_url
 
 _HASHED_AT_A_TIME = 4 << 20
 
@@ -39,12 +41,20 @@ class InputFile:
         """For random reads. Raises OSError."""
         return self.filesystem.open_input_file(self.path)
 
-    def stamp(self) -> tuple[int, int]:
+    def stamp(self) -> tuple[int, int | str]:
         """Size and time of the last change: another file, another stamp. Raises OSError."""
+        if is_url(self.name):
+            return self._object_stamp()
         info = self.filesystem.get_file_info(self.path)
         if info.type != fs.FileType.File:
             raise FileNotFoundError("it is not there")
         return info.size, info.mtime_ns or 0
+
+    def _object_stamp(self) -> tuple[int, str]:
+        # A store's clock counts whole seconds; the ETag is another one for other content.
+        with self.filesystem.open_input_stream(self.path) as stream:
+            seen = stream.metadata()
+        return int(seen["Content-Length"]), (seen.get("ETag") or seen["Last-Modified"]).decode()
 
     def content_hash(self) -> bytes:
         """sha256 of the bytes, streamed. Raises InputError."""
@@ -55,12 +65,17 @@ class InputFile:
         return digest.digest()
 
 
-def find_input_files(argument: str | Path) -> tuple[InputFile, ...]:
+def find_input_files(
+    argument: str | Path, store: StoreSettings | None = None
+) -> tuple[InputFile, ...]:
     """The file itself, all `*.parquet` below a folder, or what a glob matches, sorted by name.
 
     Hidden files and those that begin with an underscore are somebody's temporary files: left out.
-    Raises InputError if there is nothing.
+    `store` is how an `s3://` URL is reached. Raises InputError if there is nothing.
     """
+    if is_url(argument):
+        filesystem, paths = find_objects(str(argument), store or StoreSettings())
+        return tuple(InputFile(filesystem, path, f"{SCHEME}://{path}") for path in paths)
     place = Path(argument)
     with damage_named(place):
         if place.is_file():
@@ -82,6 +97,9 @@ def damage_named(name: str | Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeError) as error:
+        fault = explain_read_fault(error)
+        if fault is not None:
+            raise InputError(f"cannot read {name}: {fault}") from error
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         raise InputError(
             f"{name} is damaged or not readable ({reason}); write or copy it again"

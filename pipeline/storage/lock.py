@@ -22,9 +22,19 @@ def is_abandoned(folder: Path) -> bool:
         owner = (folder / LOCK_NAME).read_text(errors="replace").strip()
     except OSError:
         return True
+    return not owner or is_dead(owner)
+
+
+def own_name() -> str:
+    """How this process is called in a lock."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def is_dead(owner: str) -> bool:
+    """Whether `owner`, an `own_name`, has ended, as far as this machine can tell."""
     match = _OWNER.fullmatch(owner)
     if match is None or match[2] != socket.gethostname():
-        return not owner
+        return False
     try:
         os.kill(int(match[1]), 0)
     except ProcessLookupError:
@@ -68,7 +78,7 @@ class FolderLock:
                 "wait until it ends or choose another folder"
             ) from error
         os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.pwrite(self._file, f"{own_name()}\n".encode(), 0)
         return owner
 
     def release(self) -> None:

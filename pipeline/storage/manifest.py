@@ -15,16 +15,16 @@ from pipeline.errors import RunDirectoryError
 from pipeline.storage.schema import SCHEMA_VERSION
 
 MANIFEST_NAME = "run.json"
+STORE_FIELDS = frozenset({"parts", "writer"})  # see `remote_run`; in a folder the parts say it all
 _HASHES = ("input", "model", "revision", "tokenizer")
 _SHOWN_CHARACTERS = 32  # of each value, where two fingerprints differ
 
 
 def new_manifest(fingerprint: dict[str, Any]) -> dict[str, Any]:
     """The fields that every run begins with."""
-    canonical = json.dumps(fingerprint, sort_keys=True, allow_nan=False)
     return {
         "schema_version": SCHEMA_VERSION,
-        "run_id": hashlib.sha256(canonical.encode()).hexdigest()[:16],
+        "run_id": run_id_of(fingerprint),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "status": "running",
         "fingerprint": fingerprint,
@@ -33,24 +33,41 @@ def new_manifest(fingerprint: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def run_id_of(fingerprint: dict[str, Any]) -> str:
+    """16 hex digits of the fingerprint's hash."""
+    canonical = json.dumps(fingerprint, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
 def read_manifest(root: Path) -> dict[str, Any]:
     """run.json of a folder. Raises RunDirectoryError if missing, damaged, too new or too old."""
-    path = root / MANIFEST_NAME
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        content = (root / MANIFEST_NAME).read_bytes()
+    except OSError as error:
+        raise _no_run(root) from error
+    return parse_manifest(content, root)
+
+
+def parse_manifest(content: bytes, place: str | Path) -> dict[str, Any]:
+    """The content of run.json in `place`. Raises RunDirectoryError as `read_manifest`."""
+    try:
+        manifest: dict[str, Any] = json.loads(content)
         version, _ = manifest["schema_version"], (manifest["run_id"], manifest["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirectoryError(
-            f"{root} holds no run (no readable {MANIFEST_NAME}); check the path"
-        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_run(place) from error
     if version != SCHEMA_VERSION:
         raise RunDirectoryError(
-            f"{path} has the version {version}, not {SCHEMA_VERSION}; use the coppice that made it"
+            f"{place}/{MANIFEST_NAME} has the version {version}, not {SCHEMA_VERSION}; "
+            "use the coppice that made it"
         )
     return manifest
 
 
-def check_fingerprint(root: Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _no_run(place: str | Path) -> RunDirectoryError:
+    return RunDirectoryError(f"{place} holds no run (no readable {MANIFEST_NAME}); check the path")
+
+
+def check_fingerprint(place: str | Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises RunDirectoryError naming the first field in which two fingerprints differ."""
     wanted = _flatten(json.loads(json.dumps(wanted)))  # as it would be read back: tuples are lists
     held = _flatten(held)
@@ -58,7 +75,7 @@ def check_fingerprint(root: Path, held: dict[str, Any], wanted: dict[str, Any]) 
     for field in sorted(held.keys() | wanted.keys(), key=lambda name: (name in _HASHES, name)):
         if held.get(field) != wanted.get(field):
             raise RunDirectoryError(
-                f"{root} holds a run with another {field} ({_shorten(held.get(field))}, now "
+                f"{place} holds a run with another {field} ({_shorten(held.get(field))}, now "
                 f"{_shorten(wanted.get(field))}); choose a new folder or go back to the old value"
             )
 

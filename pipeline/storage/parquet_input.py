@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline.errors import InputError
 from pipeline.storage.columns import plain_schema
 from pipeline.storage.input_files import InputFile, damage_named
+from pipeline.storage.object_store import is_url
 
 BATCH_ROWS = 2048
 _MAGIC = b"PAR1"
@@ -31,7 +32,7 @@ class ParquetInput:
     schema: pa.Schema
     metadata: pq.FileMetaData
     group_rows: NDArray[np.int64]
-    stamp: tuple[int, int]
+    stamp: tuple[int, int | str]
 
     @classmethod
     def open(cls, file: InputFile) -> ParquetInput:
@@ -81,9 +82,8 @@ class ParquetInput:
 
     @contextmanager
     def _open(self) -> Iterator[pq.ParquetFile]:
+        self._check_unchanged()
         with damage_named(self.file.name):
-            if self.file.stamp() != self.stamp:
-                raise InputError(f"{self.file.name} changed while it was being read; start again")
             source = self.file.open()
         with source:
             with damage_named(self.file.name):
@@ -92,6 +92,15 @@ class ParquetInput:
                 )
             with parquet:
                 yield parquet
+        if is_url(self.file.name):
+            # A local file that is replaced stays open as it was; of an object the rest is new.
+            self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        with damage_named(self.file.name):
+            changed = self.file.stamp() != self.stamp
+        if changed:
+            raise InputError(f"{self.file.name} changed while it was being read; start again")
 
     def _plain(self, table: pa.Table) -> pa.Table:
         wanted = pa.schema([self.schema.field(name) for name in table.column_names])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError, UsageError
 from pipeline.records import Message, PromptBatch, Rejected
-from pipeline.settings import ReadSettings
+from pipeline.settings import ReadSettings, StoreSettings
 from pipeline.storage.cells import BadCell, read_messages, read_sampling, read_text
 from pipeline.storage.columns import ColumnMap, find_columns
 from pipeline.storage.group_cache import GroupCache
@@ -196,13 +196,15 @@ class PromptSource:
                     yield group, self._cache.get(group, partial(read_group, group - low))
 
 
-def open_source(path: str | Path, settings: ReadSettings) -> PromptSource:
+def open_source(
+    path: str | Path, settings: ReadSettings, store: StoreSettings | None = None
+) -> PromptSource:
     """Open a Parquet file, a folder of them, or a glob; footers are read, rows are not.
 
-    Raises InputError: nothing there, not Parquet, truncated, no rows, columns missing or of the
-    wrong type, files that differ in their columns.
+    `store` is how an `s3://` URL is reached. Raises InputError: nothing there, not Parquet,
+    truncated, no rows, columns missing or of the wrong type, files that differ in their columns.
     """
-    files = tuple(map(ParquetInput.open, find_input_files(path)))
+    files = tuple(map(ParquetInput.open, find_input_files(path, store)))
     schema = files[0].schema
     for file in files[1:]:
         _check_same_schema(files[0], file)

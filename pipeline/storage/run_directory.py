@@ -27,18 +27,26 @@ from pipeline.storage.durable import (
     write_all,
     write_errors,
 )
-from pipeline.storage.lock import LOCK_NAME, FolderLock
+from pipeline.storage.lock import LOCK_NAME, FolderLock, is_abandoned
 from pipeline.storage.manifest import (
     MANIFEST_NAME,
+    STORE_FIELDS,
     check_fingerprint,
     new_manifest,
     read_manifest,
 )
 from pipeline.storage.schema import OUTPUT_FIELDS
-from pipeline.storage.writer import PART_NAME, PartFooter, encode_parquet, read_part_footer
+from pipeline.storage.writer import (
+    PART_NAME,
+    PartFooter,
+    encode_parquet,
+    read_part_footer,
+    write_part,
+)
 
 SUCCESS_NAME = "_SUCCESS"
 PLAN_NAME = "plan/plan.parquet"
+UNSEALED_NAMES = (SUCCESS_NAME, "audit/summary.json", "audit/audit.parquet")
 
 
 class RunDirectory:
@@ -46,6 +54,7 @@ class RunDirectory:
 
     def __init__(self, root: Path, lock: FolderLock | None) -> None:
         self.root = root
+        self.name = str(root)  # how a person would write it
         self._lock = lock
         self._footers: dict[Path, PartFooter] = {}
 
@@ -66,7 +75,11 @@ class RunDirectory:
         try:
             run._drop_temp_files()
             if (folder / MANIFEST_NAME).exists():
-                check_fingerprint(folder, run.read_manifest()["fingerprint"], fingerprint)
+                manifest = run.read_manifest()
+                check_fingerprint(folder, manifest["fingerprint"], fingerprint)
+                if manifest.keys() & STORE_FIELDS:  # a copy of what was in a store
+                    held = {k: v for k, v in manifest.items() if k not in STORE_FIELDS}
+                    run.write_json(MANIFEST_NAME, held)
             else:
                 run.write_json(MANIFEST_NAME, new_manifest(fingerprint) | description)
             with write_errors(run.data):
@@ -104,7 +117,7 @@ class RunDirectory:
     def incomplete(self) -> RunDirectoryError:
         """What to raise where a complete run is needed."""
         return RunDirectoryError(
-            f"the run in {self.root} is not complete; finish it by the command that began it"
+            f"the run in {self.name} is not complete; finish it by the command that began it"
         )
 
     @property
@@ -112,6 +125,18 @@ class RunDirectory:
         """Whether the parts of a sealed run are all there still. Raises StorageError."""
         rows = self.planned_rows()
         return rows is not None and np.array_equal(self.done_rows(), rows)
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether the process that works on it has ended, as far as this machine can tell."""
+        return is_abandoned(self.root)
+
+    def count_rows(self) -> tuple[int, int]:
+        """(answered, failed) rows of the committed parts."""
+        is_ok = pl.col("status") == "ok"
+        counts = self.scan().select(is_ok.sum(), (~is_ok).sum().alias("failed")).collect()
+        answered, failed = counts.row(0)
+        return answered, failed
 
     def done_rows(self) -> NDArray[np.int64]:
         """[done] int64, ascending: rows of all committed parts; each part is verified once.
@@ -168,11 +193,15 @@ class RunDirectory:
 
     def write_frame(self, name: str, frame: pl.DataFrame) -> None:
         """Write a Parquet file at a relative name."""
-        replace_file(self._inside(name), memoryview(encode_parquet(frame.to_arrow())))
+        self._write(name, memoryview(encode_parquet(frame.to_arrow())))
 
     def write_text(self, name: str, text: str) -> None:
         """Write UTF-8 text at a relative name. Raises StorageError."""
-        replace_file(self._inside(name), text.encode())
+        self._write(name, text.encode())
+
+    def write_part(self, number: int, table: pa.Table, provenance: dict[str, str]) -> Path:
+        """Commit a part, as `writer.write_part`. Raises StorageError."""
+        return write_part(self.data, number, table, provenance)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl. Raises StorageError."""
@@ -233,9 +262,8 @@ class RunDirectory:
     def unseal(self) -> None:
         """Take the mark away, and the audit of what was there: rows will be written anew."""
         self._check_locked()
-        names = (SUCCESS_NAME, "audit/summary.json", "audit/audit.parquet")
         with write_errors(self.root):
-            for name in names:
+            for name in UNSEALED_NAMES:
                 self._inside(name).unlink(missing_ok=True)
             sync_folder(self.root)
 
@@ -245,24 +273,27 @@ class RunDirectory:
         missing = np.setdiff1d(rows, done, assume_unique=True)
         if len(missing):
             raise StorageError(
-                f"{len(missing)} of {num_rows} rows have no answer in {self.data} (first: row "
+                f"{len(missing)} of {num_rows} rows have no answer in {self.name}/data (first: row "
                 f"{missing[0]}); run the same command again"
             )
         if len(done) != num_rows:
             raise StorageError(
-                f"{self.data} holds {len(done)} rows where {num_rows} were planned; "
+                f"{self.name}/data holds {len(done)} rows where {num_rows} were planned; "
                 "move the folder away and run again"
             )
         num_ids = self.scan().select(pl.col("id").n_unique()).collect().item()
         if num_ids != num_rows:
             raise StorageError(
-                f"{num_rows} rows in {self.data} have only {num_ids} different ids; "
+                f"{num_rows} rows in {self.name}/data have only {num_ids} different ids; "
                 "make the ids of the input unique and run into a new folder"
             )
 
+    def _write(self, name: str, content: bytes | memoryview) -> None:
+        replace_file(self._inside(name), content)
+
     def _check_locked(self) -> None:
         if self._lock is None:
-            raise RunDirectoryError(f"{self.root} was opened for reading; resume it to change it")
+            raise RunDirectoryError(f"{self.name} was opened for reading; resume it to change it")
 
     def _read_footer(self, path: Path) -> PartFooter:
         footer = read_part_footer(path)

@@ -25,8 +25,10 @@ from pipeline.settings import (
     PlanSettings,
     ReadSettings,
     SamplingSettings,
+    StoreSettings,
     TokenSettings,
     WriteSettings,
+    parse_storage_options,
 )
 
 PANELS: dict[type[BaseModel], str] = {
@@ -38,6 +40,7 @@ PANELS: dict[type[BaseModel], str] = {
     EngineSettings: "Device memory and batches (never change an answer)",
     WriteSettings: "Output",
     AuditSettings: "Audit",
+    StoreSettings: "Object store",
 }
 
 _HELP = {
@@ -80,6 +83,7 @@ _HELP = {
     "audit_min_exact": "Share that must be identical or near ties.",
     "audit_free_running": "Rows that the baseline also generates freely.",
     "audit_encoder": "Sentence encoder for the similarity column.",
+    "storage_options": "Of s3://, like region=eu-west-1; may be repeated.",
 }
 # Fields that a person writes with a unit or as one of two notations: the settings parse the text.
 _WRITTEN_AS_TEXT = {"kv_budget", "plan_memory", "time_budget", "fail_on_error", "audit_sample"}
@@ -128,10 +132,10 @@ def _parameter(section: type[BaseModel], name: str) -> inspect.Parameter:
 
 
 def _plain(annotation: Any) -> Any:
-    """`int | None` -> int, a tuple of strings -> list[str]; literals and scalars as they are."""
+    """`int | None` -> int, tuples and mappings -> list[str]; literals and scalars as they are."""
     if get_origin(annotation) in (Union, UnionType):
         return _plain(next(a for a in get_args(annotation) if a is not type(None)))
-    if get_origin(annotation) is tuple:
+    if get_origin(annotation) in (tuple, dict):
         return list[str]
     assert get_origin(annotation) is Literal or isinstance(annotation, type)
     return annotation
@@ -141,21 +145,40 @@ def merge(flags: dict[str, Any], config: Path | None) -> JobSettings:
     """Flags over the YAML file over the defaults. Raises UsageError naming field or file."""
     said = {name: value for name, value in flags.items() if value not in (None, [])}
     written = {} if config is None else read_config(config)
-    merged = {name.replace("-", "_"): value for name, value in written.items()} | said
+    written = {name.replace("-", "_"): value for name, value in written.items()}
+    merged = written | said
+    if "storage_options" in written.keys() & said.keys():
+        # The file says where the store is, a flag brings the key: neither drops the other.
+        merged["storage_options"] = _merge_options(written["storage_options"], said)
     if "model" not in merged:
         raise UsageError("no model was named; give --model FOLDER or a hub id like org/name")
     return JobSettings.from_flat(merged)
 
 
+def _merge_options(written: object, said: dict[str, Any]) -> dict[str, str]:
+    try:
+        return parse_storage_options(written) | parse_storage_options(said["storage_options"])
+    except ValueError as error:
+        raise UsageError(f"setting storage-options: {error}") from None
+
+
+def split_store(flags: dict[str, Any]) -> tuple[dict[str, Any], StoreSettings]:
+    """The other flags, and how an object store is reached. Raises UsageError."""
+    names = {name for name in flags if name.replace("-", "_") in StoreSettings.model_fields}
+    others = {name: value for name, value in flags.items() if name not in names}
+    return others, merge_section(StoreSettings, {name: flags[name] for name in names})
+
+
 def merge_section(section: type[Section], flags: dict[str, Any]) -> Section:
     """One section of the settings from its flags alone. Raises UsageError."""
     try:
-        said = {name: value for name, value in flags.items() if value is not None}
+        said = {name: value for name, value in flags.items() if value not in (None, [])}
         return section(**{name.replace("-", "_"): value for name, value in said.items()})
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"setting {first['loc'][0]}: {reason}".replace("_", "-")) from None
+        name = str(first["loc"][0]).replace("_", "-")
+        raise UsageError(f"setting {name}: {reason}") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:

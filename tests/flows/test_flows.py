@@ -10,11 +10,12 @@ from urllib.parse import urlparse
 import polars as pl
 import pytest
 
+from flows.__main__ import _settings
 from flows.audit import audit
 from flows.generate import generate
 from pipeline import run as run_module
 from pipeline.engine.echo_engine import EchoEngine
-from pipeline.errors import AuditFailed, EngineError, InputError
+from pipeline.errors import AuditFailed, EngineError, InputError, UsageError
 from pipeline.run import run_job
 from tests.tiny_job import echo_settings, write_prompts, write_tokenizer
 
@@ -83,15 +84,27 @@ def test_a_failed_audit_fails_the_flow_and_is_reported(
         passed = False
         reasons = ("one row is corrupt",)
 
-    reported: list[Path] = []
+    reported: list[str] = []
     monkeypatch.setattr("flows.audit.audit_run", lambda *arguments: Failed())
-    monkeypatch.setattr("flows.audit.report_run", lambda path: reported.append(path) or path)
+    monkeypatch.setattr("flows.audit.report_run", lambda path, store: reported.append(path) or path)
     run_job(job[0], Path(job[1]), echo_settings(Path(job[2]["model"])))
     with pytest.raises(AuditFailed, match="one row is corrupt"):
         audit(job[1], {})
-    assert reported == [Path(job[1])]
+    assert reported == [job[1]]
 
 
 def test_prefect_is_told_not_to_track() -> None:
     assert os.environ["DO_NOT_TRACK"] == "1"
     assert os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+
+
+def test_secrets_are_refused_where_prefect_would_keep_them(tmp_path: Path) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        "storage-options: {region: x, access_key_id: CANARY, secret_access_key: CANARY}"
+    )
+    with pytest.raises(UsageError, match="set AWS_ACCESS_KEY_ID") as error:
+        _settings(config)
+    assert "CANARY" not in str(error.value)
+    config.write_text("storage-options: {region: x}")
+    assert _settings(config) == {"storage-options": {"region": "x"}}

@@ -162,7 +162,7 @@ def test_an_error_of_the_writer_stops_the_engine_and_is_the_one_raised(
                 yield from super().generate(plan, sequences, control)
 
     source = write_prompts(tmp_path / "p.parquet", PROMPTS)
-    monkeypatch.setattr("pipeline.job.answers.write_part", no_space)
+    monkeypatch.setattr("pipeline.storage.run_directory.write_part", no_space)
     use_engine(monkeypatch, Endless())
     with pytest.raises(StorageError, match="no space left"):
         run_job(str(source), tmp_path / "out", settings)

@@ -1,0 +1,37 @@
+"""What run.json in a store says about the parts there. Knows nothing about how they get there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.storage.writer import PART_NAME, PartFooter
+
+
+def part_file(name: str) -> str:
+    """Where a part is, from the run's own prefix."""
+    return f"data/{name}"
+
+
+def describe_parts(*footers: PartFooter) -> dict[str, Any]:
+    """What run.json says about these parts, by name."""
+    return {
+        footer.path.name: {
+            "bytes": footer.path.stat().st_size,
+            "rows_ok": footer.num_ok,
+            "rows_error": footer.num_error,
+        }
+        for footer in footers
+    }
+
+
+def named_parts(manifest: dict[str, Any], present: dict[str, int]) -> dict[str, Any]:
+    """The parts of a run; one that was copied here from a folder names none, so all count."""
+    names = {name.removeprefix("data/"): size for name, size in present.items()}
+    listed = {n: {"bytes": size} for n, size in names.items() if PART_NAME.fullmatch(n)}
+    parts: dict[str, Any] = manifest.get("parts", listed)
+    return parts
+
+
+def is_stored(name: str, part: dict[str, Any], present: dict[str, int]) -> bool:
+    """Whether a part is among the files `present`, with all of its bytes."""
+    return bool(present.get(part_file(name)) == part["bytes"])

@@ -1,0 +1,209 @@
+"""The objects below one `s3://` prefix, as the files of a folder. Knows nothing about runs.
+
+A PUT is whole or not there, and nothing can be renamed; what takes a rename's place is the
+conditional PUT, which succeeds only while an object is the one that was seen last. Reading alone is
+`object_store`'s, by pyarrow, which cannot do that.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RunDirectoryError, StorageError, UsageError
+from pipeline.settings import StoreSettings
+from pipeline.storage.durable import publish, temp_path, write_errors, write_stream
+from pipeline.storage.object_store import (
+    ANSWER_S,
+    ATTEMPTS,
+    CONNECT_S,
+    SCHEME,
+    ObjectUrl,
+    endpoint_url,
+    explain_fault,
+)
+
+_AT_A_TIME = 4 << 20
+_PROBE = ".conditional-writes"
+_NOT_MET = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A small object as it was read. `etag` names this content and no other."""
+
+    content: bytes
+    etag: str
+
+
+class SupersededError(Exception):
+    """A conditional PUT came too late; `now` is what is there, None if nothing."""
+
+    def __init__(self, now: Stored | None) -> None:
+        super().__init__("another writer was faster")
+        self.now = now
+
+
+class RemoteFolder:
+    """Files by relative names like `data/x.parquet`. Every method raises StorageError."""
+
+    def __init__(self, url: str, store: StoreSettings) -> None:
+        """Raises UsageError if the URL, an option or the library is not there; asks nobody."""
+        try:
+            place = ObjectUrl.parse(url)
+        except ValueError as error:
+            raise UsageError(f"cannot use this as the output: {error}") from None
+        key = place.key.strip("/")
+        self.url = f"{SCHEME}://{place.bucket}/{key}".rstrip("/")
+        self.endpoint = endpoint_url(store)
+        self._bucket = place.bucket
+        self._prefix = f"{key}/" if key else ""
+        self._client = _connect(store, self.endpoint, self.url)
+
+    def names(self) -> dict[str, int]:
+        """Every file below the folder with its size in bytes."""
+        found: dict[str, int] = {}
+        with _store_errors(f"cannot list {self.url}"):
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix):
+                for entry in page.get("Contents", []):
+                    found[entry["Key"].removeprefix(self._prefix)] = entry["Size"]
+        # A console marks a folder by an empty object of its name.
+        return {name: size for name, size in found.items() if name and not name.endswith("/")}
+
+    def read(self, name: str) -> Stored | None:
+        """A small file in memory; None if it is not there."""
+        with _store_errors(f"cannot read {self.url}/{name}"):
+            try:
+                answer = self._client.get_object(**self._at(name))
+            except self._client.exceptions.NoSuchKey:
+                return None
+            return Stored(answer["Body"].read(), answer["ETag"])
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy a file to this machine, old or new but never half."""
+        temp = temp_path(path)
+        with write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with _store_errors(f"cannot read {self.url}/{name}"):
+                    body = self._client.get_object(**self._at(name))["Body"]
+                    write_stream(temp, body.iter_chunks(_AT_A_TIME))
+                publish(temp, path)
+            finally:
+                temp.unlink(missing_ok=True)
+
+    def put(self, name: str, path: Path) -> None:
+        """Copy a file of this machine to the store, which checks its hash."""
+        with write_errors(path), path.open("rb") as file:
+            digest = _md5(file)
+            with _store_errors(f"cannot write {self.url}/{name}"):
+                self._client.put_object(**self._at(name), Body=file, ContentMD5=digest)
+
+    def put_if(self, name: str, content: bytes, etag: str | None) -> str:
+        """Replace the file that has this ETag (None: there is no file); returns the new one's.
+
+        Raises SupersededError if another one is there. An answer that was lost on its way makes
+        the second try meet the first, so what is there is compared before anybody is blamed.
+        """
+        condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
+        for _ in range(ATTEMPTS):
+            with _store_errors(f"cannot write {self.url}/{name}"):
+                try:
+                    answer = self._client.put_object(**self._at(name), Body=content, **condition)
+                    return str(answer["ETag"])
+                except self._client.exceptions.ClientError as error:
+                    if error.response["Error"]["Code"] not in _NOT_MET:
+                        raise
+            now = self.read(name)
+            if now is not None and now.content == content:
+                return now.etag
+            if (None if now is None else now.etag) != etag:
+                raise SupersededError(now)
+        raise StorageError(f"cannot write {self.url}/{name}: the store is busy with it; try again")
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove these files; one that is not there is no fault."""
+        for name in names:
+            with _store_errors(f"cannot remove {self.url}/{name}"):
+                self._client.delete_object(**self._at(name))
+
+    def check_conditions(self) -> None:
+        """Raises RunDirectoryError if the store ignores conditions: it would lose writes silently.
+
+        Asks it to replace what is not there, which leaves nothing behind where it is refused.
+        """
+        nobody = '"00000000000000000000000000000000"'
+        with _store_errors(f"cannot write {self.url}/{_PROBE}"):
+            try:
+                self._client.put_object(**self._at(_PROBE), Body=b"", IfMatch=nobody)
+            except self._client.exceptions.ClientError as error:
+                if error.response["Error"]["Code"] not in _NOT_MET:
+                    raise
+                return
+        self.delete([_PROBE])
+        raise RunDirectoryError(
+            f"the store of {self.url} ignores conditional writes, so two writers could not be told "
+            "apart; write to a folder and copy it"
+        )
+
+    def _at(self, name: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + name}
+
+
+def _connect(store: StoreSettings, endpoint: str | None, url: str) -> Any:
+    try:
+        import boto3
+        from botocore import UNSIGNED
+        from botocore.config import Config
+    except ImportError:
+        raise UsageError(f"{url} needs boto3; pip install 'kvcoppice[s3]'") from None
+    options = store.storage_options
+    config = Config(
+        connect_timeout=CONNECT_S,
+        read_timeout=ANSWER_S,
+        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        s3={"addressing_style": "path" if endpoint else "auto"},
+        signature_version=UNSIGNED if options.get("anonymous") == "true" else None,
+        # Stores other than AWS's may not know its newer checksums; all know Content-MD5.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    try:
+        with _store_errors(f"cannot use {url}"):
+            # A session of its own: boto3's default one is shared by all threads of the process.
+            return boto3.session.Session().client(
+                "s3",
+                endpoint_url=endpoint,
+                region_name=options.get("region"),
+                aws_access_key_id=options.get("access_key_id"),
+                aws_secret_access_key=options.get("secret_access_key"),
+                aws_session_token=options.get("session_token"),
+                config=config,
+            )
+    except ValueError as error:
+        raise UsageError(f"cannot use {url}: {error}; check AWS_ENDPOINT_URL") from None
+
+
+def _md5(file: BufferedReader) -> str:
+    digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).digest()
+    file.seek(0)
+    return base64.b64encode(digest).decode()
+
+
+@contextmanager
+def _store_errors(what: str) -> Iterator[None]:
+    """Turn what boto3 raises into a StorageError: what, why and the remedy."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (BotoCoreError, ClientError) as error:
+        reason = explain_fault(error) or str(error).splitlines()[0][:200]
+        raise StorageError(f"{what}: {reason}; then run the same command again") from error

@@ -1,0 +1,61 @@
+"""Where a run is: a folder of this machine, or below `s3://`. Knows nothing about what it holds."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.settings import StoreSettings
+from pipeline.storage.manifest import MANIFEST_NAME
+from pipeline.storage.object_store import is_url
+from pipeline.storage.remote_folder import RemoteFolder
+from pipeline.storage.remote_run import RemoteRun, check_empty
+from pipeline.storage.run_directory import RunDirectory
+
+Place = str | Path
+
+
+def holds_run(place: Place, store: StoreSettings) -> bool:
+    """Whether there is a run.json. Raises UsageError, StorageError."""
+    if not is_url(place):
+        return (Path(place) / MANIFEST_NAME).exists()
+    return RemoteFolder(str(place), store).read(MANIFEST_NAME) is not None
+
+
+def check_free(place: Place, store: StoreSettings) -> None:
+    """Refuse a prefix that a run could not be begun in, before anything is computed for it."""
+    if is_url(place):
+        check_empty(RemoteFolder(str(place), store))
+
+
+def take_run(
+    place: Place,
+    store: StoreSettings,
+    copies: Path,
+    fingerprint: dict[str, Any],
+    description: dict[str, Any],
+) -> RunDirectory:
+    """The run there, begun or resumed, as `RunDirectory.create_or_resume`.
+
+    `copies` is where the working copies of remote runs are.
+    """
+    if not is_url(place):
+        return RunDirectory.create_or_resume(place, fingerprint, description)
+    return RemoteRun.take(RemoteFolder(str(place), store), copies, fingerprint, description)
+
+
+@contextmanager
+def reading_run(place: Place, store: StoreSettings, parts: bool = True) -> Iterator[RunDirectory]:
+    """The run there, to read or to add files; `parts` False: a remote run's parts stay there.
+
+    Raises RunDirectoryError if there is no run, StorageError.
+    """
+    if not is_url(place):
+        yield RunDirectory.open(place)
+        return
+    folder = RemoteFolder(str(place), store)
+    with tempfile.TemporaryDirectory(prefix="coppice-") as root:
+        yield RemoteRun.fetch(folder, Path(root), parts)
