@@ -211,6 +211,7 @@ class AuditSettings(_Section):
     audit_sample: str = "1%"
     audit_min_exact: float = Field(default=1.0, ge=0.0, le=1.0)
     audit_free_running: int = Field(default=30, ge=0)
+    audit_arms: int = Field(default=16, ge=0)
     audit_encoder: str | None = None
 
     @field_validator("audit_sample", mode="before")

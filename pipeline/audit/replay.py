@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from typing import Final, Literal
 
 import numpy as np
@@ -87,6 +88,7 @@ class RowAudit:
     `first_divergence`: output position, None if there is none (`len(output)`: it ended too early).
     `margin`, `deficit`: of the baseline there, as in `Replay`; None without a divergence and for a
     wrong end. `baseline_ids`: what the baseline said, position by position given our tokens.
+    `edit_similarity`: 1 where the baseline's own text, as far as known, has the same tokens.
     """
 
     row_index: int
@@ -96,6 +98,7 @@ class RowAudit:
     deficit: float | None
     tokens_checked: int
     baseline_ids: tuple[int, ...]
+    edit_similarity: float
     free_run: FreeRun | None = None
 
     @property
@@ -121,6 +124,8 @@ def audit_row(baseline: Baseline, row: AuditInput, bars: Bars, free_run: bool = 
         if divergence is None or wrong_end < divergence:
             divergence, margin, deficit = wrong_end, None, None
     runs_free = free_run and row.params.is_greedy
+    alone = _run_free(baseline, row, replay, bars) if runs_free else None
+    theirs = tuple(replay.predicted.tolist()) if alone is None else alone.token_ids
     return RowAudit(
         row_index=row.row_index,
         row_class=row_class,
@@ -129,7 +134,8 @@ def audit_row(baseline: Baseline, row: AuditInput, bars: Bars, free_run: bool = 
         deficit=deficit,
         tokens_checked=len(output) if divergence is None else min(divergence + 1, len(output)),
         baseline_ids=tuple(replay.predicted.tolist()),
-        free_run=_run_free(baseline, row, replay, bars) if runs_free else None,
+        edit_similarity=SequenceMatcher(None, row.output, theirs, autojunk=False).ratio(),
+        free_run=alone,
     )
 
 

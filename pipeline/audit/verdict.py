@@ -7,26 +7,32 @@ The rule, the same in both tiers; they differ only in how near a near-tie is (`r
 3. the share of rows that are `identical` or `near_tie` is at least `audit_min_exact`. A near-tie is
    an *explained* difference: the baseline itself could not tell the two tokens apart. At the
    default of 1.0 not one row may drift; a lower bar was asked for by the user, and lets a few;
-4. no free-running answer differs from ours, except from a near-tie on.
+4. no free-running answer differs from ours, except from a near-tie on;
+5. the other arms and the planted faults, where they were run, show what `arms` asks of them.
 
 `bound_95` is not a gate but what the sample can promise: with 95 % confidence, at most that share
 of all rows differs in any token (near-ties counted). It takes rows as independent; rows of one
-group share a prefix and are not, which is why rule 1 asks for every group.
+group share a prefix and are not, which is why rule 1 asks for every group. `bound_95_groups` is the
+same bound over groups (a row without one is its own), and `bootstrap_95` the 95 % quantile of the
+differing share when whole groups are drawn again.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+import numpy as np
 import polars as pl
 
+from pipeline.audit.arms import NO_EVIDENCE, Evidence
 from pipeline.audit.replay import BARS, ROW_CLASSES, RowAudit, RowClass, Tier
 from pipeline.settings import AuditSettings
 
 _CONFIDENCE: Final = 0.95
+_BOOTSTRAPS: Final = 2000
 _FRAME_SCHEMA: Final = {
     "row_index": pl.Int64,
     "audited": pl.Boolean,
@@ -34,6 +40,8 @@ _FRAME_SCHEMA: Final = {
     "audit_first_divergence": pl.Int64,
     "audit_margin": pl.Float64,
     "audit_similarity": pl.Float64,
+    "audit_edit_similarity": pl.Float64,
+    "audit_kl": pl.Float64,
     "audit_class": pl.String,
     "arm": pl.String,
 }
@@ -41,20 +49,39 @@ _FRAME_SCHEMA: Final = {
 
 @dataclass(frozen=True)
 class GroupCoverage:
-    """Prefix groups that have a row to audit, and those of them that got one audited."""
+    """Prefix groups that have a row to audit, and those of them that got one audited.
+
+    `group_of`: of each audited `row_index`, None where it has no group.
+    """
 
     total: int
     covered: int
+    group_of: Mapping[int, int | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, candidates: pl.DataFrame, chosen: pl.DataFrame) -> GroupCoverage:
         """Count the distinct `group_id` of both; null is no group."""
-        return cls(*(frame["group_id"].drop_nulls().n_unique() for frame in (candidates, chosen)))
+        total, covered = (f["group_id"].drop_nulls().n_unique() for f in (candidates, chosen))
+        return cls(total, covered, dict(chosen.select("row_index", "group_id").iter_rows()))
+
+    def differing(self, audits: Sequence[RowAudit]) -> tuple[tuple[int, int], ...]:
+        """(rows that differ, rows) of each group that was audited; a row without one is its own."""
+        counts: dict[tuple[str, int], list[int]] = {}
+        for audit in audits:
+            group = self.group_of.get(audit.row_index)
+            key = ("row", audit.row_index) if group is None else ("group", group)
+            count = counts.setdefault(key, [0, 0])
+            count[0] += not audit.exact
+            count[1] += 1
+        return tuple((differing, rows) for differing, rows in counts.values())
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an audit found. `reasons`: why it failed, or what was let pass, one sentence each."""
+    """What an audit found. `reasons`: why it failed, or what was let pass, one sentence each.
+
+    `groups_differing`: of each audited group (rows that differ, rows).
+    """
 
     verdict: Literal["pass", "fail"]
     reasons: tuple[str, ...]
@@ -66,6 +93,8 @@ class Verdict:
     free_exact: int
     free_unexplained: int
     tokens_checked: int
+    groups_differing: tuple[tuple[int, int], ...]
+    evidence: Evidence
 
     @property
     def passed(self) -> bool:
@@ -82,8 +111,8 @@ class Verdict:
         """Rows without any difference."""
         return self.classes["identical"]
 
-    def to_json(self, seconds: float, seed: int, similarity: Mapping[str, Any]) -> dict[str, Any]:
-        """The content of `audit/summary.json`; `similarity` as from `describe_similarity`."""
+    def to_json(self, seed: int, similarity: Mapping[str, Any]) -> dict[str, Any]:
+        """`audit/summary.json` without its times; `similarity` as from `describe_similarity`."""
         audited, exact = self.rows_audited, self.rows_exact
         explained = exact + self.classes["near_tie"]
         return {
@@ -95,6 +124,11 @@ class Verdict:
             "exact_rate": exact / audited if audited else None,
             "explained_rate": explained / audited if audited else None,
             "bound_95": clopper_pearson_upper(audited - exact, audited),
+            "bound_95_groups": clopper_pearson_upper(
+                sum(differing > 0 for differing, _ in self.groups_differing),
+                len(self.groups_differing),
+            ),
+            "bootstrap_95": bootstrap_upper(self.groups_differing, seed),
             "classes": dict(self.classes),
             "groups_total": self.groups_total,
             "groups_covered": self.groups_covered,
@@ -107,13 +141,17 @@ class Verdict:
             "near_tie_bar": BARS[self.tier].near_tie,
             "hard_bar": BARS[self.tier].hard,
             "tokens_checked": self.tokens_checked,
-            "seconds": seconds,
+            **self.evidence.to_json(),
             "seed": seed,
         }
 
 
 def judge(
-    audits: Sequence[RowAudit], groups: GroupCoverage, tier: Tier, settings: AuditSettings
+    audits: Sequence[RowAudit],
+    groups: GroupCoverage,
+    tier: Tier,
+    settings: AuditSettings,
+    evidence: Evidence = NO_EVIDENCE,
 ) -> Verdict:
     """Apply the rule of the module to the audited rows."""
     classes = {name: sum(a.row_class == name for a in audits) for name in ROW_CLASSES}
@@ -135,6 +173,7 @@ def judge(
         ),
     }
     failed = tuple(reason for reason, holds in failures.items() if holds)
+    failed += tuple(evidence.failures(tier))
     let_pass = (f"{classes['drift']} of {len(audits)} rows drift; the lowered bar lets them pass",)
     return Verdict(
         verdict="fail" if failed else "pass",
@@ -147,6 +186,8 @@ def judge(
         free_exact=sum(run.first_divergence is None for run in free_runs),
         free_unexplained=unexplained,
         tokens_checked=sum(audit.tokens_checked for audit in audits),
+        groups_differing=groups.differing(audits),
+        evidence=evidence,
     )
 
 
@@ -167,6 +208,20 @@ def clopper_pearson_upper(differing: int, rows: int) -> float:
     return high
 
 
+def bootstrap_upper(groups: Sequence[tuple[int, int]], seed: int) -> float | None:
+    """95 % quantile of the differing share when as many groups are drawn again, with replacement.
+
+    `groups`: (rows that differ, rows) each. None without a group. Zero where no row differs:
+    then `clopper_pearson_upper` is what can be said.
+    """
+    if not groups:
+        return None
+    counts = np.array(groups, np.float64)
+    random = np.random.default_rng(seed)
+    drawn = counts[random.integers(0, len(counts), (_BOOTSTRAPS, len(counts)))].sum(axis=1)
+    return float(np.quantile(drawn[:, 0] / drawn[:, 1], _CONFIDENCE))
+
+
 def _binomial_cdf(most: int, trials: int, share: float) -> float:
     """Probability of at most `most` hits in `trials`, for 0 < share < 1."""
     logs = (
@@ -178,11 +233,16 @@ def _binomial_cdf(most: int, trials: int, share: float) -> float:
 
 
 def audit_frame(
-    rows: pl.DataFrame, audits: Sequence[RowAudit], similarity: Mapping[int, float]
+    rows: pl.DataFrame,
+    audits: Sequence[RowAudit],
+    similarity: Mapping[int, float],
+    kl: Mapping[int, float],
 ) -> pl.DataFrame:
     """The content of `audit/audit.parquet`, one line a chosen row.
 
-    `rows`: as from `choose_rows`; `similarity`: cosine by `row_index`, for the rows that have one.
+    `rows`: as from `choose_rows`; by `row_index`, for the rows that have one: `similarity`, cosine
+    of the texts, and `kl`, the largest divergence of the product's distributions from the
+    baseline's, nats.
     """
     found = pl.DataFrame(
         [
@@ -193,6 +253,8 @@ def audit_frame(
                 "audit_first_divergence": audit.first_divergence,
                 "audit_margin": audit.margin,
                 "audit_similarity": similarity.get(audit.row_index),
+                "audit_edit_similarity": audit.edit_similarity,
+                "audit_kl": kl.get(audit.row_index),
                 "audit_class": audit.row_class,
                 "arm": "replay" if audit.free_run is None else "replay+free-running",
             }

@@ -92,6 +92,19 @@ class Replay(NamedTuple):
     deficit: NDArray[np.float64]
 
 
+class Deviation(NamedTuple):
+    """How the logits of another way of computing differ from the baseline's, by output position.
+
+    Arrays of length n, all for the same given tokens. `differs` bool: another token is chosen.
+    `kl` float64: divergence of the distribution from the baseline's, nats. `gap` float64: by how
+    much the distance between the baseline's two likeliest tokens changes, nats.
+    """
+
+    differs: NDArray[np.bool_]
+    kl: NDArray[np.float64]
+    gap: NDArray[np.float64]
+
+
 class Baseline(Protocol):
     """The honest reference: full prefill, batch of one, nothing shared. Used by the audit."""
 

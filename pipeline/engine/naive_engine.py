@@ -85,17 +85,22 @@ class NaiveEngine:
         self, prompt: Sequence[int], output: Sequence[int], params: SamplingParams, noise_key: int
     ) -> Replay:
         """See `Baseline.replay`."""
-        self._use_own_attention()
-        ids = torch.tensor([[*prompt, *output[:-1]]], device=self.loaded.device)
-        keep = torch.arange(len(prompt) - 1, ids.shape[1], device=ids.device)
-        with torch.inference_mode():
-            logits = self.loaded.model(ids, use_cache=False, logits_to_keep=keep).logits[0]
+        logits = self.forced_logits(prompt, output)
         positions = np.arange(len(output))
         keys = np.full(len(output), noise_key, np.uint64)
         predicted = sample_next_token(logits.float(), [params] * len(output), keys, positions)
         if params.is_greedy:
             return _greedy_replay(logits.double(), output, predicted.token_ids)
         return _sampled_replay(logits.double(), output, params, keys, predicted.token_ids)
+
+    def forced_logits(self, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
+        """One full prefill: the logits that choose each of `output`, [n, V], model's dtype."""
+        self._use_own_attention()
+        ids = torch.tensor([[*prompt, *output[:-1]]], device=self.loaded.device)
+        keep = torch.arange(len(prompt) - 1, ids.shape[1], device=ids.device)
+        with torch.inference_mode():
+            logits: Tensor = self.loaded.model(ids, use_cache=False, logits_to_keep=keep).logits[0]
+        return logits
 
     def _answer(
         self, prompt: list[int], params: SamplingParams, noise_key: int, control: RunControl

@@ -37,6 +37,9 @@ from pipeline.settings import EngineSettings
 LogitsProbe = Callable[[list[int], list[int], Tensor], None]
 """Called with (sequences, output positions, logits [rows, V]) of every token that is chosen."""
 
+Teacher = Callable[[list[int], list[int]], list[int]]
+"""Called with (sequences, output positions); its tokens are taken instead of the chosen ones."""
+
 
 class PrefixEngine:
     """Runs a plan with KV reuse. Raises ModelError for a model whose KV cannot be shared."""
@@ -55,6 +58,7 @@ class PrefixEngine:
         self.backend = choose_backend(loaded, settings.kernels)
         self.notes: list[str] = [self.backend.note] if self.backend.note else []
         self.logits_probe: LogitsProbe | None = None
+        self.teacher: Teacher | None = None
         self.cost_model: CostModel | None = None
         """Where it is known, it decides which spans rows share in decode, not the plan's rule."""
 
@@ -86,6 +90,7 @@ class _Run:
         self.backend = engine.backend
         self.device = loaded.device
         self.probe = engine.logits_probe
+        self.teacher = engine.teacher
         self.counters = engine.counters
         self.plan = plan
         self.control = control
@@ -277,15 +282,18 @@ class _Run:
             return
         begin = time.perf_counter()
         positions = np.array([len(r.token_ids) for r in rows], np.int64)
-        keys = self.plan.sequences.noise_key[[r.sequence for r in rows]]
+        sequences = [r.sequence for r in rows]
+        keys = self.plan.sequences.noise_key[sequences]
         if self.probe is not None:
-            self.probe([r.sequence for r in rows], positions.tolist(), logits)
+            self.probe(sequences, positions.tolist(), logits)
         params = [r.params for r in rows]
         greedy = greedy or self.backend.likeliest(logits)
         chosen = sample_next_token(logits, params, keys, positions, greedy)
         self._count_busy(begin)
         now = self._now()
         ids, finite = chosen.token_ids.tolist(), chosen.is_finite.tolist()
+        if self.teacher is not None:
+            ids = self.teacher(sequences, positions.tolist())
         for row, token_id, is_finite in zip(rows, ids, finite, strict=True):
             if not row.token_ids:
                 row.first_token_s = now

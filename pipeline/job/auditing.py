@@ -21,6 +21,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from pipeline.audit.arms import NO_EVIDENCE
 from pipeline.audit.replay import BARS, AuditInput, RowAudit, Tier, audit_row
 from pipeline.audit.sample import candidate_rows, choose_rows
 from pipeline.audit.similarity import Encoder
@@ -33,6 +34,7 @@ from pipeline.audit.verdict import (
 )
 from pipeline.engine.base import Baseline
 from pipeline.errors import InputError, ModelError, RunDirectoryError, UsageError
+from pipeline.job.evidence import Arms
 from pipeline.job.fingerprint import fingerprint_fields
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.planning import Job, open_job, select_rows
@@ -81,28 +83,48 @@ def _audit(
     encoder = Encoder.load(settings.audit_encoder)
     candidates = candidate_rows(directory.scan())
     seed = seed_of_output(directory)
-    size = settings.num_rows(len(candidates))
+    chosen = _choose(job, candidates, settings, seed, encoder)
+    observer.say(f"auditing {len(chosen)} of {len(candidates)} rows against plain full prefill")
+    loaded, baseline = _load_baseline(job)
+    tier: Tier = "exact" if str(loaded.model.dtype) == "torch.float32" else "16-bit"
+    inputs = _audit_inputs(job, directory, chosen["row_index"].to_numpy(), loaded)
+    replay_started = time.monotonic()
+    audits = _replay(baseline, inputs, tier, _free_rows(inputs, settings, seed), observer)
+    seconds = {"replay_seconds": time.monotonic() - replay_started}
+    similarity = _similarity(job, encoder, inputs, audits)
+    evidence, kl = NO_EVIDENCE, {}
+    if settings.audit_arms and inputs and _shared_prefixes(directory):
+        observer.say(f"computing up to {settings.audit_arms} of them in other ways as well")
+        arms = Arms(loaded, baseline, job.settings.engine, tier)
+        some = np.random.default_rng(seed).permutation(len(inputs))[: settings.audit_arms]
+        rows = [item.row for item in inputs]
+        evidence = arms.gather(rows, chosen["group_id"].to_list(), some.tolist())
+        kl = arms.kl
+    verdict = judge(audits, GroupCoverage.of(candidates, chosen), tier, settings, evidence)
+    directory.write_frame("audit/audit.parquet", audit_frame(chosen, audits, similarity, kl))
+    seconds["seconds"] = time.monotonic() - started
+    described = describe_similarity(
+        None if encoder is None else encoder.name, list(similarity.values())
+    )
+    directory.write_json("audit/summary.json", verdict.to_json(seed, described) | seconds)
+    return verdict
 
+
+def _choose(
+    job: Job, candidates: pl.DataFrame, settings: AuditSettings, seed: int, encoder: Encoder | None
+) -> pl.DataFrame:
     def embed(rows: Sequence[int]) -> NDArray[np.float32]:
         assert encoder is not None
         # Beginnings are what rows share and an encoder reads a few hundred tokens, so the ends.
         return encoder.encode([text[-_EMBEDDED_CHARACTERS:] for text in _render(job, rows)])
 
-    chosen = choose_rows(candidates, size, seed, None if encoder is None else embed)
-    observer.say(f"auditing {len(chosen)} of {len(candidates)} rows against plain full prefill")
-    loaded, baseline = _load_baseline(job)
-    tier: Tier = "exact" if str(loaded.model.dtype) == "torch.float32" else "16-bit"
-    inputs = _audit_inputs(job, directory, chosen["row_index"].to_numpy(), loaded)
-    audits = _replay(baseline, inputs, tier, _free_rows(inputs, settings, seed), observer)
-    similarity = _similarity(job, encoder, inputs, audits)
-    verdict = judge(audits, GroupCoverage.of(candidates, chosen), tier, settings)
-    described = describe_similarity(
-        None if encoder is None else encoder.name, list(similarity.values())
-    )
-    directory.write_frame("audit/audit.parquet", audit_frame(chosen, audits, similarity))
-    summary = verdict.to_json(time.monotonic() - started, seed, described)
-    directory.write_json("audit/summary.json", summary)
-    return verdict
+    size = settings.num_rows(len(candidates))
+    return choose_rows(candidates, size, seed, None if encoder is None else embed)
+
+
+def _shared_prefixes(directory: RunDirectory) -> bool:
+    """Whether the prefix engine ran, and not the naive one in its place."""
+    return bool(directory.read_manifest().get("engine", {}).get("name") == "prefix")
 
 
 def reopen_job(directory: RunDirectory, store: StoreSettings | None = None) -> Job:

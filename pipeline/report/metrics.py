@@ -11,6 +11,8 @@ import polars as pl
 _DEPTH_EDGES: Final = (1, 16, 64, 256, 1024, 4096, 16384)
 _SIZE_EDGES: Final = (2, 4, 16, 64, 256, 1024)
 _MAX_FAILURES: Final = 20
+_MAX_DIFFERENCES: Final = 500
+_SEVERITY: Final = {"near_tie": 1, "drift": 2, "corrupt": 3}
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,20 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """An audited row whose answer the baseline would not have given.
+
+    `position`: of the first token that differs; `margin`: between the baseline's two best there,
+    None where the answer only ends wrongly.
+    """
+
+    id: str
+    row_class: str
+    position: int
+    margin: float | None
+
+
+@dataclass(frozen=True)
 class RunMetrics:
     """All that the report shows. Counts sum over sessions; a number that nobody measured is None.
 
@@ -74,6 +90,7 @@ class RunMetrics:
     group_sizes: tuple[SizeBin, ...]
     accuracy: tuple[Accuracy, ...]
     failures: tuple[Failure, ...]
+    differences: tuple[Difference, ...] = ()
 
     def counter(self, name: str) -> float:
         """A counter of run.json; 0 before the first session has ended."""
@@ -114,8 +131,12 @@ def measure(
     plan: dict[str, Any] | None,
     audit: dict[str, Any] | None,
     output: pl.LazyFrame,
+    audited: pl.DataFrame | None = None,
 ) -> RunMetrics:
-    """Gather everything. `output` has the output columns; it is scanned, never loaded whole."""
+    """Gather everything. `output` has the output columns; it is scanned, never loaded whole.
+
+    `audited`: the rows of `audit/audit.parquet`.
+    """
     return RunMetrics(
         manifest=manifest,
         plan=plan,
@@ -124,6 +145,7 @@ def measure(
         group_sizes=measure_group_sizes(output),
         accuracy=measure_accuracy(output),
         failures=list_failures(output),
+        differences=() if audited is None else list_differences(audited),
     )
 
 
@@ -183,6 +205,15 @@ def list_failures(output: pl.LazyFrame) -> tuple[Failure, ...]:
     columns = ("id", "error_type", "error_message")
     rows = failed.select(pl.col(column).fill_null("") for column in columns).collect()
     return tuple(Failure(*row) for row in rows.iter_rows())
+
+
+def list_differences(audited: pl.DataFrame) -> tuple[Difference, ...]:
+    """The first audited rows that are not identical, the worst classes first."""
+    worst = pl.col("audit_class").replace_strict(_SEVERITY, default=0)
+    differing = audited.filter(~pl.col("audit_exact")).sort(worst, "row_index", descending=True)
+    columns = ("id", "audit_class", "audit_first_divergence", "audit_margin")
+    rows = differing.select(columns).head(_MAX_DIFFERENCES)
+    return tuple(Difference(*row) for row in rows.iter_rows())
 
 
 def _bin(column: str, edges: Sequence[int]) -> pl.Expr:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
@@ -31,6 +32,7 @@ def render(directory: RunDirectory) -> None:
         _read_json(directory.root / "plan" / "summary.json"),
         _read_json(directory.root / "audit" / "summary.json"),
         directory.scan(),
+        _read_audited(directory.root / "audit" / "audit.parquet"),
     )
     directory.write_text("report.html", render_html(metrics))
     directory.write_text("report.md", render_markdown(metrics))
@@ -42,6 +44,7 @@ def render_html(metrics: RunMetrics) -> str:
         metrics=metrics,
         settings=list(_flatten(metrics.manifest.get("settings", {}))),
         pictures=[(title, note, Markup(svg)) for title, note, svg in _draw(metrics)],
+        proofs=[(title, note, Markup(svg)) for title, note, svg in _draw_audit(metrics)],
     )
 
 
@@ -91,6 +94,25 @@ def _draw(metrics: RunMetrics) -> Iterator[tuple[str, str, str]]:
         )
 
 
+def _draw_audit(metrics: RunMetrics) -> Iterator[tuple[str, str, str]]:
+    """As `_draw`, for the audit's section."""
+    audit = metrics.audit or {}
+    if audit.get("arms"):
+        yield (
+            "How far other ways of computing lie from full prefill",
+            "By how much the distance between the two likeliest tokens moves, at the 99.9 % "
+            "quantile; beyond the bar, differences would no longer be near-ties.",
+            plots.draw_arms(audit),
+        )
+    if any(difference.margin is not None for difference in metrics.differences):
+        yield (
+            "Where answers part from full prefill, and how close it was",
+            "Each audited row that differs: the first token that does, and how far the "
+            "baseline's two best tokens are apart there.",
+            plots.draw_differences(metrics),
+        )
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
@@ -99,6 +121,15 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise RunDirectoryError(f"{path} is damaged ({error}); make it again") from error
     return value
+
+
+def _read_audited(path: Path) -> pl.DataFrame | None:
+    if not path.is_file():
+        return None
+    try:
+        return pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise RunDirectoryError(f"{path} is damaged ({error}); audit again") from error
 
 
 def _flatten(sections: dict[str, Any]) -> Iterator[tuple[str, str]]:

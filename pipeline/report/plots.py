@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pipeline.report.metrics import RunMetrics
@@ -104,6 +104,55 @@ def draw_plan_and_actual(metrics: RunMetrics) -> str:
             axes.tick_params(left=False)
 
     return _to_svg("plan", "Planned and measured tokens and saving", draw)
+
+
+def draw_arms(audit: Mapping[str, Any]) -> str:
+    """`gap_p999` of each arm against the near-tie bar, nats, on a logarithmic scale."""
+    gaps = {name: arm["gap_p999"] or 0.0 for name, arm in audit["arms"].items() if name != "again"}
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        least = min([gap for gap in gaps.values() if gap > 0], default=1e-9) / 10
+        values = [max(gap, least) for gap in gaps.values()]
+        bars = axes.barh(list(gaps), values, height=0.55, color=[_STONE, _MOSS, _MOSS])
+        axes.bar_label(bars, [f"{gap:.1g}" for gap in gaps.values()], padding=4)
+        axes.axvline(audit["near_tie_bar"], color=_BARK, lw=1.5)
+        axes.set_xscale("log")
+        axes.set_xlim(least / 2, 6 * max(*values, audit["near_tie_bar"]))
+        axes.set_xlabel("nats (line: near-tie bar)")
+        axes.invert_yaxis()
+        axes.tick_params(length=0)
+
+    return _to_svg("arms", "Deviation of the arms from full prefill", draw)
+
+
+def draw_differences(metrics: RunMetrics) -> str:
+    """Margin by first differing position, one mark a row; the bars as lines."""
+    audit = metrics.audit or {}
+    colours = {"near_tie": _MOSS, "drift": _BARK, "corrupt": _INK}
+
+    def draw(figure: Figure) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        axes = _axes(figure, "first token that differs", "margin (nats)")
+        for name, colour in colours.items():
+            marks = [
+                (difference.position, difference.margin)
+                for difference in metrics.differences
+                if difference.row_class == name and difference.margin is not None
+            ]
+            if not marks:
+                continue
+            x, y = zip(*marks, strict=True)
+            axes.plot(x, y, "o", color=colour, ms=4, alpha=0.7, label=name.replace("_", "-"))
+        for bar in (audit["near_tie_bar"], audit["hard_bar"]):
+            axes.axhline(bar, color=_STONE, lw=1, ls="--")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_yscale("symlog", linthresh=1e-4)
+        axes.set_ylim(bottom=0)
+        _legend_above(axes)
+
+    return _to_svg("differences", "Margins where audited rows differ", draw)
 
 
 class Box(NamedTuple):

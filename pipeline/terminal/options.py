@@ -82,6 +82,7 @@ _HELP = {
     "audit_sample": "Rows to audit: 200 or 1%; every group gets one.",
     "audit_min_exact": "Share that must be identical or near ties.",
     "audit_free_running": "Rows that the baseline also generates freely.",
+    "audit_arms": "Rows that are also batched, shared and spoilt; 0: none.",
     "audit_encoder": "Sentence encoder for the similarity column.",
     "storage_options": "Of s3://, like region=eu-west-1; may be repeated.",
 }

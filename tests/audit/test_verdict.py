@@ -11,6 +11,7 @@ from pipeline.audit.verdict import (
     GroupCoverage,
     Verdict,
     audit_frame,
+    bootstrap_upper,
     clopper_pearson_upper,
     describe_similarity,
     judge,
@@ -28,7 +29,7 @@ def audits(**counts: int) -> list[RowAudit]:
 def _audit(row_index: int, row_class: RowClass) -> RowAudit:
     divergence = None if row_class == "identical" else 1
     margin = None if divergence is None else 0.25
-    return RowAudit(row_index, row_class, divergence, margin, margin, 4, (1, 2, 3, 4))
+    return RowAudit(row_index, row_class, divergence, margin, margin, 4, (1, 2, 3, 4), 1.0)
 
 
 def verdict_of(rows: list[RowAudit], tier: Tier = "exact", least: float = 1.0) -> Verdict:
@@ -90,7 +91,7 @@ def test_the_bound_is_that_of_the_tables(differing: int, rows: int, bound: float
 
 def test_the_summary_has_the_fields_of_the_run_directory() -> None:
     verdict = verdict_of(audits(identical=58, near_tie=1))
-    summary = verdict.to_json(1.5, 7, describe_similarity("mini", [1.0, 0.5]))
+    summary = verdict.to_json(7, describe_similarity("mini", [1.0, 0.5]))
     assert json.loads(json.dumps(summary)) == summary
     assert summary["classes"] == {"identical": 58, "near_tie": 1, "drift": 0, "corrupt": 0}
     assert (summary["rows_audited"], summary["rows_exact"]) == (59, 58)
@@ -111,11 +112,32 @@ def test_the_frame_joins_rows_and_findings() -> None:
             "finish_reason": ["stop", "stop"],
         }
     )
-    frame = audit_frame(rows, audits(identical=1, near_tie=1), {1: 0.5})
+    frame = audit_frame(rows, audits(identical=1, near_tie=1), {1: 0.5}, {0: 1e-9})
     assert frame.columns == [
         "id", "row_index", "audited", "audit_exact", "audit_first_divergence", "audit_margin",
-        "audit_similarity", "audit_class", "group_id", "reuse_depth", "arm",
+        "audit_similarity", "audit_edit_similarity", "audit_kl", "audit_class",
+        "group_id", "reuse_depth", "arm",
     ]  # fmt: skip
     assert frame["audit_exact"].to_list() == [True, False]
     assert frame["audit_similarity"].to_list() == [None, 0.5]
+    assert frame["audit_kl"].to_list() == [1e-9, None]
     assert frame["group_id"].to_list() == [None, 3]
+
+
+def test_rows_of_one_group_count_once_in_the_bound_over_groups() -> None:
+    """59 rows of 3 groups and one alone: four draws, not sixty."""
+    groups = GroupCoverage(3, 3, {row: row % 3 for row in range(59)} | {59: None})
+    clean = judge(audits(identical=60), groups, "exact", AuditSettings()).to_json(7, {})
+    assert clean["bound_95"] == clopper_pearson_upper(0, 60)
+    assert clean["bound_95_groups"] == clopper_pearson_upper(0, 4) > 0.5
+    assert clean["bootstrap_95"] == 0.0
+    one = judge(audits(near_tie=1, identical=59), groups, "exact", AuditSettings()).to_json(7, {})
+    assert one["bound_95_groups"] == clopper_pearson_upper(1, 4)
+
+
+def test_the_bootstrap_draws_groups_whole() -> None:
+    """One group of ten where all rows differ: the share swings by tenths, not by hundredths."""
+    whole = bootstrap_upper([(10, 10)] + [(0, 10)] * 9, 3)
+    spread = bootstrap_upper([(1, 10)] * 10, 3)
+    assert spread == 0.1 and whole is not None and whole >= 0.2
+    assert bootstrap_upper([], 3) is None

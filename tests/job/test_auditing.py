@@ -13,6 +13,7 @@ import pytest
 from pipeline.audit.similarity import Encoder
 from pipeline.errors import InputError, ModelError, RunDirectoryError, StorageError
 from pipeline.job.auditing import audit_run, describe_audit, seed_of_output, select_rows
+from pipeline.job.evidence import Arms
 from pipeline.run import open_job, run_job
 from pipeline.settings import AuditSettings, JobSettings
 from pipeline.storage.run_directory import RunDirectory
@@ -51,6 +52,42 @@ def test_an_honest_run_passes(tmp_path: Path, model: Path, flat: dict[str, objec
     assert summary["seed"] == seed_of_output(RunDirectory.open(output))
     rows = pl.read_parquet(output / "audit" / "audit.parquet")
     assert rows["audit_class"].unique().to_list() == ["identical"]
+
+
+@pytest.mark.parametrize("flat", [{}, {"temperature": 1.0}])
+def test_a_run_that_shared_prefixes_is_computed_in_other_ways_too(
+    tmp_path: Path, model: Path, flat: dict[str, object]
+) -> None:
+    output = make_run(tmp_path, model, engine="prefix", **flat)
+    verdict = audit_run(output, EVERY_ROW)
+    assert verdict.passed, verdict.reasons
+    summary = describe_audit(output)
+    assert list(summary["arms"]) == ["again", "batched", "reuse", "product"]
+    rows = summary["rows_audited"]
+    assert all(arm["rows"] == arm["rows_exact"] == rows for arm in summary["arms"].values())
+    assert summary["arms"]["again"]["kl_max"] == 0.0 <= summary["arms"]["product"]["kl_max"] < 1e-6
+    faults = summary["faults"]
+    assert faults["planted"] == 8 and faults["caught"] == faults["changed_an_answer"] > 0
+    assert 0 < summary["replay_seconds"] < summary["seconds"]
+    kl = pl.read_parquet(output / "audit" / "audit.parquet")["audit_kl"]
+    assert kl.max() == summary["arms"]["product"]["kl_max"] and kl.null_count() == 0
+
+
+def test_an_audit_that_notices_no_fault_fails(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check of the check: a replay that agrees with whatever it is given."""
+    output = make_run(tmp_path, model, engine="prefix")
+    monkeypatch.setattr(Arms, "_passes", lambda self, row: True)
+    verdict = audit_run(output, EVERY_ROW)
+    assert not verdict.passed and "caught 0 of" in verdict.reasons[0]
+
+
+def test_arms_can_be_left_out(tmp_path: Path, model: Path) -> None:
+    output = make_run(tmp_path, model, engine="prefix")
+    assert audit_run(output, EVERY_ROW.model_copy(update={"audit_arms": 0})).passed
+    summary = describe_audit(output)
+    assert summary["arms"] == {} and summary["faults"]["planted"] == 0
 
 
 def test_a_changed_token_is_found(tmp_path: Path, model: Path) -> None:

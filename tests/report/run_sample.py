@@ -41,6 +41,14 @@ AUDIT: dict[str, Any] = {
     "free_running": {"rows": 30, "exact": 30, "unexplained": 0}, "near_tie_bar": 1e-3,
     "similarity": {"encoder": "mini", "mean": 0.9998, "min": 0.944}, "hard_bar": 0.5,
     "seconds": 12.0, "seed": 7,
+    "arms": {
+        name: {"rows": 16, "rows_exact": exact, "kl_max": kl, "gap_p999": gap}
+        for name, exact, kl, gap in (
+            ("again", 16, 0.0, 0.0), ("batched", 15, 2.5e-9, 2e-5),
+            ("reuse", 16, 1e-9, 1e-5), ("product", 14, 3e-9, 3e-5),
+        )
+    },
+    "faults": {"planted": 8, "changed_an_answer": 5, "caught": 5, "each": []},
 }  # fmt: skip
 
 
@@ -90,6 +98,21 @@ def output_rows() -> pl.DataFrame:
     return pl.concat([ok, failed], how="diagonal_relaxed")
 
 
+def audited_rows() -> pl.DataFrame:
+    """299 rows, one of them a near-tie at its third token and one with a wrong end."""
+    differs = {7: ("near_tie", 2, 4e-4), 9: ("corrupt", 5, None)}
+    return pl.DataFrame(
+        {
+            "id": [f"row-{i}" for i in range(299)],
+            "row_index": range(299),
+            "audit_exact": [i not in differs for i in range(299)],
+            "audit_class": [differs.get(i, ("identical",))[0] for i in range(299)],
+            "audit_first_divergence": [differs.get(i, (0, None))[1] for i in range(299)],
+            "audit_margin": [differs.get(i, (0, 0, None))[2] for i in range(299)],
+        }
+    )
+
+
 def to_table(rows: pl.DataFrame) -> pa.Table:
     """With all output columns, typed as the writer has them; carried columns come last."""
     carried = [name for name in ("answer", "task") if name in rows.columns]
@@ -126,4 +149,5 @@ def make_run(root: Path, rows: pl.DataFrame, audit: dict[str, Any] | None = AUDI
             )
         if audit is not None:
             directory.write_json("audit/summary.json", audit)
+            directory.write_frame("audit/audit.parquet", audited_rows())
     return RunDirectory.open(root)

@@ -75,6 +75,12 @@ def test_the_numbers_of_run_json_are_shown(finished: Path, name: str, number: st
     assert re.search(rf"(?<![\d,.]){re.escape(number)}(?![\d,])", shown)
 
 
+def test_the_page_shows_how_the_audit_was_checked(finished: Path) -> None:
+    text = " ".join(read_page((finished / "report.html").read_text(encoding="utf-8")).texts)
+    assert "8 faults planted" in text and "5 changed an answer" in " ".join(text.split())
+    assert "2.5e-09" in text and "row-7" in text and "row-9" in text
+
+
 def test_the_page_stands_on_its_own(finished: Path) -> None:
     html = (finished / "report.html").read_text(encoding="utf-8")
     reader = read_page(html)
@@ -82,7 +88,7 @@ def test_the_page_stands_on_its_own(finished: Path) -> None:
     assert all(address.startswith("#") for address in reader.addresses)
     assert not re.search(r"url\((?!#)|@import|xmlns", html)
     assert re.findall(r"https?://[^\s<]*", html) == ["https://evil.example)"]  # as text, see below
-    assert reader.tags["svg"] == 5
+    assert reader.tags["svg"] == 7
     assert len(reader.ids) == len(set(reader.ids))
 
 

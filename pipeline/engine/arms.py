@@ -1,0 +1,129 @@
+"""The same rows computed in other ways, and how far each is from plain full prefill (trust.md §2).
+
+| arm | prefixes | rows at a time |
+|---|---|---|
+| again | computed in full, the baseline once more | one |
+| batched | computed in full | all: what batching alone changes, the noise floor |
+| reuse | shared | one |
+| product | shared | all |
+
+Every arm is given the tokens that the row was answered with, so that all positions can be compared;
+left to themselves, two arms that part once say different things from there on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.engine.base import Deviation, RunControl
+from pipeline.engine.naive_engine import NaiveEngine
+from pipeline.engine.prefix_engine import PrefixEngine
+from pipeline.engine.sampling import sample_next_token
+from pipeline.errors import EngineError
+from pipeline.plan.plan import Plan, build_plan
+from pipeline.plan.token_table import TokenTable
+from pipeline.records import SamplingParams
+
+ARMS: Final = ("again", "batched", "reuse", "product")
+
+
+@dataclass(frozen=True)
+class ForcedRow:
+    """A row and the tokens that it is given; `params` and `noise_key` choose what it would say."""
+
+    prompt: Sequence[int]
+    output: Sequence[int]
+    params: SamplingParams
+    noise_key: int
+
+
+def compare_arms(
+    engine: PrefixEngine, rows: Sequence[ForcedRow]
+) -> Iterator[tuple[str, list[Deviation]]]:
+    """Each arm and its deviation from the baseline, row by row.
+
+    Holds the logits of all rows at all positions twice. Raises EngineError where a row cannot run.
+    """
+    naive, settings = NaiveEngine(engine.loaded), engine.settings
+    baseline = [naive.forced_logits(row.prompt, row.output) for row in rows]
+    again = [naive.forced_logits(row.prompt, row.output) for row in rows]
+    yield "again", _deviations(rows, baseline, again)
+    for name, share, max_rows in (
+        ("batched", False, settings.max_rows),
+        ("reuse", True, 1),
+        ("product", True, settings.max_rows),
+    ):
+        engine.settings = settings.model_copy(update={"max_rows": max_rows})
+        try:
+            logits = forced_logits(engine, rows, share)
+        finally:
+            engine.settings = settings
+        yield name, _deviations(rows, baseline, logits)
+
+
+def forced_logits(engine: PrefixEngine, rows: Sequence[ForcedRow], share: bool) -> list[Tensor]:
+    """The logits that choose each token of each row's output: [rows][n, V], model's dtype.
+
+    Without `share` every row is a tenant of its own. Raises EngineError where a row cannot run.
+    """
+    plan = _plan(rows, share, engine.loaded.shape.vocabulary_size)
+    row_of = plan.sequences.row.tolist()
+    seen: list[list[Tensor]] = [[] for _ in rows]
+
+    def record(sequences: list[int], positions: list[int], logits: Tensor) -> None:
+        for sequence, position, row_logits in zip(sequences, positions, logits, strict=True):
+            if position == len(seen[row_of[sequence]]):  # a row that was preempted comes again
+                seen[row_of[sequence]].append(row_logits.clone())
+
+    engine.logits_probe = record
+    engine.teacher = lambda sequences, positions: [
+        rows[row_of[sequence]].output[position]
+        for sequence, position in zip(sequences, positions, strict=True)
+    ]
+    try:
+        for done in engine.generate(plan, np.arange(len(plan.sequences)), RunControl()):
+            if done.error_type:
+                raise EngineError(f"a row of the audit cannot run: {done.error_message}")
+    finally:
+        engine.logits_probe = engine.teacher = None
+    return [torch.stack(logits) for logits in seen]
+
+
+def _plan(rows: Sequence[ForcedRow], share: bool, vocabulary_size: int) -> Plan:
+    """One sequence a row, also where prompts are equal: seeds tell them apart."""
+    params = tuple(
+        SamplingParams(max_new_tokens=len(row.output), seed=place, ignore_eos=True)
+        for place, row in enumerate(rows)
+    )
+    table = TokenTable.from_lists([list(row.prompt) for row in rows], vocabulary_size)
+    places = np.arange(len(rows))
+    tenants = np.zeros(len(rows), np.int64) if share else places
+    return build_plan(table, [str(place) for place in places], params, places, tenants)
+
+
+def _deviations(
+    rows: Sequence[ForcedRow], baseline: Sequence[Tensor], other: Sequence[Tensor]
+) -> list[Deviation]:
+    return [_deviation(*each) for each in zip(rows, baseline, other, strict=True)]
+
+
+def _deviation(row: ForcedRow, baseline: Tensor, other: Tensor) -> Deviation:
+    """`baseline`, `other`: logits [n, V]."""
+    places = np.arange(len(row.output))
+    keys = np.full(len(places), row.noise_key, np.uint64)
+    params = [row.params] * len(places)
+    said, says = (sample_next_token(x.float(), params, keys, places) for x in (baseline, other))
+    expected, found = (torch.log_softmax(x.double(), -1) for x in (baseline, other))
+    best = expected.topk(2).indices
+    gap = (expected - found).gather(1, best)
+    return Deviation(
+        (said.token_ids != says.token_ids) | ~says.is_finite,
+        (expected.exp() * (expected - found)).sum(-1).cpu().numpy(),
+        (gap[:, 0] - gap[:, 1]).abs().cpu().numpy(),
+    )
