@@ -9,43 +9,21 @@
 
 from __future__ import annotations
 
-import codecs
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, UsageError
 from pipeline.settings import ReadSettings
-from pipeline.storage.durable import publish, temp_path, write_errors
-from pipeline.storage.openai_batch import (
-    ANSWER_COLUMNS,
-    BadRequest,
-    is_request,
-    request_of_row,
-    response_of_answer,
-    row_of_request,
-)
+from pipeline.storage.durable import write_whole
+from pipeline.storage.input_files import InputFile
+from pipeline.storage.json_lines import is_json_lines, write_rows
+from pipeline.storage.openai_batch import ANSWER_COLUMNS, request_of_row, response_of_answer
 from pipeline.storage.reader import open_source
 from pipeline.storage.run_directory import RunDirectory
-
-_ROWS_AT_A_TIME = 4096
-_REQUEST_SCHEMA = pa.schema(
-    {
-        "custom_id": pa.large_string(),
-        "prompt": pa.large_string(),
-        "messages": pa.large_string(),
-        "max_new_tokens": pa.int64(),
-        "sampling_params": pa.large_string(),
-        "model": pa.large_string(),
-    }
-)
 
 
 def convert(source: Path, target: Path) -> int:
@@ -54,112 +32,15 @@ def convert(source: Path, target: Path) -> int:
     The target appears whole or not at all. Raises InputError naming the line, UsageError,
     StorageError.
     """
-    if source.suffix == ".jsonl" and target.suffix == ".parquet":
-        return _write_whole(target, lambda file: _write_rows(source, file))
-    if target.suffix != ".jsonl" or source.suffix == ".jsonl":
+    if is_json_lines(source.name) and target.suffix == ".parquet":
+        return write_whole(target, lambda file: write_rows(InputFile.local(source), file))
+    if target.suffix != ".jsonl" or is_json_lines(source.name):
         raise UsageError(
             "convert from .jsonl to .parquet, or from a Parquet file or run directory to .jsonl"
         )
     if (source / "run.json").is_file():
-        return _write_whole(target, lambda file: _write_lines(_responses(source), file))
-    return _write_whole(target, lambda file: _write_lines(_requests(source), file))
-
-
-def _write_whole(target: Path, write: Callable[[BinaryIO], int]) -> int:
-    path = target.absolute()
-    temp = temp_path(path)
-    with write_errors(target):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temp.open("xb") as file:
-                rows = write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            publish(temp, path)
-        finally:
-            temp.unlink(missing_ok=True)
-    return rows
-
-
-def _write_rows(source: Path, file: BinaryIO) -> int:
-    """Rows of a JSON lines file as Parquet."""
-    lines = _read_lines(source)
-    first = next(lines, None)
-    if first is None:
-        raise InputError(f"{source} holds no line; check how it was written")
-    lines = chain([first], lines)
-    if not is_request(first[1]):
-        return _write_plain(source, lines, file)
-    content = "prompt" if "prompt" in _row(source, *first) else "messages"
-    names = [n for n in _REQUEST_SCHEMA.names if n == content or n not in ("prompt", "messages")]
-    schema = pa.schema([_REQUEST_SCHEMA.field(name) for name in names])
-    count = 0
-    with pq.ParquetWriter(file, schema) as writer:
-        while batch := list(islice(lines, _ROWS_AT_A_TIME)):
-            rows = [_row_of_kind(source, number, line, content) for number, line in batch]
-            writer.write_table(pa.Table.from_pylist(rows, schema))
-            count += len(rows)
-    return count
-
-
-def _row(source: Path, number: int, line: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return row_of_request(line)
-    except BadRequest as error:
-        raise InputError(f"line {number} of {source}: {error}") from None
-
-
-def _row_of_kind(source: Path, number: int, line: dict[str, Any], content: str) -> dict[str, Any]:
-    row = _row(source, number, line)
-    if content not in row:
-        raise InputError(
-            f"line {number} of {source} is of another kind than the first; "
-            "put chat and text completions into two files"
-        )
-    return row
-
-
-def _write_plain(source: Path, lines: Iterable[tuple[int, dict[str, Any]]], file: BinaryIO) -> int:
-    """Objects of any columns; all are needed to know their types."""
-    rows = [line for _, line in lines]
-    names = dict.fromkeys(name for row in rows for name in row)
-    name = ""
-    try:
-        columns = {}
-        for name in names:
-            columns[name] = pa.array([row.get(name) for row in rows])
-        pq.write_table(pa.table(columns), file)
-    except (pa.ArrowException, TypeError, OverflowError, UnicodeError) as error:
-        raise InputError(
-            f"the field {name!r} of the lines of {source} does not fit into a column "
-            f"({type(error).__name__}); give it one type in all lines"
-        ) from error
-    return len(rows)
-
-
-def _read_lines(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object); empty lines are skipped."""
-    try:
-        with source.open("rb") as file:
-            for number, text in enumerate(file, 1):
-                if text.strip():
-                    yield number, _object(source, number, text)
-    except OSError as error:
-        raise InputError(f"cannot read {source} ({error.strerror or error})") from error
-
-
-def _object(source: Path, number: int, text: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text.removeprefix(codecs.BOM_UTF8), parse_constant=_no_number)
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
-        value = None
-    if not isinstance(value, dict):
-        raise InputError(f"line {number} of {source} is not a JSON object in UTF-8")
-    return value
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+        return write_whole(target, lambda file: _write_lines(_responses(source), file))
+    return write_whole(target, lambda file: _write_lines(_requests(source), file))
 
 
 def _write_lines(lines: Iterable[dict[str, Any]], file: BinaryIO) -> int:

@@ -39,6 +39,10 @@ class InputFile:
         """For random reads. Raises OSError."""
         return self.filesystem.open_input_file(self.path)
 
+    def open_stream(self) -> pa.NativeFile:
+        """For one read from the start, decompressed where the name ends in .gz. Raises OSError."""
+        return self._stream("detect")
+
     def stamp(self) -> tuple[int, int]:
         """Size and time of the last change: another file, another stamp. Raises OSError."""
         info = self.filesystem.get_file_info(self.path)
@@ -49,10 +53,13 @@ class InputFile:
     def content_hash(self) -> bytes:
         """sha256 of the bytes, streamed. Raises InputError."""
         digest = hashlib.sha256()
-        with damage_named(self.name), self.filesystem.open_input_stream(self.path) as stream:
+        with damage_named(self.name), self._stream(None) as stream:
             while chunk := stream.read(_HASHED_AT_A_TIME):
                 digest.update(chunk)
         return digest.digest()
+
+    def _stream(self, compression: str | None) -> pa.NativeFile:
+        return self.filesystem.open_input_stream(self.path, compression)
 
 
 def find_input_files(argument: str | Path) -> tuple[InputFile, ...]:
