@@ -24,7 +24,7 @@ def _absolute(path: str | Path) -> str:
 
 @app.command()
 def generate(
-    input: Annotated[str, typer.Option("--input", help="Parquet file, folder or glob.")],
+    input: Annotated[str, typer.Option("--input", help="Parquet or JSONL file, folder or glob.")],
     output: Output,
     model: Annotated[str, typer.Option("--model", help="Model folder or hub id.")],
     config: Config = None,

@@ -36,7 +36,7 @@ app = typer.Typer(
 )
 _JOB = (ModelSettings, ReadSettings, TokenSettings, SamplingSettings, PlanSettings, EngineSettings)
 
-Input = Annotated[str, typer.Argument(metavar="IN", help="Parquet file, folder or glob.")]
+Input = Annotated[str, typer.Argument(metavar="IN", help="Parquet or JSONL file, folder or glob.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of these settings.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]

@@ -14,6 +14,8 @@ from pyarrow import fs
 
 from pipeline.errors import InputError
 
+ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
+"""Of the files that a folder is searched for."""
 _HASHED_AT_A_TIME = 4 << 20
 
 
@@ -63,7 +65,7 @@ class InputFile:
 
 
 def find_input_files(argument: str | Path) -> tuple[InputFile, ...]:
-    """The file itself, all `*.parquet` below a folder, or what a glob matches, sorted by name.
+    """The file itself, all files of rows below a folder, or what a glob matches, sorted by name.
 
     Hidden files and those that begin with an underscore are somebody's temporary files: left out.
     Raises InputError if there is nothing.
@@ -73,8 +75,9 @@ def find_input_files(argument: str | Path) -> tuple[InputFile, ...]:
         if place.is_file():
             return (InputFile.local(place),)
         if place.is_dir():
-            found = [p for p in place.rglob("*.parquet") if p.is_file() and p.name[0] not in "._"]
-            lacking = f"the folder {place} holds no *.parquet file; check the path"
+            named = (p for p in place.rglob("*") if p.name.endswith(ENDINGS))
+            found = [p for p in named if p.is_file() and p.name[0] not in "._"]
+            lacking = f"the folder {place} holds no *.parquet or *.jsonl file; check the path"
         else:
             found = [p for p in map(Path, glob.glob(str(argument), recursive=True)) if p.is_file()]
             lacking = f"there is no file, folder or match for {place}; check the path"
