@@ -7,10 +7,11 @@ a copy that we made of another one, its origin: a copy that proves damaged is re
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ class ParquetInput:
     """An opened file. `schema` is plain (`columns.plain_type`); `group_rows`: [row groups].
 
     `origin`: what the user named and what `stamp` is of; `file` itself, unless that is a copy.
+    `constants`: columns that every row has besides those in the file, the last ones of `schema`.
     """
 
     file: InputFile
@@ -41,6 +43,7 @@ class ParquetInput:
     group_rows: NDArray[np.int64]
     stamp: tuple[int, int]
     origin: InputFile
+    constants: dict[str, pa.Scalar] = field(default_factory=dict)
 
     @classmethod
     def open(cls, file: InputFile) -> ParquetInput:
@@ -63,13 +66,25 @@ class ParquetInput:
     def _is_copy(self) -> bool:
         return self.origin is not self.file
 
+    def with_constants(self, values: dict[str, pa.Scalar]) -> ParquetInput:
+        """With those of these columns that the file does not have itself."""
+        constants = {name: v for name, v in values.items() if name not in self.schema.names}
+        fields = [pa.field(name, value.type) for name, value in constants.items()]
+        return replace(self, schema=pa.schema([*self.schema, *fields]), constants=constants)
+
     def content_hash(self) -> bytes:
-        """sha256 of the origin's bytes. Raises InputError, also if a copy is of other bytes."""
+        """sha256 of the origin's bytes, and of constants where there are some.
+
+        Raises InputError, also if a copy is of other bytes.
+        """
         found = self.origin.content_hash()
         with self._damage_named():
             if self._is_copy and self.metadata.metadata.get(ORIGIN_HASH) != found.hex().encode():
                 raise self._changed()
-        return found
+        if not self.constants:
+            return found
+        constants = sorted((name, value.as_py()) for name, value in self.constants.items())
+        return hashlib.sha256(found + repr(constants).encode()).digest()
 
     def places(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Row group, and row in it, of rows `[start, stop)`; a copy's origin is one group."""
@@ -89,10 +104,10 @@ class ParquetInput:
         groups = list(range(min(needed, len(self.group_rows))))
         left = num_rows
         with self._open() as file, self._damage_named():
-            batches = file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(columns))
-            for batch in batches:
-                table = self._plain(pa.Table.from_batches([batch]).select(list(columns)))
-                yield table.slice(0, left)
+            stored = [name for name in columns if name not in self.constants]
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=stored):
+                table = self._plain(pa.Table.from_batches([batch]))
+                yield table.select(list(columns)).slice(0, left)
                 left -= min(left, table.num_rows)
                 if not left:
                     return
@@ -140,10 +155,13 @@ class ParquetInput:
         return InputError(f"{self.origin.name} changed while it was being read; start again")
 
     def _plain(self, table: pa.Table) -> pa.Table:
-        wanted = pa.schema([self.schema.field(name) for name in table.column_names])
-        table = table.cast(wanted)
+        """With the types of `schema`, checked, and the constants beside."""
+        rows = table.num_rows  # a table of no column forgets it when cast
+        names = table.column_names
+        table = table.cast(pa.schema([self.schema.field(name) for name in names]))
         table.validate(full=True)
-        return table
+        constants = [pa.repeat(value, rows) for value in self.constants.values()]
+        return pa.Table.from_arrays([*table.columns, *constants], [*names, *self.constants])
 
 
 def _check_magic(file: InputFile, source: pa.NativeFile) -> None:

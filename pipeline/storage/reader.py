@@ -25,6 +25,7 @@ from pipeline.storage.input_files import InputFile, find_input_files
 from pipeline.storage.json_lines import is_json_lines
 from pipeline.storage.parquet_copies import ParquetCopies
 from pipeline.storage.parquet_input import ParquetInput
+from pipeline.storage.partitions import read_partitions
 from pipeline.storage.prompt_template import PromptTemplate
 
 _CACHE_BYTES = 256 << 20
@@ -105,7 +106,10 @@ class PromptSource:
                 pass
 
     def fingerprint(self) -> str:
-        """sha256 over the bytes of all files and the number of rows used; names do not matter."""
+        """sha256 over the bytes of all files and the number of rows used.
+
+        Of names only what folders say as `key=value` matters.
+        """
         digest = hashlib.sha256(f"rows={self.num_rows}\n".encode())
         for file in self._files:
             digest.update(file.content_hash())
@@ -169,7 +173,7 @@ def open_source(
     """
     if copies is not None:
         copies.drop_stale()
-    files = tuple(_open_file(file, copies) for file in find_input_files(path))
+    files = _open_files(path, copies)
     schema = files[0].schema
     for file in files[1:]:
         _check_same_schema(files[0], file)
@@ -185,6 +189,17 @@ def open_source(
         num_rows = min(num_rows, settings.limit)
     labels = _make_labels([file.origin for file in files])
     return PromptSource(num_rows, schema, columns, files, labels, first_row, template)
+
+
+def _open_files(path: str | Path, copies: ParquetCopies | None) -> tuple[ParquetInput, ...]:
+    """All files of the input, with the columns that their folders stand for."""
+    found = find_input_files(path)
+    folders = read_partitions(path, [file.name for file in found])
+    opened = []
+    for row, file in enumerate(found):
+        values = {name: folders.column(name)[row] for name in folders.column_names}
+        opened.append(_open_file(file, copies).with_constants(values))
+    return tuple(opened)
 
 
 def _open_file(file: InputFile, copies: ParquetCopies | None) -> ParquetInput:
