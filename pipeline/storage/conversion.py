@@ -10,11 +10,15 @@
 from __future__ import annotations
 
 import json
+import os
+from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, UsageError
 from pipeline.settings import ReadSettings
@@ -24,6 +28,8 @@ from pipeline.storage.json_lines import is_json_lines, write_rows
 from pipeline.storage.openai_batch import ANSWER_COLUMNS, request_of_row, response_of_answer
 from pipeline.storage.reader import open_source
 from pipeline.storage.run_directory import RunDirectory
+
+_ROWS_AT_A_TIME = 4096
 
 
 def convert(source: Path, target: Path) -> int:
@@ -39,16 +45,20 @@ def convert(source: Path, target: Path) -> int:
             "convert from .jsonl to .parquet, or from a Parquet file or run directory to .jsonl"
         )
     if (source / "run.json").is_file():
-        return write_whole(target, lambda file: _write_lines(_responses(source), file))
+        return write_whole(target, lambda file: _write_responses(source, file, target.parent))
     return write_whole(target, lambda file: _write_lines(_requests(source), file))
 
 
 def _write_lines(lines: Iterable[dict[str, Any]], file: BinaryIO) -> int:
     count = 0
     for line in lines:
-        file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        file.write(_encode(line))
         count += 1
     return count
+
+
+def _encode(line: dict[str, Any]) -> bytes:
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
 def _requests(source: Path) -> Iterator[dict[str, Any]]:
@@ -77,22 +87,41 @@ def _requests(source: Path) -> Iterator[dict[str, Any]]:
             yield request_of_row(row)
 
 
-def _responses(source: Path) -> Iterator[dict[str, Any]]:
-    """Raises RunDirectoryError for a run that is not complete: half an output looks like one."""
+def _write_responses(source: Path, file: BinaryIO, folder: Path) -> int:
+    """Responses in input order. They wait, in the order of the parts, in a nameless file.
+
+    Raises RunDirectoryError for a run that is not complete: half an output looks like one.
+    """
     directory = RunDirectory.open(source)
     if not directory.is_sealed:
         raise directory.incomplete()
-    rows = directory.scan()
-    names = rows.collect_schema().names()
-    is_chat = _is_chat(directory.read_manifest()["settings"]["read"], names)
-    needed = [name for name in (*ANSWER_COLUMNS, "model") if name in names]
-    answers = rows.select(needed).sort("row_index").collect()
-    for row in answers.iter_rows(named=True):
-        yield response_of_answer(row, directory.run_id, is_chat)
+    run_id, is_chat = directory.run_id, _is_chat(directory)
+    rows, sizes = array("q"), array("q")
+    with TemporaryFile(dir=folder) as waiting:
+        for answer in _answers(directory):
+            rows.append(answer["row_index"])
+            sizes.append(waiting.write(_encode(response_of_answer(answer, run_id, is_chat))))
+        waiting.flush()
+        order = np.argsort(rows)
+        starts = np.cumsum(sizes) - sizes
+        for start, size in zip(starts[order], np.array(sizes)[order], strict=True):
+            file.write(os.pread(waiting.fileno(), size, start))
+    return len(rows)
 
 
-def _is_chat(read: dict[str, Any], columns: list[str]) -> bool:
+def _answers(directory: RunDirectory) -> Iterator[dict[str, Any]]:
+    """What a response is made of, in the order of the parts."""
+    for footer in directory.footers():
+        with pq.ParquetFile(footer.path) as part:
+            names = [n for n in (*ANSWER_COLUMNS, "model") if n in part.schema_arrow.names]
+            for batch in part.iter_batches(_ROWS_AT_A_TIME, columns=names):
+                yield from batch.to_pylist()
+
+
+def _is_chat(directory: RunDirectory) -> bool:
     """Whether the run took conversations, by its settings and the rules of `find_columns`."""
+    read = directory.read_manifest()["settings"]["read"]
     if read["messages_column"]:
         return True
+    columns = directory.scan().collect_schema().names()
     return not (read.get("template") or read["prompt_column"] or "prompt" in columns)
