@@ -98,7 +98,8 @@ class ParquetInput:
     def iter_batches(self, columns: Sequence[str], num_rows: int) -> Iterator[pa.Table]:
         """The first `num_rows` rows, these columns only, plain, up to BATCH_ROWS at a time.
 
-        Raises InputError where a page is damaged or text is not UTF-8.
+        Raises InputError where a page is damaged or text is not UTF-8, and after the last batch if
+        the file changed meanwhile.
         """
         needed = int(np.searchsorted(np.cumsum(self.group_rows), num_rows)) + 1
         groups = list(range(min(needed, len(self.group_rows))))
@@ -110,8 +111,10 @@ class ParquetInput:
                 yield table.select(list(columns)).slice(0, left)
                 left -= min(left, table.num_rows)
                 if not left:
-                    return
-        raise InputError(f"{self.origin.name} ends {left} rows early; write or copy it again")
+                    break
+        self._check_unchanged()
+        if left:
+            raise InputError(f"{self.origin.name} ends {left} rows early; write or copy it again")
 
     @contextmanager
     def open_groups(self) -> Iterator[Callable[[int], pa.Table]]:
@@ -126,9 +129,7 @@ class ParquetInput:
 
     @contextmanager
     def _open(self) -> Iterator[pq.ParquetFile]:
-        with damage_named(self.origin.name):
-            if self.origin.stamp() != self.stamp:
-                raise self._changed()
+        self._check_unchanged()
         with self._damage_named():
             if self._is_copy:
                 os.utime(self.file.path)  # copies that nobody uses are removed
@@ -150,6 +151,11 @@ class ParquetInput:
             if self._is_copy:
                 Path(self.file.path).unlink(missing_ok=True)  # the same command makes it anew
             raise
+
+    def _check_unchanged(self) -> None:
+        with damage_named(self.origin.name):
+            if self.origin.stamp() != self.stamp:
+                raise self._changed()
 
     def _changed(self) -> InputError:
         return InputError(f"{self.origin.name} changed while it was being read; start again")

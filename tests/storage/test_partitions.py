@@ -57,6 +57,11 @@ def test_only_folders_below_the_argument_count(argument: str, expected: dict[str
     assert table.to_pylist() == ([expected] if expected else [])
 
 
+def test_a_folder_may_look_like_a_glob() -> None:
+    table = read_partitions("top/k=[1]", ["top/k=[1]/a=2/in.parquet"])
+    assert table.to_pylist() == [{"a": 2}]
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
