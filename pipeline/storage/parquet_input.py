@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.storage.columns import plain_schema
 from pipeline.storage.input_files import InputFile, damage_named
+from pipeline.storage.plain_types import holds_dictionary, plain_schema, plain_table
 
 BATCH_ROWS = 2048
 ORIGIN_HASH = b"coppice.origin_sha256"
@@ -31,7 +31,7 @@ _MAGIC = b"PAR1"
 
 @dataclass(frozen=True, eq=False)
 class ParquetInput:
-    """An opened file. `schema` is plain (`columns.plain_type`); `group_rows`: [row groups].
+    """An opened file. `schema` is plain (`plain_types`); `group_rows`: [row groups].
 
     `origin`: what the user named and what `stamp` is of; `file` itself, unless that is a copy.
     `constants`: columns that every row has besides those in the file, the last ones of `schema`.
@@ -106,7 +106,7 @@ class ParquetInput:
         left = num_rows
         with self._open() as file, self._damage_named():
             stored = [name for name in columns if name not in self.constants]
-            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=stored):
+            for batch in _iter_batches(file, groups, stored):
                 table = self._plain(pa.Table.from_batches([batch]))
                 yield table.select(list(columns)).slice(0, left)
                 left -= min(left, table.num_rows)
@@ -163,11 +163,22 @@ class ParquetInput:
     def _plain(self, table: pa.Table) -> pa.Table:
         """With the types of `schema`, checked, and the constants beside."""
         rows = table.num_rows  # a table of no column forgets it when cast
-        names = table.column_names
-        table = table.cast(pa.schema([self.schema.field(name) for name in names]))
+        table = plain_table(table, self.schema)
         table.validate(full=True)
         constants = [pa.repeat(value, rows) for value in self.constants.values()]
-        return pa.Table.from_arrays([*table.columns, *constants], [*names, *self.constants])
+        names = [*table.column_names, *self.constants]
+        return pa.Table.from_arrays([*table.columns, *constants], names)
+
+
+def _iter_batches(
+    file: pq.ParquetFile, groups: list[int], columns: list[str]
+) -> Iterator[pa.RecordBatch]:
+    """Arrow reads a dictionary inside of another type from one row group at a time only."""
+    runs = [groups]
+    if any(holds_dictionary(file.schema_arrow.field(name).type) for name in columns):
+        runs = [[group] for group in groups]
+    for run in runs:
+        yield from file.iter_batches(BATCH_ROWS, row_groups=run, columns=columns)
 
 
 def _check_magic(file: InputFile, source: pa.NativeFile) -> None:

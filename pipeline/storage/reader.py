@@ -26,6 +26,7 @@ from pipeline.storage.json_lines import is_json_lines
 from pipeline.storage.parquet_copies import ParquetCopies
 from pipeline.storage.parquet_input import ParquetInput
 from pipeline.storage.partitions import read_partitions
+from pipeline.storage.plain_types import python_rows
 from pipeline.storage.prompt_template import PromptTemplate
 
 _CACHE_BYTES = 256 << 20
@@ -35,7 +36,7 @@ _CACHE_BYTES = 256 << 20
 class PromptSource:
     """A frozen view of the input. Row i of the job is row i of the files in order.
 
-    `schema` has plain types (`columns.plain_type`). `_first_row[g]` is the row at which row group
+    `schema` has plain types (`plain_types`). `_first_row[g]` is the row at which row group
     g of all files together begins: [row groups + 1].
     """
 
@@ -284,8 +285,7 @@ def _contents(table: pa.Table, columns: ColumnMap, template: PromptTemplate | No
     if template is None:
         cells: list[Any] = table.column(columns.prompt or columns.messages).to_pylist()
         return cells
-    rows: list[Any] = table.select(list(template.columns)).to_pylist()
-    return rows
+    return python_rows(table.select(list(template.columns)))
 
 
 def _parser(
