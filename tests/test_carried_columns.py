@@ -99,6 +99,17 @@ def test_columns_of_every_type_come_out_as_they_were(
     assert answers(tmp_path / "out")["status"].to_list() == ["ok", "ok", "error", "ok"]
 
 
+def test_a_dot_in_a_name_is_part_of_it(tmp_path: Path, settings: JobSettings) -> None:
+    """Arrow takes `a.b` for the field of a column `a` as well."""
+    dotted = {"a.b": ["x", "y"], "a": [{"b": "1", "c": "2"}, {"b": "3", "c": "4"}]}
+    source = write(tmp_path / "in.parquet", [2], prompt=["one", "two"], **dotted)
+    options = ReadSettings(prompt_column="a.b")
+    (batch,) = open_source(source, options).iter_prompts()
+    assert batch.contents == ["x", "y"]
+    run_job(str(source), tmp_path / "out", settings)
+    assert {name: written(tmp_path / "out")[name].to_pylist() for name in dotted} == dotted
+
+
 @pytest.mark.parametrize(
     ("column", "kind"),
     [

@@ -28,6 +28,7 @@ _ENDINGS = (".jsonl", ".jsonl.gz")
 _ROWS_AT_A_TIME = 4096
 _BYTES_AT_A_TIME = 8 << 20  # of lines; parsed they take some ten times that
 _LONGEST_LINE = 1 << 30
+_DEEPEST = 30  # lists in lists; each is three levels of a Parquet schema
 _READ_AT_A_TIME = 1 << 20
 _MISFITS = (pa.ArrowException, TypeError, OverflowError, UnicodeError)
 _REQUEST_SCHEMA = pa.schema(
@@ -115,7 +116,7 @@ def _plain(source: InputFile) -> tuple[pa.Schema, _MakeTable]:
         kind = _widen_by(source, kind, batch)
     for field in kind:
         if not _is_storable(field.type):
-            raise _misfit(source, "the lines", field.name, "an object without fields")
+            raise _misfit(source, "the lines", field.name, "objects without fields, or too deep")
     types = {field.name: field.type for field in kind}
 
     def make_table(batch: list[Line]) -> pa.Table:
@@ -171,11 +172,13 @@ def _misfit(source: InputFile, where: str, name: str, why: str) -> InputError:
     )
 
 
-def _is_storable(kind: pa.DataType) -> bool:
-    """Parquet has no object without fields."""
-    if pa.types.is_struct(kind):
-        return kind.num_fields > 0 and all(_is_storable(field.type) for field in kind)
-    return not pa.types.is_list(kind) or _is_storable(kind.value_type)
+def _is_storable(kind: pa.DataType, depth: int = 0) -> bool:
+    """Parquet has no object without fields, and few readers take a hundred levels of schema."""
+    if depth > _DEEPEST:
+        return False
+    inner = [kind.field(n).type for n in range(kind.num_fields)]
+    is_empty = pa.types.is_struct(kind) and not inner
+    return not is_empty and all(_is_storable(part, depth + 1) for part in inner)
 
 
 def _read_batches(source: InputFile) -> Iterator[list[Line]]:

@@ -107,7 +107,8 @@ class ParquetInput:
         with self._open() as file, self._damage_named():
             stored = [name for name in columns if name not in self.constants]
             for batch in _iter_batches(file, groups, stored):
-                table = self._plain(pa.Table.from_batches([batch]))
+                # Asked for a column `a.b`, Arrow also gives that field of a column `a`.
+                table = self._plain(pa.Table.from_batches([batch]).select(stored))
                 yield table.select(list(columns)).slice(0, left)
                 left -= min(left, table.num_rows)
                 if not left:
