@@ -36,7 +36,7 @@ def _settings(config: Path | None) -> dict[str, Any]:
 
 @app.command()
 def generate(
-    input: Annotated[str, typer.Option("--input", help="Parquet file, folder or glob.")],
+    input: Annotated[str, typer.Option("--input", help="Parquet or JSONL file, folder or glob.")],
     output: Output,
     model: Annotated[str, typer.Option("--model", help="Model folder or hub id.")],
     config: Config = None,

@@ -39,7 +39,7 @@ _READ = (ModelSettings, ReadSettings, TokenSettings, StoreSettings)
 _JOB = (*_READ, SamplingSettings, PlanSettings, EngineSettings)
 
 Input = Annotated[
-    str, typer.Argument(metavar="IN", help="Parquet file, folder, glob or s3:// URL.")
+    str, typer.Argument(metavar="IN", help="Parquet or JSONL file, folder, glob or s3:// URL.")
 ]
 RunFolder = Annotated[str, typer.Argument(metavar="DIR", help="Run directory or s3:// URL.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of these settings.")]

@@ -256,6 +256,50 @@ def test_a_batch_file_comes_back_as_responses(tmp_path: Path, tokenizer_folder: 
     assert y["response"] is None and y["error"]["message"] == "the prompt is empty"
 
 
+def test_responses_come_in_the_order_of_the_input(tmp_path: Path, settings: JobSettings) -> None:
+    """Seen red: in the order of the parts, and the lengths of one line for another's."""
+    prompts = [f"{'ab'[i % 2]}{i * 7 % 10}" + "c" * i for i in range(20)]
+    source = write_prompts(tmp_path / "p.parquet", prompts)
+    run_job(str(source), tmp_path / "out", settings)
+    parts = sorted((tmp_path / "out" / "data").iterdir())
+    written = [row for part in parts for row in pl.read_parquet(part)["row_index"]]
+    assert len(parts) == 10 and written != sorted(written)
+    assert convert(tmp_path / "out", tmp_path / "new" / "out.jsonl") == 20
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "new" / "out.jsonl").read_text().splitlines()]
+    assert [line["custom_id"] for line in lines] == [f"r{i}" for i in range(20)]
+    texts = [line["response"]["body"]["choices"][0]["text"] for line in lines]
+    assert texts == answers(tmp_path / "out")["generated_text"].to_list()
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_json_lines_run_as_they_are(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    """A file of batch requests gives what its conversion gives; another file is another input."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lines = tmp_path / "in.jsonl"
+    lines.write_text(
+        "".join(
+            json.dumps({"custom_id": n, "url": "/v1/completions", "body": {"prompt": p}}) + "\n"
+            for n, p in (("x", "hello"), ("y", ""), ("z", "bye"))
+        )
+    )
+    convert(lines, tmp_path / "rows.parquet")
+    settings = echo_settings(tokenizer_folder, fail_on_error="1", limit=limit)
+    assert validate_input(str(lines), settings)["reasons"] == {"EmptyPrompt": 1}
+    run_job(str(tmp_path / "rows.parquet"), tmp_path / "converted", settings)
+    run_job(str(lines), tmp_path / "out", settings)
+    assert run_job(str(lines), tmp_path / "out", settings).was_complete
+    columns = ["id", "generated_text", "status", "custom_id", "prompt", "sampling_params"]
+    assert answers(tmp_path / "out")[columns].equals(answers(tmp_path / "converted")[columns])
+    manifest = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert manifest["input"]["argument"] == str(lines)
+    lines.write_text(lines.read_text() + "\n")
+    with pytest.raises(RunDirectoryError, match="another input"):
+        run_job(str(lines), tmp_path / "out", settings)
+
+
 def test_a_model_that_fails_the_self_test_gets_the_naive_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from pipeline.engine.machine import cache_folder
 from pipeline.errors import InputError, ModelError
 from pipeline.job import checkpoint
 from pipeline.job.advice import SAMPLE_ROWS, advise
@@ -34,6 +35,7 @@ from pipeline.plan.summary import KVLimits, PlanSummary, summarise
 from pipeline.plan.token_table import narrowest_dtype
 from pipeline.records import PromptBatch, Rejected
 from pipeline.settings import JobSettings, ModelSettings, PlanSettings
+from pipeline.storage.parquet_copies import ParquetCopies
 from pipeline.storage.reader import PromptSource, find_duplicate_ids, open_source
 from pipeline.storage.schema import output_schema
 from pipeline.tokens.tokenizer import PromptTokenizer
@@ -115,8 +117,12 @@ class PlannedJob:
 
 
 def open_job(input: str, settings: JobSettings) -> Job:
-    """Open input, tokenizer and model config. Raises InputError, ModelError, UsageError."""
-    source = open_source(input, settings.read, settings.store)
+    """Open input, tokenizer and model config.
+
+    Raises InputError, ModelError, UsageError, and StorageError if JSON lines cannot be kept.
+    """
+    copies = ParquetCopies(cache_folder() / "inputs")
+    source = open_source(input, settings.read, settings.store, copies)
     output_schema(source.schema, source.columns.id)  # refuses names that would collide
     model = settings.model
     tokenizer = PromptTokenizer.load(model.model, model.revision, settings.tokens)

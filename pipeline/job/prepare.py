@@ -93,7 +93,12 @@ class Preparation:
             None if row in rejected else content
             for row, content in enumerate(batch.contents, batch.row_start)
         ]
-        encoded = self._tokenizer.encode_batch(contents)
+        limits = self._limits
+        most = limits.context_length if limits.on_overlong == "error" else None
+        encoded = self._tokenizer.encode_batch(contents, most)
+        for index, least in encoded.overlong.items():
+            row = batch.row_start + index
+            rejected[row] = _overlong(row, f"at least {least}", limits.context_length)
         for index, reason in encoded.errors.items():
             row = batch.row_start + index
             rejected[row] = Rejected(row, "BadPrompt", reason)
@@ -116,14 +121,17 @@ class Preparation:
             length, chosen = int(lengths[index]), params[index]
             fitted = fit_to_context(length, chosen, context, self._limits.on_overlong)
             if fitted is None:
-                row = row_start + index
-                message = (
-                    f"the prompt has {length} tokens, the model's context {context}; "
-                    "shorten it, or choose --on-overlong truncate-left"
-                )
-                rejected[row] = Rejected(row, "OverlongPrompt", message)
+                rejected[row_start + index] = _overlong(row_start + index, str(length), context)
             changed[index] = fitted or (0, chosen)
         return changed
+
+
+def _overlong(row: int, length: str, context: int | None) -> Rejected:
+    message = (
+        f"the prompt has {length} tokens, the model's context {context}; "
+        "shorten it, or choose --on-overlong truncate-left"
+    )
+    return Rejected(row, "OverlongPrompt", message)
 
 
 def fit_to_context(

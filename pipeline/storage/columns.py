@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from pipeline.errors import InputError
 from pipeline.settings import ReadSettings
+from pipeline.storage.plain_types import can_be_carried, is_text
 
 _MOST_NAMES = 20  # column names listed in a message
 
@@ -40,27 +41,6 @@ class ColumnMap:
         return tuple(dict.fromkeys(name for name in chosen if name is not None))
 
 
-def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type without its encoding: dictionaries decoded, strings and lists with 64-bit offsets.
-
-    Two files that differ in nothing else fit together then, and no offset can overflow.
-    """
-    if pa.types.is_dictionary(kind):
-        return plain_type(kind.value_type)
-    if _is_text(kind):
-        return pa.large_string()
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return pa.large_list(plain_type(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([pa.field(f.name, plain_type(f.type)) for f in kind])
-    return kind
-
-
-def plain_schema(schema: pa.Schema) -> pa.Schema:
-    """`plain_type` of every column; metadata and nullability dropped."""
-    return pa.schema([pa.field(f.name, plain_type(f.type)) for f in schema])
-
-
 def find_columns(
     schema: pa.Schema, settings: ReadSettings, name: str, template: tuple[str, ...] | None = None
 ) -> ColumnMap:
@@ -73,6 +53,7 @@ def find_columns(
     twice = [column for column, count in Counter(schema.names).items() if count > 1]
     if twice:
         raise InputError(f"{name} has the column {twice[0]!r} twice; rename one of the two")
+    _check_carried(schema, name)
     prompt, messages = None, None
     if template is None:
         prompt, messages = _find_content(schema, settings, name)
@@ -87,6 +68,15 @@ def find_columns(
     )
     _check_types(schema, columns, name)
     return columns
+
+
+def _check_carried(schema: pa.Schema, name: str) -> None:
+    for field in schema:
+        if not can_be_carried(field.type):
+            raise InputError(
+                f"column {field.name!r} of {name} has the type {field.type}, which the output "
+                "cannot carry; cast or drop it"
+            )
 
 
 def _find_content(
@@ -128,12 +118,12 @@ def _listed(schema: pa.Schema) -> str:
 
 def _check_types(schema: pa.Schema, columns: ColumnMap, name: str) -> None:
     rules: tuple[tuple[str | None, Callable[[pa.DataType], bool], str], ...] = (
-        (columns.prompt, _is_text, "string (conversations belong to --messages-column)"),
+        (columns.prompt, is_text, "string (conversations belong to --messages-column)"),
         (columns.messages, _is_conversation, "list of structs with the strings role and content"),
         (columns.id, _is_scalar, "string or another scalar type"),
         (columns.max_new_tokens, pa.types.is_integer, "integer"),
-        (columns.sampling_params, lambda t: pa.types.is_struct(t) or _is_text(t), "struct"),
-        (columns.tenant, _is_text, "string"),
+        (columns.sampling_params, lambda t: pa.types.is_struct(t) or is_text(t), "struct"),
+        (columns.tenant, is_text, "string"),
     )
     for column, fits, wanted in rules:
         if column is None:
@@ -146,19 +136,13 @@ def _check_types(schema: pa.Schema, columns: ColumnMap, name: str) -> None:
             )
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
-
-
 def _is_conversation(kind: pa.DataType) -> bool:
     """Plain types only: a list of structs, or text that holds JSON."""
-    if _is_text(kind):
+    if is_text(kind):
         return True
     if not pa.types.is_large_list(kind) or not pa.types.is_struct(kind.value_type):
         return False
-    texts = {field.name for field in kind.value_type if _is_text(field.type)}
+    texts = {field.name for field in kind.value_type if is_text(field.type)}
     return {"role", "content"} <= texts
 
 

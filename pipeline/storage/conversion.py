@@ -9,45 +9,29 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, UsageError
 from pipeline.settings import ReadSettings, StoreSettings
-from pipeline.storage.durable import publish, temp_path, write_errors
+from pipeline.storage.durable import write_whole
+from pipeline.storage.input_files import InputFile
+from pipeline.storage.json_lines import is_json_lines, write_rows
 from pipeline.storage.object_store import is_url
-from pipeline.storage.openai_batch import (
-    ANSWER_COLUMNS,
-    BadRequest,
-    is_request,
-    request_of_row,
-    response_of_answer,
-    row_of_request,
-)
+from pipeline.storage.openai_batch import ANSWER_COLUMNS, request_of_row, response_of_answer
 from pipeline.storage.reader import open_source
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_place import Place, holds_run, reading_run
 
 _ROWS_AT_A_TIME = 4096
-_REQUEST_SCHEMA = pa.schema(
-    {
-        "custom_id": pa.large_string(),
-        "prompt": pa.large_string(),
-        "messages": pa.large_string(),
-        "max_new_tokens": pa.int64(),
-        "sampling_params": pa.large_string(),
-        "model": pa.large_string(),
-    }
-)
 
 
 def convert(source: Place, target: Place, store: StoreSettings | None = None) -> int:
@@ -58,122 +42,31 @@ def convert(source: Place, target: Place, store: StoreSettings | None = None) ->
     """
     if is_url(target):
         raise UsageError("convert writes a file of this machine; copy it to the store afterwards")
-    path, reads_lines = Path(target), str(source).endswith(".jsonl")
+    path, reads_lines = Path(target), is_json_lines(str(source))
     if reads_lines and path.suffix == ".parquet" and not is_url(source):
-        return _write_whole(path, lambda file: _write_rows(Path(source), file))
+        return write_whole(path, lambda file: write_rows(InputFile.local(Path(source)), file))
     if path.suffix != ".jsonl" or reads_lines:
         raise UsageError(
             "convert from a local .jsonl to .parquet, or from a Parquet file or run directory to "
             ".jsonl"
         )
     store = store or StoreSettings()
-    read = _responses if holds_run(source, store) else _requests
-    return _write_whole(path, lambda file: _write_lines(read(source, store), file))
-
-
-def _write_whole(target: Path, write: Callable[[BinaryIO], int]) -> int:
-    path = target.absolute()
-    temp = temp_path(path)
-    with write_errors(target):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temp.open("xb") as file:
-                rows = write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            publish(temp, path)
-        finally:
-            temp.unlink(missing_ok=True)
-    return rows
-
-
-def _write_rows(source: Path, file: BinaryIO) -> int:
-    """Rows of a JSON lines file as Parquet."""
-    lines = _read_lines(source)
-    first = next(lines, None)
-    if first is None:
-        raise InputError(f"{source} holds no line; check how it was written")
-    lines = chain([first], lines)
-    if not is_request(first[1]):
-        return _write_plain(source, lines, file)
-    content = "prompt" if "prompt" in _row(source, *first) else "messages"
-    names = [n for n in _REQUEST_SCHEMA.names if n == content or n not in ("prompt", "messages")]
-    schema = pa.schema([_REQUEST_SCHEMA.field(name) for name in names])
-    count = 0
-    with pq.ParquetWriter(file, schema) as writer:
-        while batch := list(islice(lines, _ROWS_AT_A_TIME)):
-            rows = [_row_of_kind(source, number, line, content) for number, line in batch]
-            writer.write_table(pa.Table.from_pylist(rows, schema))
-            count += len(rows)
-    return count
-
-
-def _row(source: Path, number: int, line: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return row_of_request(line)
-    except BadRequest as error:
-        raise InputError(f"line {number} of {source}: {error}") from None
-
-
-def _row_of_kind(source: Path, number: int, line: dict[str, Any], content: str) -> dict[str, Any]:
-    row = _row(source, number, line)
-    if content not in row:
-        raise InputError(
-            f"line {number} of {source} is of another kind than the first; "
-            "put chat and text completions into two files"
-        )
-    return row
-
-
-def _write_plain(source: Path, lines: Iterable[tuple[int, dict[str, Any]]], file: BinaryIO) -> int:
-    """Objects of any columns; all are needed to know their types."""
-    rows = [line for _, line in lines]
-    names = dict.fromkeys(name for row in rows for name in row)
-    name = ""
-    try:
-        columns = {}
-        for name in names:
-            columns[name] = pa.array([row.get(name) for row in rows])
-        pq.write_table(pa.table(columns), file)
-    except (pa.ArrowException, TypeError, OverflowError, UnicodeError) as error:
-        raise InputError(
-            f"the field {name!r} of the lines of {source} does not fit into a column "
-            f"({type(error).__name__}); give it one type in all lines"
-        ) from error
-    return len(rows)
-
-
-def _read_lines(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object); empty lines are skipped."""
-    try:
-        with source.open("rb") as file:
-            for number, text in enumerate(file, 1):
-                if text.strip():
-                    yield number, _object(source, number, text)
-    except OSError as error:
-        raise InputError(f"cannot read {source} ({error.strerror or error})") from error
-
-
-def _object(source: Path, number: int, text: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text.removeprefix(codecs.BOM_UTF8), parse_constant=_no_number)
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
-        value = None
-    if not isinstance(value, dict):
-        raise InputError(f"line {number} of {source} is not a JSON object in UTF-8")
-    return value
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+    if not holds_run(source, store):
+        return write_whole(path, lambda file: _write_lines(_requests(source, store), file))
+    with reading_run(source, store) as run:
+        return write_whole(path, lambda file: _write_responses(run, file, path.parent))
 
 
 def _write_lines(lines: Iterable[dict[str, Any]], file: BinaryIO) -> int:
     count = 0
     for line in lines:
-        file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        file.write(_encode(line))
         count += 1
     return count
+
+
+def _encode(line: dict[str, Any]) -> bytes:
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
 def _requests(source: Place, store: StoreSettings) -> Iterator[dict[str, Any]]:
@@ -202,26 +95,40 @@ def _requests(source: Place, store: StoreSettings) -> Iterator[dict[str, Any]]:
             yield request_of_row(row)
 
 
-def _responses(source: Place, store: StoreSettings) -> Iterator[dict[str, Any]]:
-    """Raises RunDirectoryError for a run that is not complete: half an output looks like one."""
-    with reading_run(source, store) as directory:
-        yield from _responses_of(directory)
+def _write_responses(directory: RunDirectory, file: BinaryIO, folder: Path) -> int:
+    """Responses in input order. They wait, in the order of the parts, in a nameless file.
 
-
-def _responses_of(directory: RunDirectory) -> Iterator[dict[str, Any]]:
+    Raises RunDirectoryError for a run that is not complete: half an output looks like one.
+    """
     if not directory.is_sealed:
         raise directory.incomplete()
-    rows = directory.scan()
-    names = rows.collect_schema().names()
-    is_chat = _is_chat(directory.read_manifest()["settings"]["read"], names)
-    needed = [name for name in (*ANSWER_COLUMNS, "model") if name in names]
-    answers = rows.select(needed).sort("row_index").collect()
-    for row in answers.iter_rows(named=True):
-        yield response_of_answer(row, directory.run_id, is_chat)
+    run_id, is_chat = directory.run_id, _is_chat(directory)
+    rows, sizes = array("q"), array("q")
+    with TemporaryFile(dir=folder) as waiting:
+        for answer in _answers(directory):
+            rows.append(answer["row_index"])
+            sizes.append(waiting.write(_encode(response_of_answer(answer, run_id, is_chat))))
+        waiting.flush()
+        order = np.argsort(rows)
+        starts = np.cumsum(sizes) - sizes
+        for start, size in zip(starts[order], np.array(sizes)[order], strict=True):
+            file.write(os.pread(waiting.fileno(), size, start))
+    return len(rows)
 
 
-def _is_chat(read: dict[str, Any], columns: list[str]) -> bool:
+def _answers(directory: RunDirectory) -> Iterator[dict[str, Any]]:
+    """What a response is made of, in the order of the parts."""
+    for footer in directory.footers():
+        with pq.ParquetFile(footer.path) as part:
+            names = [n for n in (*ANSWER_COLUMNS, "model") if n in part.schema_arrow.names]
+            for batch in part.iter_batches(_ROWS_AT_A_TIME, columns=names):
+                yield from batch.to_pylist()
+
+
+def _is_chat(directory: RunDirectory) -> bool:
     """Whether the run took conversations, by its settings and the rules of `find_columns`."""
+    read = directory.read_manifest()["settings"]["read"]
     if read["messages_column"]:
         return True
+    columns = directory.scan().collect_schema().names()
     return not (read.get("template") or read["prompt_column"] or "prompt" in columns)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.errors import StorageError
 
@@ -88,3 +89,27 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
             publish(temp, path)
         finally:
             temp.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], int]) -> int:
+    """Put at `path` what `write` streams, whole or not at all; missing folders are made.
+
+    Returns what `write` does. Raises StorageError, and what `write` raises.
+    """
+    path = path.absolute()
+    temp = temp_path(path)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temp, "xb", opener=_private) as file:
+                result = write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temp, path)
+        finally:
+            temp.unlink(missing_ok=True)
+    return result
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)

@@ -16,6 +16,8 @@ from pipeline.errors import InputError
 from pipeline.settings import StoreSettings
 from pipeline.storage.object_store import SCHEME, explain_read_fault, find_objects, is_url
 
+ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
+"""Of the files that a folder is searched for."""
 _HASHED_AT_A_TIME = 4 << 20
 
 
@@ -33,6 +35,11 @@ class InputFile:
         return cls(fs.LocalFileSystem(), str(path.absolute()), str(path))
 
     @property
+    def is_local(self) -> bool:
+        """Whether it lies on this machine."""
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    @property
     def base_name(self) -> str:
         """The last part of its name."""
         return self.path.rsplit("/", 1)[-1]
@@ -41,9 +48,13 @@ class InputFile:
         """For random reads. Raises OSError."""
         return self.filesystem.open_input_file(self.path)
 
+    def open_stream(self) -> pa.NativeFile:
+        """For one read from the start, decompressed where the name ends in .gz. Raises OSError."""
+        return self._stream("detect")
+
     def stamp(self) -> tuple[int, int | str]:
         """Size and time of the last change: another file, another stamp. Raises OSError."""
-        if is_url(self.name):
+        if not self.is_local:
             return self._object_stamp()
         info = self.filesystem.get_file_info(self.path)
         if info.type != fs.FileType.File:
@@ -59,30 +70,34 @@ class InputFile:
     def content_hash(self) -> bytes:
         """sha256 of the bytes, streamed. Raises InputError."""
         digest = hashlib.sha256()
-        with damage_named(self.name), self.filesystem.open_input_stream(self.path) as stream:
+        with damage_named(self.name), self._stream(None) as stream:
             while chunk := stream.read(_HASHED_AT_A_TIME):
                 digest.update(chunk)
         return digest.digest()
+
+    def _stream(self, compression: str | None) -> pa.NativeFile:
+        return self.filesystem.open_input_stream(self.path, compression)
 
 
 def find_input_files(
     argument: str | Path, store: StoreSettings | None = None
 ) -> tuple[InputFile, ...]:
-    """The file itself, all `*.parquet` below a folder, or what a glob matches, sorted by name.
+    """The file itself, all files of rows below a folder, or what a glob matches, sorted by name.
 
     Hidden files and those that begin with an underscore are somebody's temporary files: left out.
     `store` is how an `s3://` URL is reached. Raises InputError if there is nothing.
     """
     if is_url(argument):
-        filesystem, paths = find_objects(str(argument), store or StoreSettings())
+        filesystem, paths = find_objects(str(argument), store or StoreSettings(), ENDINGS)
         return tuple(InputFile(filesystem, path, f"{SCHEME}://{path}") for path in paths)
     place = Path(argument)
     with damage_named(place):
         if place.is_file():
             return (InputFile.local(place),)
         if place.is_dir():
-            found = [p for p in place.rglob("*.parquet") if p.is_file() and p.name[0] not in "._"]
-            lacking = f"the folder {place} holds no *.parquet file; check the path"
+            named = (p for p in place.rglob("*") if p.name.endswith(ENDINGS))
+            found = [p for p in named if p.is_file() and p.name[0] not in "._"]
+            lacking = f"the folder {place} holds no *.parquet or *.jsonl file; check the path"
         else:
             found = [p for p in map(Path, glob.glob(str(argument), recursive=True)) if p.is_file()]
             lacking = f"there is no file, folder or match for {place}; check the path"

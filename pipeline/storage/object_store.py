@@ -104,15 +104,17 @@ def explain_read_fault(error: BaseException) -> str | None:
     return explain_fault(error) if "AWS Error" in str(error) else None
 
 
-def find_objects(url: str, store: StoreSettings) -> tuple[fs.FileSystem, list[str]]:
-    """The object itself, all `*.parquet` below a prefix, or what a glob matches, sorted by name.
+def find_objects(
+    url: str, store: StoreSettings, endings: tuple[str, ...]
+) -> tuple[fs.FileSystem, list[str]]:
+    """The object itself, those below a prefix that end so, or what a glob matches, sorted by name.
 
     Returns the file system and paths on it. Raises InputError, also if there is nothing.
     """
     try:
         place = ObjectUrl.parse(url)
         filesystem = open_filesystem(store)
-        paths = _find(filesystem, place)
+        paths = _find(filesystem, place, endings)
     except ValueError as error:  # pa.ArrowInvalid is one
         raise InputError(f"cannot read from the store: {error}") from None
     except (pa.ArrowException, OSError) as error:
@@ -144,18 +146,15 @@ def open_filesystem(store: StoreSettings) -> fs.FileSystem:
     )
 
 
-def _find(filesystem: fs.FileSystem, place: ObjectUrl) -> list[str]:
+def _find(filesystem: fs.FileSystem, place: ObjectUrl, endings: tuple[str, ...]) -> list[str]:
     if place.key and not place.key.endswith("/"):
         if filesystem.get_file_info(place.path).type == fs.FileType.File:
             return [place.path]
         if _WILD.search(place.key):
             return _match(filesystem, place)
     below = _list(filesystem, place.path)
-    return [path for path in below if _is_input(path.rsplit("/", 1)[-1])]
-
-
-def _is_input(name: str) -> bool:
-    return name.endswith(".parquet") and name[0] not in "._"
+    names = ((path, path.rsplit("/", 1)[-1]) for path in below)
+    return [path for path, name in names if name.endswith(endings) and name[0] not in "._"]
 
 
 def _match(filesystem: fs.FileSystem, place: ObjectUrl) -> list[str]:
@@ -188,5 +187,5 @@ def _list(filesystem: fs.FileSystem, path: str) -> list[str]:
 
 def _lacking(place: ObjectUrl, url: str) -> str:
     if not place.key or place.key.endswith("/"):
-        return f"there is no *.parquet object below {url}"
+        return f"there is no *.parquet or *.jsonl object below {url}"
     return f"there is no object, prefix or match for {url}"

@@ -1,4 +1,4 @@
-"""The prompts of a job, read from Parquet in a stream. Knows nothing about tokens or models."""
+"""The prompts of a job, read in a stream. Knows nothing about tokens or models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from pipeline.storage.cells import BadCell, read_messages, read_sampling, read_t
 from pipeline.storage.columns import ColumnMap, find_columns
 from pipeline.storage.group_cache import GroupCache
 from pipeline.storage.input_files import InputFile, find_input_files
+from pipeline.storage.json_lines import is_json_lines
+from pipeline.storage.parquet_copies import ParquetCopies
 from pipeline.storage.parquet_input import ParquetInput
+from pipeline.storage.partitions import read_partitions
+from pipeline.storage.plain_types import python_rows
 from pipeline.storage.prompt_template import PromptTemplate
 
 _CACHE_BYTES = 256 << 20
@@ -35,7 +39,7 @@ Parser = tuple[Callable[[Any], Content], str]
 class PromptSource:
     """A frozen view of the input. Row i of the job is row i of the files in order.
 
-    `schema` has plain types (`columns.plain_type`). `_first_row[g]` is the row at which row group
+    `schema` has plain types (`plain_types`). `_first_row[g]` is the row at which row group
     g of all files together begins: [row groups + 1]. `_field_order`: see `with_field_order`.
     """
 
@@ -51,7 +55,7 @@ class PromptSource:
 
     def stamp(self) -> str:
         """Changes when a file of the input does, without reading it: path, size, time."""
-        return repr([(file.file.path, file.stamp) for file in self._files])
+        return repr([(file.origin.path, file.stamp) for file in self._files])
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -104,7 +108,8 @@ class PromptSource:
             np.split(by_group, np.cumsum(counts)[:-1]),
             strict=True,
         ):
-            pieces.append(table.take(pa.array(rows[wanted] - self._first_row[group])))
+            taken = table.take(pa.array(rows[wanted] - self._first_row[group]))
+            pieces.append(taken.select(self.schema.names))  # each file has an order of its own
         inverse = np.empty(len(rows), np.int64)
         inverse[by_group] = np.arange(len(rows))
         return pa.concat_tables(pieces).take(pa.array(inverse))
@@ -122,10 +127,13 @@ class PromptSource:
                 pass
 
     def fingerprint(self) -> str:
-        """sha256 over the bytes of all files and the number of rows used; names do not matter."""
+        """sha256 over the bytes of all files and the number of rows used.
+
+        Of names only what folders say as `key=value` matters.
+        """
         digest = hashlib.sha256(f"rows={self.num_rows}\n".encode())
         for file in self._files:
-            digest.update(file.file.content_hash())
+            digest.update(file.content_hash())
         return digest.hexdigest()
 
     def _file_ranges(self) -> Iterator[tuple[ParquetInput, str, int, int]]:
@@ -141,23 +149,21 @@ class PromptSource:
         self, table: pa.Table, file: ParquetInput, label: str, row_in_file: int
     ) -> list[str]:
         if self.columns.id is None:
-            first = np.concatenate([[0], np.cumsum(file.group_rows)])
-            rows = np.arange(row_in_file, row_in_file + table.num_rows)
-            groups = np.searchsorted(first, rows, side="right") - 1
-            places = zip(groups.tolist(), (rows - first[groups]).tolist(), strict=True)
+            groups, rows = file.places(row_in_file, row_in_file + table.num_rows)
+            places = zip(groups.tolist(), rows.tolist(), strict=True)
             return [f"{label}:{group}:{row}" for group, row in places]
         column = table.column(self.columns.id)
         if column.null_count:
             row = row_in_file + column.is_null().to_pylist().index(True)
             raise InputError(
-                f"row {row} of {file.file.name} has no id; "
+                f"row {row} of {file.origin.name} has no id; "
                 f"fill or drop the column {self.columns.id!r}"
             )
         try:
             ids: list[str] = column.cast(pa.large_string()).to_pylist()
         except (pa.ArrowException, UnicodeError) as error:
             raise InputError(
-                f"column {self.columns.id!r} of {file.file.name} has the type {column.type}, "
+                f"column {self.columns.id!r} of {file.origin.name} has the type {column.type}, "
                 "which does not turn into text; convert it"
             ) from error
         return ids
@@ -169,7 +175,7 @@ class PromptSource:
                 self.columns.prompt or self.columns.messages
             ).to_pylist()
             return cells
-        rows = table.select(list(self._template.columns)).to_pylist()
+        rows = python_rows(table.select(list(self._template.columns)))
         if self._field_order is None:
             return [(row,) for row in rows]
         order = self._field_order[row_start : row_start + len(rows)].tolist()
@@ -197,20 +203,29 @@ class PromptSource:
 
 
 def open_source(
-    path: str | Path, settings: ReadSettings, store: StoreSettings | None = None
+    path: str | Path,
+    settings: ReadSettings,
+    store: StoreSettings | None = None,
+    copies: ParquetCopies | None = None,
 ) -> PromptSource:
-    """Open a Parquet file, a folder of them, or a glob; footers are read, rows are not.
+    """Open a file, a folder of files, or a glob; of Parquet footers are read, rows are not.
 
-    `store` is how an `s3://` URL is reached. Raises InputError: nothing there, not Parquet,
-    truncated, no rows, columns missing or of the wrong type, files that differ in their columns.
+    `store` is how an `s3://` URL is reached; `copies`: where JSON lines files are kept as Parquet;
+    without, they are refused.
+
+    Raises InputError: nothing there, not Parquet, truncated, no rows, a line that is no row,
+    columns missing or of the wrong type, files that differ in their columns. Raises StorageError
+    where a copy cannot be kept.
     """
-    files = tuple(map(ParquetInput.open, find_input_files(path, store)))
+    if copies is not None:
+        copies.drop_stale()
+    files = _open_files(path, store, copies)
     schema = files[0].schema
     for file in files[1:]:
         _check_same_schema(files[0], file)
     template = _read_template(settings, schema.names)
     asked = None if template is None else template.columns
-    columns = find_columns(schema, settings, files[0].file.name, asked)
+    columns = find_columns(schema, settings, files[0].origin.name, asked)
     group_rows = np.concatenate([file.group_rows for file in files])
     first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(group_rows)])
     num_rows = int(first_row[-1])
@@ -218,8 +233,27 @@ def open_source(
         raise InputError(f"{path} holds no rows; check how it was written")
     if settings.limit is not None:
         num_rows = min(num_rows, settings.limit)
-    labels = _make_labels([file.file for file in files])
+    labels = _make_labels([file.origin for file in files])
     return PromptSource(num_rows, schema, columns, files, labels, first_row, template)
+
+
+def _open_files(
+    path: str | Path, store: StoreSettings | None, copies: ParquetCopies | None
+) -> tuple[ParquetInput, ...]:
+    """All files of the input, with the columns that their folders stand for."""
+    found = find_input_files(path, store)
+    folders = read_partitions(path, [file.name for file in found])
+    opened = []
+    for row, file in enumerate(found):
+        values = {name: folders.column(name)[row] for name in folders.column_names}
+        opened.append(_open_file(file, copies).with_constants(values))
+    return tuple(opened)
+
+
+def _open_file(file: InputFile, copies: ParquetCopies | None) -> ParquetInput:
+    if copies is None or not is_json_lines(file.base_name):
+        return ParquetInput.open(file)
+    return copies.open(file)
 
 
 def _read_template(settings: ReadSettings, columns: list[str]) -> PromptTemplate | None:
@@ -244,8 +278,8 @@ def _check_same_schema(first: ParquetInput, other: ParquetInput) -> None:
         if ours.get(name) != theirs.get(name):
             here, there = ours.get(name, "absent"), theirs.get(name, "absent")
             raise InputError(
-                f"column {name!r} is {here} in {first.file.name} but {there} in {other.file.name}; "
-                "bring the files to one schema or run them one by one"
+                f"column {name!r} is {here} in {first.origin.name} but {there} in "
+                f"{other.origin.name}; bring the files to one schema or run them one by one"
             )
 
 

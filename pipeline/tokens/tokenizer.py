@@ -20,6 +20,7 @@ from pipeline.records import Message
 from pipeline.settings import TokenSettings
 from pipeline.tokens.chat_template import ChatTemplate, TemplateFault, find_template
 from pipeline.tokens.control_tokens import ControlTokens
+from pipeline.tokens.coverage import most_characters
 from pipeline.tokens.loading import load_tokenizer
 
 Content = str | list[Message]
@@ -29,12 +30,31 @@ Content = str | list[Message]
 class EncodedBatch:
     """Row i holds `lengths[i]` ids of `flat`, end to end: [sum of lengths] uint32, [rows] int64.
 
-    A row in `errors` (position in the batch -> reason, without its text) has no ids.
+    A row in `errors` (position in the batch -> reason, without its text) has no ids, nor has one
+    in `overlong` (position -> tokens that it has at least), which was not tokenised.
     """
 
     flat: NDArray[np.uint32]
     lengths: NDArray[np.int64]
     errors: dict[int, str] = field(default_factory=dict)
+    overlong: dict[int, int] = field(default_factory=dict)
+
+
+class _Overlong(Exception):
+    """A row is sure to have more tokens than asked for, so many at least."""
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+
+@dataclass
+class _Rows:
+    """What becomes of the rows of a batch, by position."""
+
+    ids: list[Sequence[int]]
+    most_tokens: int | None
+    errors: dict[int, str] = field(default_factory=dict)
+    overlong: dict[int, int] = field(default_factory=dict)
 
 
 class PromptTokenizer:
@@ -50,6 +70,7 @@ class PromptTokenizer:
         if settings.apply_chat_template:
             self._require_template()
         self.vocabulary_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        self._most_characters = most_characters(self._backend)
         self.fingerprint = self._make_fingerprint()
 
     @classmethod
@@ -58,23 +79,27 @@ class PromptTokenizer:
         UsageError if a chat template is asked for and there is none."""
         return cls(load_tokenizer(model, revision), settings, model)
 
-    def encode_batch(self, contents: Sequence[Content | None]) -> EncodedBatch:
+    def encode_batch(
+        self, contents: Sequence[Content | None], most_tokens: int | None = None
+    ) -> EncodedBatch:
         """Tokenise the whole rendered prompt of each row; None (a rejected row) gives no ids.
+
+        `most_tokens`: rows that are sure to have more are only counted. Tokenising takes a hundred
+        times the memory of the text.
 
         Raises UsageError where the settings fit no row: a conversation, or a system prompt, and
         no chat template.
         """
-        rows: list[Sequence[int]] = [()] * len(contents)
-        errors: dict[int, str] = {}
+        rows = _Rows([()] * len(contents), most_tokens)
         present = {row: content for row, content in enumerate(contents) if content is not None}
         plain = {row: content for row, content in present.items() if self._is_plain(content)}
         chats = {row: self._as_messages(present[row]) for row in present.keys() - plain.keys()}
-        self._encode_plain(plain, rows, errors)
-        self._encode_chats(chats, rows, errors)
-        for row in present:
-            if not rows[row]:
-                errors.setdefault(row, "the tokenizer makes no token of this prompt")
-        return _join(rows, errors)
+        self._encode_plain(plain, rows)
+        self._encode_chats(chats, rows)
+        for row in present.keys() - rows.overlong.keys():
+            if not rows.ids[row]:
+                rows.errors.setdefault(row, "the tokenizer makes no token of this prompt")
+        return _join(rows)
 
     def render(self, content: Content) -> str:
         """The text that is tokenised. Raises TemplateFault if the template refuses."""
@@ -101,42 +126,57 @@ class PromptTokenizer:
         """`text` up to the first stop string in it, which is left out."""
         return text[: min((text.find(end) for end in stop if end in text), default=len(text))]
 
-    def _encode_plain(
-        self, texts: dict[int, str], rows: list[Sequence[int]], errors: dict[int, str]
-    ) -> None:
+    def _encode_plain(self, texts: dict[int, str], rows: _Rows) -> None:
         if not texts:
             return
         self._refuse_system_prompt()
         parse = self._settings.parse_special_tokens
         encode = self._encode(parse_specials=parse, add_specials=True)
-        _encode_each(encode, texts, rows, errors)
+        for row, text in list(texts.items()):
+            try:
+                self._check_length([text], rows.most_tokens)
+            except _Overlong as error:
+                rows.overlong[row] = error.least
+                del texts[row]
+        _encode_each(encode, texts, rows)
 
-    def _encode_chats(
-        self, chats: dict[int, list[Message]], rows: list[Sequence[int]], errors: dict[int, str]
-    ) -> None:
+    def _encode_chats(self, chats: dict[int, list[Message]], rows: _Rows) -> None:
         """Rows without a control-token string go through as rendered; the others in pieces."""
         whole: dict[int, str] = {}
         for row, messages in chats.items():
             try:
                 if self._needs_pieces(messages):
-                    rows[row] = self._encode_pieces(messages)
+                    rows.ids[row] = self._encode_pieces(messages, rows.most_tokens)
                 else:
-                    whole[row] = self._require_template().render(messages)
+                    rendered = self._require_template().render(messages)
+                    self._check_length([rendered], rows.most_tokens)
+                    whole[row] = rendered
+            except _Overlong as error:
+                rows.overlong[row] = error.least
             except (TemplateFault, TypeError, ValueError) as error:
-                errors[row] = str(error)
-        _encode_each(self._encode(parse_specials=True, add_specials=False), whole, rows, errors)
+                rows.errors[row] = str(error)
+        _encode_each(self._encode(parse_specials=True, add_specials=False), whole, rows)
+
+    def _check_length(self, texts: Sequence[str], most_tokens: int | None) -> None:
+        """Raises _Overlong if these texts are sure to have more tokens together."""
+        if most_tokens is not None and self._most_characters is not None:
+            least = -(-sum(map(len, texts)) // self._most_characters)
+            if least > most_tokens:
+                raise _Overlong(least)
 
     def _needs_pieces(self, messages: list[Message]) -> bool:
         return not self._settings.parse_special_tokens and any(
             self._control.occur_in(text) for message in messages for text in message.values()
         )
 
-    def _encode_pieces(self, messages: list[Message]) -> list[int]:
+    def _encode_pieces(self, messages: list[Message], most_tokens: int | None) -> list[int]:
         hidden = self._control.hide(messages)
         rendered = self._require_template().render(hidden.messages)
         pieces = list(self._control.split(rendered, hidden.meaning))
         encode = self._encode(parse_specials=False, add_specials=False)
-        encoded = iter(encode([piece for piece in pieces if isinstance(piece, str)]))
+        texts = [piece for piece in pieces if isinstance(piece, str)]
+        self._check_length(texts, most_tokens)
+        encoded = iter(encode(texts))
         return [
             number
             for piece in pieces
@@ -188,10 +228,7 @@ class PromptTokenizer:
 
 
 def _encode_each(
-    encode: Callable[[list[str]], list[list[int]]],
-    texts: dict[int, str],
-    rows: list[Sequence[int]],
-    errors: dict[int, str],
+    encode: Callable[[list[str]], list[list[int]]], texts: dict[int, str], rows: _Rows
 ) -> None:
     """Encode all texts in one call; only if that fails one by one, to find out which to blame."""
     if not texts:
@@ -199,16 +236,17 @@ def _encode_each(
     try:
         rows_of_ids: Iterable[list[int]] = encode(list(texts.values()))
         for row, ids in zip(texts, rows_of_ids, strict=True):
-            rows[row] = ids
+            rows.ids[row] = ids
     except (TypeError, ValueError) as error:
         if len(texts) == 1:
-            errors[next(iter(texts))] = f"the text cannot be tokenised ({type(error).__name__})"
+            kind = type(error).__name__
+            rows.errors[next(iter(texts))] = f"the text cannot be tokenised ({kind})"
             return
         for row, text in texts.items():
-            _encode_each(encode, {row: text}, rows, errors)
+            _encode_each(encode, {row: text}, rows)
 
 
-def _join(rows: list[Sequence[int]], errors: dict[int, str]) -> EncodedBatch:
-    lengths = np.array([len(row) for row in rows], np.int64)
-    flat = np.concatenate([np.zeros(0, np.uint32), *(np.array(r, np.uint32) for r in rows)])
-    return EncodedBatch(flat, lengths, errors)
+def _join(rows: _Rows) -> EncodedBatch:
+    lengths = np.array([len(row) for row in rows.ids], np.int64)
+    flat = np.concatenate([np.zeros(0, np.uint32), *(np.array(r, np.uint32) for r in rows.ids)])
+    return EncodedBatch(flat, lengths, rows.errors, rows.overlong)

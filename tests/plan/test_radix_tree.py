@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipeline.plan.radix_tree import RadixTree, build_tree, next_smaller, previous_smaller
 from pipeline.plan.sorting import sort_rows
 from pipeline.plan.token_table import TokenTable
-from tests.plan.trie_oracle import Drawn, drawn_rows
+from tests.plan.trie_oracle import Drawn, count_tokens, drawn_rows
 
 
 def make_tree(drawn: Drawn) -> tuple[RadixTree, TokenTable]:
@@ -25,6 +25,12 @@ def make_tree(drawn: Drawn) -> tuple[RadixTree, TokenTable]:
 def test_unique_tokens_are_the_distinct_prefixes(drawn: Drawn) -> None:
     tree, _ = make_tree(drawn)
     assert tree.unique_tokens == len(drawn.rows_by_prefix())
+
+
+@given(drawn_rows(num_tenants=1))
+def test_a_trie_made_node_by_node_has_as_many(drawn: Drawn) -> None:
+    tree, _ = make_tree(drawn)
+    assert tree.unique_tokens == count_tokens(drawn.rows)
 
 
 @given(drawn_rows())

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hypothesis import strategies as st
 
 from pipeline.plan.token_table import TokenTable
 
 Rows = list[tuple[int, ...]]
+
+
+def count_tokens(rows: Iterable[Sequence[int]]) -> int:
+    """Nodes of the trie of all rows, made one by one: U, for rows too long for `Drawn`."""
+    trie: dict[int, Any] = {}
+    number = 0
+    for row in rows:
+        node = trie
+        for token in row:
+            if token not in node:
+                node[token] = {}
+                number += 1
+            node = node[token]
+    return number
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given
@@ -137,6 +138,8 @@ def test_plain_lines_keep_their_columns(tmp_path: Path) -> None:
         ([json.dumps({"id": 2**70})], "field 'id' .* does not fit"),
         ([json.dumps({"id": "\ud800"})], "field 'id' .* does not fit"),
         (['{"id": "a", "sampling_params": {}}'], "does not fit into a column"),
+        (['{"id": "a", "more": [{"empty": {}}]}'], "field 'more' .* does not fit into a column"),
+        ([f'{{"id": "a", "more": {"[" * 32}{"]" * 32}}}'], "field 'more' .* too deep"),
         (['{"id": 1, "temperature": NaN}'], "line 1 of .* is not a JSON object"),
         (['{"custom_id": "a", "body": null}'], "line 1 of .*body an object"),
     ],
@@ -148,6 +151,12 @@ def test_a_line_that_cannot_be_taken_is_named_and_nothing_is_left(
     with pytest.raises(InputError, match=said):
         convert(source, tmp_path / "rows.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_lists_of_thirty_levels_are_rows(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", f'{{"prompt": "p", "x": {"[" * 30}{"]" * 30}}}')
+    assert convert(source, tmp_path / "rows.parquet") == 1
+    assert open_source(tmp_path / "rows.parquet", ReadSettings()).take(np.array([0])).num_rows == 1
 
 
 def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.settings import ReadSettings, StoreSettings
 from pipeline.storage.input_files import find_input_files
+from pipeline.storage.parquet_copies import ParquetCopies
 from pipeline.storage.reader import open_source
 from tests.storage.buckets import KEY_ID, SECRET, Store
 from tests.tiny_job import write_prompts
@@ -87,6 +88,22 @@ def test_a_glob_matches_as_it_does_in_a_folder(
     assert texts(f"{tmp_path}/{pattern}") == list(found)
 
 
+def test_json_lines_and_partitions_are_read_from_a_store_too(
+    store: Store, bucket: str, tmp_path: Path
+) -> None:
+    store.put(bucket, "logs/lang=de/x.jsonl", b'{"id": "a", "prompt": "hallo"}\n')
+    store.put(bucket, "logs/lang=en/y.jsonl", b'{"id": "b", "prompt": "hello"}\n')
+    copies = ParquetCopies(tmp_path / "copies")
+    source = open_source(f"s3://{bucket}/logs/", ReadSettings(), copies=copies)
+    assert source.take(np.arange(2)).to_pylist() == [
+        {"id": "a", "prompt": "hallo", "lang": "de"},
+        {"id": "b", "prompt": "hello", "lang": "en"},
+    ]
+    store.put(bucket, "logs/lang=en/y.jsonl", b'{"id": "b", "prompt": "other"}\n')
+    with pytest.raises(InputError, match="changed while it was being read"):
+        list(source.iter_prompts())
+
+
 def test_ids_of_files_without_a_column_are_those_of_a_folder(
     store: Store, bucket: str, tmp_path: Path
 ) -> None:
@@ -125,8 +142,8 @@ def test_options_go_before_the_environment(
         ("s3://no-such-bucket", "no such bucket"),
         ("s3://{}/two.parquet", "no object, prefix or match"),
         ("s3://{}/in/z-*.parquet", "no object, prefix or match"),
-        ("s3://{}/out/", r"no \*.parquet object below"),
-        ("s3://{}/in/notes.txt", "not a Parquet file"),
+        ("s3://{}/out/", r"no \*.parquet or \*.jsonl object below"),
+        ("s3://{}/in/notes.txt", "neither a Parquet file nor named"),
         ("abfs://{}/one.parquet", "abfs:// is not supported; use a folder"),
         ("http://{}/one.parquet", "http:// is not supported; use a folder"),
         ("s3:///one.parquet", "must look like s3://bucket/name"),

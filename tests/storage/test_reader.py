@@ -277,11 +277,11 @@ def test_refusals_of_columns(tmp_path: Path) -> None:
 def test_refusals_of_files(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     assert "no file, folder or match" in refused(path)
-    assert "no *.parquet file" in refused(tmp_path)
+    assert "no *.parquet or *.jsonl file" in refused(tmp_path)
     path.write_bytes(b"")
-    assert "not a Parquet file" in refused(path)
+    assert "neither a Parquet file nor" in refused(path)
     path.write_bytes(b'{"prompt": "p"}')
-    assert "not a Parquet file" in refused(path)
+    assert "neither a Parquet file nor" in refused(path)
     write(path, prompt=[f"p{i}" for i in range(100)])
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])

@@ -1,0 +1,227 @@
+"""JSON lines to Parquet, a batch of lines at a time. What a request means is `openai_batch`'s.
+
+```
+ lines ─► types of all lines, merged (plain objects only) ─► lines again ─► row groups of a batch
+```
+
+Plain objects are read twice, since the last line may widen the type of the first. Every line that
+cannot be a row is named by its number, none is quoted.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError
+from pipeline.storage.input_files import InputFile, damage_named
+from pipeline.storage.openai_batch import BadRequest, is_request, row_of_request
+
+_ENDINGS = (".jsonl", ".jsonl.gz")
+_ROWS_AT_A_TIME = 4096
+_BYTES_AT_A_TIME = 8 << 20  # of lines; parsed they take some ten times that
+_LONGEST_LINE = 1 << 30
+_DEEPEST = 30  # lists in lists; each is three levels of a Parquet schema
+_READ_AT_A_TIME = 1 << 20
+_MISFITS = (pa.ArrowException, TypeError, OverflowError, UnicodeError)
+_REQUEST_SCHEMA = pa.schema(
+    {
+        "custom_id": pa.large_string(),
+        "prompt": pa.large_string(),
+        "messages": pa.large_string(),
+        "max_new_tokens": pa.int64(),
+        "sampling_params": pa.large_string(),
+        "model": pa.large_string(),
+    }
+)
+
+Line = tuple[int, dict[str, Any]]
+"""Number from 1, object."""
+
+
+def is_json_lines(name: str) -> bool:
+    """Whether a file of this name is read as JSON lines."""
+    return name.endswith(_ENDINGS)
+
+
+def write_rows(source: InputFile, sink: BinaryIO, metadata: Mapping[str, str] | None = None) -> int:
+    """Write a row for each line of `source` as Parquet, and `metadata` into its footer.
+
+    Returns the rows. Raises InputError naming line or field, and where the file changes meanwhile.
+    """
+    with damage_named(source.name):
+        stamp = source.stamp()
+    first = next(_read_lines(source), None)
+    if first is None:
+        raise InputError(f"{source.name} holds no line; check how it was written")
+    schema, make_table = _requests(source, first) if is_request(first[1]) else _plain(source)
+    rows = 0
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
+        for batch in _read_batches(source):
+            writer.write_table(make_table(batch))
+            rows += len(batch)
+        writer.add_key_value_metadata(metadata or {})
+    with damage_named(source.name):
+        if source.stamp() != stamp:
+            raise InputError(f"{source.name} changed while it was being read; start again")
+    return rows
+
+
+_MakeTable = Callable[[list[Line]], pa.Table]
+
+
+def _requests(source: InputFile, first: Line) -> tuple[pa.Schema, _MakeTable]:
+    """All lines must be of the first one's kind, chat or text."""
+    content = "prompt" if "prompt" in _row(source, *first) else "messages"
+    names = [n for n in _REQUEST_SCHEMA.names if n == content or n not in ("prompt", "messages")]
+    schema = pa.schema([_REQUEST_SCHEMA.field(name) for name in names])
+
+    def make_table(batch: list[Line]) -> pa.Table:
+        rows = [_row_of_kind(source, number, line, content) for number, line in batch]
+        return pa.Table.from_pylist(rows, schema)
+
+    return schema, make_table
+
+
+def _row(source: InputFile, number: int, line: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return row_of_request(line)
+    except BadRequest as error:
+        raise InputError(f"line {number} of {source.name}: {error}") from None
+
+
+def _row_of_kind(
+    source: InputFile, number: int, line: dict[str, Any], content: str
+) -> dict[str, Any]:
+    row = _row(source, number, line)
+    if content not in row:
+        raise InputError(
+            f"line {number} of {source.name} is of another kind than the first; "
+            "put chat and text completions into two files"
+        )
+    return row
+
+
+def _plain(source: InputFile) -> tuple[pa.Schema, _MakeTable]:
+    """Objects of any fields; a field that a line lacks is null there."""
+    kind = pa.struct([])
+    for batch in _read_batches(source):
+        kind = _widen_by(source, kind, batch)
+    for field in kind:
+        if not _is_storable(field.type):
+            raise _misfit(source, "the lines", field.name, "objects without fields, or too deep")
+    types = {field.name: field.type for field in kind}
+
+    def make_table(batch: list[Line]) -> pa.Table:
+        try:
+            rows = pa.array([line for _, line in batch], kind)
+        except _MISFITS as error:
+            raise _blame(
+                source, batch, lambda name, value: pa.array([value], types[name])
+            ) from error
+        return pa.Table.from_struct_array(rows)
+
+    return pa.schema(list(kind)), make_table
+
+
+def _widen_by(source: InputFile, kind: pa.StructType, batch: list[Line]) -> pa.StructType:
+    """The type that holds all lines before, which `kind` holds, and those of `batch`."""
+    try:
+        return _widen(kind, pa.array([line for _, line in batch]).type)
+    except _MISFITS as error:
+        types = {field.name: field.type for field in kind}
+
+        def widen(name: str, value: object) -> None:
+            types[name] = _widen(types.get(name, pa.null()), pa.array([value]).type)
+
+        raise _blame(source, batch, widen) from error
+
+
+def _widen(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """Null gives way, integers become floats, objects get each other's fields; else it raises."""
+    both = [pa.schema([("x", kind)]) for kind in (one, other)]
+    return pa.unify_schemas(both, promote_options="permissive").field("x").type
+
+
+def _blame(
+    source: InputFile, batch: list[Line], take: Callable[[str, object], object]
+) -> InputError:
+    """The error of the first line with a field that `take` does not take."""
+    for number, line in batch:
+        for name, value in line.items():
+            try:
+                take(name, value)
+            except _MISFITS as error:
+                return _misfit(source, f"line {number}", name, type(error).__name__)
+    return InputError(
+        f"the lines of {source.name} do not fit into columns; give each field one type"
+    )
+
+
+def _misfit(source: InputFile, where: str, name: str, why: str) -> InputError:
+    return InputError(
+        f"the field {name!r} of {where} of {source.name} does not fit into a column ({why}); "
+        "give it one type in all lines"
+    )
+
+
+def _is_storable(kind: pa.DataType, depth: int = 0) -> bool:
+    """Parquet has no object without fields, and few readers take a hundred levels of schema."""
+    if depth > _DEEPEST:
+        return False
+    inner = [kind.field(n).type for n in range(kind.num_fields)]
+    is_empty = pa.types.is_struct(kind) and not inner
+    return not is_empty and all(_is_storable(part, depth + 1) for part in inner)
+
+
+def _read_batches(source: InputFile) -> Iterator[list[Line]]:
+    """Lines in batches that are bounded by rows and bytes."""
+    batch: list[Line] = []
+    size = 0
+    for number, text in _read_texts(source):
+        batch.append((number, _object(source, number, text)))
+        size += len(text)
+        if len(batch) >= _ROWS_AT_A_TIME or size >= _BYTES_AT_A_TIME:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _read_lines(source: InputFile) -> Iterator[Line]:
+    return ((number, _object(source, number, text)) for number, text in _read_texts(source))
+
+
+def _read_texts(source: InputFile) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes); empty lines are skipped."""
+    with damage_named(source.name), source.open_stream() as stream:
+        lines = io.BufferedReader(stream, _READ_AT_A_TIME)
+        for number in count(1):
+            text = lines.readline(_LONGEST_LINE)
+            if len(text) == _LONGEST_LINE:
+                raise InputError(f"line {number} of {source.name} is longer than 1 GiB; split it")
+            if not text:
+                return
+            if text.strip():
+                yield number, text
+
+
+def _object(source: InputFile, number: int, text: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(text.removeprefix(codecs.BOM_UTF8), parse_constant=_no_number)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(f"line {number} of {source.name} is not a JSON object in UTF-8")
+    return value
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
