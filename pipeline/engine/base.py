@@ -22,6 +22,7 @@ class EngineCounters:
     `memory_retries`: steps that ran out of memory and were done again in halves.
     `prefilled_tokens` counts each prompt token the first time that it is computed;
     `recomputed_tokens`: prompt and generated tokens whose KV had to give way and came back.
+    `kv_faults`: times that the KV of a shared prefix was found changed, and computed again.
     """
 
     prefilled_tokens: int = 0
@@ -35,6 +36,7 @@ class EngineCounters:
     span_s: float = 0.0
     num_forwards: int = 0
     memory_retries: int = 0
+    kv_faults: int = 0
 
 
 class StopCheck(Protocol):

