@@ -36,8 +36,9 @@ from pipeline.job.session import RunOutcome, Session
 from pipeline.job.stopping import StopRequest, interruptible
 from pipeline.plan.summary import largest_nodes, plan_frame, tree_frame
 from pipeline.settings import JobSettings
-from pipeline.storage.durable import replace_file, write_errors
+from pipeline.storage.durable import replace_file
 from pipeline.storage.run_directory import RunDirectory
+from pipeline.storage.writer import encode_parquet
 
 _EXAMPLES = 5
 
@@ -83,10 +84,9 @@ def write_plan(planned: PlannedJob, folder: Path) -> None:
 
     Raises StorageError.
     """
-    with write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        plan_frame(planned.plan, planned.ids).write_parquet(folder / "plan.parquet")
-        tree_frame(planned.plan).write_parquet(folder / "tree.parquet")
+    frames = {"plan": plan_frame(planned.plan, planned.ids), "tree": tree_frame(planned.plan)}
+    for name, frame in frames.items():
+        replace_file(folder / f"{name}.parquet", memoryview(encode_parquet(frame.to_arrow())))
     summary = json.dumps(planned.summary.to_json(), indent=2, ensure_ascii=False)
     replace_file(folder / "summary.json", f"{summary}\n".encode())
 
@@ -158,8 +158,8 @@ def run_job(
                     outcome.check_failures(settings.write)
                     return outcome
                 observer.say(f"{output} was complete, but files are missing; they are made again")
-                if len(directory.done_rows()) != directory.read_manifest()["counters"]["rows_in"]:
-                    directory.unseal()
+                rows = directory.read_manifest()["counters"]["rows_in"]
+                directory.unseal(with_audit=len(directory.done_rows()) != rows)
             with loading_engine(settings) as loading:
                 return Session(plan_rows(job), directory, observer, stop).run(loading)
     with loading_engine(settings) as loading:

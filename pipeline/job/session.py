@@ -92,6 +92,7 @@ class Session:
         self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
         done = np.ones(len(planned.plan.table), bool)
         done[planned.rows] = False
+        self._sessions = directory.read_manifest()["sessions"]
         before = directory.done_rows()
         done[before] = True
         self._rows_before = len(before)
@@ -164,7 +165,8 @@ class Session:
             self._stop.should_drain, self._stop.should_abort, self._planned.job.tokenizer.is_stopped
         )
         with Stages() as stages:
-            completions = stages.channel(_COMPLETIONS_AHEAD)
+            per_part = self._planned.job.settings.write.rows_per_part
+            completions = stages.channel(min(_COMPLETIONS_AHEAD, per_part))
 
             def write() -> None:
                 self._writer.add_rejected()
@@ -257,7 +259,12 @@ class Session:
         return outcome
 
     def _record_failure(self, engine: Engine | None, error: BaseException) -> None:
-        """Note how the session ended; the disk that broke it may refuse that too."""
+        """Note how the session ended; the disk that broke it may refuse that too.
+
+        What breaks after the seal changes nothing about a job that is complete and says so.
+        """
+        if self._directory.is_sealed:
+            return
         stopped = isinstance(error, KeyboardInterrupt | Interrupted | TimeBudgetReached)
         try:
             if engine is not None:
@@ -267,7 +274,10 @@ class Session:
             error.add_note(f"nor could the end of the session be recorded: {second}")
 
     def _record(self, engine: Engine, end: str) -> dict[str, float]:
-        """Append this session to run.json, with the sums over all of them; returns the sums."""
+        """Write this session into run.json, with the sums over all of them; returns the sums.
+
+        A session that fails while it seals is recorded again, in the place of its first record.
+        """
         counters = asdict(engine.counters)
         session = counters | {
             "started_at": self._started_at,
@@ -276,7 +286,7 @@ class Session:
             "rows_error": self._writer.counts.failed,
             "end": end,
         }
-        sessions = [*self._directory.read_manifest().get("sessions", []), session]
+        sessions = [*self._sessions, session]
         sums: dict[str, float] = {name: sum(s[name] for s in sessions) for name in _SUMMED}
         sums["peak_kv_bytes"] = max(s["peak_kv_bytes"] for s in sessions)
         sums |= count_committed(self._directory)

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import RunDirectoryError
@@ -23,8 +24,10 @@ def is_abandoned(folder: Path) -> bool:
     except OSError:
         return True
     match = _OWNER.fullmatch(owner)
-    if match is None or match[2] != socket.gethostname():
-        return not owner
+    if match is None:
+        return True  # nobody's name, or half of one that a full disk cut off: its owner gave up
+    if match[2] != socket.gethostname():
+        return False
     try:
         os.kill(int(match[1]), 0)
     except ProcessLookupError:
@@ -72,6 +75,9 @@ class FolderLock:
         return owner
 
     def release(self) -> None:
-        """Give the lock back; the file stays, empty."""
-        os.ftruncate(self._file, 0)
-        os.close(self._file)
+        """Give the lock back; the file stays, empty unless its disk refuses."""
+        try:
+            with suppress(OSError):  # then the next owner says that we left it behind
+                os.ftruncate(self._file, 0)
+        finally:
+            os.close(self._file)
