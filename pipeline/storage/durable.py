@@ -20,7 +20,7 @@ _TEMP_NAME = re.compile(r"\..+\.\d+\.tmp")
 
 
 def temp_path(path: Path) -> Path:
-    """Where to write `path` before it is published: hidden, in the same folder, a new name each time.
+    """Where to write `path` before it is published: hidden, in its folder, a new name each time.
 
     A process id would do until the next one has the same: in a container every job is process 1.
     """

@@ -93,9 +93,7 @@ class FailingDisk(WatchedDisk):
 class DeadlyDisk(WatchedDisk):
     """Ends the process, as SIGKILL does, before, halfway through or after an operation."""
 
-    def __init__(
-        self, patch: pytest.MonkeyPatch, root: Path, kill_at: int, when: When
-    ) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, root: Path, kill_at: int, when: When) -> None:
         self._kill_at, self._when = kill_at, when
         super().__init__(patch, root)
 
@@ -103,11 +101,13 @@ class DeadlyDisk(WatchedDisk):
         """Do the operation, unless it is the last."""
         if number != self._kill_at:
             return call()
-        if self._when == "after":
-            call()
-        if self._when == "halfway" and operation.name in ("write", "pwrite"):
-            write_half(self.real[operation.name], operation)
-        os._exit(KILLED)
+        try:
+            if self._when == "after":
+                call()
+            if self._when == "halfway" and operation.name in ("write", "pwrite"):
+                write_half(self.real[operation.name], operation)
+        finally:
+            os._exit(KILLED)
 
 
 KILLED = 137

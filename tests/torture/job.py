@@ -38,7 +38,8 @@ Content = dict[str, pl.DataFrame]
 class Bench(Protocol):
     """A folder `base` in which a command works, `output` its run directory."""
 
-    base: Path
+    @property
+    def base(self) -> Path: ...
 
     @property
     def output(self) -> Path: ...
@@ -136,6 +137,14 @@ def check_run(output: Path) -> NDArray[np.int64]:
     return done
 
 
+def num_answered(output: Path) -> int:
+    """Answers of the engine that are committed; copies for equal prompts do not count."""
+    if not (output / "run.json").exists():
+        return 0
+    ran = (pl.col("status") == "ok") & pl.col("dedup_of").is_null()
+    return int(RunDirectory.open(output).scan().select(ran.sum()).collect().item())
+
+
 def check_whole(path: Path) -> None:
     """Raises if the file is half of one. A line of metrics that ends is whole."""
     readers: dict[str, Callable[[Path], object]] = {
@@ -143,7 +152,7 @@ def check_whole(path: Path) -> None:
         ".jsonl": lambda path: [json.loads(x) for x in path.read_text().split("\n")[:-1]],
         ".parquet": pl.read_parquet,
         ".html": lambda path: _ends_with(path, "</html>"),
-        ".md": lambda path: _ends_with(path, "|"),
+        ".md": lambda path: _ends_with(path, ("|", "alike.")),
     }
     if path.suffix:
         readers[path.suffix](path)
@@ -151,7 +160,7 @@ def check_whole(path: Path) -> None:
         assert path.name == LOCK_NAME or path.stat().st_size == 0, path
 
 
-def _ends_with(path: Path, end: str) -> None:
+def _ends_with(path: Path, end: str | tuple[str, ...]) -> None:
     assert path.read_text(encoding="utf-8").rstrip().endswith(end), path
 
 

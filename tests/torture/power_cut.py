@@ -1,8 +1,8 @@
 """What a disk holds after the power goes: what was flushed, and of the rest nothing or anything.
 
 ```
- file   write ─► in memory ─► fsync of the file ─► its bytes last       without: empty, half or whole
- name   create, rename, unlink ─► fsync of its folder ─► it lasts       without: as before, or as after
+ file   write ─► in memory ─► fsync of the file ─► its bytes last       else: empty, half, whole
+ name   create, rename, unlink ─► fsync of its folder ─► it lasts       else: as before or after
 ```
 """
 

@@ -9,21 +9,31 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+from pyarrow import Table
 
 from pipeline.errors import CoppiceError
-from pipeline.job import answers as answers_module
-from pipeline.storage.run_directory import RunDirectory
+from pipeline.job import answers
+from pipeline.storage.writer import write_part
 from tests.torture.disk import KILLED, FailingDisk, WatchedDisk, When
-from tests.torture.job import Bench, Content, RunBench, check_run, held_locks
+from tests.torture.job import (
+    ROWS_PER_PART,
+    Bench,
+    Content,
+    RunBench,
+    check_run,
+    held_locks,
+    num_answered,
+)
 from tests.torture.power_cut import RecordedDisk, Step, cut
 from tests.torture.victim import Server, die_at
 
 
 @dataclass
 class Figures:
-    """What a torture did. `largest_waste`: answered rows that one kill cost, not committed."""
+    """What a torture did. `largest_waste`: answers of the device that one kill cost."""
 
     operations: int = 0
     faults: int = 0
@@ -64,7 +74,11 @@ def sweep_errors(bench: Bench, code: int, lasts: bool, numbers: Iterable[int]) -
 
 
 def sweep_kills(bench: Bench, server: Server, when: When, numbers: Iterable[int]) -> Figures:
-    """The process is killed at the n-th operation."""
+    """The process is killed at the n-th operation.
+
+    Raises AssertionError where that cost more answers than two parts hold: one that is being
+    written and one that fills meanwhile.
+    """
     expected, operations = undisturbed(bench)
     figures = Figures(operations)
     for number in numbers:
@@ -74,18 +88,12 @@ def sweep_kills(bench: Bench, server: Server, when: When, numbers: Iterable[int]
         if victim.exitcode == 0:
             break
         assert victim.exitcode == KILLED
-        figures.largest_waste = max(figures.largest_waste, waste(bench, server))
+        lost = server.answered.value - num_answered(bench.output)
+        figures.largest_waste = max(figures.largest_waste, lost)
         _go_on(bench, expected)
         figures.kills += 1
+    assert figures.largest_waste <= 2 * ROWS_PER_PART + 1, figures
     return figures
-
-
-def waste(bench: Bench, server: Server) -> int:
-    """Rows that the killed process had answered and not committed."""
-    if not (bench.output / "run.json").exists():
-        return server.answered.value
-    footers = RunDirectory.open(bench.output).footers()
-    return max(0, server.answered.value - sum(footer.num_ok for footer in footers))
 
 
 def _go_on(bench: Bench, expected: Content) -> None:
@@ -110,26 +118,25 @@ def record(bench: RunBench) -> Recording:
     committed: list[tuple[int, list[int]]] = []
     with pytest.MonkeyPatch.context() as patch:
         disk = RecordedDisk(patch, bench.base)
-        write_part = answers_module.write_part
 
-        def write(folder: object, number: int, table: object, provenance: object) -> object:
+        def write(folder: Path, number: int, table: Table, provenance: dict[str, str]) -> Path:
             path = write_part(folder, number, table, provenance)
             committed.append((len(disk.steps), table.column("row_index").to_pylist()))
             return path
 
-        patch.setattr(answers_module, "write_part", write)
+        patch.setattr(answers, "write_part", write)
         bench.run()
     return Recording(bench.content(), disk.steps, committed)
 
 
 def sweep_power_cuts(
-    bench: RunBench, recording: Recording, seeds: Iterable[int | None], step: int = 1
+    bench: RunBench, recording: Recording, seeds: Iterable[int | None], first: int = 0, by: int = 1
 ) -> Figures:
-    """The power goes after the n-th step, for every n; seed None: all that can be lost is lost."""
+    """The power goes after the n-th step; seed None: all that can be lost is lost."""
     steps = recording.steps
     figures = Figures(len(steps))
     for seed in seeds:
-        for number in range((seed or 0) % step, len(steps) + 1, step):
+        for number in range(first, len(steps) + 1, by):
             bench.prepare()
             luck = None if seed is None else random.Random(f"{seed} {number}")
             cut(steps[:number], bench.base, luck)

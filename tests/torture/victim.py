@@ -8,23 +8,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from pipeline import cli
-from pipeline.engine.base import RunControl
-from pipeline.engine.echo_engine import EchoEngine
-from pipeline.engine.prefix_engine import PrefixEngine
-from pipeline.plan.plan import Plan
+from pipeline.engine import prefix_engine  # noqa: F401  (imported for the children, as the next)
+from pipeline.job.channel import Channel
 from pipeline.records import Completion
-from tests.torture import audit_bench  # noqa: F401  (imported for the children)
+from tests.torture import audit_bench  # noqa: F401
 from tests.torture.disk import DeadlyDisk, When
 from tests.torture.job import Bench
 
@@ -34,13 +30,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def fork_server() -> ForkServerContext:
     """The context of the server; it is started by the first process."""
     os.environ["PYTHONPATH"] = str(ROOT)  # the server does not inherit `sys.path`
+    os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices; threads would only wait for each other
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.torture.victim"])
     return context
 
 
 class Server:
-    """Starts victims and reads how many rows they have answered."""
+    """Starts victims and reads how many prompts they have answered."""
 
     def __init__(self) -> None:
         self._context = fork_server()
@@ -73,21 +70,13 @@ def run_command(arguments: tuple[str, ...], log: Path, answered: Synchronized[in
 
 
 def _count_answers(answered: Synchronized[int]) -> None:
-    """Let the engines of this process say how many rows they have answered."""
-    for engine in (EchoEngine, PrefixEngine):
-        engine.generate = _counting(engine.generate, answered)  # type: ignore[method-assign]
+    """Let this process say how many prompts its engine has answered."""
+    put: Callable[[Channel[Any], Any], None] = Channel.put
 
-
-def _counting(
-    generate: Callable[..., Iterator[Completion]], answered: Synchronized[int]
-) -> Callable[..., Iterator[Completion]]:
-    def counted(
-        engine: Any, plan: Plan, sequences: NDArray[np.int64], control: RunControl
-    ) -> Iterator[Completion]:
-        rows_of = np.bincount(plan.sequence_of_row[plan.sequence_of_row >= 0])
-        for completion in generate(engine, plan, sequences, control):
+    def counted(channel: Channel[Any], item: Any) -> None:
+        if isinstance(item, Completion):
             with answered.get_lock():
-                answered.value += int(rows_of[completion.sequence])
-            yield completion
+                answered.value += 1
+        put(channel, item)
 
-    return counted
+    setattr(Channel, "put", counted)  # noqa: B010  (mypy refuses an assignment)
