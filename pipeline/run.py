@@ -24,6 +24,7 @@ from pipeline.engine.base import Engine
 from pipeline.errors import EngineError
 from pipeline.job.fingerprint import describe_versions, fingerprint_fields
 from pipeline.job.observer import Observer, SilentObserver
+from pipeline.job.outcome import RunOutcome
 from pipeline.job.planning import (
     Job,
     PlannedJob,
@@ -32,8 +33,9 @@ from pipeline.job.planning import (
     plan_rows,
     select_rows,
 )
-from pipeline.job.session import RunOutcome, Session
+from pipeline.job.session import Session
 from pipeline.job.stopping import StopRequest, interruptible
+from pipeline.job.watchdog import Watchdog
 from pipeline.plan.summary import largest_nodes, plan_frame, tree_frame
 from pipeline.settings import JobSettings
 from pipeline.storage.durable import replace_file
@@ -137,10 +139,19 @@ def run_job(
 ) -> RunOutcome:
     """Do the job, or what is left of it; the same call again resumes.
 
-    Raises UsageError and its kin before anything ran; EngineError, StorageError, Interrupted or
-    TimeBudgetReached with every committed part intact; TooManyFailedRows after the job is sealed.
+    Raises UsageError and its kin before anything ran; EngineError, StorageError, Interrupted,
+    TimeBudgetReached or Stalled with every committed part intact; TooManyFailedRows after the job
+    is sealed. A call of the device or the disk that never returns ends the whole process with exit
+    code 1 after `stall_timeout`, see `job/watchdog.py`; a caller who must live on sets it to 0.
     """
     observer = observer or SilentObserver()
+    with Watchdog(settings.write.stall_timeout, observer).watching() as watchdog:
+        return _run_or_resume(input, output, settings, observer, watchdog)
+
+
+def _run_or_resume(
+    input: str, output: Path, settings: JobSettings, observer: Observer, watchdog: Watchdog
+) -> RunOutcome:
     stop = StopRequest(settings.write.time_budget)
     settings = with_absolute_paths(settings)
     job = open_job(input, settings)
@@ -161,12 +172,14 @@ def run_job(
                 rows = directory.read_manifest()["counters"]["rows_in"]
                 directory.unseal(with_audit=len(directory.done_rows()) != rows)
             with loading_engine(settings) as loading:
-                return Session(plan_rows(job), directory, observer, stop).run(loading)
+                planned = plan_rows(job)
+                return Session(planned, directory, observer, stop, watchdog).run(loading)
     with loading_engine(settings) as loading:
         planned = plan_rows(job)
-        loading.result()
+        with watchdog.excused():
+            loading.result()
         with RunDirectory.create_or_resume(output, fingerprint, description) as directory:
-            return Session(planned, directory, observer, stop).run(loading)
+            return Session(planned, directory, observer, stop, watchdog).run(loading)
 
 
 def report_run(output: Path) -> Path:

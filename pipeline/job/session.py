@@ -14,9 +14,8 @@ import gc
 import json
 import time
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -34,11 +33,12 @@ from pipeline.errors import (
 from pipeline.job.answers import AnswerWriter
 from pipeline.job.channel import Stages
 from pipeline.job.observer import Observer, Snapshot
+from pipeline.job.outcome import RunOutcome, count_committed
 from pipeline.job.planning import PlannedJob
 from pipeline.job.rates import remember_rates
 from pipeline.job.stopping import StopRequest
+from pipeline.job.watchdog import Watchdog
 from pipeline.plan.summary import plan_frame, tree_frame
-from pipeline.settings import WriteSettings
 from pipeline.storage.run_directory import PLAN_NAME, RunDirectory
 
 _COMPLETIONS_AHEAD = 256
@@ -49,45 +49,22 @@ _SUMMED = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class RunOutcome:
-    """A finished job. `was_complete`: there was nothing left to do."""
-
-    directory: Path
-    counters: dict[str, float]
-    was_complete: bool = False
-
-    @property
-    def rows_failed(self) -> int:
-        """Rows written with `status = error`."""
-        return int(self.counters["rows_error"])
-
-    def check_failures(self, settings: WriteSettings) -> None:
-        """Raises TooManyFailedRows if more rows failed than the settings allow."""
-        rows = int(self.counters["rows_in"])
-        allowed = settings.allowed_failures(rows)
-        if self.rows_failed > allowed:
-            raise TooManyFailedRows(
-                f"{self.rows_failed} of {rows} rows failed, {allowed} are allowed by "
-                f"--fail-on-error; failed.parquet in {self.directory} names them"
-            )
-
-    @classmethod
-    def of_sealed(cls, directory: RunDirectory) -> RunOutcome:
-        """What a complete run directory has to say."""
-        return cls(directory.root, directory.read_manifest()["counters"], was_complete=True)
-
-
 class Session:
     """One call of `run_job` on a planned job and its open directory."""
 
     def __init__(
-        self, planned: PlannedJob, directory: RunDirectory, observer: Observer, stop: StopRequest
+        self,
+        planned: PlannedJob,
+        directory: RunDirectory,
+        observer: Observer,
+        stop: StopRequest,
+        watchdog: Watchdog,
     ) -> None:
         self._planned = planned
         self._directory = directory
         self._observer = observer
         self._stop = stop
+        self._watchdog = watchdog
         self._started = time.monotonic()
         self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
         done = np.ones(len(planned.plan.table), bool)
@@ -106,7 +83,8 @@ class Session:
         try:
             self._write_plan()
             self._directory.update_manifest(status="running")
-            engine = loading.result()
+            with self._watchdog.excused():
+                engine = loading.result()
             gc.freeze()  # the model's objects live on; a full collection over them costs a step
             self._observer.say(self._header())
             for note in engine.notes:
@@ -160,11 +138,17 @@ class Session:
         self._directory.write_json("plan/summary.json", summary.to_json())
 
     def _answer_rows(self, engine: Engine) -> None:
-        """Returns when every answer is committed. Raises Interrupted or TimeBudgetReached."""
+        """Returns when every answer is committed.
+
+        Raises Interrupted, TimeBudgetReached or Stalled.
+        """
         control = RunControl(
-            self._stop.should_drain, self._stop.should_abort, self._planned.job.tokenizer.is_stopped
+            self._stop.should_drain,
+            lambda: self._stop.should_abort() or self._watchdog.has_fired,
+            self._planned.job.tokenizer.is_stopped,
         )
-        with Stages() as stages:
+        stages = Stages()
+        with self._watchdog.following(lambda: self._pulse(engine), stages.cancel), stages:
             per_part = self._planned.job.settings.write.rows_per_part
             completions = stages.channel(min(_COMPLETIONS_AHEAD, per_part))
 
@@ -184,6 +168,10 @@ class Session:
         self._observer.show(self._snapshot(engine))
         if self._rows_left and self._stop.should_drain():
             raise self._stop.reason(self._rows_left)
+
+    def _pulse(self, engine: Engine) -> object:
+        """Steps of the device, answers, parts: what moves while rows are answered."""
+        return astuple(engine.counters), astuple(self._writer.counts)
 
     @property
     def _rows_done(self) -> int:
@@ -295,15 +283,3 @@ class Session:
         named = {"name": engine.name, "notes": engine.notes}
         self._directory.update_manifest(sessions=sessions, counters=sums, engine=named)
         return sums
-
-
-def count_committed(directory: RunDirectory) -> dict[str, int]:
-    """Rows and cached tokens in the committed parts: what is on the disk, not what was meant."""
-    ok = pl.col("status") == "ok"
-    columns = [
-        ok.sum().alias("rows_ok"),
-        (~ok).sum().alias("rows_error"),
-        pl.col("cached_tokens").cast(pl.Int64).sum().alias("cached_tokens"),
-    ]
-    counted: dict[str, int] = directory.scan().select(columns).collect().row(0, named=True)
-    return counted

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.job.session import count_committed
+from pipeline.job.outcome import count_committed
 from pipeline.storage.lock import is_abandoned
 from pipeline.storage.run_directory import RunDirectory
 
