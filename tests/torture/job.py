@@ -44,6 +44,11 @@ class Bench(Protocol):
     @property
     def output(self) -> Path: ...
 
+    @property
+    def most_wasted(self) -> int:
+        """Answers of the device that a kill may cost."""
+        ...
+
     def prepare(self) -> None:
         """Begin anew with what the command needs and nothing else."""
 
@@ -72,6 +77,12 @@ class RunBench:
     def output(self) -> Path:
         """The job makes the folder above as well."""
         return self.base / "runs" / "out"
+
+    @property
+    def most_wasted(self) -> int:
+        """A part that is being written and one that fills meanwhile; in the order of the input
+        every part is open at once."""
+        return ROWS if dict(self.changes).get("preserve_order") else 2 * ROWS_PER_PART + 1
 
     @property
     def settings(self) -> JobSettings:

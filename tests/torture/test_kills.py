@@ -18,7 +18,7 @@ def test_a_command_outlives_kills_and_signals(
 ) -> None:
     """kill -9 at random; then SIGTERM, SIGINT twice and kill -9 in the middle of the answers.
 
-    Seen red: a part's rows left out of its footer, so that they were answered twice.
+    Seen red: a row left out of each part's footer.
     """
     job = tiny_job(tmp_path, model_folder, rows=150)
     expected = expected_content(job, server)

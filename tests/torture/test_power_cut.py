@@ -15,8 +15,8 @@ from tests.torture.sweep import record, sweep_power_cuts
 def test_what_was_said_to_be_committed_outlives_a_power_cut(
     tmp_path: Path, tokenizer_folder: Path
 ) -> None:
-    """Seen red: new folders whose own names were never flushed (the whole output was lost), a
-    checkpoint's rows that were not flushed, each fault of `PLANTED`."""
+    """Seen red: new folders whose own names were never flushed, so that the whole output was lost;
+    each fault of `PLANTED`."""
     bench = RunBench(tmp_path / "job", tokenizer_folder)
     recording = record(bench)
     assert sweep_power_cuts(bench, recording, [None, 1], by=8).cuts > 30
