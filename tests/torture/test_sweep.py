@@ -41,7 +41,7 @@ def test_any_operation_may_fail(
 def test_any_operation_may_be_the_last(
     tmp_path: Path, tokenizer_folder: Path, server: Server, when: When, first: int
 ) -> None:
-    """Seen red: 256 answers ahead of a writer of four rows; faults of `PLANTED`."""
+    """Seen red: 256 answers ahead of a writer of four rows."""
     bench = RunBench(tmp_path / "job", tokenizer_folder)
     assert sweep_kills(bench, server, when, range(first, 1000, 21)).kills > 8
 
