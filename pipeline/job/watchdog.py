@@ -133,13 +133,13 @@ class Watchdog:
             f"nothing has moved for {minutes}; committed parts are intact, the same command goes "
             "on from here; if the device is only slow, give a longer --stall-timeout"
         )
-        self.has_fired = True
-        text = describe_threads()
+        text, cancel = describe_threads(), self._cancel
+        if cancel is not None:
+            cancel(error)
+        self.has_fired = True  # after the cancel: who stops because of it must find the error there
         _say_within(
             _LAST_WORDS_S, lambda: _logger.error("nothing has moved for %s:\n%s", minutes, text)
         )
-        if self._cancel is not None:
-            self._cancel(error)
         if not self._ended.wait(min(_GRACE_S, self._timeout_s)):
             _say_within(_LAST_WORDS_S, lambda: self._take_leave(error))
             os._exit(error.exit_code)

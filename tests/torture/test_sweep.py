@@ -15,7 +15,7 @@ from pipeline.storage.durable import is_temp
 from pipeline.storage.lock import FolderLock
 from tests.torture.audit_bench import AuditBench, finished_run
 from tests.torture.disk import WatchedDisk, When
-from tests.torture.job import RunBench
+from tests.torture.job import Content, RunBench
 from tests.torture.sweep import sweep_errors, sweep_kills
 from tests.torture.victim import Server
 
@@ -51,6 +51,32 @@ def test_parts_in_the_order_of_the_input_are_no_different(
 ) -> None:
     bench = RunBench(tmp_path / "job", tokenizer_folder, (("preserve_order", True),))
     assert sweep_errors(bench, errno.EIO, False, range(5, 1000, 31)).faults > 4
+
+
+class LostPart(RunBench):
+    """A job that was complete and audited, and lost a part since."""
+
+    def prepare(self) -> None:
+        """Do the job, then take a part away."""
+        super().prepare()
+        self.run()
+        (self.output / "audit").mkdir()
+        (self.output / "audit" / "summary.json").write_text('{"verdict": "pass"}')
+        min(self.output.glob("data/*.parquet")).unlink()
+
+    def check_trusted(self) -> None:
+        """The mark of a complete job is believed only by who has counted its rows."""
+
+    def check_finished(self, expected: Content, calls: int) -> None:
+        """The verdict on other rows must not be there any more."""
+        super().check_finished(expected, calls + 1)
+        assert not (self.output / "audit" / "summary.json").exists()
+
+
+def test_no_audit_outlives_rows_that_are_made_again(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Seen red: the mark was taken away before the audit."""
+    bench = LostPart(tmp_path / "job", tokenizer_folder)
+    assert sweep_errors(bench, errno.EIO, False, range(12)).faults == 12
 
 
 def test_an_audit_and_its_report_are_old_or_new(
