@@ -4,13 +4,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= coppice-demo
 
-.PHONY: demo test check format lint types bench bench-peers demo-model report-demo wheel clean
+.PHONY: demo test torture check format lint types bench bench-peers demo-model report-demo wheel clean
 
 demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts, audit it, report
 	$(BIN)/coppice demo -o $(DEMO)
 
 test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest
+
+torture: $(VENV)/.installed-dev  ## every file operation fails or kills, and 220 kill -9; half an hour
+	$(BIN)/python -m tests.torture $(if $(JSON),--json $(JSON))
 
 check: $(VENV)/.installed-dev format-check lint types test  ## all that must be green before a commit
 

@@ -1,4 +1,8 @@
-"""The main job as a flow: plan and generate, resumed by Prefect's own retry."""
+"""The main job as a flow: plan and generate, resumed by Prefect's own retry.
+
+A job that stalls and comes back is retried; one stuck in a call that never returns ends the process
+of the flow, which a worker reports as crashed. Run flows in processes of their own, as workers do.
+"""
 
 from __future__ import annotations
 

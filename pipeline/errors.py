@@ -8,6 +8,7 @@ CoppiceError                    1   something failed; the message says what to d
 │   └── RunDirectoryError       2   the output folder is in use or belongs to another job
 ├── EngineError                 1   the device computed something wrong or ran out of room
 ├── StorageError                1   a part could not be written, or a committed one was altered
+├── Stalled                     1   nothing moved for --stall-timeout; the same command resumes
 ├── TooManyFailedRows           3   finished, but more rows failed than --fail-on-error allows
 ├── AuditFailed                 4   the audit is below its bar
 ├── TimeBudgetReached          75   stopped by --time-budget; the same command resumes
@@ -48,6 +49,10 @@ class EngineError(CoppiceError):
 
 class StorageError(CoppiceError):
     """A part could not be written, or a committed one was altered."""
+
+
+class Stalled(CoppiceError):
+    """Nothing moved for `--stall-timeout`; the same command resumes."""
 
 
 class TooManyFailedRows(CoppiceError):

@@ -25,6 +25,7 @@ from pipeline.engine.machine import cache_folder
 from pipeline.errors import EngineError
 from pipeline.job.fingerprint import describe_versions, fingerprint_fields
 from pipeline.job.observer import Observer, SilentObserver
+from pipeline.job.outcome import RunOutcome
 from pipeline.job.planning import (
     Job,
     PlannedJob,
@@ -33,13 +34,15 @@ from pipeline.job.planning import (
     plan_rows,
     select_rows,
 )
-from pipeline.job.session import RunOutcome, Session
+from pipeline.job.session import Session
 from pipeline.job.stopping import StopRequest, interruptible
+from pipeline.job.watchdog import Watchdog
 from pipeline.plan.summary import largest_nodes, plan_frame, tree_frame
 from pipeline.settings import JobSettings, StoreSettings
-from pipeline.storage.durable import replace_file, write_errors
+from pipeline.storage.durable import replace_file
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_place import Place, check_free, holds_run, reading_run, take_run
+from pipeline.storage.writer import encode_parquet
 
 _EXAMPLES = 5
 
@@ -85,10 +88,9 @@ def write_plan(planned: PlannedJob, folder: Path) -> None:
 
     Raises StorageError.
     """
-    with write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        plan_frame(planned.plan, planned.ids).write_parquet(folder / "plan.parquet")
-        tree_frame(planned.plan).write_parquet(folder / "tree.parquet")
+    frames = {"plan": plan_frame(planned.plan, planned.ids), "tree": tree_frame(planned.plan)}
+    for name, frame in frames.items():
+        replace_file(folder / f"{name}.parquet", memoryview(encode_parquet(frame.to_arrow())))
     summary = json.dumps(planned.summary.to_json(), indent=2, ensure_ascii=False)
     replace_file(folder / "summary.json", f"{summary}\n".encode())
 
@@ -141,10 +143,19 @@ def run_job(
 
     `input` and `output` may lie below `s3://`; `settings.store` says how to get there.
 
-    Raises UsageError and its kin before anything ran; EngineError, StorageError, Interrupted or
-    TimeBudgetReached with every committed part intact; TooManyFailedRows after the job is sealed.
+    Raises UsageError and its kin before anything ran; EngineError, StorageError, Interrupted,
+    TimeBudgetReached or Stalled with every committed part intact; TooManyFailedRows after the job
+    is sealed. A call of the device or the disk that never returns ends the whole process with exit
+    code 1 after `stall_timeout`, see `job/watchdog.py`; a caller who must live on sets it to 0.
     """
     observer = observer or SilentObserver()
+    with Watchdog(settings.write.stall_timeout, observer).watching() as watchdog:
+        return _run_or_resume(input, output, settings, observer, watchdog)
+
+
+def _run_or_resume(
+    input: str, output: Place, settings: JobSettings, observer: Observer, watchdog: Watchdog
+) -> RunOutcome:
     stop = StopRequest(settings.write.time_budget)
     settings = with_absolute_paths(settings)
     job = open_job(input, settings)
@@ -167,16 +178,18 @@ def run_job(
                     outcome.check_failures(settings.write)
                     return outcome
                 observer.say(f"{output} was complete, but files are missing; they are made again")
-                if len(directory.done_rows()) != directory.read_manifest()["counters"]["rows_in"]:
-                    directory.unseal()
+                rows = directory.read_manifest()["counters"]["rows_in"]
+                directory.unseal(with_audit=len(directory.done_rows()) != rows)
             with loading_engine(settings) as loading:
-                return Session(plan_rows(job), directory, observer, stop).run(loading)
+                planned = plan_rows(job)
+                return Session(planned, directory, observer, stop, watchdog).run(loading)
     check_free(output, settings.store)
     with loading_engine(settings) as loading:
         planned = plan_rows(job)
-        loading.result()
+        with watchdog.excused():
+            loading.result()
         with take() as directory:
-            return Session(planned, directory, observer, stop).run(loading)
+            return Session(planned, directory, observer, stop, watchdog).run(loading)
 
 
 def report_run(output: Place, store: StoreSettings | None = None) -> str:

@@ -177,17 +177,26 @@ class EngineSettings(_Section):
 
 
 class WriteSettings(_Section):
-    """How the output is cut into parts and when the job counts as failed or stops by itself."""
+    """How the output is cut into parts and when the job counts as failed or stops by itself.
+
+    `stall_timeout`: seconds in which nothing moves after which it is ended; 0: never.
+    """
 
     rows_per_part: int = Field(default=1000, ge=1)
     preserve_order: bool = False
     fail_on_error: str = "0.01"
     time_budget: float | None = None
+    stall_timeout: float = 1800.0
 
     @field_validator("time_budget", mode="before")
     @classmethod
     def _seconds(cls, value: str | float | None) -> float | None:
         return None if value is None else parse_seconds(value)
+
+    @field_validator("stall_timeout", mode="before")
+    @classmethod
+    def _seconds_or_never(cls, value: str | float) -> float:
+        return 0.0 if str(value).strip().lower() == "none" else parse_seconds(value)
 
     @field_validator("fail_on_error", mode="before")
     @classmethod

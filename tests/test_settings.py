@@ -86,11 +86,20 @@ def test_field_names_are_unique_over_the_sections() -> None:
         ({"model": "m", "fail_on_error": "many"}, "fail-on-error"),
         ({"model": "m", "audit_sample": "half"}, "audit-sample"),
         ({"model": "m", "time_budget": "soon"}, "time-budget"),
+        ({"model": "m", "stall_timeout": "-1"}, "stall-timeout"),
     ],
 )
 def test_a_wrong_setting_is_named(flat: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         JobSettings.from_flat(flat)
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"), [("15m", 900.0), (20, 20.0), ("0", 0.0), (0, 0.0), ("None", 0.0)]
+)
+def test_a_stall_is_so_many_seconds_or_never(said: str | int, seconds: float) -> None:
+    settings = JobSettings.from_flat({"model": "m", "stall_timeout": said})
+    assert settings.write.stall_timeout == seconds
 
 
 def test_settings_survive_json() -> None:

@@ -33,11 +33,13 @@ class Answered(NamedTuple):
 
 @dataclass
 class RowCounts:
-    """Rows that this session has answered, committed or not; read by the progress display."""
+    """Rows that this session has answered, committed or not, and its parts that are committed;
+    read by the progress display."""
 
     ok: int = 0
     failed: int = 0
     cached_tokens: int = 0
+    parts: int = 0
 
 
 class AnswerWriter:
@@ -109,6 +111,7 @@ class AnswerWriter:
         table = answers_table(self._planned, answered)
         self._directory.write_part(number, table, self._provenance)
         self._next_part += 1
+        self.counts.parts += 1
 
 
 class _RowsOfSequence:

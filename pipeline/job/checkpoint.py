@@ -25,6 +25,7 @@ from pipeline.engine.machine import cache_folder
 from pipeline.errors import RunDirectoryError
 from pipeline.storage.durable import replace_file, write_errors
 from pipeline.storage.lock import FolderLock
+from pipeline.storage.writer import encode_parquet
 
 EVERY_ROWS = 100_000
 _STALE_S = 7 * 24 * 3600  # what nobody came back for
@@ -38,8 +39,12 @@ class Checkpoint:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder = folder
         self._lock = FolderLock(folder)
-        self.state = self._read_state()
-        self.tokens = self._open_tokens()
+        try:
+            self.state = self._read_state()
+            self.tokens = self._open_tokens()
+        except BaseException:
+            self._lock.release()
+            raise
 
     @classmethod
     def open(cls, key: str) -> Checkpoint | None:
@@ -62,7 +67,7 @@ class Checkpoint:
         with write_errors(self._folder):
             self.tokens.flush()
             os.fsync(self.tokens.fileno())
-            frame.write_parquet(self._part(number))
+        replace_file(self._part(number), memoryview(encode_parquet(frame.to_arrow())))
         self.state = state | {"parts": number + 1, "token_bytes": self.tokens.tell()}
         replace_file(self._folder / "state.json", json.dumps(self.state).encode())
 
@@ -91,8 +96,12 @@ class Checkpoint:
     def _open_tokens(self) -> BinaryIO:
         path = self._folder / "tokens.bin"
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b")
-        file.truncate(self.state.get("token_bytes", 0))
-        file.seek(0, os.SEEK_END)
+        try:
+            file.truncate(self.state.get("token_bytes", 0))
+            file.seek(0, os.SEEK_END)
+        except BaseException:
+            file.close()
+            raise
         return file
 
     def _part(self, number: int) -> Path:

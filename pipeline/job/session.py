@@ -14,7 +14,7 @@ import gc
 import json
 import time
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple
 from datetime import UTC, datetime
 
 import numpy as np
@@ -33,11 +33,12 @@ from pipeline.errors import (
 from pipeline.job.answers import AnswerWriter
 from pipeline.job.channel import Stages
 from pipeline.job.observer import Observer, Snapshot
+from pipeline.job.outcome import RunOutcome, count_committed
 from pipeline.job.planning import PlannedJob
 from pipeline.job.rates import remember_rates
 from pipeline.job.stopping import StopRequest
+from pipeline.job.watchdog import Watchdog
 from pipeline.plan.summary import plan_frame, tree_frame
-from pipeline.settings import WriteSettings
 from pipeline.storage.run_directory import PLAN_NAME, RunDirectory
 
 _COMPLETIONS_AHEAD = 256
@@ -48,49 +49,27 @@ _SUMMED = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class RunOutcome:
-    """A finished job. `was_complete`: there was nothing left to do."""
-
-    directory: str
-    counters: dict[str, float]
-    was_complete: bool = False
-
-    @property
-    def rows_failed(self) -> int:
-        """Rows written with `status = error`."""
-        return int(self.counters["rows_error"])
-
-    def check_failures(self, settings: WriteSettings) -> None:
-        """Raises TooManyFailedRows if more rows failed than the settings allow."""
-        rows = int(self.counters["rows_in"])
-        allowed = settings.allowed_failures(rows)
-        if self.rows_failed > allowed:
-            raise TooManyFailedRows(
-                f"{self.rows_failed} of {rows} rows failed, {allowed} are allowed by "
-                f"--fail-on-error; failed.parquet in {self.directory} names them"
-            )
-
-    @classmethod
-    def of_sealed(cls, directory: RunDirectory) -> RunOutcome:
-        """What a complete run directory has to say."""
-        return cls(directory.name, directory.read_manifest()["counters"], was_complete=True)
-
-
 class Session:
     """One call of `run_job` on a planned job and its open directory."""
 
     def __init__(
-        self, planned: PlannedJob, directory: RunDirectory, observer: Observer, stop: StopRequest
+        self,
+        planned: PlannedJob,
+        directory: RunDirectory,
+        observer: Observer,
+        stop: StopRequest,
+        watchdog: Watchdog,
     ) -> None:
         self._planned = planned
         self._directory = directory
         self._observer = observer
         self._stop = stop
+        self._watchdog = watchdog
         self._started = time.monotonic()
         self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
         done = np.ones(len(planned.plan.table), bool)
         done[planned.rows] = False
+        self._sessions = directory.read_manifest()["sessions"]
         before = directory.done_rows()
         done[before] = True
         self._rows_before = len(before)
@@ -104,7 +83,8 @@ class Session:
         try:
             self._write_plan()
             self._directory.update_manifest(status="running")
-            engine = loading.result()
+            with self._watchdog.excused():
+                engine = loading.result()
             gc.freeze()  # the model's objects live on; a full collection over them costs a step
             self._observer.say(self._header())
             for note in engine.notes:
@@ -158,12 +138,19 @@ class Session:
         self._directory.write_json("plan/summary.json", summary.to_json())
 
     def _answer_rows(self, engine: Engine) -> None:
-        """Returns when every answer is committed. Raises Interrupted or TimeBudgetReached."""
+        """Returns when every answer is committed.
+
+        Raises Interrupted, TimeBudgetReached or Stalled.
+        """
         control = RunControl(
-            self._stop.should_drain, self._stop.should_abort, self._planned.job.tokenizer.is_stopped
+            self._stop.should_drain,
+            lambda: self._stop.should_abort() or self._watchdog.has_fired,
+            self._planned.job.tokenizer.is_stopped,
         )
-        with Stages() as stages:
-            completions = stages.channel(_COMPLETIONS_AHEAD)
+        stages = Stages()
+        with self._watchdog.following(lambda: self._pulse(engine), stages.cancel), stages:
+            per_part = self._planned.job.settings.write.rows_per_part
+            completions = stages.channel(min(_COMPLETIONS_AHEAD, per_part))
 
             def write() -> None:
                 self._writer.add_rejected()
@@ -181,6 +168,10 @@ class Session:
         self._observer.show(self._snapshot(engine))
         if self._rows_left and self._stop.should_drain():
             raise self._stop.reason(self._rows_left)
+
+    def _pulse(self, engine: Engine) -> object:
+        """Steps of the device, answers, parts: what moves while rows are answered."""
+        return astuple(engine.counters), astuple(self._writer.counts)
 
     @property
     def _rows_done(self) -> int:
@@ -256,7 +247,12 @@ class Session:
         return outcome
 
     def _record_failure(self, engine: Engine | None, error: BaseException) -> None:
-        """Note how the session ended; the disk that broke it may refuse that too."""
+        """Note how the session ended; the disk that broke it may refuse that too.
+
+        What breaks after the seal changes nothing about a job that is complete and says so.
+        """
+        if self._directory.is_sealed:
+            return
         stopped = isinstance(error, KeyboardInterrupt | Interrupted | TimeBudgetReached)
         try:
             if engine is not None:
@@ -266,7 +262,10 @@ class Session:
             error.add_note(f"nor could the end of the session be recorded: {second}")
 
     def _record(self, engine: Engine, end: str) -> dict[str, float]:
-        """Append this session to run.json, with the sums over all of them; returns the sums."""
+        """Write this session into run.json, with the sums over all of them; returns the sums.
+
+        A session that fails while it seals is recorded again, in the place of its first record.
+        """
         counters = asdict(engine.counters)
         session = counters | {
             "started_at": self._started_at,
@@ -275,7 +274,7 @@ class Session:
             "rows_error": self._writer.counts.failed,
             "end": end,
         }
-        sessions = [*self._directory.read_manifest().get("sessions", []), session]
+        sessions = [*self._sessions, session]
         sums: dict[str, float] = {name: sum(s[name] for s in sessions) for name in _SUMMED}
         sums["peak_kv_bytes"] = max(s["peak_kv_bytes"] for s in sessions)
         sums |= count_committed(self._directory)
@@ -284,15 +283,3 @@ class Session:
         named = {"name": engine.name, "notes": engine.notes}
         self._directory.update_manifest(sessions=sessions, counters=sums, engine=named)
         return sums
-
-
-def count_committed(directory: RunDirectory) -> dict[str, int]:
-    """Rows and cached tokens in the committed parts: what is on the disk, not what was meant."""
-    ok = pl.col("status") == "ok"
-    columns = [
-        ok.sum().alias("rows_ok"),
-        (~ok).sum().alias("rows_error"),
-        pl.col("cached_tokens").cast(pl.Int64).sum().alias("cached_tokens"),
-    ]
-    counted: dict[str, int] = directory.scan().select(columns).collect().row(0, named=True)
-    return counted

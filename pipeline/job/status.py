@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,14 @@ def _describe(directory: RunDirectory) -> dict[str, Any]:
 
 
 def _last_metrics(path: Path) -> dict[str, Any]:
-    """The last whole line; a line that is being written has no end yet."""
+    """The last line that is whole; one that is being written, or was cut off, is not."""
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    record: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    return record
+    for line in reversed(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]):
+        with suppress(ValueError):
+            record: dict[str, Any] = json.loads(line)
+            return record
+    return {}
 
 
 def _audit_verdict(root: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -29,7 +30,10 @@ def interruptible() -> Iterator[None]:
 
 
 class StopRequest:
-    """First signal or spent budget: drain. Second signal: abort. Read from any thread."""
+    """First signal or spent budget: drain. Second signal: abort. Read from any thread.
+
+    The engine sees an abort between two steps; a third signal ends a process whose step never ends.
+    """
 
     def __init__(self, time_budget_s: float | None = None) -> None:
         self._deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
@@ -65,6 +69,8 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._num_signals += 1
+        if self._num_signals > 2:
+            os._exit(Interrupted.exit_code)
 
     def _is_over_time(self) -> bool:
         return self._deadline is not None and time.monotonic() > self._deadline

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -123,7 +124,7 @@ class TokenFile:
         `lengths`: of the rows that it holds already.
         """
         self._file = file
-        self._close = weakref.finalize(self, file.close)
+        self._close = weakref.finalize(self, _close, file)
         self._dtype = dtype
         self._lengths = [np.zeros(0, np.int32) if lengths is None else lengths.astype(np.int32)]
 
@@ -140,8 +141,14 @@ class TokenFile:
             return TokenTable.of(np.zeros(0, self._dtype), lengths)
         table = TokenTable.of(np.memmap(self._file, self._dtype, "r"), lengths, self._file)
         self._close.detach()
-        weakref.finalize(table, self._file.close)
+        weakref.finalize(table, _close, self._file)
         return table
+
+
+def _close(file: BinaryIO) -> None:
+    """A full disk that already failed the job may fail what is left to flush as well."""
+    with suppress(OSError):
+        file.close()
 
 
 def pad_rows(flat: Ids, lengths: NDArray[np.int64], dtype: np.dtype[np.unsignedinteger]) -> Ids:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,11 @@ _TEMP_NAME = re.compile(r"\..+\.\d+\.tmp")
 
 
 def temp_path(path: Path) -> Path:
-    """Where this process writes `path` before it is published: hidden, and in the same folder."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Where to write `path` before it is published: hidden, in its folder, a new name each time.
+
+    A process id would do until the next one has the same: in a container every job is process 1.
+    """
+    return path.with_name(f".{path.name}.{secrets.randbits(48)}.tmp")
 
 
 def is_temp(path: Path) -> bool:
@@ -79,11 +83,19 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, for good. Raises OSError."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        sync_folder(path.parent)
+
+
 def replace_file(path: Path, content: bytes | memoryview) -> None:
     """Put `content` at `path` in one step; missing folders are made. Raises StorageError."""
     temp = temp_path(path)
     with write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             write_new(temp, content)
             publish(temp, path)

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import RunDirectoryError
@@ -33,7 +34,9 @@ def own_name() -> str:
 def is_dead(owner: str) -> bool:
     """Whether `owner`, an `own_name`, has ended, as far as this machine can tell."""
     match = _OWNER.fullmatch(owner)
-    if match is None or match[2] != socket.gethostname():
+    if match is None:
+        return True  # nobody's name, or half of one that a full disk cut off: its owner gave up
+    if match[2] != socket.gethostname():
         return False
     try:
         os.kill(int(match[1]), 0)
@@ -82,6 +85,9 @@ class FolderLock:
         return owner
 
     def release(self) -> None:
-        """Give the lock back; the file stays, empty."""
-        os.ftruncate(self._file, 0)
-        os.close(self._file)
+        """Give the lock back; the file stays, empty unless its disk refuses."""
+        try:
+            with suppress(OSError):  # then the next owner says that we left it behind
+                os.ftruncate(self._file, 0)
+        finally:
+            os.close(self._file)

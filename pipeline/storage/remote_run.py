@@ -39,16 +39,16 @@ from pipeline.storage.manifest import (
 from pipeline.storage.part_list import describe_parts, is_stored, named_parts, part_file
 from pipeline.storage.remote_folder import RemoteFolder, Stored, SupersededError
 from pipeline.storage.run_directory import (
+    AUDIT_NAMES,
     PLAN_NAME,
     SUCCESS_NAME,
-    UNSEALED_NAMES,
     RunDirectory,
 )
 from pipeline.storage.writer import PART_NAME
 
 METRICS_NAME: Final = "metrics.jsonl"
 _PLAN_NAMES: Final = (PLAN_NAME, "plan/tree.parquet", "plan/summary.json")  # the last one last
-_READ_NAMES: Final = (PLAN_NAME, "plan/summary.json", METRICS_NAME, *UNSEALED_NAMES)
+_READ_NAMES: Final = (PLAN_NAME, "plan/summary.json", METRICS_NAME, SUCCESS_NAME, *AUDIT_NAMES)
 _STALE_S: Final = 7 * 24 * 3600  # working copies that nobody came back for
 Result = TypeVar("Result")
 _logger = logging.getLogger("coppice")
@@ -179,10 +179,10 @@ class RemoteRun(RunDirectory):
         self._put(METRICS_NAME)
         super().seal(rows)
 
-    def unseal(self) -> None:
-        """Take the mark away, and the audit, in the store first."""
-        self._folder.delete(UNSEALED_NAMES)
-        super().unseal()
+    def unseal(self, with_audit: bool) -> None:
+        """As of a run directory, in the store first."""
+        self._folder.delete((*AUDIT_NAMES, SUCCESS_NAME) if with_audit else (SUCCESS_NAME,))
+        super().unseal(with_audit)
 
     def close(self) -> None:
         """Release the lock; the working copy goes if the store has all of it."""

@@ -22,6 +22,7 @@ from pipeline.errors import RunDirectoryError, StorageError
 from pipeline.storage.card import render_card
 from pipeline.storage.durable import (
     is_temp,
+    make_folder,
     replace_file,
     sync_folder,
     write_all,
@@ -46,7 +47,8 @@ from pipeline.storage.writer import (
 
 SUCCESS_NAME = "_SUCCESS"
 PLAN_NAME = "plan/plan.parquet"
-UNSEALED_NAMES = (SUCCESS_NAME, "audit/summary.json", "audit/audit.parquet")
+AUDIT_NAMES = ("audit/summary.json", "audit/audit.parquet")
+_LONGEST_LINE = 1 << 16  # bytes of metrics.jsonl
 
 
 class RunDirectory:
@@ -83,7 +85,7 @@ class RunDirectory:
             else:
                 run.write_json(MANIFEST_NAME, new_manifest(fingerprint) | description)
             with write_errors(run.data):
-                run.data.mkdir(exist_ok=True)
+                make_folder(run.data)
         except BaseException:
             lock.release()
             raise
@@ -208,8 +210,9 @@ class RunDirectory:
         path = self.root / "metrics.jsonl"
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
         with write_errors(path):
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
+                _drop_torn_line(file)
                 write_all(file, line.encode())
             finally:
                 os.close(file)
@@ -259,12 +262,19 @@ class RunDirectory:
     ) -> None:
         self.close()
 
-    def unseal(self) -> None:
-        """Take the mark away, and the audit of what was there: rows will be written anew."""
+    def unseal(self, with_audit: bool) -> None:
+        """Take the mark away, and before it the audit where rows will be written anew.
+
+        In this order no audit of other rows outlives a crash in between.
+        """
         self._check_locked()
+        audit = self._inside("audit")
         with write_errors(self.root):
-            for name in UNSEALED_NAMES:
-                self._inside(name).unlink(missing_ok=True)
+            if with_audit and audit.is_dir():
+                for name in AUDIT_NAMES:
+                    self._inside(name).unlink(missing_ok=True)
+                sync_folder(audit)
+            (self.root / SUCCESS_NAME).unlink(missing_ok=True)
             sync_folder(self.root)
 
     def check_rows(self, rows: NDArray[np.int64]) -> None:
@@ -320,10 +330,19 @@ class RunDirectory:
         return self.root.joinpath(*parts)
 
 
+def _drop_torn_line(file: int) -> None:
+    """Cut off what follows the last whole line: a session that died wrote it."""
+    size = os.fstat(file).st_size
+    tail = os.pread(file, _LONGEST_LINE, max(0, size - _LONGEST_LINE))
+    torn = len(tail) - (tail.rfind(b"\n") + 1)
+    if torn:
+        os.ftruncate(file, size - torn)
+
+
 def _make_folder(folder: Path) -> None:
     """Make the folder, or refuse one that holds something else than a run of ours."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         names = {path.name for path in folder.iterdir() if not is_temp(path)}
     except OSError as error:
         raise RunDirectoryError(

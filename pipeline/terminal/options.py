@@ -79,6 +79,7 @@ _HELP = {
     "preserve_order": "Parts in input order (answers wait in memory).",
     "fail_on_error": "Rows that may fail: a share like 0.01 or a count.",
     "time_budget": "Stop by then, resumable: 4h, 90m.",
+    "stall_timeout": "End, resumable, if nothing moves so long (30m); 0: never.",
     "audit_sample": "Rows to audit: 200 or 1%; every group gets one.",
     "audit_min_exact": "Share that must be identical or near ties.",
     "audit_free_running": "Rows that the baseline also generates freely.",
@@ -87,7 +88,9 @@ _HELP = {
     "storage_options": "Of s3://, like region=eu-west-1; may be repeated.",
 }
 # Fields that a person writes with a unit or as one of two notations: the settings parse the text.
-_WRITTEN_AS_TEXT = {"kv_budget", "plan_memory", "time_budget", "fail_on_error", "audit_sample"}
+_WRITTEN_AS_TEXT = {
+    "kv_budget", "plan_memory", "time_budget", "stall_timeout", "fail_on_error", "audit_sample",
+}  # fmt: skip
 
 Section = TypeVar("Section", bound=BaseModel)
 Command = Callable[..., None]

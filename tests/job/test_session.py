@@ -26,6 +26,7 @@ from pipeline.errors import (
     TimeBudgetReached,
 )
 from pipeline.job.observer import SilentObserver, Snapshot
+from pipeline.job.stopping import StopRequest
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion
 from pipeline.run import run_job
@@ -146,6 +147,19 @@ def test_the_second_signal_aborts(
     with pytest.raises(Interrupted):
         run_job(str(source), tmp_path / "out", echo_settings(tokenizer_folder))
     assert not list((tmp_path / "out" / "data").iterdir())
+
+
+def test_the_third_signal_leaves_an_engine_that_does_not_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seen red: a call of the device that never returns kept a process that was told thrice."""
+    left: list[int] = []
+    monkeypatch.setattr("os._exit", left.append)
+    stop = StopRequest()
+    with stop.listening():
+        for expected in ([], [], [130]):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert left == expected
 
 
 def test_an_error_of_the_writer_stops_the_engine_and_is_the_one_raised(

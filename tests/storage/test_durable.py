@@ -44,4 +44,6 @@ def test_a_failed_stream_leaves_old_or_new_and_no_temp(tmp_path: Path, fail_at: 
 def test_temp_names_are_recognised(tmp_path: Path) -> None:
     assert is_temp(temp_path(tmp_path / "run.json"))
     assert temp_path(tmp_path / "run.json").parent == tmp_path
+    # A killed process 1 of a container leaves a name that its successor, process 1, must not meet.
+    assert temp_path(tmp_path / "run.json") != temp_path(tmp_path / "run.json")
     assert not any(is_temp(tmp_path / name) for name in ("run.json", ".lock", ".x.tmp", "a.1.tmp"))

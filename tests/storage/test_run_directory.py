@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ import polars as pl
 import pytest
 
 from pipeline.errors import RunDirectoryError, StorageError
+from pipeline.job.status import read_status
+from pipeline.storage.lock import is_abandoned
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.writer import write_part
 from tests.storage.disk import CODES, FailingDisk
@@ -240,6 +243,45 @@ def test_metrics_are_lines(tmp_path: Path) -> None:
     assert [json.loads(line)["rows"] for line in lines] == [1, 2]
 
 
+def test_a_torn_line_of_metrics_is_cut_off(tmp_path: Path) -> None:
+    """Seen red: the next line was joined to the half one, and `status` could not read either."""
+    with create(tmp_path) as run:
+        run.update_manifest(input={"rows": 1})
+        run.append_metrics({"rows": 1})
+        for torn in ('{"rows": 2', "\0" * 5000):
+            with (tmp_path / "metrics.jsonl").open("a") as file:
+                file.write(torn)
+            assert read_status(tmp_path)["rows_left"] == 1
+            run.append_metrics({"rows": 3})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["rows"] for line in lines] == [1, 3, 3]
+
+
+def test_a_lock_whose_name_cannot_be_taken_away_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Seen red: the job was complete, raised OSError, and held the lock until the process ended."""
+
+    def refuse(file: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = create(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", refuse)
+        run.close()
+    with caplog.at_level(logging.WARNING, "coppice"):
+        create(tmp_path).close()
+    assert "took over the lock" in caplog.text
+
+
+@pytest.mark.parametrize("owner", ["", "proc", "process 12", "process 999999999 on {host}"])
+def test_nobody_holds_a_lock_with_half_a_name(tmp_path: Path, owner: str) -> None:
+    with create(tmp_path) as run:
+        run.update_manifest(input={"rows": 1})
+    (tmp_path / ".lock").write_text(owner.format(host=socket.gethostname()))
+    assert is_abandoned(tmp_path) and read_status(tmp_path)["status"] == "stopped"
+
+
 def whole_job(root: Path) -> None:
     """What a run does to its folder, from nothing to sealed; resumes what is there."""
     with create(root) as run:
@@ -309,6 +351,9 @@ def test_unsealing_takes_the_mark_and_the_audit_away(tmp_path: Path) -> None:
         part = add(run, [0, 1])
         run.seal(np.arange(2))
         run.write_json("audit/summary.json", {"verdict": "pass"})
-        run.unseal()
+        run.unseal(with_audit=False)
+        assert not run.is_sealed and (tmp_path / "audit" / "summary.json").exists()
+        run.seal(np.arange(2))
+        run.unseal(with_audit=True)
         assert not run.is_sealed and part.exists()
         assert not list((tmp_path / "audit").iterdir())

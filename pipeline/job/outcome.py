@@ -1,0 +1,52 @@
+"""What became of a job: counters of a finished one, and rows that are on the disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import polars as pl
+
+from pipeline.errors import TooManyFailedRows
+from pipeline.settings import WriteSettings
+from pipeline.storage.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """A finished job. `was_complete`: there was nothing left to do."""
+
+    directory: str
+    counters: dict[str, float]
+    was_complete: bool = False
+
+    @property
+    def rows_failed(self) -> int:
+        """Rows written with `status = error`."""
+        return int(self.counters["rows_error"])
+
+    def check_failures(self, settings: WriteSettings) -> None:
+        """Raises TooManyFailedRows if more rows failed than the settings allow."""
+        rows = int(self.counters["rows_in"])
+        allowed = settings.allowed_failures(rows)
+        if self.rows_failed > allowed:
+            raise TooManyFailedRows(
+                f"{self.rows_failed} of {rows} rows failed, {allowed} are allowed by "
+                f"--fail-on-error; failed.parquet in {self.directory} names them"
+            )
+
+    @classmethod
+    def of_sealed(cls, directory: RunDirectory) -> RunOutcome:
+        """What a complete run directory has to say."""
+        return cls(directory.name, directory.read_manifest()["counters"], was_complete=True)
+
+
+def count_committed(directory: RunDirectory) -> dict[str, int]:
+    """Rows and cached tokens in the committed parts: what is on the disk, not what was meant."""
+    ok = pl.col("status") == "ok"
+    columns = [
+        ok.sum().alias("rows_ok"),
+        (~ok).sum().alias("rows_error"),
+        pl.col("cached_tokens").cast(pl.Int64).sum().alias("cached_tokens"),
+    ]
+    counted: dict[str, int] = directory.scan().select(columns).collect().row(0, named=True)
+    return counted
