@@ -14,7 +14,7 @@ import torch
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.live import LiveNode
 
-_LEAST_INTERVAL_S = 0.2
+_LEAST_INTERVAL_S = 0.02
 _SHARE_OF_TIME = 0.01
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16))
 
