@@ -4,13 +4,22 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= coppice-demo
 
-.PHONY: demo test check format lint types bench bench-peers demo-model report-demo wheel clean
+.PHONY: demo test test-slow fuzz faults check format lint types bench bench-peers demo-model report-demo wheel clean
 
 demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts, audit it, report
 	$(BIN)/coppice demo -o $(DEMO)
 
 test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev  ## what takes minutes: a million rows, thousands of damaged files
+	$(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/.installed-dev  ## read 20,000 damaged Parquet files and count what comes of them
+	$(BIN)/python -m tests.storage.fuzz 20000
+
+faults: $(VENV)/.installed-dev  ## write docs/faults.md from the tests
+	$(BIN)/python -m tests.faults > docs/faults.md
 
 check: $(VENV)/.installed-dev format-check lint types test  ## all that must be green before a commit
 
