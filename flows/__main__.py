@@ -32,7 +32,7 @@ def generate(
     """Do the job as a flow; the same call again resumes it."""
     from flows.generate import generate as flow
 
-    settings = {} if config is None else read_config(config)
+    settings = {} if config is None else {"config": _absolute(config)}
     flow(_absolute(input), _absolute(output), settings | {"model": model})
 
 

@@ -9,6 +9,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.generate import LoggingObserver
+from flows.privacy import without_text
 from pipeline.errors import AuditFailed
 from pipeline.job.auditing import audit_run
 from pipeline.run import report_run
@@ -20,7 +21,8 @@ from pipeline.terminal.options import merge_section
 def audit_rows(output: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Audit a run directory. Raises AuditFailed below the bar."""
     chosen = merge_section(AuditSettings, settings)
-    verdict = audit_run(Path(output), chosen, LoggingObserver())
+    with without_text():
+        verdict = audit_run(Path(output), chosen, LoggingObserver())
     if not verdict.passed:
         raise AuditFailed(f"the audit of {output} failed: {'; '.join(verdict.reasons)}")
     return {"verdict": verdict.verdict, "rows_audited": verdict.rows_audited}
@@ -29,7 +31,8 @@ def audit_rows(output: str, settings: dict[str, Any]) -> dict[str, Any]:
 @task(name="report", cache_policy=NO_CACHE, persist_result=False)
 def write_report(output: str) -> str:
     """Write the report; returns the page's path."""
-    return str(report_run(Path(output)))
+    with without_text():
+        return str(report_run(Path(output)))
 
 
 @flow(name="coppice-audit", persist_result=False)

@@ -32,6 +32,7 @@ from pipeline.job.planning import (
     plan_rows,
     select_rows,
 )
+from pipeline.job.recorded import keep_system_prompt, settings_to_show
 from pipeline.job.session import RunOutcome, Session
 from pipeline.job.stopping import StopRequest, interruptible
 from pipeline.plan.summary import largest_nodes, plan_frame, tree_frame
@@ -160,12 +161,14 @@ def run_job(
                 observer.say(f"{output} was complete, but files are missing; they are made again")
                 if len(directory.done_rows()) != directory.read_manifest()["counters"]["rows_in"]:
                     directory.unseal()
+            keep_system_prompt(directory, settings)
             with loading_engine(settings) as loading:
                 return Session(plan_rows(job), directory, observer, stop).run(loading)
     with loading_engine(settings) as loading:
         planned = plan_rows(job)
         loading.result()
         with RunDirectory.create_or_resume(output, fingerprint, description) as directory:
+            keep_system_prompt(directory, settings)
             return Session(planned, directory, observer, stop).run(loading)
 
 
@@ -202,7 +205,7 @@ def with_absolute_paths(settings: JobSettings) -> JobSettings:
 def describe_job(input: str, job: Job) -> dict[str, Any]:
     """What `run.json` says about a job besides its fingerprint; paths are meant for the audit."""
     return {
-        "settings": job.settings.model_dump(mode="json"),
+        "settings": settings_to_show(job.settings),
         "versions": describe_versions(),
         "device": {
             "asked_for": job.settings.model.device,

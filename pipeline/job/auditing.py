@@ -37,9 +37,10 @@ from pipeline.errors import InputError, ModelError, RunDirectoryError, UsageErro
 from pipeline.job.fingerprint import fingerprint_fields
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.planning import Job, open_job, select_rows
+from pipeline.job.recorded import recall_settings
 from pipeline.job.stopping import interruptible
 from pipeline.plan.plan import noise_key
-from pipeline.settings import AuditSettings, JobSettings
+from pipeline.settings import AuditSettings
 from pipeline.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -98,9 +99,9 @@ def reopen_job(directory: RunDirectory) -> Job:
     Raises InputError or ModelError if the input, the tokenizer or the model is another one now.
     """
     manifest = directory.read_manifest()
-    if "settings" not in manifest or "input" not in manifest:
+    settings = recall_settings(directory)
+    if "input" not in manifest:
         raise RunDirectoryError(f"{directory.root} does not say how it was made; run the job again")
-    settings = JobSettings.model_validate(manifest["settings"])
     job = open_job(manifest["input"]["argument"], settings)
     now = fingerprint_fields(settings, job.source.fingerprint(), job.tokenizer.fingerprint)
     before = manifest["fingerprint"]

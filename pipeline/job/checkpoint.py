@@ -7,6 +7,7 @@
 ```
 
 The key stands for all that the rows depend on; another input, tokenizer or setting has another one.
+The files hold token ids, ids of rows and sampling fields, no text; the user alone may read them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pipeline.engine.machine import cache_folder
 from pipeline.errors import RunDirectoryError
 from pipeline.storage.durable import replace_file, write_errors
 from pipeline.storage.lock import FolderLock
+from pipeline.storage.writer import encode_parquet
 
 EVERY_ROWS = 100_000
 _STALE_S = 7 * 24 * 3600  # what nobody came back for
@@ -62,7 +64,7 @@ class Checkpoint:
         with write_errors(self._folder):
             self.tokens.flush()
             os.fsync(self.tokens.fileno())
-            frame.write_parquet(self._part(number))
+        replace_file(self._part(number), memoryview(encode_parquet(frame.to_arrow())))
         self.state = state | {"parts": number + 1, "token_bytes": self.tokens.tell()}
         replace_file(self._folder / "state.json", json.dumps(self.state).encode())
 

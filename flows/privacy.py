@@ -1,0 +1,41 @@
+"""What a flow keeps from Prefect, whose database has all parameters, log lines and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import CoppiceError, EngineError, UsageError, place_of
+from pipeline.terminal.options import read_config
+
+_TEXT = "system_prompt"
+
+
+def whole_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` over those of the YAML file that their entry `config` names.
+
+    Raises UsageError for a system prompt among the parameters; in the file Prefect does not see it.
+    """
+    said = {name.replace("-", "_"): value for name, value in settings.items()}
+    if said.get(_TEXT) is not None:
+        raise UsageError(
+            "Prefect keeps a flow's parameters in its database; write the system prompt into a "
+            "YAML file of settings and name that as config"
+        )
+    config = said.pop("config", None)
+    written = {} if config is None else read_config(Path(config))
+    return {name.replace("-", "_"): value for name, value in written.items()} | said
+
+
+@contextmanager
+def without_text() -> Iterator[None]:
+    """Let no message out that may quote a prompt, nor the errors that led to one."""
+    try:
+        yield
+    except CoppiceError as error:
+        raise error from None
+    except Exception as error:
+        remedy = "run the same job by coppice --debug run to see the whole traceback"
+        raise EngineError(f"{place_of(error)}; {remedy}") from None
