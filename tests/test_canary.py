@@ -124,8 +124,9 @@ def echoed(words: Iterable[str]) -> list[str]:
 
 
 @pytest.mark.fault(
-    "canary strings: plan, run, report, status, convert",
-    injected="a unique word in prompts, answers, system prompt, columns, tenants",
+    "canary strings",
+    injected="plan, run, report, status, convert: a unique word in prompts, answers, system "
+    "prompt, columns, tenants",
     outcome="only in data/, failed.parquet, system_prompt.txt (0600)",
 )
 def test_a_job_tells_its_text_to_its_output_alone(
@@ -158,8 +159,8 @@ def test_a_job_tells_its_text_to_its_output_alone(
 
 
 @pytest.mark.fault(
-    "canary strings: audit",
-    injected="a unique word in prompts and the system prompt; the answers of a model",
+    "canary strings",
+    injected="audit: a unique word in prompts and the system prompt; the answers of a model",
     outcome="nothing in audit/, run.json, report, logs",
 )
 def test_an_audit_tells_no_text(places: Path, shell: Shell, model: Path, source: Path) -> None:
@@ -178,8 +179,8 @@ def test_an_audit_tells_no_text(places: Path, shell: Shell, model: Path, source:
 
 
 @pytest.mark.fault(
-    "canary strings: template over columns",
-    injected="unique words in the columns that a template prints, and a template that fails",
+    "canary strings",
+    injected="template over columns: unique words in what it prints, and where it fails",
     outcome="only in the output's Parquet files",
 )
 def test_a_template_tells_no_value(places: Path, shell: Shell, model: Path, source: Path) -> None:
@@ -196,8 +197,8 @@ def test_a_template_tells_no_value(places: Path, shell: Shell, model: Path, sour
 
 
 @pytest.mark.fault(
-    "canary strings: a crash inside",
-    injected="an unexpected error whose message quotes a prompt, --debug off",
+    "canary strings",
+    injected="a crash inside: an unexpected error whose message quotes a prompt, --debug off",
     outcome="its type and place, not its message",
 )
 def test_a_crash_inside_tells_no_text(
@@ -224,8 +225,8 @@ def test_a_crash_inside_tells_no_text(
 
 
 @pytest.mark.fault(
-    "canary strings: a plan that is killed",
-    injected="an interruption with a checkpoint in the user's cache",
+    "canary strings",
+    injected="a plan that is killed: an interruption with a checkpoint in the user's cache",
     outcome="token ids and ids of rows there, no text; folder 0700, files 0600",
 )
 def test_a_checkpoint_holds_no_text(

@@ -33,6 +33,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     return {(name, kind): (said, seconds) for name, kind, said, seconds in lines}
 
 
+@pytest.mark.fault(
+    "templates that reach outside",
+    injected="19 escapes from the sandbox, as --template and as chat template",
+    outcome="the row is an error or the call refused; nothing is run or quoted",
+)
 @pytest.mark.parametrize("kind", hostile.KINDS)
 @pytest.mark.parametrize("attack", hostile.ESCAPES)
 def test_a_template_reaches_nothing_outside(outcomes: Outcomes, attack: str, kind: str) -> None:
@@ -41,6 +46,11 @@ def test_a_template_reaches_nothing_outside(outcomes: Outcomes, attack: str, kin
     assert said.startswith(("row: ", "job: ")) and "secret" not in said
 
 
+@pytest.mark.fault(
+    "templates without end",
+    injected="endless loops, huge texts and numbers, deep nesting",
+    outcome="an error of the row within its time limit, or a refusal; never a hang",
+)
 @pytest.mark.parametrize("kind", hostile.KINDS)
 @pytest.mark.parametrize("attack", hostile.EXHAUSTION)
 def test_a_template_takes_neither_all_time_nor_all_memory(
@@ -58,6 +68,11 @@ def test_memory_is_refused_before_it_is_taken(outcomes: Outcomes, attack: str) -
     assert "OverflowError" in outcomes[attack, "prompt"][0]
 
 
+@pytest.mark.fault(
+    "templates without end",
+    injected="a loop that is too long on every row",
+    outcome="UsageError after ten rows",
+)
 def test_a_template_that_is_slow_on_every_row_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompt_template, "_MOST_SECONDS", 0.05)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ x }}"

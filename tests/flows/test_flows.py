@@ -42,8 +42,8 @@ def stored() -> bytes:
 
 
 @pytest.mark.fault(
-    "canary strings: a Prefect flow",
-    injected="a unique word in prompts and answers",
+    "canary strings",
+    injected="a Prefect flow: a unique word in prompts and answers",
     outcome="not in Prefect's database, nor in its logs",
 )
 def test_the_flow_does_the_job_and_tells_prefect_no_text(
@@ -60,8 +60,9 @@ def test_the_flow_does_the_job_and_tells_prefect_no_text(
 
 
 @pytest.mark.fault(
-    "canary strings: a Prefect flow that crashes",
-    injected="an unexpected error, and one of ours caused by one, that quote a prompt",
+    "canary strings",
+    injected="a Prefect flow that crashes: an unexpected error that quotes a prompt, and one of ours "
+    "that it caused",
     outcome="type and place in Prefect's database and logs, no message",
 )
 @pytest.mark.parametrize("is_ours", [False, True])
@@ -90,8 +91,8 @@ def test_a_flow_that_crashes_tells_prefect_no_text(
 
 
 @pytest.mark.fault(
-    "canary strings: a system prompt in a Prefect flow",
-    injected="as a parameter; in the YAML file of `config`",
+    "canary strings",
+    injected="a system prompt in a Prefect flow: as a parameter; in the YAML file of `config`",
     outcome="refused; used, and not in Prefect's database",
 )
 def test_a_system_prompt_belongs_into_the_file(

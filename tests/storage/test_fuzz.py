@@ -24,6 +24,11 @@ def test_what_is_damaged_was_whole(tmp_path: Path) -> None:
     assert [*fuzz.damaged_files(7, 20)] == [*fuzz.damaged_files(7, 20)]
 
 
+@pytest.mark.fault(
+    "fuzzed Parquet",
+    injected="300 files (make fuzz: 20,000): flips, cuts, splices, lengths, swapped pages",
+    outcome="rows or InputError; no crash, no hang, memory bounded",
+)
 def test_a_few_hundred_damaged_files() -> None:
     """Seen red: with `pa.ArrowException` missing in `damage_named`."""
     check(fuzz.read_damaged(seed=0, count=300), 300)
