@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= coppice-demo
 
-.PHONY: demo test torture check format lint types bench bench-peers demo-model report-demo wheel clean
+.PHONY: demo test test-slow torture fuzz faults check format lint types bench bench-peers demo-model report-demo wheel clean
 
 demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts, audit it, report
 	$(BIN)/coppice demo -o $(DEMO)
@@ -14,6 +14,15 @@ test: $(VENV)/.installed-dev  ## the whole test suite
 
 torture: $(VENV)/.installed-dev  ## every file operation fails or kills, and 220 kill -9; half an hour
 	$(BIN)/python -m tests.torture $(if $(JSON),--json $(JSON))
+
+test-slow: $(VENV)/.installed-dev  ## what takes minutes: a million rows, thousands of damaged files
+	$(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/.installed-dev  ## read 20,000 damaged Parquet files and count what comes of them
+	$(BIN)/python -m tests.storage.fuzz 20000
+
+faults: $(VENV)/.installed-dev  ## write docs/faults.md from the tests
+	$(BIN)/python -m tests.faults > docs/faults.md
 
 check: $(VENV)/.installed-dev format-check lint types test  ## all that must be green before a commit
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import CoppiceError, UsageError
-from pipeline.settings import STORAGE_SECRETS
-from pipeline.terminal.options import read_config, split_store
+from flows.privacy import check_no_secrets
+from pipeline.errors import CoppiceError
+from pipeline.terminal.options import read_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -26,11 +26,7 @@ def _absolute(path: str) -> str:
 def _settings(config: Path | None) -> dict[str, Any]:
     """What the file says. Raises UsageError for secrets, which Prefect would keep."""
     settings = {} if config is None else read_config(config)
-    if split_store(settings)[1].storage_options.keys() & set(STORAGE_SECRETS):
-        raise UsageError(
-            "Prefect would store the secrets among the storage options; set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY instead"
-        )
+    check_no_secrets(settings)
     return settings
 
 
@@ -44,7 +40,8 @@ def generate(
     """Do the job as a flow; the same call again resumes it."""
     from flows.generate import generate as flow
 
-    flow(_absolute(input), _absolute(output), _settings(config) | {"model": model})
+    settings = {} if config is None else {"config": _absolute(str(config))}
+    flow(_absolute(input), _absolute(output), settings | {"model": model})
 
 
 @app.command()

@@ -8,6 +8,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.generate import LoggingObserver
+from flows.privacy import without_text
 from pipeline.errors import AuditFailed
 from pipeline.job.auditing import audit_run
 from pipeline.run import report_run
@@ -19,7 +20,9 @@ from pipeline.terminal.options import merge_section, split_store
 def audit_rows(output: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Audit a run directory. Raises AuditFailed below the bar."""
     others, store = split_store(settings)
-    verdict = audit_run(output, merge_section(AuditSettings, others), LoggingObserver(), store)
+    chosen = merge_section(AuditSettings, others)
+    with without_text():
+        verdict = audit_run(output, chosen, LoggingObserver(), store)
     if not verdict.passed:
         raise AuditFailed(f"the audit of {output} failed: {'; '.join(verdict.reasons)}")
     return {"verdict": verdict.verdict, "rows_audited": verdict.rows_audited}
@@ -28,7 +31,8 @@ def audit_rows(output: str, settings: dict[str, Any]) -> dict[str, Any]:
 @task(name="report", cache_policy=NO_CACHE, persist_result=False)
 def write_report(output: str, settings: dict[str, Any]) -> str:
     """Write the report; returns the page's path or URL."""
-    return report_run(output, split_store(settings)[1])
+    with without_text():
+        return report_run(output, split_store(settings)[1])
 
 
 @flow(name="coppice-audit", persist_result=False)

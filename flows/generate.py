@@ -14,6 +14,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
 from prefect.tasks import Task
 
+from flows.privacy import whole_settings, without_text
 from pipeline.errors import Interrupted, TimeBudgetReached, TooManyFailedRows, UsageError
 from pipeline.job.observer import Snapshot
 from pipeline.run import run_job
@@ -61,11 +62,16 @@ async def is_worth_a_retry(tried: Task[Any, Any], run: TaskRun, state: State[Any
 )
 def generate_rows(input: str, output: str, settings: dict[str, Any]) -> dict[str, float]:
     """Run or resume the job; returns its counters. A retry goes on where the last try stopped."""
-    job = JobSettings.from_flat(settings)
-    return run_job(input, output, job, LoggingObserver()).counters
+    with without_text():
+        job = JobSettings.from_flat(whole_settings(settings))
+        return run_job(input, output, job, LoggingObserver()).counters
 
 
 @flow(name="coppice-generate", persist_result=False)
 def generate(input: str, output: str, settings: dict[str, Any]) -> dict[str, float]:
-    """Generate an answer for every row of `input` into `output`; `settings` by flag names."""
+    """Generate an answer for every row of `input` into `output`.
+
+    `settings` by flag names, and `config`, the path of a YAML file of more of them: Prefect keeps
+    what is passed here, and not what stands there.
+    """
     return generate_rows(input, output, settings)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import logging
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from pipeline.errors import AuditFailed, CoppiceError, UsageError
+from pipeline.errors import AuditFailed, CoppiceError, UsageError, place_of
 from pipeline.settings import (
     AuditSettings,
     EngineSettings,
@@ -244,12 +243,8 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        print(
-            f"coppice: unexpected {type(error).__name__} in {Path(last.filename).name}, line "
-            f"{last.lineno}; run coppice --debug ... to see the whole traceback",
-            file=sys.stderr,
-        )
+        remedy = "run coppice --debug ... to see the whole traceback"
+        print(f"coppice: {place_of(error)}; {remedy}", file=sys.stderr)
         sys.exit(1)
 
 

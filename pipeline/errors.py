@@ -18,6 +18,9 @@ CoppiceError                    1   something failed; the message says what to d
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 
 class CoppiceError(Exception):
     """Base of all. The message is one sentence for a person: what, where, and the remedy."""
@@ -77,3 +80,9 @@ class Interrupted(CoppiceError):
     """Stopped by a signal; the same command resumes."""
 
     exit_code = 130
+
+
+def place_of(error: BaseException) -> str:
+    """Type and place of a fault of ours. Its message is left out: it may quote a prompt."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"unexpected {type(error).__name__} in {Path(last.filename).name}, line {last.lineno}"

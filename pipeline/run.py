@@ -34,6 +34,7 @@ from pipeline.job.planning import (
     plan_rows,
     select_rows,
 )
+from pipeline.job.recorded import keep_system_prompt, settings_to_show
 from pipeline.job.session import Session
 from pipeline.job.stopping import StopRequest, interruptible
 from pipeline.job.watchdog import Watchdog
@@ -180,6 +181,7 @@ def _run_or_resume(
                 observer.say(f"{output} was complete, but files are missing; they are made again")
                 rows = directory.read_manifest()["counters"]["rows_in"]
                 directory.unseal(with_audit=len(directory.done_rows()) != rows)
+            keep_system_prompt(directory, settings)
             with loading_engine(settings) as loading:
                 planned = plan_rows(job)
                 return Session(planned, directory, observer, stop, watchdog).run(loading)
@@ -189,6 +191,7 @@ def _run_or_resume(
         with watchdog.excused():
             loading.result()
         with take() as directory:
+            keep_system_prompt(directory, settings)
             return Session(planned, directory, observer, stop, watchdog).run(loading)
 
 
@@ -226,7 +229,7 @@ def with_absolute_paths(settings: JobSettings) -> JobSettings:
 def describe_job(input: str, job: Job) -> dict[str, Any]:
     """What `run.json` says about a job besides its fingerprint; paths are meant for the audit."""
     return {
-        "settings": job.settings.model_dump(mode="json"),
+        "settings": settings_to_show(job.settings),
         "versions": describe_versions(),
         "device": {
             "asked_for": job.settings.model.device,

@@ -46,6 +46,11 @@ def test_every_row_gets_its_answer_and_keeps_its_columns(
     assert (outcome.counters["rows_ok"], outcome.counters["rows_in"]) == (6, 7)
 
 
+@pytest.mark.fault(
+    "duplicate prompts",
+    injected="one prompt in three rows, greedy",
+    outcome="runs once; the copies name the row that ran",
+)
 def test_duplicates_run_once_and_name_the_row_that_ran(
     tmp_path: Path, settings: JobSettings
 ) -> None:
@@ -98,6 +103,11 @@ def test_a_sealed_run_has_nothing_left_to_do(tmp_path: Path, settings: JobSettin
     assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet"))
 
 
+@pytest.mark.fault(
+    "input changed between runs",
+    injected="other rows or settings before the same command",
+    outcome="RunDirectoryError, exit code 2, the field is named",
+)
 def test_another_job_is_refused_by_name_of_the_field(tmp_path: Path, settings: JobSettings) -> None:
     source = write_prompts(tmp_path / "p.parquet", PROMPTS)
     run_job(str(source), tmp_path / "out", settings)
@@ -116,6 +126,11 @@ def test_batch_sizes_may_change_between_sessions(tmp_path: Path, tokenizer_folde
     assert run_job(str(source), tmp_path / "out", wider).was_complete
 
 
+@pytest.mark.fault(
+    "duplicate ids",
+    injected="one id in two rows",
+    outcome="InputError, exit code 2, the id is named; no folder is made",
+)
 def test_duplicate_ids_are_refused_before_anything_is_made(
     tmp_path: Path, settings: JobSettings
 ) -> None:
@@ -164,6 +179,21 @@ def test_answers_are_cut_before_a_stop_string(tmp_path: Path, tokenizer_folder: 
     assert (row["generated_text"], row["completion_tokens"]) == ("dc", 4)
 
 
+@pytest.mark.fault(
+    "prompt at the limit",
+    injected="127 tokens of a context of 128",
+    outcome="answered with one token",
+)
+@pytest.mark.fault(
+    "prompt one above the limit",
+    injected="128 tokens of a context of 128",
+    outcome="OverlongPrompt, or cut from the left on request",
+)
+@pytest.mark.fault(
+    "prompt of ten times the limit",
+    injected="1,280 tokens of a context of 128",
+    outcome="OverlongPrompt",
+)
 @pytest.mark.parametrize(
     ("rule", "length", "expected"),
     [
@@ -185,6 +215,8 @@ def test_prompts_at_the_limit_of_the_context(
     assert (row["status"], row["prompt_tokens"], row["completion_tokens"]) == expected
     if row["status"] == "ok":
         assert row["generated_text"][0] == "a"
+    else:
+        assert row["error_type"] == "OverlongPrompt"
 
 
 @pytest.mark.parametrize("engine", ["prefix", "naive"])
@@ -331,6 +363,11 @@ def test_a_complete_run_that_lost_a_part_makes_it_again(
     assert (tmp_path / "out" / "_SUCCESS").exists()
 
 
+@pytest.mark.fault(
+    "committed part altered",
+    injected="a byte added to a part of a sealed run",
+    outcome="StorageError, exit code 1, the part is named",
+)
 def test_a_complete_run_with_an_altered_part_is_not_called_complete(
     tmp_path: Path, settings: JobSettings
 ) -> None:

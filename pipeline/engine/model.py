@@ -22,9 +22,16 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.engine.support import why_unsupported
 from pipeline.errors import ModelError
-from pipeline.settings import ModelSettings
+from pipeline.settings import ModelSettings, SamplingSettings, resolve_sampling
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_DEFAULTS: dict[str, tuple[type, ...]] = {
+    "do_sample": (bool,),
+    "temperature": (int, float),
+    "top_p": (int, float),
+    "top_k": (int,),
+    "max_new_tokens": (int,),
+}
 _SHOWN_CHARACTERS = 200  # of what transformers says
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -73,15 +80,7 @@ def read_shape(model: str, revision: str | None = None) -> ModelShape:
             f"{model}: a {config.model_type!r} model is no plain decoder; "
             "name a causal language model such as a Llama, Qwen2, Mistral or GPT-2"
         )
-    try:
-        generation = GenerationConfig.from_pretrained(model, revision=revision)
-    except OSError as error:
-        if (Path(model) / "generation_config.json").exists():  # its stop tokens must not be lost
-            raise ModelError(
-                f"{model}: generation_config.json cannot be read; download it again or remove it"
-            ) from error
-        generation = GenerationConfig.from_model_config(config)
-    eos = generation.eos_token_id
+    generation, eos = _read_generation(model, revision, config)
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     return ModelShape(
         family=config.model_type,
@@ -91,9 +90,46 @@ def read_shape(model: str, revision: str | None = None) -> ModelShape:
         context_length=getattr(config, "max_position_embeddings", None),
         vocabulary_size=config.vocab_size,
         dtype=dtype if dtype in _BYTES else "float32",
-        generation_config=generation.to_diff_dict(),
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        generation_config=generation,
+        eos_token_ids=eos,
     )
+
+
+def _read_generation(
+    model: str, revision: str | None, config: Any
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Generation defaults, and the tokens that end an answer. Raises ModelError."""
+    has_file = (Path(model) / "generation_config.json").exists()
+    try:
+        generation = GenerationConfig.from_pretrained(model, revision=revision)
+    except Exception as error:  # of every kind, for values of wrong types
+        if has_file or not isinstance(error, OSError):  # its stop tokens must not be lost
+            raise ModelError(
+                f"{model}: generation_config.json cannot be read; download it again or remove it"
+            ) from error
+        generation = GenerationConfig.from_model_config(config)
+    eos = generation.eos_token_id
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    defaults: dict[str, Any] = generation.to_diff_dict()
+    reason = _why_no_defaults(defaults)
+    if not all(type(token_id) is int and token_id >= 0 for token_id in eos):
+        reason = "eos_token_id is not a token id or a list of them"
+    if reason:
+        raise ModelError(f"{model}: generation_config.json: {reason}; correct or remove it")
+    return defaults, tuple(eos)
+
+
+def _why_no_defaults(defaults: dict[str, Any]) -> str | None:
+    """Why no row could be generated with these, or None."""
+    for name, wanted in _DEFAULTS.items():
+        value = defaults.get(name)
+        if value is not None and type(value) not in wanted:
+            return f"{name} is of type {type(value).__name__}"
+    try:
+        resolve_sampling(SamplingSettings(), defaults, {})
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def load_model(settings: ModelSettings) -> LoadedModel:
@@ -176,13 +212,28 @@ def check_weights(model: str) -> None:
             )
         raise ModelError(f"{model}: no model.safetensors in this folder; is the download complete?")
     if _WEIGHTS[1] in present:
-        index = json.loads((folder / _WEIGHTS[1]).read_text())
-        absent = sorted(set(index["weight_map"].values()) - present)
-        if absent:
+        _check_index(model, folder / _WEIGHTS[1], present)
+
+
+def _check_index(model: str, index: Path, present: set[str]) -> None:
+    """What the index names is opened as it says: by torch's unpickler, or outside of the folder."""
+    try:
+        named = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{model}: {index.name} cannot be read; download it again") from error
+    for name in named:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise ModelError(f"{model}: {index.name} names a file outside of the folder, {name!r}")
+        if not name.endswith(".safetensors"):
             raise ModelError(
-                f"{model}: {len(absent)} of the weight files are missing, {absent[0]} first; "
-                "finish the download"
+                f"{model}: {index.name} names {name!r}, which is not safetensors; convert it"
             )
+    absent = sorted(named - present)
+    if absent:
+        raise ModelError(
+            f"{model}: {len(absent)} of the weight files are missing, {absent[0]} first; "
+            "finish the download"
+        )
 
 
 def _read_config(model: str, revision: str | None) -> Any:

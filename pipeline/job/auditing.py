@@ -38,9 +38,10 @@ from pipeline.job.evidence import Arms
 from pipeline.job.fingerprint import fingerprint_fields
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.planning import Job, open_job, select_rows
+from pipeline.job.recorded import recall_settings
 from pipeline.job.stopping import interruptible
 from pipeline.plan.plan import noise_key
-from pipeline.settings import AuditSettings, JobSettings, StoreSettings
+from pipeline.settings import AuditSettings, StoreSettings
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_place import Place, reading_run
 
@@ -133,9 +134,9 @@ def reopen_job(directory: RunDirectory, store: StoreSettings | None = None) -> J
     Raises InputError or ModelError if the input, the tokenizer or the model is another one now.
     """
     manifest = directory.read_manifest()
-    if "settings" not in manifest or "input" not in manifest:
+    settings = recall_settings(directory)
+    if "input" not in manifest:
         raise RunDirectoryError(f"{directory.name} does not say how it was made; run the job again")
-    settings = JobSettings.model_validate(manifest["settings"])
     if store is not None:
         settings = settings.model_copy(update={"store": settings.store.overridden_by(store)})
     job = open_job(manifest["input"]["argument"], settings)

@@ -7,6 +7,7 @@
 ```
 
 The key stands for all that the rows depend on; another input, tokenizer or setting has another one.
+The files hold token ids, ids of rows and sampling fields, no text; the user alone may read them.
 """
 
 from __future__ import annotations

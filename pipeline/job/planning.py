@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from pipeline.engine.machine import cache_folder
 from pipeline.errors import InputError, ModelError
 from pipeline.job import checkpoint
-from pipeline.job.advice import SAMPLE_ROWS, advise
+from pipeline.job.advice import SAMPLE_CHARACTERS, SAMPLE_ROWS, advise
 from pipeline.job.channel import Stages
 from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.field_ordering import FieldSaving, memory_needed, order_fields
 from pipeline.job.fingerprint import describe_versions
+from pipeline.job.model_folder import check_model_folder
 from pipeline.job.prepare import Limits, Preparation
 from pipeline.job.prepared_rows import PreparedRows
 from pipeline.job.rates import recall_rates
@@ -125,6 +126,7 @@ def open_job(input: str, settings: JobSettings) -> Job:
     source = open_source(input, settings.read, settings.store, copies)
     output_schema(source.schema, source.columns.id)  # refuses names that would collide
     model = settings.model
+    check_model_folder(model)
     tokenizer = PromptTokenizer.load(model.model, model.revision, settings.tokens)
     shape = _read_shape(model)
     if not settings.read.reorder_fields:
@@ -149,9 +151,8 @@ def plan_rows(job: Job) -> PlannedJob:
 
 def plan_for_a_person(job: Job) -> PlannedJob:
     """As `plan_rows`, with what a person wants to know before a run: advice and estimated time."""
-    rows = read_rows(job, -(-job.source.num_rows // SAMPLE_ROWS))
-    planned = _plan(job, rows)
-    summary, advice = planned.summary, advise(rows.sample())
+    planned = plan_rows(job)
+    summary, advice = planned.summary, advise(_sample_prompts(planned))
     fields, memory = job.fields, job.settings.plan.plan_memory
     if fields is None and job.source.fields and memory_needed(job.source) <= memory:
         fields = order_fields(job.source, memory, is_applied=False).saving
@@ -167,13 +168,19 @@ def plan_for_a_person(job: Job) -> PlannedJob:
     return replace(planned, summary=summary)
 
 
-def read_rows(job: Job, sample_every: int | None = None) -> PreparedRows:
+def _sample_prompts(planned: PlannedJob) -> list[str]:
+    """Beginnings of some prompts, evenly spaced, as their token ids spell them."""
+    table = planned.plan.table
+    rows = range(0, len(table), -(-len(table) // SAMPLE_ROWS))
+    ids = [table[row][:SAMPLE_CHARACTERS].tolist() for row in rows if table.lengths[row]]
+    return [text[:SAMPLE_CHARACTERS] for text in planned.job.tokenizer.decode_batch(ids)]
+
+
+def read_rows(job: Job) -> PreparedRows:
     """Read and tokenise every row, or what a killed call left. Raises InputError, StorageError."""
     rows = PreparedRows(
-        job.tokenizer,
         job.preparation(),
         narrowest_dtype(job.tokenizer.vocabulary_size),
-        sample_every,
         Checkpoint.open(job.key()) if job.source.num_rows > checkpoint.EVERY_ROWS else None,
     )
     with rows.until_failure(), Stages() as stages:

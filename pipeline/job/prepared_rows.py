@@ -1,12 +1,14 @@
 """The rows of a job, read and tokenised, as columns. Knows no plan.
 
-Token ids go to a file; of a row memory holds numbers and its id, packed.
+Token ids go to a file; of a row memory holds numbers and its id, packed. No text of a prompt is
+kept, in memory or in a checkpoint, and of a tenant a checkpoint knows a hash.
 """
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Generic, TypeVar
@@ -16,12 +18,10 @@ import polars as pl
 from numpy.typing import NDArray
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.job.advice import SAMPLE_CHARACTERS
 from pipeline.job.checkpoint import EVERY_ROWS, Checkpoint
 from pipeline.job.prepare import Preparation
 from pipeline.plan.token_table import TokenFile, TokenTable
 from pipeline.records import PromptBatch, Rejected, SamplingParams
-from pipeline.tokens.tokenizer import PromptTokenizer
 
 Value = TypeVar("Value")
 _SCHEMA = {
@@ -31,7 +31,6 @@ _SCHEMA = {
     "tenant": pl.Int32,
     "error_type": pl.String,
     "error_message": pl.String,
-    "sample": pl.String,
 }
 
 
@@ -40,21 +39,16 @@ class PreparedRows:
 
     def __init__(
         self,
-        tokenizer: PromptTokenizer,
         preparation: Preparation,
         dtype: np.dtype[np.unsignedinteger],
-        sample_every: int | None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """`sample_every`: so many rows apart, beginnings of prompts are kept for advice."""
-        self._tokenizer = tokenizer
         self._preparation = preparation
-        self._sample_every = sample_every
         self._checkpoint = checkpoint
         self._frames = [pl.DataFrame(schema=_SCHEMA)]
         self._unsaved: list[pl.DataFrame] = []
         self._params = _Numbers[SamplingParams]()
-        self._tenants = _Numbers[str | None]()
+        self._tenants = _Tenants()
         self.largest_id = -1
         with _disk_errors():
             file = tempfile.TemporaryFile() if checkpoint is None else checkpoint.tokens
@@ -80,7 +74,6 @@ class PreparedRows:
                 "tenant": self._tenants.number(batch.tenants),
                 "error_type": [fault and fault.error_type for fault in faults],
                 "error_message": [fault and fault.message for fault in faults],
-                "sample": self._sample(batch, prepared.lengths),
             },
             schema=_SCHEMA,
         )
@@ -128,23 +121,8 @@ class PreparedRows:
         faults = frame.filter(pl.col("error_type").is_not_null())
         return {row: Rejected(row, kind, message) for row, kind, message in faults.iter_rows()}
 
-    def sample(self) -> list[str]:
-        """Beginnings of the rendered prompts of some rows, evenly spaced."""
-        kept: list[str] = self._column("sample").to_series().drop_nulls().to_list()
-        return kept
-
     def _column(self, *names: str) -> pl.DataFrame:
         return pl.concat([frame.select(names) for frame in self._frames], rechunk=True)
-
-    def _sample(self, batch: PromptBatch, lengths: NDArray[np.int64]) -> list[str | None]:
-        kept: list[str | None] = [None] * len(batch.ids)
-        if self._sample_every is None:
-            return kept
-        for index in range(-batch.row_start % self._sample_every, len(kept), self._sample_every):
-            content = batch.contents[index]
-            if lengths[index] and content is not None:
-                kept[index] = self._tokenizer.render(content)[:SAMPLE_CHARACTERS]
-        return kept
 
     def _save(self) -> None:
         if self._checkpoint is not None:
@@ -152,7 +130,7 @@ class PreparedRows:
                 "rows": self.num_rows,
                 "largest_id": self.largest_id,
                 "params": [asdict(params) for params in self._params.known],
-                "tenants": list(self._tenants.known),
+                "tenants": list(self._tenants.hashes.known),
             }
             self._checkpoint.save(pl.concat(self._unsaved), state)
         self._unsaved.clear()
@@ -164,7 +142,7 @@ class PreparedRows:
         self._params.number(
             [SamplingParams(**said | {"stop": tuple(said["stop"])}) for said in state["params"]]
         )
-        self._tenants.number(state["tenants"])
+        self._tenants.hashes.number(state["tenants"])
 
 
 @contextmanager
@@ -186,6 +164,25 @@ class _Numbers(Generic[Value]):
 
     def number(self, values: Sequence[Value]) -> NDArray[np.int32]:
         """The number of each value."""
-        known = self.known
-        numbers: Iterable[int] = (known.setdefault(value, len(known)) for value in values)
-        return np.fromiter(numbers, np.int32, len(values))
+        return np.fromiter(map(self.number_of, values), np.int32, len(values))
+
+    def number_of(self, value: Value) -> int:
+        """The number of one value, the next one if it is new."""
+        return self.known.setdefault(value, len(self.known))
+
+
+class _Tenants:
+    """Tenants by number. `hashes` is all that has to be kept for others to get the same numbers."""
+
+    def __init__(self) -> None:
+        self.hashes = _Numbers[str | None]()
+        self._number_of: dict[str | None, int] = {}
+
+    def number(self, tenants: Sequence[str | None]) -> NDArray[np.int32]:
+        """The number of each tenant."""
+        known = self._number_of
+        for tenant in tenants:
+            if tenant not in known:
+                digest = None if tenant is None else hashlib.sha256(tenant.encode()).hexdigest()
+                known[tenant] = self.hashes.number_of(digest)
+        return np.fromiter(map(known.__getitem__, tenants), np.int32, len(tenants))

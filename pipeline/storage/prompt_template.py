@@ -1,8 +1,8 @@
 """Prompts from the columns of a table by a Jinja template. Knows no files of rows.
 
-A template is code of the user's, rows are text of anybody's: it runs in Jinja's sandbox, sees the
-columns that it names and nothing else, and what it says when it fails leaves out the row's values.
-The same row must give the same prompt tomorrow, so nothing random is there either.
+A template is code of the user's, rows are text of anybody's: it runs in a sandbox and for a limited
+time, sees the columns that it names and nothing else, and what it says when it fails leaves out the
+row's values. The same row must give the same prompt tomorrow, so nothing random is there either.
 
 `fields("title", "stars")` is the list of these columns' names and values, in an order that may be
 another one in each row: the only place where a planner may change a prompt.
@@ -18,25 +18,16 @@ from typing import Any
 import jinja2
 from jinja2 import meta, nodes
 from jinja2.runtime import TemplateReference
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import UsageError
 from pipeline.storage.cells import BadCell
+from pipeline.storage.sandbox import Sandbox
+from pipeline.time_limit import TimeLimit, TookTooLong
 
-_FAULTS = (
-    jinja2.TemplateError, TypeError, ValueError, LookupError,
-    AttributeError, ArithmeticError, RecursionError, MemoryError,
-)  # fmt: skip
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """`order.items` is the field of a struct, where it has one, and not the method of a dict."""
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        """See Jinja."""
-        if isinstance(obj, dict) and attribute in obj:
-            return obj[attribute]
-        return super().getattr(obj, attribute)
+# What Python says of code that nests too deeply, or of a number that is too long.
+_NOT_COMPILED = (SyntaxError, RecursionError, ValueError, ArithmeticError, MemoryError)
+_MOST_SECONDS = 10.0  # for a row
+_MOST_SLOW_ROWS = 10
 
 
 class PromptTemplate:
@@ -50,12 +41,12 @@ class PromptTemplate:
         """`known`: the table's columns. Raises UsageError with the place of what is wrong."""
         self._name = name
         self._source = source
-        environment = _Sandbox(
+        self._limit = TimeLimit(_MOST_SECONDS)
+        environment = Sandbox(
             undefined=jinja2.StrictUndefined, finalize=_printable, keep_trailing_newline=True
         )
-        for global_name in {"lipsum", *known} & environment.globals.keys():
+        for global_name in set(known) & environment.globals.keys():
             del environment.globals[global_name]
-        del environment.filters["random"]
         try:
             tree = environment.parse(source)
             self.fields = _find_fields(tree, name)
@@ -65,6 +56,10 @@ class PromptTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
                 f"{name}, line {error.lineno}, is not valid Jinja: {error.message}"
+            ) from error
+        except _NOT_COMPILED as error:
+            raise UsageError(
+                f"{name} cannot be compiled ({type(error).__name__}); nest less and shorten it"
             ) from error
         for other in tree.find_all((nodes.Include, nodes.Extends, nodes.Import, nodes.FromImport)):
             raise UsageError(f"{name}, line {other.lineno}: other files cannot be read; copy it in")
@@ -95,7 +90,8 @@ class PromptTemplate:
                 )
 
     def render(self, row: Mapping[str, Any], order: Sequence[int] | None = None) -> str:
-        """The prompt of a row. Raises BadCell, without quoting the row.
+        """The prompt of a row. Raises BadCell, without quoting the row; UsageError where row after
+        row takes too long.
 
         `order`: places in `fields`, each once; None: as the template lists them.
         """
@@ -103,13 +99,26 @@ class PromptTemplate:
         pairs = [(name, row[name]) for name in listed]
         own = {"fields": lambda *names: pairs} if self.fields else {}
         try:
-            return self._template.render(row, **own)
+            with self._limit:
+                return self._template.render(row, **own)
         except BadCell as error:
             raise BadCell(f"line {_line(error)} of the template {error}") from None
-        except _FAULTS as error:
+        except TookTooLong as error:
+            self._check_patience()
+            line, most = _line(error), self._limit.seconds
+            raise BadCell(
+                f"line {line} of the template takes over {most:g} s on this row"
+            ) from None
+        except Exception as error:  # a template is code: it can raise anything
             kind = type(error).__name__
             raise BadCell(
                 f"line {_line(error)} of the template fails on this row ({kind})"
+            ) from None
+
+    def _check_patience(self) -> None:
+        if self._limit.num_ended >= _MOST_SLOW_ROWS:
+            raise UsageError(
+                f"{self._name} takes over {self._limit.seconds:g} s on row after row; simplify it"
             ) from None
 
 

@@ -42,13 +42,16 @@ from pipeline.storage.run_directory import (
     AUDIT_NAMES,
     PLAN_NAME,
     SUCCESS_NAME,
+    SYSTEM_PROMPT_NAME,
     RunDirectory,
 )
 from pipeline.storage.writer import PART_NAME
 
 METRICS_NAME: Final = "metrics.jsonl"
 _PLAN_NAMES: Final = (PLAN_NAME, "plan/tree.parquet", "plan/summary.json")  # the last one last
-_READ_NAMES: Final = (PLAN_NAME, "plan/summary.json", METRICS_NAME, SUCCESS_NAME, *AUDIT_NAMES)
+_READ_NAMES: Final = (
+    PLAN_NAME, "plan/summary.json", METRICS_NAME, SYSTEM_PROMPT_NAME, SUCCESS_NAME, *AUDIT_NAMES,
+)  # fmt: skip
 _STALE_S: Final = 7 * 24 * 3600  # working copies that nobody came back for
 Result = TypeVar("Result")
 _logger = logging.getLogger("coppice")

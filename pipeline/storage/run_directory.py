@@ -47,6 +47,7 @@ from pipeline.storage.writer import (
 
 SUCCESS_NAME = "_SUCCESS"
 PLAN_NAME = "plan/plan.parquet"
+SYSTEM_PROMPT_NAME = "system_prompt.txt"
 AUDIT_NAMES = ("audit/summary.json", "audit/audit.parquet")
 _LONGEST_LINE = 1 << 16  # bytes of metrics.jsonl
 

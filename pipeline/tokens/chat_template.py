@@ -1,12 +1,15 @@
 """Conversations become text by the model's own template. Knows nothing about token ids.
 
-A template is code: `transformers` runs it in a sandbox. What it says when it fails may quote the
-conversation, and is then left out of the reason.
+A template is code of the model's: `transformers` runs it in a sandbox, and here for a limited time.
+A time limit cannot end a single step, so those that could take for ever, powers and huge numbers,
+are refused. Its memory has no limit but the process's. What it says when it fails may quote the
+conversation, so only words that stand in the template itself become part of the reason.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,15 @@ import jinja2
 
 from pipeline.errors import UsageError
 from pipeline.records import Message
+from pipeline.time_limit import TimeLimit, TookTooLong
+
+_MOST_SECONDS = 10.0  # for a conversation
+_MOST_SLOW_ROWS = 10
+_MOST_DIGITS = 8  # of a number in the template
 
 
 class TemplateFault(ValueError):
     """The template refuses this conversation; the message says why, without quoting it."""
-
-
-# What code in the sandbox can raise on an unexpected conversation.
-_FAULTS = (
-    jinja2.TemplateError, TypeError, ValueError, LookupError,
-    AttributeError, ArithmeticError, RecursionError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,25 +34,69 @@ class ChatTemplate:
 
     source: str
     tokenizer: Any
+    limit: TimeLimit = field(default_factory=lambda: TimeLimit(_MOST_SECONDS), compare=False)
+
+    @cached_property
+    def endless(self) -> str | None:
+        """Why a single step of the template could take for ever, or None."""
+        before = ""
+        try:
+            for line, kind, text in jinja2.Environment().lex(self.source):
+                is_power = (kind, text) == ("operator", "**") and before not in ("(", ",")
+                if is_power or (kind == "integer" and len(text) > _MOST_DIGITS):
+                    what = "a power" if is_power else "a huge number"
+                    return (
+                        f"the chat template, line {line}, computes with {what}, which could take "
+                        "for ever; pass another with --chat-template"
+                    )
+                before = before if kind == "whitespace" else text
+        except jinja2.TemplateSyntaxError:
+            pass  # said when it is rendered
+        return None
 
     def render(self, messages: list[Message]) -> str:
         """The whole prompt, up to where the assistant's answer begins.
 
-        Raises TemplateFault if this conversation does not fit, UsageError if the template is not
-        valid Jinja.
+        Raises TemplateFault if this conversation does not fit or takes too long, UsageError if the
+        template is not valid Jinja, holds what could take for ever, or takes too long on many rows.
         """
+        if self.endless is not None:
+            raise UsageError(self.endless)
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.source, add_generation_prompt=True, tokenize=False
-            )
+            with self.limit:
+                text = self.tokenizer.apply_chat_template(
+                    messages, chat_template=self.source, add_generation_prompt=True, tokenize=False
+                )
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
                 f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); "
                 "correct it or pass another with --chat-template"
             ) from error
-        except _FAULTS as error:
-            raise TemplateFault(_reason(error, messages)) from error
+        except SyntaxError as error:  # Python's, of the code that Jinja wrote
+            raise UsageError(
+                f"the chat template cannot be compiled ({error.msg}); pass another with "
+                "--chat-template"
+            ) from error
+        except TookTooLong:
+            self._check_patience()
+            raise TemplateFault(
+                f"the chat template takes over {self.limit.seconds:g} s on this conversation"
+            ) from None
+        except Exception as error:  # a template is code: it can raise anything
+            raise TemplateFault(self._reason(error)) from None
         return str(text)
+
+    def _check_patience(self) -> None:
+        if self.limit.num_ended >= _MOST_SLOW_ROWS:
+            raise UsageError(
+                f"the chat template takes over {self.limit.seconds:g} s on row after row; "
+                "pass another with --chat-template"
+            ) from None
+
+    def _reason(self, error: Exception) -> str:
+        said = str(error)
+        detail = f": {said}" if said and said in self.source else ""
+        return f"the chat template refuses the conversation ({type(error).__name__}{detail})"
 
 
 def find_template(tokenizer: Any, override: Path | None) -> ChatTemplate | None:
@@ -72,10 +117,3 @@ def find_template(tokenizer: Any, override: Path | None) -> ChatTemplate | None:
             "the model has several chat templates and none is the default; "
             "choose one with --chat-template"
         ) from error
-
-
-def _reason(error: Exception, messages: list[Message]) -> str:
-    said = str(error)
-    quotes = any(value in said for message in messages for value in message.values() if value)
-    detail = "" if quotes else f": {said}"
-    return f"the chat template refuses the conversation ({type(error).__name__}{detail})"

@@ -330,6 +330,11 @@ def test_short_answers_do_not_wait_for_room_that_they_never_use(watch: Watch) ->
     assert engine.counters.recomputed_tokens == 0 and not watch.preempted
 
 
+@pytest.mark.fault(
+    "out of memory where KV grows",
+    injected="a budget that answers outgrow",
+    outcome="the last row waits and is computed again; counted",
+)
 def test_rows_that_run_to_the_end_are_preempted_and_counted(watch: Watch) -> None:
     """All reach 120 tokens where room was taken for a quarter of them. What comes back is a suffix
     of 8 and what was generated but for its last token; the prefix has always a row below it.

@@ -155,6 +155,11 @@ def test_abort_returns_at_once() -> None:
     assert list(engine.generate(plan, np.arange(3), control)) == []
 
 
+@pytest.mark.fault(
+    "NaN logits in one row",
+    injected="NaN for one row of three at its third token",
+    outcome="NonFiniteLogits; the tokens of the neighbours are unchanged",
+)
 def test_nan_logits_fail_their_row_and_leave_the_neighbours() -> None:
     plan = tiny.plan_of([[9, 10, 11], [9, 10, 12], [9, 10, 13]], (tiny.LONGER,))
     loaded = tiny.load_tiny()
@@ -242,6 +247,11 @@ def engine_with(most_tokens: int) -> tuple[PrefixEngine, FullMemory]:
     return engine, forward
 
 
+@pytest.mark.fault(
+    "out of memory in prefill",
+    injected="no memory for more than 1, 3 or 40 tokens at once",
+    outcome="halved and done again; the same answers, each token once",
+)
 @pytest.mark.parametrize("most_tokens", [1, 3, 40])
 def test_out_of_memory_halves_the_batch_and_changes_no_answer(most_tokens: int) -> None:
     """Went red when the second half was dropped, and when the first was counted twice."""
@@ -256,6 +266,11 @@ def test_out_of_memory_halves_the_batch_and_changes_no_answer(most_tokens: int) 
     assert engine.counters.prefilled_tokens == plan.tree.unique_tokens
 
 
+@pytest.mark.fault(
+    "out of memory in prefill",
+    injected="no memory for a single token",
+    outcome="each row is an error (OutOfMemory); the run ends",
+)
 def test_without_any_memory_rows_become_errors_and_the_engine_ends() -> None:
     plan = random_plan(4, 4)
     engine, _ = engine_with(0)
@@ -265,6 +280,11 @@ def test_without_any_memory_rows_become_errors_and_the_engine_ends() -> None:
     assert all("planted" in (c.error_message or "") for c in done.values())
 
 
+@pytest.mark.fault(
+    "out of memory in decode",
+    injected="no memory from the third new token on",
+    outcome="rows become errors (OutOfMemory), every row is there",
+)
 def test_memory_that_ends_while_rows_decode_costs_only_rows() -> None:
     plan = random_plan(4, 4)
     engine, forward = engine_with(10**9)
@@ -286,6 +306,11 @@ def test_a_fault_that_is_not_memory_is_not_hidden() -> None:
         run(engine, random_plan(4, 4))
 
 
+@pytest.mark.fault(
+    "out of memory where KV grows",
+    injected="an arena that the machine refuses",
+    outcome="halved until it fits; the same answers",
+)
 def test_a_kv_arena_too_large_for_memory_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = random_plan(4, 4)
     expected = run(PrefixEngine(tiny.load_tiny(), EngineSettings()), plan)

@@ -10,6 +10,7 @@ from urllib.parse import urlparse
 import polars as pl
 import pytest
 
+from flows import privacy
 from flows.__main__ import _settings
 from flows.audit import audit
 from flows.generate import generate
@@ -30,20 +31,89 @@ def job(tmp_path: Path) -> tuple[str, str, dict[str, Any]]:
     return str(prompts), str(tmp_path / "out"), settings
 
 
-def test_the_flow_does_the_job_and_tells_prefect_no_text(
-    job: tuple[str, str, dict[str, Any]],
-) -> None:
+def stored() -> bytes:
+    """All that Prefect has written: its database with the logs, parameters and states in it."""
+    from prefect.logging.handlers import APILogHandler
     from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
 
+    APILogHandler().flush()  # log lines are sent in the background
+    database = Path(urlparse(PREFECT_API_DATABASE_CONNECTION_URL.value()).path)
+    files = [file for file in database.parent.iterdir() if file.name.startswith(database.name)]
+    return b"".join(file.read_bytes() for file in files)
+
+
+@pytest.mark.fault(
+    "canary strings",
+    injected="a Prefect flow: a unique word in prompts and answers",
+    outcome="not in Prefect's database, nor in its logs",
+)
+def test_the_flow_does_the_job_and_tells_prefect_no_text(
+    job: tuple[str, str, dict[str, Any]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Seen red: a flow that logged its first prompt."""
     counters = generate(*job)
     assert counters["rows_ok"] == 2
     texts = pl.read_parquet(Path(job[1]) / "data" / "*.parquet")["generated_text"]
     assert CANARY[::-1] in texts.to_list()
-    database = Path(urlparse(PREFECT_API_DATABASE_CONNECTION_URL.value()).path)
-    files = [file for file in database.parent.iterdir() if file.name.startswith(database.name)]
-    stored = b"".join(file.read_bytes() for file in files)
-    assert b"coppice-generate" in stored
-    assert CANARY.encode() not in stored and CANARY[::-1].encode() not in stored
+    known = stored() + "".join(capfd.readouterr()).encode()
+    assert b"coppice-generate" in known and b"2 rows, 22 prompt tokens" in known
+    assert CANARY.encode() not in known and CANARY[::-1].encode() not in known
+
+
+@pytest.mark.fault(
+    "canary strings",
+    injected="a Prefect flow that crashes: an unexpected error that quotes a prompt, and one of "
+    "ours that it caused",
+    outcome="type and place in Prefect's database and logs, no message",
+)
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_a_flow_that_crashes_tells_prefect_no_text(
+    job: tuple[str, str, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    is_ours: bool,
+) -> None:
+    """Seen red: without `without_text`."""
+
+    def crash(*arguments: object) -> None:
+        try:
+            raise RuntimeError(f"the prompt was {CANARY}")
+        except RuntimeError as error:
+            if is_ours:
+                raise EngineError("the device fell over") from error
+            raise
+
+    monkeypatch.setattr("flows.generate.run_job", crash)
+    with pytest.raises(EngineError) as failed:
+        generate(*job)
+    known = stored() + "".join(capfd.readouterr()).encode() + str(failed.value).encode()
+    expected = b"the device fell over" if is_ours else b"unexpected RuntimeError in test_flows.py"
+    assert expected in known and CANARY.encode() not in known
+
+
+@pytest.mark.fault(
+    "canary strings",
+    injected="a system prompt in a Prefect flow: as a parameter; in the YAML file of `config`",
+    outcome="refused; used, and not in Prefect's database",
+)
+def test_a_system_prompt_belongs_into_the_file(
+    job: tuple[str, str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Seen red: the settings of the file passed as parameters."""
+    input, output, settings = job
+    with pytest.raises(UsageError, match="YAML file"):
+        generate(input, output, settings | {"system-prompt": "said aloud"})
+    word = "a system word for none but the job"
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    (tmp_path / "job.yaml").write_text(
+        f"system-prompt: {word}\napply-chat-template: true\nchat-template: {template}\n"
+    )
+    generate(input, output, settings | {"config": str(tmp_path / "job.yaml")})
+    texts = pl.read_parquet(Path(output) / "data" / "*.parquet")["generated_text"]
+    assert any(word[::-1][:5] in text for text in texts)
+    assert word.encode() not in stored()
+    assert privacy.whole_settings({"max-rows": 3}) == {"max_rows": 3}
 
 
 def test_a_retry_goes_on_where_the_first_try_stopped(

@@ -122,6 +122,11 @@ def test_a_spent_time_budget_commits_and_resumes(
     assert answers(tmp_path / "out")["row_index"].to_list() == list(range(6))
 
 
+@pytest.mark.fault(
+    "SIGTERM",
+    injected="in the middle of a run",
+    outcome="rows on the device are finished and committed; exit code 130, resumable",
+)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_drains_and_commits(
     tmp_path: Path, settings: JobSettings, monkeypatch: pytest.MonkeyPatch, number: int

@@ -11,6 +11,11 @@ from pipeline.storage.durable import is_temp, replace_file, temp_path, write_who
 from tests.storage.disk import CODES, FailingDisk
 
 
+@pytest.mark.fault(
+    "disk full or EIO",
+    injected="each open, write, fsync and rename of one file",
+    outcome="StorageError; the old file or the new one, no temporary",
+)
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("fail_at", range(6))
 def test_a_failed_replacement_leaves_old_or_new_and_no_temp(

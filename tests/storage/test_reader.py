@@ -86,6 +86,11 @@ def test_the_prompt_wins_unless_messages_are_asked_for(tmp_path: Path) -> None:
     assert rows(source(path, messages_column="messages")).contents == [CHAT]
 
 
+@pytest.mark.fault(
+    "dictionary, large_string, view",
+    injected="prompts and ids as string, large_string, view and dictionary",
+    outcome="read as the same text",
+)
 @pytest.mark.parametrize(
     "text_type",
     [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
@@ -152,6 +157,11 @@ def test_limit_takes_the_first_rows_over_files_and_groups(tmp_path: Path, limit:
         opened.take(np.array([opened.num_rows]))
 
 
+@pytest.mark.fault(
+    "nested columns",
+    injected="structs of lists beside the prompts, in any row groups",
+    outcome="carried through as they were",
+)
 @pytest.mark.parametrize("row_group_size", [1, 7, 1000])
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
 def test_take_in_any_order_equals_a_plain_read(
@@ -220,6 +230,16 @@ BAD_CELLS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.fault(
+    "null, empty, whitespace prompts",
+    injected="null and empty prompts and conversations, bad JSON, wrong fields",
+    outcome="an error row with its reason, unquoted; its neighbour runs",
+)
+@pytest.mark.fault(
+    "lone surrogates",
+    injected="half a surrogate pair in a conversation of JSON",
+    outcome="an error row (BadMessages)",
+)
 @pytest.mark.parametrize(("columns", "error_type"), BAD_CELLS)
 def test_a_bad_cell_rejects_its_row_alone(
     tmp_path: Path, columns: dict[str, Any], error_type: str
@@ -247,6 +267,16 @@ def test_sampling_fields_keep_their_types(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.fault(
+    "wrong or missing columns",
+    injected="no prompt column, a column twice, a name that is not there",
+    outcome="InputError, exit code 2, the columns are listed",
+)
+@pytest.mark.fault(
+    "wrong types",
+    injected="numbers for prompts, text for limits, lists for ids",
+    outcome="InputError, exit code 2, column and type are named",
+)
 def test_refusals_of_columns(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write(path, text=["p"], n=[1])
@@ -274,6 +304,19 @@ def test_refusals_of_columns(tmp_path: Path) -> None:
     assert "twice" in refused(path)
 
 
+@pytest.mark.fault(
+    "truncated file",
+    injected="the last 30 bytes cut off",
+    outcome="InputError, exit code 2 (truncated)",
+)
+@pytest.mark.fault(
+    "bad magic",
+    injected="an empty file; JSON",
+    outcome="InputError, exit code 2 (not a Parquet file)",
+)
+@pytest.mark.fault(
+    "zero rows", injected="a file with a schema and no row", outcome="InputError, exit code 2"
+)
 def test_refusals_of_files(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     assert "no file, folder or match" in refused(path)
@@ -308,6 +351,11 @@ def flip(path: Path, needle: bytes) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.fault(
+    "flipped byte",
+    injected="one bit in a page with a checksum",
+    outcome="InputError, exit code 2, before the device is used; carried columns too",
+)
 def test_damage_in_a_page_is_found_while_reading(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     table = pa.table({"prompt": ["needle"] * 3, "carried": ["thread"] * 3})
@@ -323,6 +371,9 @@ def test_damage_in_a_page_is_found_while_reading(tmp_path: Path) -> None:
     assert "damaged" in refused(path)
 
 
+@pytest.mark.fault(
+    "invalid UTF-8", injected="the bytes FF FE as a string", outcome="InputError, exit code 2"
+)
 def test_text_that_is_not_utf8_is_damage(tmp_path: Path) -> None:
     offsets = pa.py_buffer(np.array([0, 2], np.int32).tobytes())
     bad = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff\xfe")])

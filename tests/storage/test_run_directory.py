@@ -124,6 +124,12 @@ time.sleep(60)
 """
 
 
+@pytest.mark.fault(
+    "two writers",
+    injected="a second process in the same folder",
+    outcome="RunDirectoryError, exit code 2, the owner is named",
+)
+@pytest.mark.fault("stale lock", injected="the owner is killed", outcome="taken over, and logged")
 def test_one_writer_and_a_dead_one_is_followed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -164,6 +170,11 @@ def test_a_crash_before_the_manifest_is_no_foreign_folder(tmp_path: Path) -> Non
     assert (tmp_path / "run.json").exists() and not (tmp_path / ".run.json.7.tmp").exists()
 
 
+@pytest.mark.fault(
+    "committed part altered",
+    injected="a byte added, a part of another run, a foreign file",
+    outcome="StorageError, exit code 1, the file is named",
+)
 def test_altered_and_foreign_parts_are_named(tmp_path: Path) -> None:
     with create(tmp_path) as run:
         path = add(run, [0, 1])
@@ -293,6 +304,11 @@ def whole_job(root: Path) -> None:
         run.seal(np.arange(3))
 
 
+@pytest.mark.fault(
+    "disk full or EIO",
+    injected="the n-th disk operation of a job, for every n",
+    outcome="StorageError; the same call completes, each row once",
+)
 @pytest.mark.parametrize("code", CODES)
 def test_a_job_survives_the_failure_of_any_disk_operation(tmp_path: Path, code: int) -> None:
     for fail_at in range(200):
@@ -314,6 +330,11 @@ def test_a_job_survives_the_failure_of_any_disk_operation(tmp_path: Path, code: 
     assert fail_at == len(disk.calls) > 30
 
 
+@pytest.mark.fault(
+    "SIGKILL",
+    injected="while parts are being written",
+    outcome="committed rows are whole; the same call goes on",
+)
 def test_a_killed_job_resumes(tmp_path: Path) -> None:
     fork = multiprocessing.get_context("spawn")
     process = fork.Process(target=_write_for_ever, args=(tmp_path,))

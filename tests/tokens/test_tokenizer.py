@@ -68,6 +68,11 @@ def test_a_batch_of_both_kinds_keeps_the_order(folder: Path) -> None:
     assert tokenizer.encode_batch([]).lengths.shape == (0,)
 
 
+@pytest.mark.fault(
+    "control-token strings",
+    injected="each control token as text in a prompt",
+    outcome="stays text unless --parse-special-tokens",
+)
 @pytest.mark.parametrize("control", CONTROL)
 def test_control_strings_in_prompts_stay_text_unless_asked(folder: Path, control: str) -> None:
     prompt = f"say {control} now"
@@ -79,6 +84,11 @@ def test_control_strings_in_prompts_stay_text_unless_asked(folder: Path, control
     assert parsed == AutoTokenizer.from_pretrained(folder)(prompt)["input_ids"]
 
 
+@pytest.mark.fault(
+    "control-token strings",
+    injected="an end and a start token in role, content or name of a message",
+    outcome="stays text; only the template's own steer",
+)
 @pytest.mark.parametrize("field", ["role", "content", "name"])
 def test_control_strings_in_messages_never_steer(folder: Path, field: str) -> None:
     template = CHATML.replace("{% if message['role'] not", "{% if false and message['role'] not")
@@ -172,6 +182,11 @@ def test_a_row_that_the_template_refuses_fails_alone_and_unquoted(folder: Path) 
         tokenizer.render(canary)
 
 
+@pytest.mark.fault(
+    "lone surrogates",
+    injected="half a surrogate pair in a prompt and in a conversation",
+    outcome="an error of its row; the others are encoded",
+)
 def test_text_that_cannot_be_encoded_fails_alone(folder: Path) -> None:
     batch = load(folder).encode_batch(["a", "\ud800", "b", user("\ud800")])
     assert batch.errors.keys() == {1, 3} and batch.lengths[[1, 3]].tolist() == [0, 0]

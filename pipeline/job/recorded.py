@@ -1,0 +1,45 @@
+"""The settings of a run, as its directory keeps them for the audit. Knows nothing about rows.
+
+`run.json` is made to be shown: it holds no text of a prompt. The system prompt, which the audit
+needs again, lies beside it in a file that only its owner may read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.errors import RunDirectoryError
+from pipeline.settings import JobSettings
+from pipeline.storage.run_directory import SYSTEM_PROMPT_NAME, RunDirectory
+
+
+def settings_to_show(settings: JobSettings) -> dict[str, Any]:
+    """For `run.json`: plain values, without the system prompt."""
+    tokens = settings.tokens.model_copy(update={"system_prompt": None})
+    return settings.model_copy(update={"tokens": tokens}).model_dump(mode="json")
+
+
+def keep_system_prompt(directory: RunDirectory, settings: JobSettings) -> None:
+    """Write it into the directory, unless it is there. Raises StorageError."""
+    text = settings.tokens.system_prompt
+    if text is not None and not (directory.root / SYSTEM_PROMPT_NAME).exists():
+        directory.write_text(SYSTEM_PROMPT_NAME, text)
+
+
+def recall_settings(directory: RunDirectory) -> JobSettings:
+    """The settings of the run. Raises RunDirectoryError if the directory does not say them."""
+    manifest = directory.read_manifest()
+    if "settings" not in manifest:
+        raise RunDirectoryError(f"{directory.name} does not say how it was made; run the job again")
+    settings = JobSettings.model_validate(manifest["settings"])
+    if manifest["fingerprint"].get("system_prompt") is None:
+        return settings
+    try:
+        text = (directory.root / SYSTEM_PROMPT_NAME).read_bytes().decode()
+    except (OSError, UnicodeError) as error:
+        raise RunDirectoryError(
+            f"{directory.root / SYSTEM_PROMPT_NAME} is gone or damaged; write the system prompt of "
+            "the run into it"
+        ) from error
+    tokens = settings.tokens.model_copy(update={"system_prompt": text})
+    return settings.model_copy(update={"tokens": tokens})
