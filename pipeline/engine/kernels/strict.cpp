@@ -183,12 +183,19 @@ struct Task {
   void weigh(int64_t r, int64_t lo, int64_t hi, const Rules& rules) {
     float* row = s.data() + r * kGrid;
     lo = std::max<int64_t>(lo, 0);
-    const uint64_t below = hi >= kGrid ? ~uint64_t(0) : (uint64_t(1) << std::max<int64_t>(hi, 0)) - 1;
-    const uint64_t seen = lo < hi ? below & (~uint64_t(0) << lo) : 0;
+    hi = std::min(hi, kGrid);
+    if (hi <= lo) {
+      std::fill(row, row + kGrid, 0.f);
+      return;
+    }
+    const uint64_t seen = ~uint64_t(0) >> (kGrid - hi) & ~uint64_t(0) << lo;
     at::vec::Vectorized<float> best(kUnseen);
+    const __m512 unseen = _mm512_set1_ps(kUnseen);
     __m512 x[kVectors];
     for (int64_t j = 0; j < kVectors; ++j) {
       x[j] = _mm512_loadu_ps(row + j * kLanes);
+      const auto mask = _mm512_mask_cmp_ps_mask(__mmask16(seen >> (j * kLanes)), x[j], unseen,
+                                                _CMP_NEQ_UQ);  // true for a NaN
       if (rules.softcap > 0) {
         const at::vec::Vectorized<float> inward(rules.scale / rules.softcap);
         const at::vec::Vectorized<float> outward(rules.softcap * kLog2E);
@@ -196,7 +203,7 @@ struct Task {
       } else {
         x[j] = _mm512_mul_ps(x[j], _mm512_set1_ps(rules.scale * kLog2E));
       }
-      x[j] = _mm512_mask_blend_ps(__mmask16(seen >> (j * kLanes)), _mm512_set1_ps(kUnseen), x[j]);
+      x[j] = _mm512_mask_blend_ps(mask, unseen, x[j]);
       best = at::vec::maximum(best, at::vec::Vectorized<float>(x[j]));  // keeps a NaN
     }
     const bool is_broken = _mm512_cmp_ps_mask(best, best, _CMP_UNORD_Q) != 0;
