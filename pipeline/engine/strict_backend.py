@@ -25,7 +25,7 @@ def choose_strict_backend(loaded: LoadedModel, kernels: str) -> Backend:
     """`kernels` as in `choose_backend`. Raises UsageError for what strict mode does not know."""
     reason = why_not_strict(loaded)
     if reason:
-        raise UsageError(f"--fidelity strict: {reason}; leave it out")
+        raise UsageError(f"--fidelity strict: {reason}")
     kernel: AttentionKernel = StrictTorchKernel()
     if kernels == "torch":
         return Backend(_tiled(loaded, pack=False), kernel)
@@ -40,14 +40,14 @@ def choose_strict_backend(loaded: LoadedModel, kernels: str) -> Backend:
 def why_not_strict(loaded: LoadedModel) -> str | None:
     """One clause that names what strict mode does not cover, or None."""
     if loaded.device.type != "cpu":
-        return f"its order of roundings was never verified on {loaded.device.type!r}"
+        return f"its order of roundings was never verified on {loaded.device.type}; choose --device cpu"
     if loaded.model.dtype != torch.float32:
         name = str(loaded.model.dtype).removeprefix("torch.")
         return f"it is defined for float32 only, not for {name}; choose --dtype float32"
     if has_experts(loaded.model.config):
         return (
             "an expert computes as many tokens at once as a router sends it, so a row's products "
-            "depend on its neighbours"
+            "depend on its neighbours; leave it out for this model"
         )
     return None
 
