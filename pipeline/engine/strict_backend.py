@@ -40,7 +40,7 @@ def choose_strict_backend(loaded: LoadedModel, kernels: str) -> Backend:
 def why_not_strict(loaded: LoadedModel) -> str | None:
     """One clause that names what strict mode does not cover, or None."""
     if loaded.device.type != "cpu":
-        return f"its order of roundings was never verified on {loaded.device.type}; choose --device cpu"
+        return f"it was never verified on {loaded.device.type}; choose --device cpu"
     if loaded.model.dtype != torch.float32:
         name = str(loaded.model.dtype).removeprefix("torch.")
         return f"it is defined for float32 only, not for {name}; choose --dtype float32"

@@ -118,7 +118,8 @@ def num_unequal(got: Bits, expected: Bits) -> int:
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_no_bit_depends_on_what_runs_beside_a_row(name: str) -> None:
-    """Went red when copies of short edges waited for the last tile of a forward."""
+    """Went red when copies of short edges waited for the last tile of a forward, and in windows
+    when the grid of key tiles began at the oldest key."""
     loaded, plan = load(name), forest(0)
     alone = bits_alone(engine_for(loaded), plan)
     for limits in LIMITS:
@@ -227,7 +228,7 @@ def test_strict_kernels_mean_what_the_reference_means(
 def test_a_query_alone_with_its_segments_cut_has_the_same_bits(
     tree: Tree, rules: AttentionRules, data: st.DataObject
 ) -> None:
-    """Seen red: keys summed by segment; a maximum taken by range; a grid that began at a range."""
+    """Seen red: one softmax a segment, merged; a grid that began at the oldest key of a tile."""
     layer = random_layer(tree, (4, 2), 16)
     query = data.draw(st.integers(0, len(tree.positions) - 1))
     for kernel in strict_kernels():
