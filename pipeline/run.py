@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline.engine.base import Engine
 from pipeline.engine.machine import cache_folder
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, UsageError
 from pipeline.job.fingerprint import describe_versions, fingerprint_fields
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.outcome import RunOutcome
@@ -49,10 +49,17 @@ _EXAMPLES = 5
 
 
 def make_engine(settings: JobSettings) -> Engine:
-    """The engine that the settings name, with its model loaded. Raises ModelError.
+    """The engine that the settings name, with its model loaded.
 
-    A model that fails the self-test of the prefix engine gets the naive one, which says so.
+    A model that fails the self-test of the prefix engine gets the naive one, which says so. Raises
+    ModelError, and UsageError where strict mode cannot be had.
     """
+    is_strict = settings.engine.fidelity == "strict"
+    if is_strict and settings.model.engine != "prefix":
+        raise UsageError(
+            "--fidelity strict is a promise of the prefix engine alone; "
+            f"leave it out with --engine {settings.model.engine}"
+        )
     if settings.model.engine == "echo":
         from pipeline.engine.echo_engine import EchoEngine
 
@@ -66,16 +73,21 @@ def make_engine(settings: JobSettings) -> Engine:
     from pipeline.engine.cost_model import calibrated
     from pipeline.engine.prefix_engine import PrefixEngine
     from pipeline.engine.self_test import self_test
+    from pipeline.engine.strict_probe import strict_probe
 
     engine = PrefixEngine(loaded, settings.engine)
     try:
         worst = self_test(engine)
     except EngineError as error:
+        if is_strict:
+            raise UsageError(f"--fidelity strict: {error}; leave it out") from error
         naive = NaiveEngine(loaded)
         naive.notes.append(f"{error}; so each row is computed in full by the naive engine")
         return naive
-    engine.cost_model = calibrated(loaded, engine.backend)
     engine.notes.append(f"self-test passed: within {worst:.1e} of the model's own largest logit")
+    if is_strict:
+        engine.notes.append(f"strict: the same bits in {strict_probe(engine)} of as many ways")
+    engine.cost_model = calibrated(loaded, engine.backend)
     return engine
 
 

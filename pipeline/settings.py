@@ -160,15 +160,17 @@ class ModelSettings(_Section):
 
 
 class EngineSettings(_Section):
-    """How the device runs; none of this may change an answer. `kv_budget` in bytes.
+    """How the device runs; none of this may change an answer, but `fidelity` its last bit.
 
-    `kernels`: "auto" is the fastest that the machine has, "torch" nothing private or compiled.
+    `kv_budget` in bytes. `kernels`: "auto" is the fastest that the machine has, "torch" nothing
+    private or compiled. `fidelity`: "strict" gives a row the same bits whatever runs beside it.
     """
 
     max_batch_tokens: int = Field(default=4096, ge=16)
     max_rows: int = Field(default=256, ge=1)
     kv_budget: int | None = Field(default=None, ge=1)
     kernels: Literal["auto", "torch"] = "auto"
+    fidelity: Literal["default", "strict"] = "default"
 
     @field_validator("kv_budget", mode="before")
     @classmethod

@@ -41,7 +41,7 @@ def choose_backend(loaded: LoadedModel, kernels: str) -> Backend:
     if kernels == "torch" or device.type != "cpu":
         return Backend(TransformersForward(model, pack_weights=False), TorchKernel(device))
     reason = native.why_unavailable()
-    if reason is None and (model.dtype not in _NATIVE_DTYPES or shape.head_dim % _NATIVE_HEAD):
+    if reason is None and not knows_heads(loaded):
         reason = f"they do not know {model.dtype} with heads of {shape.head_dim}"
     if reason:
         note = f"attention runs on plain torch, not on coppice's CPU kernels: {reason}"
@@ -54,3 +54,8 @@ def choose_backend(loaded: LoadedModel, kernels: str) -> Backend:
     else:
         forward = TransformersForward(model, pack_weights=True)
     return Backend(forward, kernel, likeliest=native_kernel.likeliest_token)
+
+
+def knows_heads(loaded: LoadedModel) -> bool:
+    """Whether the compiled kernels know the type and size of this model's heads."""
+    return loaded.model.dtype in _NATIVE_DTYPES and not loaded.shape.head_dim % _NATIVE_HEAD

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.engine import packed_linear
 from pipeline.engine.attention import ATTENTION_NAME
@@ -42,7 +43,9 @@ class TransformersForward:
         if pack_weights and can_pack(model):
             for module in model.modules():
                 if type(module) is nn.Linear:
-                    self._pack(module)
+                    self._pack(module, module.weight)
+                elif type(module) is Conv1D:  # GPT-2 keeps its weights as [in, out]
+                    self._pack(module, module.weight.T)
 
     def __call__(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
         """See `Forward`."""
@@ -63,14 +66,14 @@ class TransformersForward:
             self._is_running = False
         return logits
 
-    def _pack(self, module: nn.Linear) -> None:
+    def _pack(self, module: Any, weight: Tensor) -> None:
         """Use packed weights in our forwards only: the audit's baseline stays the model's own."""
-        packed, plain = PackedLinear(module.weight, module.bias), module.forward
+        packed, plain = PackedLinear(weight, module.bias), module.forward
 
         def forward(x: Tensor) -> Any:
             return packed(x) if self._is_running else plain(x)
 
-        module.forward = forward  # type: ignore[method-assign, assignment]
+        module.forward = forward
 
 
 def can_pack(model: PreTrainedModel) -> bool:

@@ -30,6 +30,7 @@ from pipeline.engine.packing import PackedBatch, decode_segments, pack_decode
 from pipeline.engine.prefill import Chunk, needs_logits, pack_chunks, split_chunks, take_chunks
 from pipeline.engine.sampling import Sampled, sample_next_token
 from pipeline.engine.scheduler import History, Scheduler, kv_tokens_if_all_at_once
+from pipeline.engine.strict_backend import choose_strict_backend
 from pipeline.engine.support import why_unsupported
 from pipeline.errors import EngineError, ModelError
 from pipeline.plan.plan import Plan, cut_by_cost
@@ -47,7 +48,8 @@ Teacher = Callable[[list[int], list[int]], list[int]]
 
 
 class PrefixEngine:
-    """Runs a plan with KV reuse. Raises ModelError for a model whose KV cannot be shared."""
+    """Runs a plan with KV reuse. Raises ModelError for a model whose KV cannot be shared, and
+    UsageError for one that strict mode does not cover."""
 
     name = "prefix"
 
@@ -60,7 +62,8 @@ class PrefixEngine:
         self.counters = EngineCounters()
         if loaded.device.type == "cpu":
             keep_freed_pages()
-        self.backend = choose_backend(loaded, settings.kernels)
+        choose = choose_strict_backend if settings.fidelity == "strict" else choose_backend
+        self.backend = choose(loaded, settings.kernels)
         self.notes: list[str] = [self.backend.note] if self.backend.note else []
         self.logits_probe: LogitsProbe | None = None
         self.teacher: Teacher | None = None

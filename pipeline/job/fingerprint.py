@@ -34,6 +34,7 @@ def fingerprint_fields(settings: JobSettings, input_hash: str, tokenizer: str) -
         "sampling": settings.sampling.model_dump(mode="json"),
         "dtype": settings.model.dtype,
         "engine": settings.model.engine,
+        "fidelity": settings.engine.fidelity,
         "min_prefix_tokens": settings.plan.min_prefix_tokens,
         "on_overlong": settings.plan.on_overlong,
         "shard": f"{settings.plan.shard} of {settings.plan.num_shards}",

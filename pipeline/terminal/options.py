@@ -75,6 +75,7 @@ _HELP = {
     "max_rows": "Most rows that decode together.",
     "kv_budget": "Memory for KV, like 8GiB (default: half of what is free).",
     "kernels": "auto: the fastest here; torch: nothing compiled.",
+    "fidelity": "strict: the same bits in any batch, shared or not.",
     "rows_per_part": "Rows of one output file; a part is a checkpoint.",
     "preserve_order": "Parts in input order (answers wait in memory).",
     "fail_on_error": "Rows that may fail: a share like 0.01 or a count.",

@@ -24,11 +24,12 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#include "exp2.h"
 
 namespace {
 
@@ -89,25 +90,9 @@ float largest(Vec x) {
   return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, x);
 }
 
-// 2^x by a polynomial on [-0.5, 0.5] and the exponent; relative error 3e-6, or 2e-7 if kExact.
 template <bool kExact>
 Vec exp2(Vec x) {
-  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-160.f), x);  // a NaN passes
-  const __m512 whole = _mm512_roundscale_ps(bounded, 0);
-  const __m512 part = _mm512_sub_ps(bounded, whole);
-  const auto step = [&](__m512 sofar, float next) {
-    return _mm512_fmadd_ps(sofar, part, _mm512_set1_ps(next));
-  };
-  const auto polynomial = [&](std::initializer_list<float> falling) {
-    __m512 power = _mm512_setzero_ps();
-    for (float next : falling) power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(next));
-    return power;
-  };
-  const __m512 power =
-      kExact ? polynomial({1.32764668e-3f, 9.67554129e-3f, 5.55071329e-2f, 2.40221197e-1f,
-                           6.93146967e-1f, 1.f})
-             : polynomial({9.57009667e-3f, 5.59178599e-2f, 2.40247450e-1f, 6.93121815e-1f, 1.f});
-  return _mm512_scalef_ps(power, whole);
+  return coppice::exp2<kExact>(x);
 }
 
 // x / rms(x) * weight, in place

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels (native.cpp): built once per machine, kept in the user's cache.
+"""The compiled CPU kernels (*.cpp): built once per machine, kept in the user's cache.
 
 They need a C++ compiler and AVX-512. Without either, the torch kernels compute the same, slower.
 """
@@ -19,7 +19,8 @@ from torch.utils import cpp_extension
 
 from pipeline.engine.machine import cache_folder, cpu_description
 
-_SOURCE = Path(__file__).with_name("native.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "strict.cpp"))
+_HEADERS = (Path(__file__).with_name("exp2.h"),)
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
 _MACROS = ("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512")
 _BUILD_LIMIT_S = 300
@@ -29,7 +30,7 @@ _BUILD_LIMIT_S = 300
 def why_unavailable() -> str | None:
     """None once the kernels are loaded (`torch.ops.coppice`), else a clause that says why not.
 
-    The first call on a machine compiles them, about 10 s.
+    The first call on a machine compiles them, about 20 s.
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "this CPU has no AVX-512"
@@ -53,8 +54,8 @@ def why_unavailable() -> str | None:
 
 def _library(compiler: str | None) -> Path:
     """Named by all that the machine code depends on."""
-    source, flags = _SOURCE.read_text(encoding="utf-8"), (*_FLAGS, *_MACROS)
-    parts = (source, *flags, torch.__version__, str(compiler), cpu_description())
+    sources = [path.read_text(encoding="utf-8") for path in (*_SOURCES, *_HEADERS)]
+    parts = (*sources, *_FLAGS, *_MACROS, torch.__version__, str(compiler), cpu_description())
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return cache_folder() / f"native-{digest}.so"
 
@@ -65,8 +66,8 @@ def _build(compiler: str, library: Path) -> None:
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
     link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        built = Path(folder) / library.name
-        command = [compiler, *_FLAGS, *_MACROS, *include, str(_SOURCE), *link, "-o", str(built)]
+        built, sources = Path(folder) / library.name, map(str, _SOURCES)
+        command = [compiler, *_FLAGS, *_MACROS, *include, *sources, *link, "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_LIMIT_S)
         os.replace(built, library)
 

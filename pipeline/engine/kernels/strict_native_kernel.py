@@ -1,0 +1,31 @@
+"""Strict attention by the compiled CPU kernel: see strict.cpp for the order of its roundings."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.engine.kernels.rules import AttentionRules, Segments
+from pipeline.engine.kernels.strict_work import StrictWork
+
+
+class StrictNativeKernel:
+    """See `AttentionKernel`. For float32, heads of a multiple of 16, and a loaded library."""
+
+    name = "strict native"
+
+    def prepare(self, segments: Segments, positions: NDArray[np.int64]) -> StrictWork:
+        """Nothing to plan."""
+        return StrictWork(np.ascontiguousarray(segments), np.ascontiguousarray(positions))
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, work: StrictWork, rules: AttentionRules
+    ) -> Tensor:
+        """As `attend_reference`; a query's bits follow from its own keys and values alone."""
+        out: Tensor = torch.ops.coppice.strict_attention(
+            query, keys, values, torch.from_numpy(work.positions), torch.from_numpy(work.segments),
+            rules.scale, rules.window, rules.softcap, rules.sinks,
+        )  # fmt: skip
+        return out
