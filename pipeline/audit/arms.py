@@ -4,7 +4,8 @@
 2. `product` against `batched` (16-bit only; fp32 has a stricter rule in `verdict`): reuse must not
    change more rows than batching alone does. Rows in which only one of the two differs decide, by
    a one-sided sign test.
-3. planted faults: those that changed an answer are caught. In 16 bits a changed answer can be a
+3. strict mode: every row has the bits that it has when the same engine runs it alone.
+4. planted faults: those that changed an answer are caught. In 16 bits a changed answer can be a
    near-tie, which the audit lets pass by its own rule: there one of them has to be caught.
 """
 
@@ -74,10 +75,14 @@ class PlantedFault:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All arms of one audit; empty where only the replay was asked for."""
+    """All arms of one audit; empty where only the replay was asked for.
+
+    `same_bits`: by row, of strict mode only.
+    """
 
     arms: Mapping[str, ArmSummary] = field(default_factory=dict)
     faults: Sequence[PlantedFault] = ()
+    same_bits: Sequence[bool] = ()
 
     @property
     def faults_changed(self) -> int:
@@ -94,6 +99,11 @@ class Evidence:
         found = []
         if "again" in self.arms and any(self.arms["again"].differing):
             found.append("the baseline does not agree with itself, so nothing can be judged by it")
+        if not all(self.same_bits):
+            found.append(
+                f"reuse or batching changed the bits of {self.same_bits.count(False)} of "
+                f"{len(self.same_bits)} rows, which strict mode rules out"
+            )
         needed = min(1, self.faults_changed) if tier == "16-bit" else self.faults_changed
         if self.faults_caught < needed:
             found.append(
@@ -117,6 +127,7 @@ class Evidence:
     def to_json(self) -> dict[str, Any]:
         """A mapping of plain values."""
         return {
+            "strict": {"rows": len(self.same_bits), "rows_same_bits": sum(self.same_bits)},
             "arms": {name: arm.to_json() for name, arm in self.arms.items()},
             "faults": {
                 "planted": len(self.faults),

@@ -67,6 +67,17 @@ def compare_arms(
         yield name, _deviations(rows, baseline, logits)
 
 
+def same_bits_alone(engine: PrefixEngine, rows: Sequence[ForcedRow]) -> list[bool]:
+    """[rows] whether all logits, with reuse and in a batch, are those of the row run alone.
+
+    Bit for bit, by the same engine: what strict mode promises. Raises EngineError where a row
+    cannot run.
+    """
+    together = forced_logits(engine, rows, share=True)
+    alone = (forced_logits(engine, [row], share=False)[0] for row in rows)
+    return [torch.equal(*pair) for pair in zip(together, alone, strict=True)]
+
+
 def forced_logits(engine: PrefixEngine, rows: Sequence[ForcedRow], share: bool) -> list[Tensor]:
     """The logits that choose each token of each row's output: [rows][n, V], model's dtype.
 

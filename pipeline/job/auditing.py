@@ -41,7 +41,7 @@ from pipeline.job.planning import Job, open_job, select_rows
 from pipeline.job.recorded import recall_settings
 from pipeline.job.stopping import interruptible
 from pipeline.plan.plan import noise_key
-from pipeline.settings import AuditSettings, StoreSettings
+from pipeline.settings import AuditSettings, JobSettings, StoreSettings
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_place import Place, reading_run
 
@@ -87,7 +87,7 @@ def _audit(
     chosen = _choose(job, candidates, settings, seed, encoder)
     observer.say(f"auditing {len(chosen)} of {len(candidates)} rows against plain full prefill")
     loaded, baseline = _load_baseline(job)
-    tier: Tier = "exact" if str(loaded.model.dtype) == "torch.float32" else "16-bit"
+    tier = _tier(job.settings, loaded)
     inputs = _audit_inputs(job, directory, chosen["row_index"].to_numpy(), loaded)
     replay_started = time.monotonic()
     audits = _replay(baseline, inputs, tier, _free_rows(inputs, settings, seed), observer)
@@ -109,6 +109,12 @@ def _audit(
     )
     directory.write_json("audit/summary.json", verdict.to_json(seed, described) | seconds)
     return verdict
+
+
+def _tier(settings: JobSettings, loaded: LoadedModel) -> Tier:
+    if str(loaded.model.dtype) != "torch.float32":
+        return "16-bit"
+    return "strict" if settings.engine.fidelity == "strict" else "exact"
 
 
 def _choose(

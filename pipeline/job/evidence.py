@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.audit.arms import ArmSummary, Evidence, PlantedFault
+from pipeline.audit.arms import NO_EVIDENCE, ArmSummary, Evidence, PlantedFault
 from pipeline.audit.replay import BARS, AuditInput, Tier, audit_row
 from pipeline.records import SamplingParams
 from pipeline.settings import EngineSettings
 
 if TYPE_CHECKING:
+    from pipeline.engine.arms import ForcedRow
     from pipeline.engine.base import Baseline
     from pipeline.engine.model import LoadedModel
     from pipeline.engine.planted_faults import Fault
@@ -47,8 +48,9 @@ class Arms:
         `groups`: the prefix group of each row.
         """
         fitting = [rows[i] for i in some if rows[i].output][: self._most_rows()]
-        arms = self._arms(fitting) if fitting else {}
-        return Evidence(arms, self._faults(rows, groups))
+        if not fitting:
+            return NO_EVIDENCE
+        return Evidence(self._arms(fitting), self._faults(rows, groups), self._same_bits(fitting))
 
     def _most_rows(self) -> int:
         """The logits of two arms must fit into memory."""
@@ -56,19 +58,22 @@ class Arms:
         return max(1, _MOST_LOGIT_BYTES // (2 * 4 * _MOST_POSITIONS * vocabulary))
 
     def _arms(self, rows: Sequence[AuditInput]) -> dict[str, ArmSummary]:
-        from pipeline.engine.arms import ForcedRow, compare_arms
+        from pipeline.engine.arms import compare_arms
 
-        forced = [
-            ForcedRow(row.prompt, row.output[:_MOST_POSITIONS], row.params, row.noise_key)
-            for row in rows
-        ]
         found = {}
-        for name, deviations in compare_arms(self._engine, forced):
+        for name, deviations in compare_arms(self._engine, _forced(rows)):
             found[name] = ArmSummary.of(deviations)
             if name == "product":
                 worst = [float(deviation.kl.max()) for deviation in deviations]
                 self.kl = dict(zip((row.row_index for row in rows), worst, strict=True))
         return found
+
+    def _same_bits(self, rows: Sequence[AuditInput]) -> list[bool]:
+        from pipeline.engine.arms import same_bits_alone
+
+        if self._engine.settings.fidelity != "strict":
+            return []
+        return same_bits_alone(self._engine, _forced(rows))
 
     def _faults(
         self, rows: Sequence[AuditInput], groups: Sequence[int | None]
@@ -108,6 +113,15 @@ class Arms:
         if not row.output:
             return False
         return audit_row(self._baseline, row, self._bars).row_class in ("identical", "near_tie")
+
+
+def _forced(rows: Sequence[AuditInput]) -> list[ForcedRow]:
+    from pipeline.engine.arms import ForcedRow
+
+    return [
+        ForcedRow(row.prompt, row.output[:_MOST_POSITIONS], row.params, row.noise_key)
+        for row in rows
+    ]
 
 
 def _prompts_of_one_group(

@@ -77,6 +77,12 @@ def test_reuse_may_not_change_more_rows_than_batching_does() -> None:
         assert both.failures("16-bit") == []
 
 
+def test_strict_mode_has_no_exceptions() -> None:
+    assert replace(CLEAN, same_bits=[True] * 9).failures("strict") == []
+    changed = replace(CLEAN, same_bits=[True] * 9 + [False])
+    assert "changed the bits of 1 of 10 rows" in changed.failures("strict")[0]
+
+
 @pytest.mark.parametrize(
     ("more", "less", "chance"), [(0, 0, 1.0), (1, 0, 0.5), (7, 0, 1 / 128), (2, 1, 0.5)]
 )

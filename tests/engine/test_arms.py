@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.engine.arms import ARMS, ForcedRow, compare_arms, forced_logits
+from pipeline.engine.arms import ARMS, ForcedRow, compare_arms, forced_logits, same_bits_alone
 from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.planted_faults import FAULTS, Fault, FaultyForward, write_with_fault
 from pipeline.engine.prefix_engine import PrefixEngine
@@ -69,6 +69,13 @@ def test_an_arm_that_is_wrong_is_far_away() -> None:
     engine.backend = replace(engine.backend, forward=spoilt)
     arms = dict(compare_arms(engine, rows))
     assert all(row.kl.max() > 1e-3 for row in arms["product"])
+
+
+def test_strict_mode_keeps_the_bits_of_a_row_and_the_default_does_not() -> None:
+    rows = forced_rows()
+    for fidelity, keeps in (("strict", True), ("default", False)):
+        engine = PrefixEngine(load_tiny(), EngineSettings(fidelity=fidelity))
+        assert all(same_bits_alone(engine, rows)) == keeps
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.audit.similarity import Encoder
+from pipeline.engine import arms
 from pipeline.errors import InputError, ModelError, RunDirectoryError, StorageError
 from pipeline.job.auditing import audit_run, describe_audit, seed_of_output, select_rows
 from pipeline.job.evidence import Arms
@@ -71,6 +72,18 @@ def test_a_run_that_shared_prefixes_is_computed_in_other_ways_too(
     assert 0 < summary["replay_seconds"] < summary["seconds"]
     kl = pl.read_parquet(output / "audit" / "audit.parquet")["audit_kl"]
     assert kl.max() == summary["arms"]["product"]["kl_max"] and kl.null_count() == 0
+
+
+def test_a_strict_run_is_held_to_its_bits(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = make_run(tmp_path, model, engine="prefix", fidelity="strict")
+    verdict = audit_run(output, EVERY_ROW)
+    assert verdict.passed and verdict.tier == "strict", verdict.reasons
+    summary = describe_audit(output)
+    assert summary["strict"] == {"rows": 3, "rows_same_bits": 3}
+    monkeypatch.setattr(arms, "same_bits_alone", lambda engine, rows: [True, False, True])
+    assert not audit_run(output, EVERY_ROW).passed
 
 
 def test_an_audit_that_notices_no_fault_fails(

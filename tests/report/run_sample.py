@@ -49,6 +49,7 @@ AUDIT: dict[str, Any] = {
         )
     },
     "faults": {"planted": 8, "changed_an_answer": 5, "caught": 5, "each": []},
+    "strict": {"rows": 16, "rows_same_bits": 16},
 }  # fmt: skip
 
 
