@@ -4,13 +4,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= coppice-demo
 
-.PHONY: demo test test-slow torture fuzz faults check format lint types bench bench-peers demo-model report-demo wheel clean
+.PHONY: demo test trust test-slow torture fuzz faults check format lint types bench bench-peers demo-model report-demo wheel clean
 
 demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts, audit it, report
 	$(BIN)/coppice demo -o $(DEMO)
 
 test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest
+
+trust: $(VENV)/.installed-dev  ## the figures of trust: audits, strict mode, tortures, fuzzing; an hour
+	$(BIN)/python -m benchmarks.trust
 
 torture: $(VENV)/.installed-dev  ## every file operation fails or kills, and 220 kill -9; half an hour
 	$(BIN)/python -m tests.torture $(if $(JSON),--json $(JSON))
