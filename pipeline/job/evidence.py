@@ -5,8 +5,8 @@ A model whose run shared nothing (the naive engine) has no arms: there is nothin
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING
 
 from pipeline.audit.arms import NO_EVIDENCE, ArmSummary, Evidence, PlantedFault
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _MOST_POSITIONS = 32  # of an answer that are compared
 _MOST_LOGIT_BYTES = 512 << 20
 _FAULT_ROWS = 4
+_ROWS_A_FAULTY_GROUP = 8  # of those that are computed in other ways
 _FAULT_TOKENS = 16
 
 
@@ -43,14 +44,15 @@ class Arms:
     def gather(
         self, rows: Sequence[AuditInput], groups: Sequence[int | None], some: Sequence[int]
     ) -> Evidence:
-        """The arms on `some` of `rows`, faults on the largest of `groups`. Raises EngineError.
+        """The arms on `some` of `rows`, faults in the largest of `groups`. Raises EngineError.
 
         `groups`: the prefix group of each row.
         """
         fitting = [rows[i] for i in some if rows[i].output][: self._most_rows()]
         if not fitting:
             return NO_EVIDENCE
-        return Evidence(self._arms(fitting), self._faults(rows, groups), self._same_bits(fitting))
+        faults = self._faults(rows, groups, max(1, len(some) // _ROWS_A_FAULTY_GROUP))
+        return Evidence(self._arms(fitting), faults, self._same_bits(fitting))
 
     def _most_rows(self) -> int:
         """The logits of two arms must fit into memory."""
@@ -76,17 +78,16 @@ class Arms:
         return same_bits_alone(self._engine, _forced(rows))
 
     def _faults(
-        self, rows: Sequence[AuditInput], groups: Sequence[int | None]
+        self, rows: Sequence[AuditInput], groups: Sequence[int | None], num_groups: int
     ) -> list[PlantedFault]:
-        """Each fault at two places of the prefix that rows of the commonest group share."""
+        """Each fault at three places of the prefixes that rows of the largest groups share."""
         from pipeline.engine.planted_faults import FAULTS
 
-        prompts = _prompts_of_one_group(rows, groups)
-        shared = _common_prefix(prompts)
-        clean = self._write(prompts, None, 0)
         found = []
-        for fault in FAULTS if shared > 1 else ():
-            for at in sorted({shared // 3, shared - 1}):
+        for prompts in _prompts_by_group(rows, groups)[:num_groups]:
+            shared = _common_prefix(prompts)
+            clean = self._write(prompts, None, 0)
+            for fault, at in product(FAULTS, sorted({shared // 3, 2 * shared // 3, shared - 1})):
                 spoilt = self._write(prompts, fault, at)
                 changed = any(a.output != b.output for a, b in zip(spoilt, clean, strict=True))
                 caught = not all(map(self._passes, spoilt))
@@ -124,15 +125,17 @@ def _forced(rows: Sequence[AuditInput]) -> list[ForcedRow]:
     ]
 
 
-def _prompts_of_one_group(
+def _prompts_by_group(
     rows: Sequence[AuditInput], groups: Sequence[int | None]
-) -> list[Sequence[int]]:
-    """Distinct prompts of the group with most rows; of a row that has no group, its own."""
-    largest = Counter(group for group in groups if group is not None).most_common(1)
-    wanted = largest[0][0] if largest else None
-    chosen = [row.prompt for row, group in zip(rows, groups, strict=True) if group == wanted]
-    distinct = {tuple(prompt): prompt for prompt in chosen}
-    return list(distinct.values())[: _FAULT_ROWS if largest else 1]
+) -> list[list[Sequence[int]]]:
+    """Distinct prompts of each group, those that share most tokens first; without one, one each."""
+    prompts: dict[int, list[Sequence[int]]] = {}
+    for place, (row, group) in enumerate(zip(rows, groups, strict=True)):
+        known = prompts.setdefault(-1 - place if group is None else group, [])
+        if len(known) < _FAULT_ROWS and row.prompt not in known and len(row.prompt) > 2:
+            known.append(row.prompt)
+    found = [known for known in prompts.values() if known and _common_prefix(known) > 0]
+    return sorted(found, key=lambda known: -_common_prefix(known) * (len(known) - 1))
 
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:

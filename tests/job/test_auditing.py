@@ -68,7 +68,7 @@ def test_a_run_that_shared_prefixes_is_computed_in_other_ways_too(
     assert all(arm["rows"] == arm["rows_exact"] == rows for arm in summary["arms"].values())
     assert summary["arms"]["again"]["kl_max"] == 0.0 <= summary["arms"]["product"]["kl_max"] < 1e-6
     faults = summary["faults"]
-    assert faults["planted"] == 8 and faults["caught"] == faults["changed_an_answer"] > 0
+    assert faults["planted"] == 12 and faults["caught"] == faults["changed_an_answer"] > 0
     assert 0 < summary["replay_seconds"] < summary["seconds"]
     kl = pl.read_parquet(output / "audit" / "audit.parquet")["audit_kl"]
     assert kl.max() == summary["arms"]["product"]["kl_max"] and kl.null_count() == 0
