@@ -81,6 +81,11 @@ def act_while_answering(monkeypatch: pytest.MonkeyPatch, act: Callable[[], objec
 PHASES = [act_after_opening, act_between_batches, act_while_answering]
 
 
+@pytest.mark.fault(
+    "input that changes during a run",
+    injected="replaced, written over, cut or deleted while rows are answered",
+    outcome="exit code 2; with the old file back the same command resumes",
+)
 @pytest.mark.parametrize("change", ACTS)
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_file_that_changes_ends_the_job_and_its_return_resumes_it(
@@ -106,6 +111,11 @@ def test_a_file_that_changes_ends_the_job_and_its_return_resumes_it(
     assert answers(out)["prompt"].to_list() == [f"p{i:03}" for i in range(ROWS)]
 
 
+@pytest.mark.fault(
+    "input that changes during a run",
+    injected="replaced or written over between two batches of the plan",
+    outcome="named, exit code 2",
+)
 @pytest.mark.parametrize("change", ACTS)
 def test_a_plan_is_not_made_of_two_files(
     source: Path, settings: JobSettings, monkeypatch: pytest.MonkeyPatch, change: str

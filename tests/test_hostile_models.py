@@ -289,7 +289,7 @@ def test_a_model_without_eos_runs_to_the_limit(folder: Path, source: Path, tmp_p
 def test_a_tokenizer_of_another_model_is_refused(
     folder: Path, source: Path, tmp_path: Path
 ) -> None:
-    """Seen red: without `_check_vocabulary` (an unexpected IndexError)."""
+    """Seen red: without `_check_vocabulary` (the run went on)."""
     edit(folder, "config.json", vocab_size=9)
     settings = JobSettings.from_flat({"model": str(folder), "device": "cpu", "engine": "echo"})
     with pytest.raises(ModelError, match="token id 21 appears, but the model knows 9 ids"):

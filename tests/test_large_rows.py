@@ -29,6 +29,11 @@ print(Path("/proc/self/status").read_text())
 """
 
 
+@pytest.mark.fault(
+    "one 100 MB row",
+    injected="one among three, as a prompt or in a carried column",
+    outcome="the prompt is a failed row, the column is carried; memory bounded",
+)
 @pytest.mark.parametrize("column", ["prompt", "note"])
 def test_a_row_of_100_mb(tmp_path: Path, column: str) -> None:
     """Seen red: tokenised before it was refused."""

@@ -64,6 +64,11 @@ def engine_of(max_rows: int = 256, budget: int | None = None) -> PrefixEngine:
     return PrefixEngine(load_tiny(), EngineSettings(max_rows=max_rows, kv_budget=budget))
 
 
+@pytest.mark.fault(
+    "KV bit flip in a shared prefix",
+    injected="one bit of a value, at several moments of a job",
+    outcome="noticed, computed again; no answer changes",
+)
 @pytest.mark.parametrize("max_rows", [3, 256])
 @pytest.mark.parametrize("at", [1, 2, 5, 8])
 def test_a_flipped_bit_changes_no_answer(

@@ -55,15 +55,16 @@ def test_the_flow_does_the_job_and_tells_prefect_no_text(
     assert counters["rows_ok"] == 2
     texts = pl.read_parquet(Path(job[1]) / "data" / "*.parquet")["generated_text"]
     assert CANARY[::-1] in texts.to_list()
-    known = stored() + "".join(capfd.readouterr()).encode()
-    assert b"coppice-generate" in known and b"2 rows, 22 prompt tokens" in known
+    database = stored()
+    assert b"coppice-generate" in database and b"2 rows, 22 prompt tokens" in database
+    known = database + "".join(capfd.readouterr()).encode()
     assert CANARY.encode() not in known and CANARY[::-1].encode() not in known
 
 
 @pytest.mark.fault(
     "canary strings",
-    injected="a Prefect flow that crashes: an unexpected error that quotes a prompt, and one of "
-    "ours that it caused",
+    injected="a Prefect flow that crashes: an unexpected error that quotes a prompt, one of ours "
+    "that it caused",
     outcome="type and place in Prefect's database and logs, no message",
 )
 @pytest.mark.parametrize("is_ours", [False, True])
@@ -99,7 +100,7 @@ def test_a_flow_that_crashes_tells_prefect_no_text(
 def test_a_system_prompt_belongs_into_the_file(
     job: tuple[str, str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Seen red: the settings of the file passed as parameters."""
+    """Seen red: with the parameter accepted."""
     input, output, settings = job
     with pytest.raises(UsageError, match="YAML file"):
         generate(input, output, settings | {"system-prompt": "said aloud"})

@@ -8,11 +8,18 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.torture.job import check_complete, check_run
 from tests.torture.kills import MEASURED, expected_content, kill_until_done, tiny_job
 from tests.torture.victim import Server, run_command
 
 
+@pytest.mark.fault(
+    "SIGKILL",
+    injected="whole commands at random moments; hundreds in make torture",
+    outcome="no row lost or doubled after the last call",
+)
 def test_a_command_outlives_kills_and_signals(
     tmp_path: Path, model_folder: Path, server: Server
 ) -> None:

@@ -20,6 +20,11 @@ from tests.torture.sweep import sweep_errors, sweep_kills
 from tests.torture.victim import Server
 
 
+@pytest.mark.fault(
+    "disk full or EIO",
+    injected="the n-th file operation of a job, for all n in make torture",
+    outcome="resumable; the next call gives the same output",
+)
 @pytest.mark.parametrize(
     ("code", "lasts", "first"),
     [(errno.ENOSPC, False, 0), (errno.EIO, False, 4), (errno.ENOSPC, True, 8)],
@@ -37,6 +42,11 @@ def test_any_operation_may_fail(
     assert figures.operations > 150 and figures.faults > 10
 
 
+@pytest.mark.fault(
+    "SIGKILL",
+    injected="before, within and behind the n-th file operation, for all n in make torture",
+    outcome="no row lost or doubled after the next call",
+)
 @pytest.mark.parametrize(("when", "first"), [("before", 3), ("halfway", 11), ("after", 7)])
 def test_any_operation_may_be_the_last(
     tmp_path: Path, tokenizer_folder: Path, server: Server, when: When, first: int
