@@ -15,7 +15,7 @@ import pytest
 from pyarrow import Table
 
 from pipeline.errors import CoppiceError
-from pipeline.job import answers
+from pipeline.storage import run_directory
 from pipeline.storage.writer import write_part
 from tests.torture.disk import KILLED, FailingDisk, WatchedDisk, When
 from tests.torture.job import (
@@ -120,7 +120,7 @@ def record(bench: RunBench) -> Recording:
             committed.append((len(disk.steps), table.column("row_index").to_pylist()))
             return path
 
-        patch.setattr(answers, "write_part", write)
+        patch.setattr(run_directory, "write_part", write)
         bench.run()
     return Recording(bench.content(), disk.steps, committed)
 
