@@ -126,8 +126,28 @@ def audit_table(summary: Mapping[str, Any]) -> Rows:
         ("prefix groups", f"{summary['groups_covered']:,} of {summary['groups_total']:,} covered"),
         ("free-running", f"{free['exact']:,} of {free['rows']:,} identical"),
         ("tokens checked", f"{summary['tokens_checked']:,}"),
+        *_evidence_rows(summary),
     ]
     return rows + [("because", reason) for reason in summary["reasons"]]
+
+
+def _evidence_rows(summary: Mapping[str, Any]) -> Rows:
+    """The audit's other arms, where there were any."""
+    arms, faults, strict = (summary.get(name) for name in ("arms", "faults", "strict"))
+    rows: list[tuple[str, str]] = []
+    if arms:
+        shared, alone = arms["product"], arms["batched"]
+        said = (
+            f"{shared['rows_exact']} of {shared['rows']} with reuse, {alone['rows_exact']} without"
+        )
+        rows.append(("exact in a batch", said))
+    if strict and strict["rows"]:
+        rows.append(("same bits alone", f"{strict['rows_same_bits']} of {strict['rows']}"))
+    if faults and faults["planted"]:
+        changed = f"{faults['changed_an_answer']} that changed an answer"
+        planted = f"({faults['planted']} planted)"
+        rows.append(("planted faults", f"{faults['caught']} of {changed} caught  {planted}"))
+    return rows
 
 
 def status_table(state: Mapping[str, Any]) -> Rows:
