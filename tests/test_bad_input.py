@@ -133,6 +133,21 @@ def test_two_rows_of_two_tenants_reuse_nothing(tmp_path: Path, model_folder: Pat
     assert rows["dedup_of"].to_list() == rows["group_id"].to_list() == [None, None]
 
 
+def test_group_ids_of_tenants_count_nothing_and_still_join_the_plan(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    """Seen red: node numbers, which grow with the trees of the tenants before."""
+    prompts = [f"the same long words and {n}" for n in range(4)] * 2
+    source = write_prompts(tmp_path / "p.parquet", prompts, tenant=list("aaaabbbb"))
+    flat = {"model": str(model_folder), "max_new_tokens": 3, "device": "cpu"}
+    run_job(str(source), tmp_path / "out", JobSettings.from_flat(flat))
+    rows = answers(tmp_path / "out").sort("row_index")
+    groups = rows["group_id"].unique().to_list()
+    assert len(groups) == 2 and all(group > 1 << 40 for group in groups)
+    plan = pl.read_parquet(tmp_path / "out" / "plan" / "plan.parquet").sort("row_index")
+    assert plan["group_id"].to_list() == rows["group_id"].to_list()
+
+
 @pytest.mark.fault(
     "model changed between runs",
     injected="other weights in the same folder before the same command",

@@ -170,7 +170,7 @@ def _output_row(planned: PlannedJob, item: Answered, texts: dict[int, str]) -> d
     columns = {
         "id": planned.ids[row],
         "row_index": row,
-        "group_id": None if group < 0 else group,
+        "group_id": None if group < 0 else planned.group_id(group),
         "reuse_depth": int(plan.reuse_depth[row]),
         "prompt_tokens": int(plan.table.lengths[row]),
     }

@@ -109,6 +109,16 @@ class PlannedJob:
     rows: NDArray[np.int64]
     summary: PlanSummary
 
+    def group_id(self, node: int) -> int:
+        """How rows name a group: its node, or where there are tenants a number made of it.
+
+        Nodes are counted through all tenants' trees, and no tenant may learn how large others are.
+        """
+        if self.job.source.columns.tenant is None:
+            return node
+        digest = hashlib.blake2b(f"{self.summary.plan_hash}:{node}".encode(), digest_size=8)
+        return int.from_bytes(digest.digest(), "big") >> 1
+
     def count_tokens(self) -> tuple[int, int]:
         """(prompt tokens T, unique tokens U) of this job's rows."""
         plan, runs = self.plan, self.plan.sequence_of_row[self.rows]

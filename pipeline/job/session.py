@@ -131,6 +131,10 @@ class Session:
                 return
         plan, ids = self._planned.plan, self._planned.ids
         frame = plan_frame(plan, ids)
+        if self._planned.job.source.columns.tenant is not None:
+            nodes = frame["group_id"].drop_nulls().unique().to_list()
+            names = {node: self._planned.group_id(node) for node in nodes}
+            frame = frame.with_columns(pl.col("group_id").replace(names))
         if len(self._planned.rows) < len(frame):
             frame = frame.filter(pl.col("row_index").is_in(self._planned.rows))
         self._directory.write_frame(PLAN_NAME, frame)
