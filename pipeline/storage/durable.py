@@ -111,7 +111,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], int]) -> int:
     path = path.absolute()
     temp = temp_path(path)
     with write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             with open(temp, "xb", opener=_private) as file:
                 result = write(file)
