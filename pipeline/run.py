@@ -38,7 +38,7 @@ from pipeline.job.recorded import keep_system_prompt, settings_to_show
 from pipeline.job.session import Session
 from pipeline.job.stopping import StopRequest, interruptible
 from pipeline.job.watchdog import Watchdog
-from pipeline.plan.summary import largest_nodes, plan_frame, tree_frame
+from pipeline.plan.summary import largest_nodes, tree_frame
 from pipeline.settings import JobSettings, StoreSettings
 from pipeline.storage.durable import replace_file
 from pipeline.storage.run_directory import RunDirectory
@@ -101,7 +101,7 @@ def write_plan(planned: PlannedJob, folder: Path) -> None:
 
     Raises StorageError.
     """
-    frames = {"plan": plan_frame(planned.plan, planned.ids), "tree": tree_frame(planned.plan)}
+    frames = {"plan": planned.frame(), "tree": tree_frame(planned.plan)}
     for name, frame in frames.items():
         replace_file(folder / f"{name}.parquet", memoryview(encode_parquet(frame.to_arrow())))
     summary = json.dumps(planned.summary.to_json(), indent=2, ensure_ascii=False)

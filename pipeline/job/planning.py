@@ -32,7 +32,7 @@ from pipeline.job.prepared_rows import PreparedRows
 from pipeline.job.rates import recall_rates
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.shards import cut_into_shards
-from pipeline.plan.summary import KVLimits, PlanSummary, summarise
+from pipeline.plan.summary import KVLimits, PlanSummary, plan_frame, summarise
 from pipeline.plan.token_table import narrowest_dtype
 from pipeline.records import PromptBatch, Rejected
 from pipeline.settings import JobSettings, ModelSettings, PlanSettings
@@ -118,6 +118,15 @@ class PlannedJob:
             return node
         digest = hashlib.blake2b(f"{self.summary.plan_hash}:{node}".encode(), digest_size=8)
         return int.from_bytes(digest.digest(), "big") >> 1
+
+    def frame(self) -> pl.DataFrame:
+        """`plan.parquet` of all rows: `plan_frame`, with groups named as rows name them."""
+        frame = plan_frame(self.plan, self.ids)
+        if self.job.source.columns.tenant is None:
+            return frame
+        nodes = frame["group_id"].drop_nulls().unique().to_list()
+        names = {node: self.group_id(node) for node in nodes}
+        return frame.with_columns(pl.col("group_id").replace(names))
 
     def count_tokens(self) -> tuple[int, int]:
         """(prompt tokens T, unique tokens U) of this job's rows."""

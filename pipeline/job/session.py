@@ -38,7 +38,7 @@ from pipeline.job.planning import PlannedJob
 from pipeline.job.rates import remember_rates
 from pipeline.job.stopping import StopRequest
 from pipeline.job.watchdog import Watchdog
-from pipeline.plan.summary import plan_frame, tree_frame
+from pipeline.plan.summary import tree_frame
 from pipeline.storage.run_directory import PLAN_NAME, RunDirectory
 
 _COMPLETIONS_AHEAD = 256
@@ -129,16 +129,11 @@ class Session:
                 )
             if self._directory.planned_rows() is not None:
                 return
-        plan, ids = self._planned.plan, self._planned.ids
-        frame = plan_frame(plan, ids)
-        if self._planned.job.source.columns.tenant is not None:
-            nodes = frame["group_id"].drop_nulls().unique().to_list()
-            names = {node: self._planned.group_id(node) for node in nodes}
-            frame = frame.with_columns(pl.col("group_id").replace(names))
+        frame = self._planned.frame()
         if len(self._planned.rows) < len(frame):
             frame = frame.filter(pl.col("row_index").is_in(self._planned.rows))
         self._directory.write_frame(PLAN_NAME, frame)
-        self._directory.write_frame("plan/tree.parquet", tree_frame(plan))
+        self._directory.write_frame("plan/tree.parquet", tree_frame(self._planned.plan))
         self._directory.write_json("plan/summary.json", summary.to_json())
 
     def _answer_rows(self, engine: Engine) -> None:
