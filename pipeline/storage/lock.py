@@ -10,7 +10,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.errors import RunDirectoryError
+from pipeline.errors import FolderInUse, RunDirectoryError
 
 LOCK_NAME = ".lock"
 _OWNER = re.compile(r"process (\d+) on (.+)")
@@ -54,7 +54,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Take the lock. Raises RunDirectoryError, naming the owner if somebody holds it."""
+        """Take the lock. Raises FolderInUse, naming who holds it, and RunDirectoryError."""
         path = folder / LOCK_NAME
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -76,7 +76,7 @@ class FolderLock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunDirectoryError(
+            raise FolderInUse(
                 f"{folder} is in use by {owner or 'another process'}; "
                 "wait until it ends or choose another folder"
             ) from error
