@@ -25,8 +25,10 @@ from pipeline.night.outcome import Ending, NightFailure, NightOutcome
 from pipeline.night.settings import Night, read_night
 from pipeline.night.state import read_state
 from pipeline.night.steps import (
+    Call,
     audit_night,
     check_input,
+    directly,
     generate_night,
     plan_night,
     publish_night,
@@ -37,7 +39,9 @@ from pipeline.storage.lock import FolderLock
 from pipeline.storage.object_store import is_url
 
 
-def run_nights(path: Path, day: datetime.date, observer: Observer) -> list[Ending]:
+def run_nights(
+    path: Path, day: datetime.date, observer: Observer, call: Call = directly
+) -> list[Ending]:
     """Do the unfinished nights of the file, oldest first, then that of `day`.
 
     A night that fails does not keep the next one from its turn; a spent time budget, a signal and
@@ -55,7 +59,7 @@ def run_nights(path: Path, day: datetime.date, observer: Observer) -> list[Endin
             if len(nights) > 1:
                 observer.say(f"the night of {night.date}")
             try:
-                endings.append(run_night(night, observer, left))
+                endings.append(run_night(night, observer, left, call))
             except CoppiceError as error:
                 endings.append(NightFailure(night.date, error))
                 if isinstance(error, Interrupted | TimeBudgetReached | FolderInUse):
@@ -63,7 +67,9 @@ def run_nights(path: Path, day: datetime.date, observer: Observer) -> list[Endin
     return endings
 
 
-def run_night(night: Night, observer: Observer, time_budget_s: float | None) -> NightOutcome:
+def run_night(
+    night: Night, observer: Observer, time_budget_s: float | None, call: Call = directly
+) -> NightOutcome:
     """Do what is left of one night. Raises whatever a step raises.
 
     A failed audit and too many failed rows still get their report, and publish nothing.
@@ -74,7 +80,7 @@ def run_night(night: Night, observer: Observer, time_budget_s: float | None) -> 
         page = f"{night.run_place}/report.html"
         return _outcome(night, state.rows, state.rows_failed, state.published, page)
     try:
-        check_input(night)
+        call("validate", night, lambda: check_input(night))
     except NoInput:
         if state.stage != "waiting":
             raise
@@ -82,15 +88,15 @@ def run_night(night: Night, observer: Observer, time_budget_s: float | None) -> 
         if night.settings.on_no_input == "fail":
             raise
         return NightOutcome("skipped", night.date)
-    plan_night(night)
+    call("plan", night, lambda: plan_night(night))
     try:
-        counters = generate_night(night, observer, time_budget_s)
-        audit_night(night, observer)
+        counters = call("generate", night, lambda: generate_night(night, observer, time_budget_s))
+        call("audit", night, lambda: audit_night(night, observer))
     except (TooManyFailedRows, AuditFailed):
-        report_night(night)
+        call("report", night, lambda: report_night(night))
         raise
-    page = report_night(night)["page"]
-    published = publish_night(night)["published"]
+    page = call("report", night, lambda: report_night(night))["page"]
+    published = call("publish", night, lambda: publish_night(night))["published"]
     rows, failed = int(counters["rows_in"]), int(counters["rows_error"])
     return _outcome(night, rows, failed, published, page)
 
