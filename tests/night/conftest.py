@@ -1,4 +1,4 @@
-"""A nightly job with a tiny model; the encoder of the audit takes seconds and is tested elsewhere."""
+"""A nightly job with a tiny model; the encoder of the audit is slow and tested elsewhere."""
 
 from __future__ import annotations
 

@@ -318,7 +318,7 @@ def test_a_clock_that_is_set_does_not_spend_the_budget(
 
 
 @pytest.mark.fault(
-    "two writers",
+    "night still going",
     injected="a night whose predecessor is still going",
     outcome="exit code 2 with a sentence, nothing computed twice; the next sitting does it",
 )
