@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipeline.engine.machine import cache_folder
 from pipeline.errors import (
@@ -74,6 +75,13 @@ def run_night(
 
     A failed audit and too many failed rows still get their report, and publish nothing.
     """
+    deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
+
+    def generate() -> dict[str, Any]:
+        # Asked at every try: one that is repeated after hours has not the whole time again.
+        left = None if deadline is None else deadline - time.monotonic()
+        return generate_night(night, observer, left)
+
     state = read_state(night)
     if state.stage == "done":
         observer.say(f"the night of {night.date} is done; nothing to do")
@@ -90,7 +98,7 @@ def run_night(
         return NightOutcome("skipped", night.date)
     call("plan", night, lambda: plan_night(night))
     try:
-        counters = call("generate", night, lambda: generate_night(night, observer, time_budget_s))
+        counters = call("generate", night, generate)
         call("audit", night, lambda: audit_night(night, observer))
     except (TooManyFailedRows, AuditFailed):
         call("report", night, lambda: report_night(night))
