@@ -164,6 +164,7 @@ class EngineSettings(_Section):
 
     `kv_budget` in bytes. `kernels`: "auto" is the fastest that the machine has, "torch" nothing
     private or compiled. `fidelity`: "strict" gives a row the same bits whatever runs beside it.
+    `busy_device`: what to do while another job holds the device.
     """
 
     max_batch_tokens: int = Field(default=4096, ge=16)
@@ -171,6 +172,7 @@ class EngineSettings(_Section):
     kv_budget: int | None = Field(default=None, ge=1)
     kernels: Literal["auto", "torch"] = "auto"
     fidelity: Literal["default", "strict"] = "default"
+    busy_device: Literal["wait", "fail", "share"] = "wait"
 
     @field_validator("kv_budget", mode="before")
     @classmethod

@@ -76,6 +76,7 @@ _HELP = {
     "kv_budget": "Memory for KV, like 8GiB (default: half of what is free).",
     "kernels": "auto: the fastest here; torch: nothing compiled.",
     "fidelity": "strict: the same bits in any batch, shared or not.",
+    "busy_device": "While another job has the device: wait, fail, share.",
     "rows_per_part": "Rows of one output file; a part is a checkpoint.",
     "preserve_order": "Parts in input order (answers wait in memory).",
     "fail_on_error": "Rows that may fail: a share like 0.01 or a count.",
