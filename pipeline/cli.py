@@ -107,12 +107,22 @@ def run(
 
 @app.command()
 @takes_settings(StoreSettings)
-def status(directory: RunFolder, json: Json = False, *, flags: dict[str, Any]) -> None:
+def status(
+    directory: RunFolder,
+    watch: Annotated[bool, typer.Option("--watch", help="Until it ends, every 2 s.")] = False,
+    json: Json = False,
+    *,
+    flags: dict[str, Any],
+) -> None:
     """How far a job is; works while it runs."""
     from pipeline.job.status import read_status
-    from pipeline.terminal.tables import print_json, print_table, status_table
+    from pipeline.terminal.tables import print_json, print_table, status_table, watch_status
 
-    state = read_status(directory, merge_section(StoreSettings, flags))
+    store = merge_section(StoreSettings, flags)
+    if watch and not json:
+        watch_status(directory, lambda: read_status(directory, store))
+        return
+    state = read_status(directory, store)
     if json:
         print_json(state)
     else:
