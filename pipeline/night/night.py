@@ -36,7 +36,7 @@ from pipeline.night.steps import (
     report_night,
 )
 from pipeline.storage.durable import make_folder, write_errors
-from pipeline.storage.lock import FolderLock
+from pipeline.storage.lock import LOCK_NAME, FileLock, HeldElsewhere
 from pipeline.storage.object_store import is_url
 
 
@@ -118,14 +118,13 @@ def sitting(night: Night) -> Iterator[None]:
         folder = cache_folder() / "nights" / hashlib.sha256(home.encode()).hexdigest()[:24]
     with write_errors(folder):
         make_folder(folder)
-    try:
-        lock = FolderLock(folder)
-    except FolderInUse as error:
-        owner = str(error).partition(" is in use by ")[2].partition(";")[0]
-        raise FolderInUse(
-            f"an earlier night of {night.settings.name} is still going ({owner}); that of "
-            f"{night.date} is done after it, by the next sitting or by the same command"
-        ) from error
+        try:
+            lock = FileLock(folder / LOCK_NAME)
+        except HeldElsewhere as held:
+            raise FolderInUse(
+                f"an earlier night of {night.settings.name} is still going ({held.owner}); that of "
+                f"{night.date} is done after it, by the next sitting or by the same command"
+            ) from held
     try:
         yield
     finally:
