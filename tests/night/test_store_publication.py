@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import CoppiceError, RunDirectoryError, StorageError
+from pipeline.night.calendar import forget_due, mark_due, unfinished_before
 from pipeline.night.publication import publish_run
 from pipeline.settings import StoreSettings
 from pipeline.storage.published import Content
@@ -141,6 +142,18 @@ def test_a_run_of_a_folder_is_published_to_a_bucket(
     assert not publish_run(audited.run_directory(), target, "reviews", DAY, STORE).is_new
 
 
+def test_a_bucket_says_which_nights_are_due(job: NightlyJob, store: Store, bucket: str) -> None:
+    """Those that began or were to; one that is forgotten is not."""
+    job.say(output=f"s3://{bucket}/nights")
+    for ago in (9, 3, 1):
+        mark_due(job.night(before(ago)))
+    mark_due(job.night(before(3)))
+    assert [night.date for night in unfinished_before(job.night())] == [before(3), before(1)]
+    forget_due(job.night(before(3)))
+    assert [night.date for night in unfinished_before(job.night())] == [before(1)]
+
+
+@pytest.mark.slow
 def test_nights_below_a_bucket(audited: NightlyJob, store: Store, bucket: str) -> None:
     """Runs and publications both there; a night that never began is caught up."""
     audited.say(output=f"s3://{bucket}/nights", publish=f"s3://{bucket}/published")
