@@ -67,6 +67,10 @@ def make_engine(settings: JobSettings) -> Engine:
         from pipeline.engine.echo_engine import EchoEngine
 
         return EchoEngine()
+    if settings.model.engine == "vllm":
+        from pipeline.engine.vllm_engine import VllmEngine
+
+        return VllmEngine(settings.model, settings.engine)
     from pipeline.engine.model import load_model
     from pipeline.engine.naive_engine import NaiveEngine
 
