@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from pipeline.errors import AuditFailed, CoppiceError, UsageError, place_of
+from pipeline.night_cli import app as night_app
 from pipeline.settings import (
     AuditSettings,
     EngineSettings,
@@ -24,6 +25,7 @@ from pipeline.settings import (
     TokenSettings,
     WriteSettings,
 )
+from pipeline.terminal.arguments import Config, Input, Json, LogFormat, Progress, RunFolder
 from pipeline.terminal.logs import log_error, log_to_stderr, make_observer
 from pipeline.terminal.options import merge, merge_section, split_store, takes_settings, to_flat
 
@@ -35,22 +37,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its panels clip long flags at 80 columns
 )
+app.add_typer(night_app)
 _READ = (ModelSettings, ReadSettings, TokenSettings, StoreSettings)
 _JOB = (*_READ, SamplingSettings, PlanSettings, EngineSettings)
-
-Input = Annotated[
-    str, typer.Argument(metavar="IN", help="Parquet or JSONL file, folder, glob or s3:// URL.")
-]
-RunFolder = Annotated[str, typer.Argument(metavar="DIR", help="Run directory or s3:// URL.")]
-Config = Annotated[Path | None, typer.Option("--config", help="YAML file of these settings.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-Progress = Annotated[
-    Literal["auto", "plain", "none"], typer.Option("--progress", help="How progress is shown.")
-]
-LogFormat = Annotated[
-    Literal["text", "json"],
-    typer.Option("--log-format", help="json: one object a line.", callback=log_to_stderr),
-]
 
 
 @app.callback()

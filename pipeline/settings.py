@@ -352,7 +352,8 @@ class JobSettings(_Section):
             first = error.errors()[0]
             name = str(first["loc"][-1]).replace("_", "-")
             reason = first["msg"].removeprefix("Value error, ")
-            got = "" if first["loc"][0] == "store" else f" (got {first['input']!r})"
+            is_private = first["loc"][0] == "store" or name == "system-prompt"
+            got = "" if is_private else f" (got {first['input']!r})"
             raise UsageError(f"setting {name}: {reason}{got}") from None
 
 
