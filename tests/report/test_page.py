@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import RunDirectoryError
-from pipeline.report.page import cell, count, decimal, duration, percent, render, size
+from pipeline.report.formats import cell, count, decimal, duration, percent, size
+from pipeline.report.page import render
 from pipeline.storage.run_directory import RunDirectory
 from tests.report.run_sample import AUDIT, make_run, output_rows
 
