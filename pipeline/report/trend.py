@@ -5,7 +5,6 @@ What a night's files say is checked value by value: a damaged file costs its num
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,6 +12,7 @@ from typing import Any, Final
 from pipeline.storage.nights import NightFiles
 
 DAMAGED: Final = "damaged"
+_MOST: Final = 2**63  # of any number that a run counts
 _STATES: Final = ("running", "complete", "stopped", "failed")
 
 
@@ -83,7 +83,7 @@ def _number(counters: Mapping[str, Any], name: str) -> float | None:
     value = counters.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) and value >= 0 else None
+    return float(value) if 0 <= value < _MOST else None
 
 
 def _ratio(part: float | None, whole: float | None) -> float | None:

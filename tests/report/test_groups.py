@@ -1,0 +1,91 @@
+"""The table of groups: every row once, whatever is listed, summed or unknown."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from pipeline.report.groups import Others, measure_groups
+from pipeline.report.page import render
+from tests.report.run_sample import audited_rows, make_run, output_rows, tree_nodes
+
+
+def with_every_column(rows: pl.DataFrame) -> pl.LazyFrame:
+    return rows.with_columns(dedup_of=pl.lit(None, pl.String)).lazy()
+
+
+def test_every_row_is_in_one_line() -> None:
+    rows = output_rows()
+    table = measure_groups(with_every_column(rows), tree_nodes(), audited_rows())
+    assert table.ungrouped is not None and table.smaller is None
+    lines = [*table.largest, table.ungrouped]
+    assert sum(line.rows for line in lines) == 1203
+    assert sum(line.saved_tokens for line in lines) == rows["cached_tokens"].sum()
+    assert sum(line.failed for line in lines) == table.ungrouped.failed == 3
+    counts = rows["group_id"].value_counts().drop_nulls()
+    assert {group.group_id: group.rows for group in table.largest} == dict(counts.iter_rows())
+
+
+def test_a_group_has_the_numbers_of_its_rows() -> None:
+    rows, audited = output_rows(), audited_rows()
+    table = measure_groups(with_every_column(rows), tree_nodes(), audited)
+    (seven,) = (group for group in table.largest if group.group_id == 7)
+    mine = rows.filter(pl.col("group_id") == 7)
+    assert seven.latency_p50_s == pytest.approx((mine["latency_s"] - mine["queue_s"]).median())
+    assert seven.prefix_tokens == tree_nodes().filter(pl.col("node") == 7)["end"].item()
+    assert (seven.audited, seven.differing) == (12, 1)
+    assert table.largest[0].rows == max(group.rows for group in table.largest)
+
+
+def test_smaller_groups_are_summed() -> None:
+    groups = np.repeat(np.arange(300), np.where(np.arange(300) < 200, 3, 2))
+    rows = pl.DataFrame({"group_id": groups}).with_columns(
+        status=pl.lit("ok"), cached_tokens=pl.lit(7), latency_s=pl.lit(1.0), queue_s=pl.lit(0.5)
+    )
+    table = measure_groups(with_every_column(rows), None, None)
+    assert len(table.largest) == 200 and {group.rows for group in table.largest} == {3}
+    assert table.smaller == Others(100, 200, 1400, 0, None, None)
+    assert table.ungrouped is None
+
+
+def test_what_nobody_measured_is_unknown() -> None:
+    """Copied rows have no time of their own; rows of tenants name groups that are no nodes."""
+    rows = pl.DataFrame(
+        {
+            "group_id": [2**62, 2**62], "status": ["ok", "error"], "cached_tokens": [5, None],
+            "latency_s": [1.0, None], "queue_s": [0.0, None], "dedup_of": ["a", None],
+        }
+    )  # fmt: skip
+    (group,) = measure_groups(rows.lazy(), tree_nodes(), None).largest
+    assert (group.prefix_tokens, group.latency_p50_s, group.audited) == (None, None, None)
+    assert (group.rows, group.failed, group.saved_tokens) == (2, 1, 5)
+
+
+@pytest.mark.slow
+def test_a_million_rows_are_reported_in_bounded_memory(tmp_path: Path) -> None:
+    """The page's own memory, above what making the rows took; 29 columns of them are 200 MB."""
+    rows = output_rows().head(1200)
+    directory = make_run(tmp_path / "run", rows)
+    (part,) = (tmp_path / "run" / "data").iterdir()
+    table = pl.read_parquet(part)
+    size = 1_000_000
+    random = np.random.default_rng(3)
+    many = table.sample(size, with_replacement=True, seed=3).with_columns(
+        row_index=pl.Series(np.arange(size)),
+        id=pl.Series(np.arange(size)).cast(pl.String),
+        group_id=pl.Series(random.integers(0, 200_000, size)),
+    )
+    many.write_parquet(part)
+    del many
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    render(directory)
+    seconds = time.perf_counter() - start
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
+    assert grown < 700 and seconds < 60, (grown, seconds)
+    assert (tmp_path / "run" / "report.html").stat().st_size < 1 << 20
