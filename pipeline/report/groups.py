@@ -52,7 +52,7 @@ class GroupTable:
 def measure_groups(
     output: pl.LazyFrame, tree: pl.DataFrame | None, audited: pl.DataFrame | None
 ) -> GroupTable:
-    """`output` is scanned, never loaded whole; `tree`: `node`, `end`, `is_group` of the plan.
+    """`output` is scanned, never loaded whole; `tree`: `node` and `end` of the plan's nodes.
 
     Where there are tenants, rows name groups by numbers of their own, not by nodes: then the length
     of the prefix is not known here.
@@ -87,7 +87,7 @@ def _by_group(output: pl.LazyFrame) -> pl.DataFrame:
 def _with_prefix(groups: pl.DataFrame, tree: pl.DataFrame | None) -> pl.DataFrame:
     if tree is None:
         return groups.with_columns(prefix_tokens=pl.lit(None, pl.Int64))
-    ends = tree.filter("is_group").select(group_id="node", prefix_tokens="end")
+    ends = tree.select(group_id="node", prefix_tokens="end")
     return groups.join(ends, on="group_id", how="left")
 
 

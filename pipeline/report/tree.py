@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.report.formats import count
 
-TREE_COLUMNS: Final = ("node", "parent", "start", "end", "rows", "is_group")
+TREE_COLUMNS: Final = ("node", "parent", "start", "end", "rows")
 _DRAWN: Final = 400
 
 

@@ -114,7 +114,7 @@ def test_pictures_follow_the_scheme(browser: Browser, night_page: Path) -> None:
 def test_a_phone_scrolls_tables_and_not_the_page(
     browser: Browser, night_page: Path, failed_page: Path
 ) -> None:
-    """Seen red: with a grid column of `1fr`, which is as wide as the table in it wants."""
+    """Seen red: with tables that do not scroll in their boxes."""
     for path in (night_page, failed_page):
         with opened(browser, path, viewport=PHONE, is_mobile=True, has_touch=True) as seen:
             assert seen.page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
@@ -152,7 +152,7 @@ def test_a_table_is_sorted_by_click(browser: Browser, night_page: Path) -> None:
 def test_a_table_is_sorted_by_keys_and_unknown_numbers_stay_last(
     browser: Browser, night_page: Path
 ) -> None:
-    """Seen red: with unknown numbers taken for nothing."""
+    """Seen red: with unknown numbers taken for nothing; with words taken for numbers."""
     with opened(browser, night_page) as seen:
         table = seen.page.locator("#night-table")
         header = table.get_by_role("columnheader", name="wall time")
@@ -164,7 +164,11 @@ def test_a_table_is_sorted_by_keys_and_unknown_numbers_stay_last(
             assert times[-2:] == ["", ""]
             known = [float(value) for value in times[:-2]]
             assert known == sorted(known, reverse=order == "descending")
-        outline = header.get_by_role("button").evaluate(PAINT % "outlineStyle")
+        state = table.get_by_role("columnheader", name="state")
+        state.get_by_role("button").press("Enter")
+        texts = table.locator("tbody td:nth-child(2)").all_inner_texts()
+        assert texts == sorted(texts) and len(set(texts)) == 3
+        outline = state.get_by_role("button").evaluate(PAINT % "outlineStyle")
         assert outline == "solid"  # where the keys are is seen
 
 
@@ -218,7 +222,7 @@ def test_paper_is_white_and_shows_whole_tables(
 def test_headings_tables_and_figures_are_named(browser: Browser, night_page: Path) -> None:
     """What a screen reader stands on. Seen red: with an h3 in the trend before its h2."""
     with opened(browser, night_page) as seen:
-        levels = seen.page.locator("h1, h2, h3").evaluate_all("h => h.map(e => +e.tagName[1])")
+        levels = seen.page.locator("h1, h2, h3, h4").evaluate_all("h => h.map(e => +e.tagName[1])")
         assert levels[0] == levels.count(1) == 1
         assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
         assert seen.page.locator("th:not([scope])").count() == 0
