@@ -101,5 +101,5 @@ def test_a_million_rows_are_reported_in_bounded_memory(tmp_path: Path) -> None:
         more.write_parquet(part.with_name(f"part-{number:05d}-{number:012x}.parquet"))
     start = time.perf_counter()
     grown = render_elsewhere(small) - least
-   assert grown < 400 and time.perf_counter() - start < 60, grown
+    assert grown < 400 and time.perf_counter() - start < 60, grown
     assert (small / "report.html").stat().st_size < 1 << 20
