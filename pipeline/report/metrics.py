@@ -106,6 +106,10 @@ class RunMetrics:
         """A counter of run.json; 0 before the first session has ended."""
         return float(self.manifest.get("counters", {}).get(name, 0))
 
+    def measured(self, name: str) -> float | None:
+        """A counter of run.json; None before the first session has ended."""
+        return self.counter(name) if name in self.manifest.get("counters", {}) else None
+
     @property
     def saved_share(self) -> float | None:
         """Measured: prompt tokens taken from the cache, out of all that rows needed."""

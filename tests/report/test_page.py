@@ -115,7 +115,9 @@ def test_the_same_run_gives_the_same_page(finished: Path) -> None:
 def test_a_run_that_just_began_has_a_report(tmp_path: Path) -> None:
     render(make_run(tmp_path / "run", output_rows().clear(), audit=None))
     html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "not audited yet" in " ".join(read_page(html).texts)
+    shown = " ".join(read_page(html).texts)
+    assert "not audited yet" in shown and "Nothing is measured yet" in shown
+    assert 'data-key="rows_ok" data-value="">–<' in html
     assert "Not audited yet" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
 
 
