@@ -29,6 +29,7 @@ CASES = (
     "wrong types in generation defaults", "vocabulary mismatch", "no end-of-sequence token",
     "templates that reach outside", "templates without end", "two tenants, one prefix",
     "canary strings",
+    "a damaged earlier night",
 )  # fmt: skip
 """Every row of the list of faults that the product promises to survive, in the table's order."""
 PENDING: dict[str, str] = {}

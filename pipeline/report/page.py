@@ -118,7 +118,8 @@ def _read_table(path: Path, columns: Sequence[str] | None = None) -> pl.DataFram
     try:
         return pl.scan_parquet(path).select(columns or pl.all()).collect()
     except (OSError, pl.exceptions.PolarsError) as error:
-        remedy = "audit again" if path.parent.name == "audit" else "run the same command again"
+        is_audit = path.parent.name == "audit"
+        remedy = "audit again" if is_audit else "delete it, and the report goes without"
         raise RunDirectoryError(f"{path} is damaged ({error}); {remedy}") from error
 
 

@@ -1,4 +1,4 @@
-"""One browser for all tests of a session, and the pages that it looks at."""
+"""The browser, and the pages that it looks at."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """One for all tests of a module, and gone with it: while it is there, Playwright keeps an event
+    loop running in this thread, and what other tests do with asyncio would fail."""
     with launched() as browser:
         yield browser
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def night_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of the last of eight nights; its rows, ids and audit are those of `run_sample`."""
     root = make_nights(tmp_path_factory.mktemp("nights"))[-1]
@@ -31,7 +33,7 @@ def night_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "report.html"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def failed_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a run whose audit failed."""
     root = tmp_path_factory.mktemp("failed") / "run"

@@ -136,6 +136,18 @@ def test_a_damaged_summary_is_named(tmp_path: Path) -> None:
         render(directory)
 
 
+def test_a_damaged_table_is_named_and_a_missing_one_is_done_without(tmp_path: Path) -> None:
+    directory = make_run(tmp_path / "run", output_rows())
+    tree = directory.root / "plan" / "tree.parquet"
+    tree.write_bytes(b"PAR1 no more")
+    with pytest.raises(RunDirectoryError, match="tree.parquet is damaged.*delete it"):
+        render(directory)
+    tree.unlink()
+    render(directory)
+    page = (directory.root / "report.html").read_text(encoding="utf-8")
+    assert '<svg class="tree"' not in page and 'id="group-table"' in page
+
+
 def test_formats() -> None:
     assert [count(None), count(1234567), count(0)] == ["–", "1,234,567", "0"]
     assert [percent(0.7841), percent(0.99999), percent(1.0)] == ["78.4 %", "99.9 %", "100.0 %"]

@@ -11,6 +11,7 @@ from pipeline.settings import StoreSettings
 from pipeline.storage.manifest import new_manifest
 from pipeline.storage.nights import read_nights, read_remote_nights
 from pipeline.storage.remote_folder import RemoteFolder
+from pipeline.storage.remote_run import RemoteRun
 from tests.storage.buckets import Store
 
 
@@ -44,6 +45,11 @@ def test_no_more_than_thirty(tmp_path: Path) -> None:
     assert len(dates) == 30 and (dates[0], dates[-1]) == ("2026-10-11", "2026-11-20")
 
 
+@pytest.mark.fault(
+    "a damaged earlier night",
+    injected="run.json and audit of earlier nights are cut off, of another version, no JSON",
+    outcome="the night's page is made, and says of them that they are damaged",
+)
 @pytest.mark.parametrize("content", ["{", "[]", '"x"', '{"schema_version": 99}', "\x00"])
 def test_a_damaged_night_stops_no_other(tmp_path: Path, content: str) -> None:
     """Seen red: with `read_manifest`, which raises, as of a run that one asked for."""
@@ -57,7 +63,7 @@ def test_a_damaged_night_stops_no_other(tmp_path: Path, content: str) -> None:
     assert nights[1].audit is None
 
 
-def test_nights_in_a_store(store: Store, bucket: str) -> None:
+def test_nights_in_a_store(store: Store, bucket: str, tmp_path: Path) -> None:
     manifest = json.dumps(new_manifest({})).encode()
     for name, content in (("2026-11-09", manifest), ("2026-11-10", b"{"), ("2026-11-11", manifest)):
         store.put(bucket, f"jobs/a/{name}/run.json", content)
@@ -68,6 +74,7 @@ def test_nights_in_a_store(store: Store, bucket: str) -> None:
     store.put(bucket, "jobs/b/2026-11-07/run.json", manifest)
     folder = RemoteFolder(f"s3://{bucket}/jobs/a/2026-11-11", StoreSettings())
     nights = read_remote_nights(folder)
+    assert RemoteRun(tmp_path, None, folder).nights() == nights
     assert [night.date for night in nights] == ["2026-11-09", "2026-11-10", "2026-11-11"]
     assert [night.has_page for night in nights] == [True, False, False]
     assert nights[0].audit == {"verdict": "pass"} and nights[1].manifest is None
