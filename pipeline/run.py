@@ -118,7 +118,7 @@ def write_plan(planned: PlannedJob, folder: Path) -> None:
 def write_plan_page(planned: PlannedJob, title: str, path: Path) -> None:
     """Write the plan as one HTML page."""
     from pipeline.report.plan_page import render_plan
-    from pipeline.report.plots import Box
+    from pipeline.report.tree import Box
 
     boxes = [Box(*node) for node in largest_nodes(planned.plan).tolist()]
     page = render_plan(title, planned.summary.to_json(), boxes, planned.plan.tree.num_nodes)
