@@ -173,7 +173,7 @@ def test_a_table_is_sorted_by_keys_and_unknown_numbers_stay_last(
 
 
 def test_ids_are_inert(browser: Browser, failed_page: Path) -> None:
-    """Seen red: with `| safe` behind the id of a failed row, the title is another one."""
+    """Seen red: with `| safe` behind the id of a failed row."""
     with opened(browser, failed_page) as seen:
         page = seen.page
         assert page.get_by_text(EVIL_ID, exact=True).count() == 2  # a failed row, a differing one
