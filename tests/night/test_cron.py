@@ -81,6 +81,14 @@ def test_the_last_start_is_that_of_cronsim(text: str, now: datetime.datetime) ->
         assert cron.last_day(now) == before.date()
 
 
+def test_the_rarest_start_of_all() -> None:
+    """The 29th of February on a Sunday, from 2128 back over 2100. Seen red: eight years back."""
+    cron = Cron.parse("0 2 29 2 */7")
+    eve = datetime.datetime(2128, 2, 28, 12)
+    assert cron.last_day(eve) == datetime.date(2088, 2, 29)
+    assert cron.last_day(eve + datetime.timedelta(days=1)) == datetime.date(2128, 2, 29)
+
+
 @needs_systemd
 @settings(max_examples=60, deadline=None)
 @given(expressions, moments)
