@@ -4,8 +4,10 @@
 CoppiceError                    1   something failed; the message says what to do
 ├── UsageError                  2   the call or its configuration cannot work
 │   ├── InputError              2   the prompt file is missing, damaged or of the wrong shape
+│   │   └── NoInput             2   there is no file or no row at all; a night may be told to skip
 │   ├── ModelError              2   the model is missing, partial, unsafe or not supported
 │   └── RunDirectoryError       2   the output folder is in use or belongs to another job
+│       └── FolderInUse         2   another process holds it; wait until that one ends
 ├── EngineError                 1   the device computed something wrong or ran out of room
 ├── StorageError                1   a part could not be written, or a committed one was altered
 ├── Stalled                     1   nothing moved for --stall-timeout; the same command resumes
@@ -38,12 +40,20 @@ class InputError(UsageError):
     """The prompt file is missing, damaged or of the wrong shape."""
 
 
+class NoInput(InputError):
+    """There is no file or no row at all; a night may be told to skip."""
+
+
 class ModelError(UsageError):
     """The model is missing, partial, unsafe or not supported."""
 
 
 class RunDirectoryError(UsageError):
     """The output folder is in use or belongs to another job."""
+
+
+class FolderInUse(RunDirectoryError):
+    """Another process holds it; wait until that one ends."""
 
 
 class EngineError(CoppiceError):

@@ -31,6 +31,9 @@ ROOMS: dict[str, set[str] | None] = {
     "pipeline.job": _FIRST
     | {f"pipeline.{room}" for room in ("storage", "tokens", "plan", "engine", "audit", "report")},
     "pipeline.terminal": _FIRST | {"pipeline.job", "pipeline.run"},
+    "pipeline.night": _FIRST
+    | {f"pipeline.{room}" for room in ("run", "job", "storage", "report", "terminal.options")}
+    | {"pipeline.engine.machine"},
 }
 # heavy package -> where it may be imported
 HOMES = {

@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
@@ -182,9 +182,27 @@ def _check_complete(directory: RunDirectory) -> None:
 
 def seed_of_output(directory: RunDirectory) -> int:
     """A seed that nobody could choose before the output was committed: 63 bits."""
-    names = sorted(path.name for path in (directory.root / "data").glob("part-*.parquet"))
-    digest = hashlib.sha256("\n".join(names).encode()).digest()
+    digest = hashlib.sha256("\n".join(directory.part_names()).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def current_verdict(directory: RunDirectory) -> Literal["pass", "fail", "stale"] | None:
+    """What was found about the rows that are committed now; "stale": about others; None: nothing.
+
+    Raises RunDirectoryError if the audit's summary is damaged.
+    """
+    path = directory.root / "audit" / "summary.json"
+    if not path.is_file():
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if summary["seed"] != seed_of_output(directory):
+            return "stale"
+        return "pass" if summary["verdict"] == "pass" else "fail"
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(
+            f"{path} is damaged; run: coppice audit {directory.name}"
+        ) from error
 
 
 def _load_baseline(job: Job) -> tuple[LoadedModel, Baseline]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NoInput
 from pipeline.settings import StoreSettings
 from pipeline.storage.object_store import SCHEME, explain_read_fault, find_objects, is_url
 
@@ -85,7 +85,7 @@ def find_input_files(
     """The file itself, all files of rows below a folder, or what a glob matches, sorted by name.
 
     Hidden files and those that begin with an underscore are somebody's temporary files: left out.
-    `store` is how an `s3://` URL is reached. Raises InputError if there is nothing.
+    `store` is how an `s3://` URL is reached. Raises NoInput if there is nothing, InputError.
     """
     if is_url(argument):
         filesystem, paths = find_objects(str(argument), store or StoreSettings(), ENDINGS)
@@ -102,7 +102,7 @@ def find_input_files(
             found = [p for p in map(Path, glob.glob(str(argument), recursive=True)) if p.is_file()]
             lacking = f"there is no file, folder or match for {place}; check the path"
     if not found:
-        raise InputError(lacking)
+        raise NoInput(lacking)
     return tuple(map(InputFile.local, sorted(found, key=lambda p: p.as_posix())))
 
 

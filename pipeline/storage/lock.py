@@ -10,7 +10,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.errors import RunDirectoryError
+from pipeline.errors import FolderInUse, RunDirectoryError
 
 LOCK_NAME = ".lock"
 _OWNER = re.compile(r"process (\d+) on (.+)")
@@ -105,12 +105,12 @@ class FolderLock(FileLock):
     """One writer per folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Take the lock. Raises RunDirectoryError, naming the owner if somebody holds it."""
+        """Take the lock. Raises FolderInUse, naming who holds it, and RunDirectoryError."""
         path = folder / LOCK_NAME
         try:
             super().__init__(path)
         except HeldElsewhere as held:
-            raise RunDirectoryError(
+            raise FolderInUse(
                 f"{folder} is in use by {held.owner}; wait until it ends or choose another folder"
             ) from held
         except OSError as error:

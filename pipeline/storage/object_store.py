@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NoInput
 from pipeline.settings import StoreSettings
 
 SCHEME = "s3"
@@ -109,7 +109,7 @@ def find_objects(
 ) -> tuple[fs.FileSystem, list[str]]:
     """The object itself, those below a prefix that end so, or what a glob matches, sorted by name.
 
-    Returns the file system and paths on it. Raises InputError, also if there is nothing.
+    Returns the file system and paths on it. Raises NoInput if there is nothing, InputError.
     """
     try:
         place = ObjectUrl.parse(url)
@@ -121,7 +121,7 @@ def find_objects(
         reason = explain_read_fault(error) or f"{str(error).splitlines()[0][:200]}; try again"
         raise InputError(f"cannot read {url}: {reason}") from error
     if not paths:
-        raise InputError(f"{_lacking(place, url)}; check the URL")
+        raise NoInput(f"{_lacking(place, url)}; check the URL")
     return filesystem, sorted(paths)
 
 

@@ -15,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import InputError, UsageError
+from pipeline.errors import InputError, NoInput, UsageError
 from pipeline.records import Message, PromptBatch, Rejected
 from pipeline.settings import ReadSettings, StoreSettings
 from pipeline.storage.cells import BadCell, read_messages, read_sampling, read_text
@@ -213,8 +213,8 @@ def open_source(
     `store` is how an `s3://` URL is reached; `copies`: where JSON lines files are kept as Parquet;
     without, they are refused.
 
-    Raises InputError: nothing there, not Parquet, truncated, no rows, a line that is no row,
-    columns missing or of the wrong type, files that differ in their columns. Raises StorageError
+    Raises NoInput: nothing there, no rows. InputError: not Parquet, truncated, a line that is no
+    row, columns missing or of the wrong type, files that differ in their columns. StorageError
     where a copy cannot be kept.
     """
     if copies is not None:
@@ -230,7 +230,7 @@ def open_source(
     first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(group_rows)])
     num_rows = int(first_row[-1])
     if num_rows == 0:
-        raise InputError(f"{path} holds no rows; check how it was written")
+        raise NoInput(f"{path} holds no rows; check how it was written")
     if settings.limit is not None:
         num_rows = min(num_rows, settings.limit)
     labels = _make_labels([file.origin for file in files])

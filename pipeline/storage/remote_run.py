@@ -98,7 +98,7 @@ class RemoteRun(RunDirectory):
         try:
             local = RunDirectory.create_or_resume(root, fingerprint, description)
         except RunDirectoryError as error:
-            raise RunDirectoryError(str(error).replace(str(root), folder.url)) from error
+            raise type(error)(str(error).replace(str(root), folder.url)) from error
         run = cls(root, local._lock, folder)
         try:
             run._agree_with(held)
@@ -144,6 +144,12 @@ class RemoteRun(RunDirectory):
             return super().count_rows()
         parts = self._parts().values()
         return sum(part["rows_ok"] for part in parts), sum(part["rows_error"] for part in parts)
+
+    def part_names(self) -> list[str]:
+        """As of a run directory, of the parts that run.json names."""
+        if "parts" not in self.read_manifest():
+            return super().part_names()
+        return sorted(self._parts())
 
     def write_part(self, number: int, table: pa.Table, provenance: dict[str, str]) -> Path:
         """Commit a part here and in the store. Raises StorageError, RunDirectoryError."""

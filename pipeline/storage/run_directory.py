@@ -171,6 +171,10 @@ class RunDirectory:
         numbers = [int(match[1]) for p in self._part_paths() if (match := PART_NAME.match(p.name))]
         return max(numbers, default=-1) + 1
 
+    def part_names(self) -> list[str]:
+        """Of all committed parts, in order; each holds the hash of its part."""
+        return [path.name for path in self._part_paths()]
+
     def scan(self) -> pl.LazyFrame:
         """All committed parts; our columns and no rows where there is none yet."""
         paths = self._part_paths()

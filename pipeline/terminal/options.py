@@ -194,7 +194,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}; check --config") from None
+        raise UsageError(f"cannot read {path}: {error.strerror}; check the path") from None
     except (yaml.YAMLError, UnicodeError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if content is None:

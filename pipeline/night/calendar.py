@@ -1,0 +1,91 @@
+"""Which nights are due. Knows nothing about what is done in one.
+
+Whoever does nights says first that tonight is due (`mark_due`), by an empty run directory, or below
+`s3://` by an object OUTPUT/NAME/due/DATE: so a night that never began, for older ones took all of
+the time or the process died, is caught up as well.
+"""
+
+from __future__ import annotations
+
+import datetime
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+from pipeline.errors import UsageError
+from pipeline.night.settings import Night
+from pipeline.night.state import read_state
+from pipeline.storage.durable import make_folder, write_errors
+from pipeline.storage.object_store import is_url
+from pipeline.storage.remote_folder import RemoteFolder, SupersededError
+
+
+def logical_date(scheduled: datetime.datetime, timezone: str) -> datetime.date:
+    """The date of an aware `scheduled` start in the job's zone. Raises UsageError."""
+    assert scheduled.tzinfo is not None, "a start without a zone is on no date"
+    return scheduled.astimezone(open_zone(timezone)).date()
+
+
+def open_zone(name: str) -> ZoneInfo:
+    """Raises UsageError if there is no such time zone."""
+    try:
+        return ZoneInfo(name)
+    except (OSError, ValueError, KeyError):  # ZoneInfoNotFoundError is a KeyError
+        raise UsageError(
+            f"there is no time zone {name!r}; write it like Europe/Berlin or UTC"
+        ) from None
+
+
+def unfinished_before(night: Night) -> list[Night]:
+    """Older nights of this job within `catch_up` that are due and not done, oldest first.
+
+    One that waits for a person (its audit failed, or too many rows) is not among them.
+    """
+    days = range(night.settings.catch_up, 0, -1)
+    older = [on_date(night, night.date - datetime.timedelta(days=ago)) for ago in days]
+    return [night for night in older if is_due(night) and read_state(night).is_unfinished]
+
+
+def on_date(night: Night, day: datetime.date) -> Night:
+    """The same job on another date."""
+    return replace(
+        night,
+        date=day,
+        input=night.settings.input_on(day),
+        run_place=night.settings.run_place_on(day),
+    )
+
+
+def is_due(night: Night) -> bool:
+    """Whether this night began, or was to. Raises StorageError."""
+    if not is_url(night.run_place):
+        return Path(night.run_place).is_dir()
+    return _home(night).read(_due_name(night)) is not None
+
+
+def mark_due(night: Night) -> None:
+    """Say that this night is to be done. Raises StorageError."""
+    if is_url(night.run_place):
+        with suppress(SupersededError):
+            _home(night).put_if(_due_name(night), b"due\n", None)
+        return
+    with write_errors(Path(night.run_place)):
+        make_folder(Path(night.run_place))
+
+
+def forget_due(night: Night) -> None:
+    """Nothing of this night is to be done any more; one that began stays."""
+    if is_url(night.run_place):
+        _home(night).delete([_due_name(night)])
+        return
+    with suppress(OSError):
+        Path(night.run_place).rmdir()
+
+
+def _home(night: Night) -> RemoteFolder:
+    return RemoteFolder(night.settings.home, night.job.store)
+
+
+def _due_name(night: Night) -> str:
+    return f"due/{night.date.isoformat()}"

@@ -1,0 +1,133 @@
+"""One night from its input to its publication, and a sitting: unfinished nights, then tonight's."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.engine.machine import cache_folder
+from pipeline.errors import (
+    AuditFailed,
+    CoppiceError,
+    FolderInUse,
+    Interrupted,
+    NoInput,
+    TimeBudgetReached,
+    TooManyFailedRows,
+)
+from pipeline.job.observer import Observer
+from pipeline.night.calendar import forget_due, mark_due, unfinished_before
+from pipeline.night.outcome import Ending, NightFailure, NightOutcome
+from pipeline.night.settings import Night, read_night
+from pipeline.night.state import read_state
+from pipeline.night.steps import (
+    audit_night,
+    check_input,
+    generate_night,
+    plan_night,
+    publish_night,
+    report_night,
+)
+from pipeline.storage.durable import make_folder, write_errors
+from pipeline.storage.lock import FolderLock
+from pipeline.storage.object_store import is_url
+
+
+def run_nights(path: Path, day: datetime.date, observer: Observer) -> list[Ending]:
+    """Do the unfinished nights of the file, oldest first, then that of `day`.
+
+    A night that fails does not keep the next one from its turn; a spent time budget, a signal and
+    another process at work do. Raises UsageError for the file, FolderInUse while another one sits.
+    """
+    started = time.monotonic()  # the clock on the wall may be set while nights run
+    tonight = read_night(path, day)
+    mark_due(tonight)
+    budget = tonight.job.write.time_budget
+    endings: list[Ending] = []
+    with sitting(tonight):
+        nights = [*unfinished_before(tonight), tonight]
+        for night in nights:
+            left = None if budget is None else budget - (time.monotonic() - started)
+            if len(nights) > 1:
+                observer.say(f"the night of {night.date}")
+            try:
+                endings.append(run_night(night, observer, left))
+            except CoppiceError as error:
+                endings.append(NightFailure(night.date, error))
+                if isinstance(error, Interrupted | TimeBudgetReached | FolderInUse):
+                    break
+    return endings
+
+
+def run_night(night: Night, observer: Observer, time_budget_s: float | None) -> NightOutcome:
+    """Do what is left of one night. Raises whatever a step raises.
+
+    A failed audit and too many failed rows still get their report, and publish nothing.
+    """
+    state = read_state(night)
+    if state.stage == "done":
+        observer.say(f"the night of {night.date} is done; nothing to do")
+        page = f"{night.run_place}/report.html"
+        return _outcome(night, state.rows, state.rows_failed, state.published, page)
+    try:
+        check_input(night)
+    except NoInput:
+        if state.stage != "waiting":
+            raise
+        forget_due(night)
+        if night.settings.on_no_input == "fail":
+            raise
+        return NightOutcome("skipped", night.date)
+    plan_night(night)
+    try:
+        counters = generate_night(night, observer, time_budget_s)
+        audit_night(night, observer)
+    except (TooManyFailedRows, AuditFailed):
+        report_night(night)
+        raise
+    page = report_night(night)["page"]
+    published = publish_night(night)["published"]
+    rows, failed = int(counters["rows_in"]), int(counters["rows_error"])
+    return _outcome(night, rows, failed, published, page)
+
+
+@contextmanager
+def sitting(night: Night) -> Iterator[None]:
+    """One process at a time does the nights of a job. Raises FolderInUse, StorageError."""
+    home = night.settings.home
+    folder = Path(home)
+    if is_url(home):
+        folder = cache_folder() / "nights" / hashlib.sha256(home.encode()).hexdigest()[:24]
+    with write_errors(folder):
+        make_folder(folder)
+    try:
+        lock = FolderLock(folder)
+    except FolderInUse as error:
+        owner = str(error).partition(" is in use by ")[2].partition(";")[0]
+        raise FolderInUse(
+            f"an earlier night of {night.settings.name} is still going ({owner}); that of "
+            f"{night.date} is done after it, by the next sitting or by the same command"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _outcome(
+    night: Night, rows: int, failed: int, published: str | None, page: str
+) -> NightOutcome:
+    return NightOutcome(
+        state="completed_with_errors" if failed else "completed",
+        date=night.date,
+        rows=rows,
+        rows_failed=failed,
+        rows_allowed=night.job.write.allowed_failures(rows),
+        verdict="pass",
+        published=published,
+        page=page,
+    )

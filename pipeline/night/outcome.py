@@ -1,0 +1,81 @@
+"""What became of a night, in a record and in a sentence. Knows nothing about how."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.errors import CoppiceError, Interrupted, TimeBudgetReached
+
+
+@dataclass(frozen=True)
+class NightOutcome:
+    """A night that ended well enough. `rows_allowed`: as many may fail.
+
+    `published`, `page`: path or URL, None where there is none.
+    """
+
+    state: Literal["completed", "completed_with_errors", "skipped"]
+    date: datetime.date
+    rows: int = 0
+    rows_failed: int = 0
+    rows_allowed: int = 0
+    verdict: str | None = None
+    published: str | None = None
+    page: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """Of a command that did this night alone."""
+        return 0
+
+    def sentence(self) -> str:
+        """For a log and as a flow's final state; begins with the state, has no text of a row."""
+        if self.state == "skipped":
+            return f"Skipped: there is no input for {self.date}."
+        said = f"Completed: {self.rows:,} rows"
+        if self.rows_failed:
+            said = (
+                f"Completed with errors: {self.rows_failed:,} of {self.rows:,} rows failed "
+                f"({self.rows_allowed:,} allowed)"
+            )
+        where = f"published at {self.published}" if self.published else "not published"
+        return f"{said}, audit {self.verdict or 'missing'}, {where}."
+
+
+@dataclass(frozen=True)
+class NightFailure:
+    """A night that did not, and why."""
+
+    date: datetime.date
+    error: CoppiceError
+
+    @property
+    def state(self) -> Literal["stopped", "failed"]:
+        """`stopped`: the same command goes on."""
+        is_stop = isinstance(self.error, TimeBudgetReached | Interrupted)
+        return "stopped" if is_stop else "failed"
+
+    @property
+    def exit_code(self) -> int:
+        """Of a command that did this night alone."""
+        return self.error.exit_code
+
+    def sentence(self) -> str:
+        """As of an outcome."""
+        return f"{self.state.capitalize()}: {self.error}."
+
+
+Ending = NightOutcome | NightFailure
+
+
+def worst(endings: list[Ending]) -> CoppiceError | None:
+    """What the sitting as a whole comes to: an interruption, else the first failure, else a stop.
+
+    A stop is the least: a failed audit must not hide behind a spent time budget.
+    """
+    errors = [ending.error for ending in endings if isinstance(ending, NightFailure)]
+    ranks = (Interrupted, CoppiceError, TimeBudgetReached)
+    rank = [2 if isinstance(e, ranks[2]) else 0 if isinstance(e, ranks[0]) else 1 for e in errors]
+    return min(zip(rank, errors, strict=True), key=lambda pair: pair[0])[1] if errors else None

@@ -1,0 +1,153 @@
+"""The gate: a sealed run whose audit passed becomes a publication. Knows no files' mechanics.
+
+A published night never changes, with one exception: a later state of the same run directory (rows
+that were lost or failed, and were answered since) takes the place of the earlier one, whole.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pipeline.errors import AuditFailed, RunDirectoryError, UsageError
+from pipeline.job.auditing import current_verdict
+from pipeline.report.page import render
+from pipeline.settings import StoreSettings
+from pipeline.storage.folder_target import FolderTarget
+from pipeline.storage.object_store import is_url
+from pipeline.storage.published import Content
+from pipeline.storage.run_directory import RunDirectory
+from pipeline.storage.run_place import Place, reading_run
+from pipeline.storage.store_target import StoreTarget
+
+_PAGES = ("report.html", "report.md")
+
+
+class Target(Protocol):
+    """Where publications are, each below its date. Every method raises StorageError."""
+
+    def place(self, date: str) -> str:
+        """Path or URL of a publication."""
+        ...
+
+    def read(self, date: str) -> dict[str, Any] | None:
+        """`published.json` of a publication; None if there is none."""
+        ...
+
+    def publish(self, date: str, content: Content) -> None:
+        """Put the content there, whole or not at all, in place of what `content.replaces`.
+
+        Raises RunDirectoryError if something else is there or somebody else is publishing.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Published:
+    """`is_new`: False if it was published before."""
+
+    place: str
+    parts: int
+    rows: int
+    is_new: bool
+
+
+def open_target(target: str, store: StoreSettings) -> Target:
+    """Raises UsageError for a URL that is not `s3://`."""
+    return StoreTarget(target, store) if is_url(target) else FolderTarget(target)
+
+
+def edition_of(directory: RunDirectory) -> str:
+    """Names what the directory holds now: the run, and a hash over its parts."""
+    digest = hashlib.sha256("\n".join(directory.part_names()).encode()).hexdigest()
+    return f"{directory.run_id}-{digest[:12]}"
+
+
+def publish_run(
+    run: Place, target: str, job: str, date: datetime.date, store: StoreSettings
+) -> Published:
+    """Publish a run as `target`/`date`, or find that it is published.
+
+    Raises AuditFailed; RunDirectoryError for a run that is not complete or not audited as it is
+    now, or where the date holds another one; StorageError, with nothing published.
+    """
+    place, day = open_target(target, store), date.isoformat()
+    with reading_run(run, store) as directory:
+        check_gate(directory)
+        held, manifest = place.read(day), directory.read_manifest()
+        published = Published(
+            place.place(day),
+            len(directory.part_names()),
+            int(manifest["counters"]["rows_in"]),
+            True,
+        )
+        if held is not None and held.get("edition") == edition_of(directory):
+            return Published(published.place, published.parts, published.rows, is_new=False)
+        described = _describe(directory, job, day)
+        if held is not None and not _is_earlier(held, described):
+            raise RunDirectoryError(
+                f"{published.place} holds another run ({held.get('run_id')} of "
+                f"{held.get('job')}); move it away to publish {directory.name}"
+            )
+        render(directory)
+        files = {name: directory.root / name for name in _PAGES}
+        files |= {f"data/{name}": directory.data / name for name in directory.part_names()}
+        place.publish(day, Content(described, files, replaces=held))
+    return published
+
+
+def check_gate(directory: RunDirectory) -> None:
+    """Raises RunDirectoryError unless sealed and audited as it is now, AuditFailed."""
+    if not directory.is_sealed:
+        raise directory.incomplete()
+    verdict = current_verdict(directory)
+    if verdict == "fail":
+        raise AuditFailed(f"the audit of {directory.name} failed, so it is not published")
+    if verdict != "pass":
+        why = "was not audited" if verdict is None else "has changed since its audit"
+        raise RunDirectoryError(f"{directory.name} {why}; run: coppice audit {directory.name}")
+
+
+def parse_date(text: str) -> datetime.date:
+    """Raises UsageError unless it looks like 2026-11-22."""
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is not a date; write it like 2026-11-22") from None
+
+
+def _describe(directory: RunDirectory, job: str, date: str) -> dict[str, Any]:
+    manifest = directory.read_manifest()
+    counters = manifest["counters"]
+    return {
+        "job": job,
+        "date": date,
+        "run_id": manifest["run_id"],
+        "edition": edition_of(directory),
+        "run_created_at": manifest["created_at"],
+        "sessions": len(manifest["sessions"]),
+        "plan_hash": _plan_hash(directory),
+        "rows": int(counters["rows_in"]),
+        "rows_failed": int(counters["rows_error"]),
+        "audit": "pass",
+    }
+
+
+def _plan_hash(directory: RunDirectory) -> str:
+    path = directory.root / "plan" / "summary.json"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["plan_hash"])
+    except (OSError, ValueError, KeyError) as error:
+        raise RunDirectoryError(
+            f"{path} is gone or damaged; run the same job again, which makes it anew"
+        ) from error
+
+
+def _is_earlier(held: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether `held` was published from the same run directory, before its last sessions."""
+    same = ("job", "run_id", "run_created_at")
+    is_ours = all(held.get(name) == now[name] for name in same)
+    return is_ours and int(held.get("sessions", 0)) < now["sessions"]

@@ -1,0 +1,161 @@
+"""The file of a nightly job, and one night of it. Knows nothing about how a night is done.
+
+The file is flat, like `--config`: the fields of `NightSettings`, and every setting of `coppice run`
+and `coppice audit` beside them. Relative paths are below the folder of the file, so that a night
+means the same whoever starts it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import UsageError
+from pipeline.settings import JobSettings
+from pipeline.storage.object_store import is_url
+from pipeline.terminal.options import read_config
+
+_DATE = re.compile(r"\{date(?::([^{}]*))?\}")
+_PATHS = ("input", "output", "publish", "template", "chat_template")
+
+
+class NightSettings(BaseModel):
+    """What a night has that a run has not. Paths are absolute, or below `s3://`.
+
+    `catch_up`: unfinished nights of so many days before are finished first.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    input: str = Field(min_length=1)
+    output: str = Field(min_length=1)
+    publish: str | None = Field(default=None, min_length=1)
+    on_no_input: Literal["fail", "skip"] = "fail"
+    catch_up: int = Field(default=7, ge=0, le=366)
+
+    @field_validator("input")
+    @classmethod
+    def _knows_its_placeholders(cls, text: str) -> str:
+        unknown = re.search(r"\{[^{}]*\}", _DATE.sub("", text))
+        if unknown:
+            raise ValueError(f"{unknown[0]} is not known; write {{date}} or {{date:%Y/%m/%d}}")
+        return text
+
+    @field_validator("output", "publish")
+    @classmethod
+    def _adds_the_date_itself(cls, text: str | None) -> str | None:
+        if text is not None and "{date" in text:
+            raise ValueError("a folder for the date is made in it; leave {date} out")
+        return text
+
+    @model_validator(mode="after")
+    def _keep_publication_apart(self) -> NightSettings:
+        if self.publish is not None:
+            check_apart(self.home, self.publish)
+        return self
+
+    @property
+    def home(self) -> str:
+        """Where the run directories of all nights are: OUTPUT/NAME."""
+        return f"{self.output.rstrip('/')}/{self.name}"
+
+    def input_on(self, day: datetime.date) -> str:
+        """`input` with the date in it."""
+        return _DATE.sub(lambda found: day.strftime(found[1] or "%Y-%m-%d"), self.input)
+
+    def run_place_on(self, day: datetime.date) -> str:
+        """The run directory of this date."""
+        return f"{self.home}/{day.isoformat()}"
+
+
+@dataclass(frozen=True)
+class Night:
+    """A nightly job on one logical date: `input` has the date in it, `run_place` ends in it."""
+
+    settings: NightSettings
+    job: JobSettings
+    date: datetime.date
+    input: str
+    run_place: str
+
+    @property
+    def awaited_folder(self) -> Path | None:
+        """The folder that is there on every day, if it is one of this machine: a mounted disk."""
+        if is_url(self.settings.input):
+            return None
+        parts = Path(self.settings.input).parts
+        varies = (i for i, part in enumerate(parts) if "{date" in part or re.search(r"[*?[]", part))
+        return Path(*parts[: next(varies, len(parts) - 1)])
+
+
+def read_night(path: Path, day: datetime.date) -> Night:
+    """The night of `day`. Raises UsageError naming file and field."""
+    written = {key.replace("-", "_"): value for key, value in read_config(path).items()}
+    try:
+        return _make_night(_with_absolute_paths(written, path.absolute().parent), day)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "".join(str(part) for part in first["loc"][-1:]).replace("_", "-")
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{path}: {f'setting {name}: ' if name else ''}{reason}") from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def check_apart(runs: str, target: str) -> None:
+    """Raises ValueError if one lies in the other: readers would meet runs that are not finished."""
+    here, there = (_canonical(place) for place in (runs, target))
+    if there == here or there.startswith(f"{here}/") or here.startswith(f"{there}/"):
+        raise ValueError(f"{target} and {runs}, where runs are, must not lie in one another")
+
+
+def _make_night(written: dict[str, Any], day: datetime.date) -> Night:
+    own = {key: value for key, value in written.items() if key in NightSettings.model_fields}
+    rest = {key: value for key, value in written.items() if key not in own}
+    _check_known(rest)
+    settings = NightSettings.model_validate({k: v for k, v in own.items() if v is not None})
+    if rest.get("model") is None:
+        raise UsageError("no model is named; add model: FOLDER or a hub id like org/name")
+    job = JobSettings.from_flat(rest)
+    if job.plan.num_shards != 1:
+        raise UsageError("setting num-shards: a night is one run; leave it out")
+    return Night(settings, job, day, settings.input_on(day), settings.run_place_on(day))
+
+
+def _check_known(keys: dict[str, Any]) -> None:
+    known = {field for part in JobSettings.model_fields.values() for field in _fields(part)}
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known | set(NightSettings.model_fields), 1)
+            hint = f"did you mean {near[0]}" if near else "coppice run --help lists them"
+            raise UsageError(f"unknown setting {key!r}; {hint}".replace("_", "-"))
+
+
+def _fields(section: Any) -> set[str]:
+    return set(section.annotation.model_fields)
+
+
+def _with_absolute_paths(written: dict[str, Any], folder: Path) -> dict[str, Any]:
+    def absolute(text: str) -> str:
+        return text if is_url(text) else os.path.normpath(folder / os.path.expanduser(text))
+
+    change: dict[str, Callable[[str], str]] = dict.fromkeys(_PATHS, absolute)
+    if isinstance(written.get("model"), str) and os.path.isdir(absolute(written["model"])):
+        change["model"] = absolute  # else the id of a hub
+    return {
+        key: change[key](value) if key in change and isinstance(value, str) and value else value
+        for key, value in written.items()
+    }
+
+
+def _canonical(place: str) -> str:
+    return place.rstrip("/") if is_url(place) else os.path.realpath(place)

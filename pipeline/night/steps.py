@@ -1,0 +1,123 @@
+"""The steps of a night. Each may be repeated, and returns numbers and paths, never text.
+
+A step knows only the run directory and the settings: whoever calls it (cron's command, a flow)
+decides what comes next and whom to tell.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import AuditFailed, InputError, RunDirectoryError, TimeBudgetReached
+from pipeline.job.auditing import audit_run, current_verdict
+from pipeline.job.observer import Observer
+from pipeline.job.planning import open_job
+from pipeline.night.publication import publish_run
+from pipeline.night.settings import Night
+from pipeline.report.page import render
+from pipeline.run import plan_job, run_job, with_absolute_paths
+from pipeline.storage.run_place import holds_run, reading_run
+
+
+def check_input(night: Night) -> dict[str, Any]:
+    """Files, columns, template, tokenizer and model's config; reads no row.
+
+    Raises NoInput where there is nothing to do, InputError, ModelError, UsageError.
+    """
+    folder = night.awaited_folder
+    if folder is not None and not folder.exists():
+        raise InputError(f"there is no folder {folder}; is its disk mounted?")
+    job = open_job(night.input, with_absolute_paths(night.job))
+    return {"input": night.input, "rows": job.source.num_rows}
+
+
+def plan_night(night: Night) -> dict[str, Any]:
+    """Rows, tokens and the saving; of a night that was begun as it began. Raises as `plan_job`."""
+    summary = _recorded_plan(night) or plan_job(night.input, night.job).summary.to_json()
+    estimate = summary["estimate"]
+    return {
+        "rows": summary["rows"],
+        "rows_rejected": summary["rows_rejected"],
+        "prompt_tokens": summary["prompt_tokens"],
+        "unique_tokens": summary["unique_tokens"],
+        "saving": summary["saving"],
+        "groups": summary["groups"],
+        "expected_s": estimate and estimate["prefill_s"] + estimate["decode_s"],
+    }
+
+
+def generate_night(
+    night: Night, observer: Observer, time_budget_s: float | None
+) -> dict[str, float]:
+    """Answer what is left; returns the run's counters. `time_budget_s` None: no limit.
+
+    Raises as `run_job`: TooManyFailedRows with the run complete, TimeBudgetReached, FolderInUse.
+    """
+    if time_budget_s is not None and time_budget_s <= 0:
+        raise TimeBudgetReached(
+            f"the time budget was spent before the night of {night.date} began; the next one "
+            "finishes it"
+        )
+    write = night.job.write.model_copy(update={"time_budget": time_budget_s})
+    job = night.job.model_copy(update={"write": write})
+    return run_job(night.input, night.run_place, job, observer).counters
+
+
+def audit_night(night: Night, observer: Observer) -> dict[str, Any]:
+    """Audit the run, unless it passed as it is now. Raises AuditFailed below the bar."""
+    place, store = night.run_place, night.job.store
+    with reading_run(place, store, parts=False) as directory:
+        is_passed = directory.is_sealed and current_verdict(directory) == "pass"
+    if not is_passed:
+        verdict = audit_run(place, night.job.audit, observer, store)
+        if not verdict.passed:
+            raise AuditFailed(f"the audit of {place} failed: {'; '.join(verdict.reasons)}")
+    return _recorded_audit(night)
+
+
+def report_night(night: Night) -> dict[str, str]:
+    """Write the report: `page` is its path or URL, `summary` its Markdown."""
+    with reading_run(night.run_place, night.job.store) as directory:
+        render(directory)
+        summary = (directory.root / "report.md").read_text(encoding="utf-8")
+        return {"page": f"{directory.name}/report.html", "summary": summary}
+
+
+def publish_night(night: Night) -> dict[str, Any]:
+    """Publish the run where the settings say so. Raises AuditFailed, as `publish_run`."""
+    settings = night.settings
+    if settings.publish is None:
+        return {"published": None, "parts": 0, "rows": 0}
+    done = publish_run(
+        night.run_place, settings.publish, settings.name, night.date, night.job.store
+    )
+    return {"published": done.place, "parts": done.parts, "rows": done.rows}
+
+
+def _recorded_plan(night: Night) -> dict[str, Any] | None:
+    if not holds_run(night.run_place, night.job.store):
+        return None
+    with reading_run(night.run_place, night.job.store, parts=False) as directory:
+        return _read_json(directory.root / "plan" / "summary.json")
+
+
+def _recorded_audit(night: Night) -> dict[str, Any]:
+    with reading_run(night.run_place, night.job.store, parts=False) as directory:
+        summary = _read_json(directory.root / "audit" / "summary.json") or {}
+    names = ("verdict", "tier", "rows_audited", "rows_exact", "bound_95")
+    return {name: summary.get(name) for name in names}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """None if it is not there. Raises RunDirectoryError if it is damaged."""
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(
+            f"{path} is damaged; delete it and run the same command again"
+        ) from error
+    return value

@@ -1,0 +1,139 @@
+"""Publications in a folder, each committed by one rename. Knows nothing about runs and audits.
+
+```
+ TARGET/.staging-<date>-<edition>/   report.html  report.md  data/part-…  published.json
+    └── one rename ──► TARGET/<date>/        so that TARGET/*/data/*.parquet is never half a night
+```
+
+Parts are linked where the file system can, else copied. Whoever publishes holds the lock of TARGET,
+so that a staging folder that he meets is of somebody who died, and goes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.errors import RunDirectoryError
+from pipeline.storage.durable import make_folder, sync_folder, write_errors, write_new, write_stream
+from pipeline.storage.lock import FolderLock
+from pipeline.storage.published import (
+    MARKER_NAME,
+    Content,
+    describe_file,
+    marker,
+    parse_marker,
+)
+
+_STAGING: Final = ".staging-"
+_NO_LINKS: Final = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
+_OCCUPIED: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+_AT_A_TIME: Final = 4 << 20
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
+
+
+class FolderTarget:
+    """See `night.publication.Target`."""
+
+    def __init__(self, target: str) -> None:
+        self._root = Path(target)
+
+    def place(self, date: str) -> str:
+        """Path of a publication."""
+        return str(self._root / date)
+
+    def read(self, date: str) -> dict[str, Any] | None:
+        """`published.json` of a publication; None if there is none."""
+        path = self._root / date / MARKER_NAME
+        try:
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot read {path} ({error.strerror}); check who may read it"
+            ) from error
+        return parse_marker(content, self.place(date))
+
+    def publish(self, date: str, content: Content) -> None:
+        """Put the content there by one rename, or leave all as it was."""
+        staging = self._root / f"{_STAGING}{date}-{content.edition}"
+        with write_errors(self._root):
+            make_folder(self._root)
+        lock = FolderLock(self._root)
+        try:
+            with write_errors(self._root / date):
+                self._drop_left_over()
+                try:
+                    _fill(staging, content)
+                    self._commit(staging, date, content)
+                finally:
+                    shutil.rmtree(staging, ignore_errors=True)  # or the next one does it
+        finally:
+            lock.release()
+
+    def _drop_left_over(self) -> None:
+        for folder in self._root.glob(f"{_STAGING}*"):
+            shutil.rmtree(folder)
+
+    def _commit(self, staging: Path, date: str, content: Content) -> None:
+        final = self._root / date
+        if content.replaces is None:
+            try:
+                os.rename(staging, final)
+            except OSError as error:
+                if error.errno not in _OCCUPIED:
+                    raise
+                raise RunDirectoryError(
+                    f"{final} is there already and is no publication of this run; move it away"
+                ) from error
+        else:
+            _exchange(staging, final)
+        sync_folder(self._root)
+
+
+def _fill(staging: Path, content: Content) -> None:
+    """Everything that will be published, and the marker; flushed to the disk."""
+    described = {}
+    for name, source in content.files.items():
+        path = staging / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _link_or_copy(source, path)
+        described[name] = describe_file(path, name)
+    write_new(staging / MARKER_NAME, marker(content.described, described))
+    for folder in sorted({path.parent for path in staging.rglob("*")}, reverse=True):
+        sync_folder(folder)
+
+
+def _link_or_copy(source: Path, path: Path) -> None:
+    try:
+        os.link(source, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        write_stream(path, _chunks(source))
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(_AT_A_TIME):
+            yield chunk
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Two folders change places in one step. Raises RunDirectoryError where that cannot be had."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    paths = os.fsencode(one), os.fsencode(other)
+    done = libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)
+    if done != 0:
+        reason = os.strerror(ctypes.get_errno())
+        raise RunDirectoryError(
+            f"{other} holds an earlier state of this run and cannot be exchanged here ({reason}); "
+            "move it away to publish this one"
+        )

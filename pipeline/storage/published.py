@@ -1,0 +1,61 @@
+"""What a publication holds, and `published.json`, which says so. Knows nothing about places."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.errors import RunDirectoryError, StorageError
+from pipeline.storage.writer import PART_NAME
+
+MARKER_NAME: Final = "published.json"
+
+
+@dataclass(frozen=True)
+class Content:
+    """`files`: relative name -> where it is now; `replaces`: what `published.json` says there."""
+
+    described: dict[str, Any]
+    files: dict[str, Path]
+    replaces: dict[str, Any] | None
+
+    @property
+    def edition(self) -> str:
+        """Names this content; the same content has the same name."""
+        return str(self.described["edition"])
+
+
+def describe_file(path: Path, name: str) -> dict[str, Any]:
+    """Bytes and sha256 of a file. Raises StorageError if a part is not what its name says."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    part = PART_NAME.fullmatch(name.rsplit("/", 1)[-1])
+    if part is not None and not digest.startswith(part[2]):
+        raise StorageError(
+            f"{name} was altered after it was written; run the same job again: its rows will be "
+            "computed anew"
+        )
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def marker(described: dict[str, Any], files: dict[str, dict[str, Any]]) -> bytes:
+    """The bytes of `published.json`."""
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    text = json.dumps(described | {"published_at": at, "files": files}, indent=2)
+    return f"{text}\n".encode()
+
+
+def parse_marker(content: bytes, place: str) -> dict[str, Any]:
+    """Raises RunDirectoryError if it is none of ours."""
+    try:
+        held: dict[str, Any] = json.loads(content)
+        _ = held["edition"], held["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(
+            f"{place}/{MARKER_NAME} is damaged; move {place} away to publish there"
+        ) from error
+    return held
