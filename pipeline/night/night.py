@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipeline.engine.machine import cache_folder
 from pipeline.errors import (
@@ -36,8 +37,19 @@ from pipeline.storage.durable import make_folder, write_errors
 from pipeline.storage.lock import FolderLock
 from pipeline.storage.object_store import is_url
 
+Step = Callable[[], dict[str, Any]]
+Call = Callable[[str, Night, Step], dict[str, Any]]
+"""Calls the step of that name of a night, perhaps more than once: Prefect makes a task of it."""
 
-def run_nights(path: Path, day: datetime.date, observer: Observer) -> list[Ending]:
+
+def directly(name: str, night: Night, step: Step) -> dict[str, Any]:
+    """Call the step, with nothing around it."""
+    return step()
+
+
+def run_nights(
+    path: Path, day: datetime.date, observer: Observer, call: Call = directly
+) -> list[Ending]:
     """Do the unfinished nights of the file, oldest first, then that of `day`.
 
     A night that fails does not keep the next one from its turn; a spent time budget, a signal and
@@ -55,7 +67,7 @@ def run_nights(path: Path, day: datetime.date, observer: Observer) -> list[Endin
             if len(nights) > 1:
                 observer.say(f"the night of {night.date}")
             try:
-                endings.append(run_night(night, observer, left))
+                endings.append(run_night(night, observer, left, call))
             except CoppiceError as error:
                 endings.append(NightFailure(night.date, error))
                 if isinstance(error, Interrupted | TimeBudgetReached | FolderInUse):
@@ -63,18 +75,25 @@ def run_nights(path: Path, day: datetime.date, observer: Observer) -> list[Endin
     return endings
 
 
-def run_night(night: Night, observer: Observer, time_budget_s: float | None) -> NightOutcome:
+def run_night(
+    night: Night, observer: Observer, time_budget_s: float | None, call: Call = directly
+) -> NightOutcome:
     """Do what is left of one night. Raises whatever a step raises.
 
     A failed audit and too many failed rows still get their report, and publish nothing.
     """
+    deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
+
+    def generate() -> dict[str, Any]:
+        return generate_night(night, observer, deadline and deadline - time.monotonic())
+
     state = read_state(night)
     if state.stage == "done":
         observer.say(f"the night of {night.date} is done; nothing to do")
         page = f"{night.run_place}/report.html"
         return _outcome(night, state.rows, state.rows_failed, state.published, page)
     try:
-        check_input(night)
+        call("validate", night, lambda: check_input(night))
     except NoInput:
         if state.stage != "waiting":
             raise
@@ -82,15 +101,15 @@ def run_night(night: Night, observer: Observer, time_budget_s: float | None) -> 
         if night.settings.on_no_input == "fail":
             raise
         return NightOutcome("skipped", night.date)
-    plan_night(night)
+    call("plan", night, lambda: plan_night(night))
     try:
-        counters = generate_night(night, observer, time_budget_s)
-        audit_night(night, observer)
+        counters = call("generate", night, generate)
+        call("audit", night, lambda: audit_night(night, observer))
     except (TooManyFailedRows, AuditFailed):
-        report_night(night)
+        call("report", night, lambda: report_night(night))
         raise
-    page = report_night(night)["page"]
-    published = publish_night(night)["published"]
+    page = call("report", night, lambda: report_night(night))["page"]
+    published = call("publish", night, lambda: publish_night(night))["published"]
     rows, failed = int(counters["rows_in"]), int(counters["rows_error"])
     return _outcome(night, rows, failed, published, page)
 
