@@ -7,7 +7,7 @@ from typing import Any
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.generate import LoggingObserver
+from flows.artifacts import PrefectObserver
 from flows.privacy import without_text
 from pipeline.errors import AuditFailed
 from pipeline.job.auditing import audit_run
@@ -21,8 +21,8 @@ def audit_rows(output: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Audit a run directory. Raises AuditFailed below the bar."""
     others, store = split_store(settings)
     chosen = merge_section(AuditSettings, others)
-    with without_text():
-        verdict = audit_run(output, chosen, LoggingObserver(), store)
+    with without_text(), PrefectObserver() as observer:
+        verdict = audit_run(output, chosen, observer, store)
     if not verdict.passed:
         raise AuditFailed(f"the audit of {output} failed: {'; '.join(verdict.reasons)}")
     return {"verdict": verdict.verdict, "rows_audited": verdict.rows_audited}
