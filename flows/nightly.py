@@ -23,10 +23,11 @@ from flows.artifacts import PrefectObserver
 from flows.generate import is_worth_a_retry
 from flows.privacy import without_text
 from pipeline.errors import CoppiceError, FolderInUse, Interrupted, TimeBudgetReached, UsageError
-from pipeline.night.calendar import logical_date
-from pipeline.night.night import Step, run_nights
+from pipeline.night.dates import logical_date
+from pipeline.night.night import run_nights
 from pipeline.night.outcome import Ending, worst
 from pipeline.night.settings import Night, read_night
+from pipeline.night.steps import Step
 
 # Neither done nor failed, for the next sitting goes on; what waits for completed nights must not
 # start, and nobody has to get up.

@@ -15,7 +15,7 @@ from prefect.types.entrypoint import EntrypointType
 
 from flows.nightly import nightly
 from pipeline.errors import UsageError
-from pipeline.night.calendar import open_zone
+from pipeline.night.dates import open_zone
 from pipeline.night.settings import read_night
 
 _TIMEOUT_S = 5.0

@@ -11,30 +11,12 @@ import datetime
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from zoneinfo import ZoneInfo
 
-from pipeline.errors import UsageError
 from pipeline.night.settings import Night
 from pipeline.night.state import read_state
 from pipeline.storage.durable import make_folder, write_errors
 from pipeline.storage.object_store import is_url
 from pipeline.storage.remote_folder import RemoteFolder, SupersededError
-
-
-def logical_date(scheduled: datetime.datetime, timezone: str) -> datetime.date:
-    """The date of an aware `scheduled` start in the job's zone. Raises UsageError."""
-    assert scheduled.tzinfo is not None, "a start without a zone is on no date"
-    return scheduled.astimezone(open_zone(timezone)).date()
-
-
-def open_zone(name: str) -> ZoneInfo:
-    """Raises UsageError if there is no such time zone."""
-    try:
-        return ZoneInfo(name)
-    except (OSError, ValueError, KeyError):  # ZoneInfoNotFoundError is a KeyError
-        raise UsageError(
-            f"there is no time zone {name!r}; write it like Europe/Berlin or UTC"
-        ) from None
 
 
 def unfinished_before(night: Night) -> list[Night]:

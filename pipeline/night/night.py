@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from pipeline.night.outcome import Ending, NightFailure, NightOutcome
 from pipeline.night.settings import Night, read_night
 from pipeline.night.state import read_state
 from pipeline.night.steps import (
+    Call,
     audit_night,
     check_input,
+    directly,
     generate_night,
     plan_night,
     publish_night,
@@ -36,15 +38,6 @@ from pipeline.night.steps import (
 from pipeline.storage.durable import make_folder, write_errors
 from pipeline.storage.lock import FolderLock
 from pipeline.storage.object_store import is_url
-
-Step = Callable[[], dict[str, Any]]
-Call = Callable[[str, Night, Step], dict[str, Any]]
-"""Calls the step of that name of a night, perhaps more than once: Prefect makes a task of it."""
-
-
-def directly(name: str, night: Night, step: Step) -> dict[str, Any]:
-    """Call the step, with nothing around it."""
-    return step()
 
 
 def run_nights(
@@ -85,6 +78,7 @@ def run_night(
     deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
 
     def generate() -> dict[str, Any]:
+        # Asked for at every try: one that is repeated after hours has not the whole time again.
         return generate_night(night, observer, deadline and deadline - time.monotonic())
 
     state = read_state(night)

@@ -34,11 +34,11 @@ class NightOutcome:
         """For a log and as a flow's final state; begins with the state, has no text of a row."""
         if self.state == "skipped":
             return f"Skipped: there is no input for {self.date}."
-        said = f"Completed: {self.rows:,} rows"
+        said = f"Completed: {self.rows:,} rows of {self.date}"
         if self.rows_failed:
             said = (
-                f"Completed with errors: {self.rows_failed:,} of {self.rows:,} rows failed "
-                f"({self.rows_allowed:,} allowed)"
+                f"Completed with errors: {self.rows_failed:,} of {self.rows:,} rows of "
+                f"{self.date} failed ({self.rows_allowed:,} allowed)"
             )
         where = f"published at {self.published}" if self.published else "not published"
         return f"{said}, audit {self.verdict or 'missing'}, {where}."
@@ -64,7 +64,7 @@ class NightFailure:
 
     def sentence(self) -> str:
         """As of an outcome."""
-        return f"{self.state.capitalize()}: {self.error}."
+        return f"{self.state.capitalize()}: {self.date}: {self.error}."
 
 
 Ending = NightOutcome | NightFailure

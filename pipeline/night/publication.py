@@ -9,11 +9,15 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import AuditFailed, RunDirectoryError, UsageError
 from pipeline.job.auditing import current_verdict
+from pipeline.night.dates import parse_date
+from pipeline.night.settings import check_apart
 from pipeline.report.page import render
 from pipeline.settings import StoreSettings
 from pipeline.storage.folder_target import FolderTarget
@@ -111,12 +115,24 @@ def check_gate(directory: RunDirectory) -> None:
         raise RunDirectoryError(f"{directory.name} {why}; run: coppice audit {directory.name}")
 
 
-def parse_date(text: str) -> datetime.date:
-    """Raises UsageError unless it looks like 2026-11-22."""
+def publish_by_hand(
+    run: str, target: str, date: str | None, job: str | None, store: StoreSettings
+) -> Published:
+    """As `publish_run`; what is not said is taken from a path like NAME/2026-11-22.
+
+    Raises UsageError where it cannot be.
+    """
+    place = run.rstrip("/") if is_url(run) else str(Path(run).absolute())
+    above, _, own = place.rpartition("/")
+    if date is None and not re.fullmatch(r"\d{4}-\d\d-\d\d", own):
+        raise UsageError(f"{run} does not end in a date; say which day it is by --date 2026-11-22")
     try:
-        return datetime.date.fromisoformat(text)
-    except ValueError:
-        raise UsageError(f"{text!r} is not a date; write it like 2026-11-22") from None
+        check_apart(place, target)
+    except ValueError as error:
+        raise UsageError(f"{error}; choose another folder") from None
+    of_night = date is None or date == own
+    chosen = job or (above.rpartition("/")[2] if of_night else own)
+    return publish_run(run, target, chosen, parse_date(date or own), store)
 
 
 def _describe(directory: RunDirectory, job: str, date: str) -> dict[str, Any]:

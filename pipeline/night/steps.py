@@ -7,6 +7,7 @@ decides what comes next and whom to tell.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ from pipeline.night.settings import Night
 from pipeline.report.page import render
 from pipeline.run import plan_job, run_job, with_absolute_paths
 from pipeline.storage.run_place import holds_run, reading_run
+
+Step = Callable[[], dict[str, Any]]
+Call = Callable[[str, Night, Step], dict[str, Any]]
+"""Calls a step of a night, which it is told the name of; a flow makes a task of it."""
+
+
+def directly(name: str, night: Night, step: Step) -> dict[str, Any]:
+    """Call the step and nothing else."""
+    return step()
 
 
 def check_input(night: Night) -> dict[str, Any]:
@@ -48,9 +58,7 @@ def plan_night(night: Night) -> dict[str, Any]:
     }
 
 
-def generate_night(
-    night: Night, observer: Observer, time_budget_s: float | None
-) -> dict[str, float]:
+def generate_night(night: Night, observer: Observer, time_budget_s: float | None) -> dict[str, Any]:
     """Answer what is left; returns the run's counters. `time_budget_s` None: no limit.
 
     Raises as `run_job`: TooManyFailedRows with the run complete, TimeBudgetReached, FolderInUse.
@@ -77,7 +85,7 @@ def audit_night(night: Night, observer: Observer) -> dict[str, Any]:
     return _recorded_audit(night)
 
 
-def report_night(night: Night) -> dict[str, str]:
+def report_night(night: Night) -> dict[str, Any]:
     """Write the report: `page` is its path or URL, `summary` its Markdown."""
     with reading_run(night.run_place, night.job.store) as directory:
         render(directory)

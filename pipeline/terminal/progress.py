@@ -64,6 +64,7 @@ class BarObserver:
         """Take the live display down; its last state stays on the screen."""
         if self._progress is not None:
             self._progress.stop()
+            self._progress = self._task = None  # another job may follow, with a bar of its own
 
 
 def _make_bar(console: object) -> Progress:

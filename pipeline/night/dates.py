@@ -1,0 +1,55 @@
+"""On which date a night is: that of its start in the job's time zone. Knows nothing about files."""
+
+from __future__ import annotations
+
+import datetime
+from zoneinfo import ZoneInfo
+
+from pipeline.errors import UsageError
+from pipeline.night.cron import Cron
+
+
+def logical_date(scheduled: datetime.datetime, timezone: str) -> datetime.date:
+    """The date of an aware `scheduled` start in the job's zone. Raises UsageError."""
+    assert scheduled.tzinfo is not None, "a start without a zone is on no date"
+    return scheduled.astimezone(open_zone(timezone)).date()
+
+
+def choose_date(date: str | None, cron: str | None, timezone: str | None) -> datetime.date:
+    """The date that a command was given, or that of what begins now. Raises UsageError."""
+    if date is not None and cron is not None:
+        raise UsageError("--date and --cron both say which night it is; leave one out")
+    if date is not None:
+        return parse_date(date)
+    planned = None if cron is None else Cron.parse(cron)
+    return date_of_sitting(datetime.datetime.now(datetime.UTC), timezone, planned)
+
+
+def parse_date(text: str) -> datetime.date:
+    """Raises UsageError unless it looks like 2026-11-22."""
+    try:
+        return datetime.datetime.strptime(text, "%Y-%m-%d").date()
+    except ValueError:
+        raise UsageError(f"{text!r} is not a date; write it like 2026-11-22") from None
+
+
+def date_of_sitting(
+    now: datetime.datetime, timezone: str | None = None, cron: Cron | None = None
+) -> datetime.date:
+    """The logical date of what begins `now` (aware): that of the last start by `cron`, or today.
+
+    `timezone` None: the machine's own. Goes by the time on the wall, so a start that summer time
+    skipped, and that cron makes up for an hour later, is on its own day.
+    """
+    wall = now.astimezone(None if timezone is None else open_zone(timezone))
+    return wall.date() if cron is None else cron.last_day(wall)
+
+
+def open_zone(name: str) -> ZoneInfo:
+    """Raises UsageError if there is no such time zone."""
+    try:
+        return ZoneInfo(name)
+    except (OSError, ValueError, KeyError):  # ZoneInfoNotFoundError is a KeyError
+        raise UsageError(
+            f"there is no time zone {name!r}; write it like Europe/Berlin or UTC"
+        ) from None
