@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 from uuid import UUID
 
 import prefect.artifacts as prefect
@@ -79,6 +79,7 @@ class PrefectObserver:
     def _show_progress(self, snapshot: Snapshot) -> None:
         share, said = 100.0 * snapshot.rows_done / max(1, snapshot.rows_total), plain_line(snapshot)
         if self._progress is None:
-            self._progress = prefect.create_progress_artifact(share, "night-progress", said)
+            made = prefect.create_progress_artifact(share, "night-progress", said)
+            self._progress = cast(UUID, made)  # typed as what it is in a coroutine as well
         else:
             prefect.update_progress_artifact(self._progress, share, said)

@@ -14,22 +14,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow
 from prefect.client.schemas.objects import State, StateType
 from prefect.runtime import flow_run
 
 from flows.artifacts import PrefectObserver
-from flows.generate import is_worth_a_retry
 from flows.privacy import without_text
-from pipeline.errors import CoppiceError, FolderInUse, Interrupted, TimeBudgetReached, UsageError
-from pipeline.night.dates import logical_date
+from flows.tasks import as_task
+from pipeline.errors import CoppiceError, FolderInUse, Interrupted, TimeBudgetReached
+from pipeline.night.dates import logical_date, parse_date
 from pipeline.night.night import run_nights
 from pipeline.night.outcome import Ending, worst
 from pipeline.night.settings import Night, read_night
 from pipeline.night.steps import Step
 
-# Neither done nor failed, for the next sitting goes on; what waits for completed nights must not
+# Neither done nor failed, for the next sitting goes on: what waits for completed nights must not
 # start, and nobody has to get up.
 _STOPS = {
     TimeBudgetReached: "StoppedByTimeBudget",
@@ -38,23 +37,18 @@ _STOPS = {
 }
 
 
+def _day(timezone: str = "UTC", date: str | None = None, **_: Any) -> datetime.date:
+    """`date`, or that of the scheduled start, which a late run keeps. Raises UsageError."""
+    return parse_date(date) if date else logical_date(flow_run.scheduled_start_time, timezone)
+
+
 def _run_name() -> str:
     """`reviews 2026-11-22`. Never fails: Prefect asks before the flow can say what is wrong."""
-    said = flow_run.parameters
+    path = Path(flow_run.parameters["file"])
     with suppress(CoppiceError):
-        day = _day(said.get("timezone", "UTC"), said.get("date"))
-        return f"{read_night(Path(said['file']), day).settings.name} {day}"
-    return Path(said["file"]).stem
-
-
-def _day(timezone: str, date: str | None) -> datetime.date:
-    """`date`, or that of the scheduled start, which a late run keeps. Raises UsageError."""
-    if date is None:
-        return logical_date(flow_run.scheduled_start_time, timezone)
-    try:
-        return datetime.date.fromisoformat(date)
-    except ValueError:
-        raise UsageError(f"{date!r} is not a date; write it like 2026-11-22") from None
+        night = read_night(path, _day(**flow_run.parameters))
+        return f"{night.settings.name} {night.date}"
+    return path.stem
 
 
 @flow(name="coppice-nightly", flow_run_name=_run_name, persist_result=False)
@@ -64,7 +58,7 @@ def nightly(file: str, timezone: str = "UTC", date: str | None = None) -> State[
 
         def call(name: str, night: Night, step: Step) -> dict[str, Any]:
             try:
-                found = _as_task(name, night, step)
+                found = as_task(name, step, f"{name} {night.date}")
             finally:
                 if name == "generate":
                     observer.show_parts(night)
@@ -80,31 +74,12 @@ def nightly(file: str, timezone: str = "UTC", date: str | None = None) -> State[
         return final_state(endings, worst(endings))
 
 
-def _as_task(name: str, night: Night, step: Step) -> dict[str, Any]:
-    """Do the step as a task, once more if a device or a disk failed it."""
-
-    @task(
-        name=name,
-        task_run_name=f"{name} {night.date}",
-        retries=1,
-        retry_condition_fn=is_worth_a_retry,
-        cache_policy=NO_CACHE,
-        persist_result=False,
-    )
-    def call() -> dict[str, Any]:
-        with without_text():
-            return step()
-
-    return call()
-
-
 def final_state(endings: list[Ending], error: CoppiceError | None) -> State[Any]:
     """Completed, stopped or failed by `error`, with the sentences of all nights."""
-    said = [f"{ending.date}: {ending.sentence()}" for ending in endings] or [f"{error}."]
+    kind, name = StateType.FAILED, "Failed"
     if error is None:
         kind, name = StateType.COMPLETED, endings[-1].state.title().replace("_", "")
     elif type(error) in _STOPS:
         kind, name = StateType.CANCELLED, _STOPS[type(error)]
-    else:
-        kind, name = StateType.FAILED, "Failed"
+    said = [ending.sentence() for ending in endings] or [f"{error}."]
     return State(type=kind, name=name, message=" ".join(said), data=error)

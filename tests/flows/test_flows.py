@@ -21,6 +21,7 @@ from pipeline.run import run_job
 from tests.tiny_job import echo_settings, write_prompts, write_tokenizer
 
 CANARY = "canary 7461 sings"
+pytestmark = pytest.mark.usefixtures("prefect_harness")
 
 
 @pytest.fixture
