@@ -26,6 +26,7 @@ from pipeline.engine.machine import cache_folder
 from pipeline.errors import EngineError, UsageError
 from pipeline.job.device_lock import holding_device
 from pipeline.job.fingerprint import describe_versions, fingerprint_fields
+from pipeline.job.metrics_export import exporting
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.outcome import RunOutcome
 from pipeline.job.planning import (
@@ -164,8 +165,11 @@ def run_job(
     code 1 after `stall_timeout`, see `job/watchdog.py`; a caller who must live on sets it to 0.
     """
     observer = observer or SilentObserver()
-    with Watchdog(settings.write.stall_timeout, observer).watching() as watchdog:
-        return _run_or_resume(input, output, settings, observer, watchdog)
+    with (
+        exporting(observer, settings.monitor, output) as watched,
+        Watchdog(settings.write.stall_timeout, watched).watching() as watchdog,
+    ):
+        return _run_or_resume(input, output, settings, watched, watchdog)
 
 
 def _run_or_resume(

@@ -218,6 +218,31 @@ class WriteSettings(_Section):
         return int(float(limit) * num_rows) if "." in limit else int(limit)
 
 
+class MonitorSettings(_Section):
+    """Who may watch a running job: Prometheus, by HTTP or by a file for node_exporter.
+
+    `metrics_port`: `9464`, which this machine alone can ask, or `0.0.0.0:9464`.
+    """
+
+    metrics_port: str | None = None
+    metrics_file: Path | None = None
+
+    @field_validator("metrics_port", mode="before")
+    @classmethod
+    def _address(cls, value: object) -> str | None:
+        if value is None:
+            return None
+        match = re.fullmatch(r"(?:(.+):)?(\d{1,5})", str(value).strip())
+        if match is None or not 0 < int(match[2]) < 2**16:
+            raise ValueError(f"{value!r} is not a port like 9464 or 0.0.0.0:9464")
+        return str(value).strip()
+
+    def metrics_address(self) -> tuple[str, int]:
+        """(host, port) of `metrics_port`, which is not None."""
+        host, _, port = (self.metrics_port or "").rpartition(":")
+        return host.strip("[]") or "127.0.0.1", int(port)
+
+
 class AuditSettings(_Section):
     """How many rows are audited and what they must show. `audit_sample`: `200` rows or `1%`."""
 
@@ -285,6 +310,7 @@ class JobSettings(_Section):
     plan: PlanSettings = PlanSettings()
     engine: EngineSettings = EngineSettings()
     write: WriteSettings = WriteSettings()
+    monitor: MonitorSettings = MonitorSettings()
     audit: AuditSettings = AuditSettings()
     store: StoreSettings = StoreSettings()
 
@@ -308,7 +334,8 @@ class JobSettings(_Section):
             first = error.errors()[0]
             name = str(first["loc"][-1]).replace("_", "-")
             reason = first["msg"].removeprefix("Value error, ")
-            got = "" if first["loc"][0] == "store" else f" (got {first['input']!r})"
+            is_private = first["loc"][0] == "store" or name == "system-prompt"
+            got = "" if is_private else f" (got {first['input']!r})"
             raise UsageError(f"setting {name}: {reason}{got}") from None
 
 
@@ -320,6 +347,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "plan": PlanSettings,
     "engine": EngineSettings,
     "write": WriteSettings,
+    "monitor": MonitorSettings,
     "audit": AuditSettings,
     "store": StoreSettings,
 }

@@ -29,6 +29,10 @@ CASES = (
     "wrong types in generation defaults", "vocabulary mismatch", "no end-of-sequence token",
     "templates that reach outside", "templates without end", "two tenants, one prefix",
     "canary strings",
+    "audit failed", "night without input", "night still going", "machine slept through the start",
+    "time budget spent", "clock set back or forward", "summer time", "damaged night file",
+    "disk full at publish", "SIGKILL at publish", "publish target of somebody else",
+    "store that fails at publish",
 )  # fmt: skip
 """Every row of the list of faults that the product promises to survive, in the table's order."""
 PENDING: dict[str, str] = {}

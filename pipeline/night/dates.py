@@ -11,7 +11,8 @@ from pipeline.night.cron import Cron
 
 def logical_date(scheduled: datetime.datetime, timezone: str) -> datetime.date:
     """The date of an aware `scheduled` start in the job's zone. Raises UsageError."""
-    assert scheduled.tzinfo is not None, "a start without a zone is on no date"
+    if scheduled.tzinfo is None:
+        raise UsageError("a start without a zone is on no date; give the time with its offset")
     return scheduled.astimezone(open_zone(timezone)).date()
 
 

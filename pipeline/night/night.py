@@ -36,7 +36,7 @@ from pipeline.night.steps import (
     report_night,
 )
 from pipeline.storage.durable import make_folder, write_errors
-from pipeline.storage.lock import FolderLock
+from pipeline.storage.lock import LOCK_NAME, FileLock, HeldElsewhere
 from pipeline.storage.object_store import is_url
 
 
@@ -78,8 +78,14 @@ def run_night(
     deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
 
     def generate() -> dict[str, Any]:
+<<<<<<< HEAD
         # Asked for at every try: one that is repeated after hours has not the whole time again.
         return generate_night(night, observer, deadline and deadline - time.monotonic())
+=======
+        # Asked at every try: one that is repeated after hours has not the whole time again.
+        left = None if deadline is None else deadline - time.monotonic()
+        return generate_night(night, observer, left)
+>>>>>>> w_night
 
     state = read_state(night)
     if state.stage == "done":
@@ -117,14 +123,13 @@ def sitting(night: Night) -> Iterator[None]:
         folder = cache_folder() / "nights" / hashlib.sha256(home.encode()).hexdigest()[:24]
     with write_errors(folder):
         make_folder(folder)
-    try:
-        lock = FolderLock(folder)
-    except FolderInUse as error:
-        owner = str(error).partition(" is in use by ")[2].partition(";")[0]
-        raise FolderInUse(
-            f"an earlier night of {night.settings.name} is still going ({owner}); that of "
-            f"{night.date} is done after it, by the next sitting or by the same command"
-        ) from error
+        try:
+            lock = FileLock(folder / LOCK_NAME)
+        except HeldElsewhere as held:
+            raise FolderInUse(
+                f"an earlier night of {night.settings.name} is still going ({held.owner}); that of "
+                f"{night.date} is done after it, by the next sitting or by the same command"
+            ) from held
     try:
         yield
     finally:

@@ -96,6 +96,7 @@ def publish_run(
                 f"{published.place} holds another run ({held.get('run_id')} of "
                 f"{held.get('job')}); move it away to publish {directory.name}"
             )
+        directory.footers()  # a part that was altered is found before a page is made of it
         render(directory)
         files = {name: directory.root / name for name in _PAGES}
         files |= {f"data/{name}": directory.data / name for name in directory.part_names()}

@@ -1,12 +1,13 @@
 """Publications in a folder, each committed by one rename. Knows nothing about runs and audits.
 
 ```
- TARGET/.staging-<date>-<edition>/   report.html  report.md  data/part-…  published.json
-    └── one rename ──► TARGET/<date>/        so that TARGET/*/data/*.parquet is never half a night
+ TARGET/.staging/<date>-<edition>/   report.html  report.md  data/part-…  published.json
+    └── one rename ──► TARGET/<date>/       so that TARGET/*/data/*.parquet is never half a night
 ```
 
-Parts are linked where the file system can, else copied. Whoever publishes holds the lock of TARGET,
-so that a staging folder that he meets is of somebody who died, and goes.
+The staging folder is one level deeper than what readers look for: polars and pathlib take a hidden
+folder for any other. Parts are linked where the file system can, else copied. Whoever publishes
+holds the lock of TARGET, so what he meets in staging is of somebody who died, and goes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pipeline.storage.published import (
     parse_marker,
 )
 
-_STAGING: Final = ".staging-"
+_STAGING: Final = ".staging"
 _NO_LINKS: Final = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 _OCCUPIED: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 _AT_A_TIME: Final = 4 << 20
@@ -63,24 +64,22 @@ class FolderTarget:
 
     def publish(self, date: str, content: Content) -> None:
         """Put the content there by one rename, or leave all as it was."""
-        staging = self._root / f"{_STAGING}{date}-{content.edition}"
+        above = self._root / _STAGING
+        staging = above / f"{date}-{content.edition}"
         with write_errors(self._root):
             make_folder(self._root)
         lock = FolderLock(self._root)
         try:
             with write_errors(self._root / date):
-                self._drop_left_over()
+                if above.exists():
+                    shutil.rmtree(above)
                 try:
                     _fill(staging, content)
                     self._commit(staging, date, content)
                 finally:
-                    shutil.rmtree(staging, ignore_errors=True)  # or the next one does it
+                    shutil.rmtree(above, ignore_errors=True)  # or the next one does it
         finally:
             lock.release()
-
-    def _drop_left_over(self) -> None:
-        for folder in self._root.glob(f"{_STAGING}*"):
-            shutil.rmtree(folder)
 
     def _commit(self, staging: Path, date: str, content: Content) -> None:
         final = self._root / date

@@ -22,6 +22,7 @@ from pipeline.settings import (
     EngineSettings,
     JobSettings,
     ModelSettings,
+    MonitorSettings,
     PlanSettings,
     ReadSettings,
     SamplingSettings,
@@ -39,6 +40,7 @@ PANELS: dict[type[BaseModel], str] = {
     PlanSettings: "Plan",
     EngineSettings: "Device memory and batches (never change an answer)",
     WriteSettings: "Output",
+    MonitorSettings: "Monitoring",
     AuditSettings: "Audit",
     StoreSettings: "Object store",
 }
@@ -82,6 +84,8 @@ _HELP = {
     "fail_on_error": "Rows that may fail: a share like 0.01 or a count.",
     "time_budget": "Stop by then, resumable: 4h, 90m.",
     "stall_timeout": "End, resumable, if nothing moves so long (30m); 0: never.",
+    "metrics_port": "Serve Prometheus metrics here: 9464, 0.0.0.0:9464.",
+    "metrics_file": "Write them into this .prom file every 10 s.",
     "audit_sample": "Rows to audit: 200 or 1%; every group gets one.",
     "audit_min_exact": "Share that must be identical or near ties.",
     "audit_free_running": "Rows that the baseline also generates freely.",
@@ -195,13 +199,22 @@ def read_config(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; check the path") from None
-    except (yaml.YAMLError, UnicodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except UnicodeError:
+        raise UsageError(f"{path} is not YAML: it is not UTF-8; write it anew") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {_describe_fault(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UsageError(f"{path} must be a mapping of settings, like 'max-new-tokens: 64'")
     return content
+
+
+def _describe_fault(error: Exception) -> str:
+    """What is wrong and in which line; the error's own words quote it, and it may be a prompt."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = "" if mark is None else f" in line {mark.line + 1}"
+    return f"{problem or 'it cannot be read'}{where}; correct it"
 
 
 def to_flat(settings: JobSettings) -> dict[str, Any]:

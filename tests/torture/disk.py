@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 
-PATH_CALLS = ("open", "mkdir", "unlink", "rmdir", "replace", "rename", "truncate")
+PATH_CALLS = ("open", "mkdir", "unlink", "rmdir", "replace", "rename", "link", "truncate")
 FILE_CALLS = ("write", "pwrite", "fsync", "ftruncate")
 CODES = (errno.ENOSPC, errno.EIO)
 When = Literal["before", "halfway", "after"]
@@ -116,7 +116,7 @@ KILLED = 137
 def needs_room(operation: Operation) -> bool:
     """Whether a full disk refuses it."""
     creates = operation.name == "open" and bool(operation.arguments[1] & os.O_CREAT)
-    return creates or operation.name in ("write", "pwrite", "mkdir")
+    return creates or operation.name in ("write", "pwrite", "mkdir", "link")
 
 
 def write_half(write: Callable[..., int], operation: Operation) -> None:
@@ -139,7 +139,7 @@ class _Raw(io.FileIO):
 
 def _place_of(name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
     """The absolute path that a call works on; the second one where there are two."""
-    target = arguments[1] if name in ("replace", "rename") else arguments[0]
+    target = arguments[1] if name in ("replace", "rename", "link") else arguments[0]
     if isinstance(target, int):
         return os.readlink(f"/proc/self/fd/{target}")
     folder = options.get("dir_fd")
