@@ -78,14 +78,9 @@ def run_night(
     deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
 
     def generate() -> dict[str, Any]:
-<<<<<<< HEAD
-        # Asked for at every try: one that is repeated after hours has not the whole time again.
-        return generate_night(night, observer, deadline and deadline - time.monotonic())
-=======
         # Asked at every try: one that is repeated after hours has not the whole time again.
         left = None if deadline is None else deadline - time.monotonic()
         return generate_night(night, observer, left)
->>>>>>> w_night
 
     state = read_state(night)
     if state.stage == "done":
