@@ -27,7 +27,6 @@ _FAST = {
     "PREFECT_SERVER_EVENTS_PROACTIVE_GRANULARITY": "PT1S",
     "PREFECT_RUNNER_POLL_FREQUENCY": "1",
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(ROOT),
 }
 
 
@@ -46,6 +45,15 @@ class Process:
     def log(self) -> str:
         """All that it has said."""
         return self._log.read_text(errors="replace")
+
+    @property
+    def pid(self) -> int:
+        """Of the command itself."""
+        return self._popen.pid
+
+    def wait(self) -> int:
+        """Its exit code, when it ends by itself."""
+        return self._popen.wait(_PATIENCE_S)
 
     def end(self, number: int = signal.SIGKILL, whole_group: bool = True) -> int:
         """Signal it, wait, and return its exit code."""
@@ -79,7 +87,8 @@ class PrefectServer:
             | {
                 "PREFECT_API_URL": self.url,
                 "PREFECT_HOME": str(self.folder / "me"),
-                "COPPICE_LOCKS": str(self.folder / "locks"),
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "COPPICE_LOCKS": str(self.folder / "locks"),
             }
         )
 

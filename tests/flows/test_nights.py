@@ -1,0 +1,164 @@
+"""Nights on a real Prefect server, in processes of their own, and what happens to both."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import pipeline.run as run_module
+from pipeline.engine.echo_engine import EchoEngine
+from pipeline.run import run_job
+from tests.flows.real_server import ROOT, PrefectServer, Process, wait_for
+from tests.flows.receiver import Receiver
+from tests.night.job import DAY, NightlyJob
+
+CANARY = "canary 5119 dives"
+_SLOW = {"max_rows": 1, "rows_per_part": 2, "max_new_tokens": 60, "ignore_eos": True}
+MakeJob = Callable[..., NightlyJob]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    server = PrefectServer(tmp_path_factory.mktemp("prefect"))
+    server.start()
+    yield server
+    server.stop_all()
+
+
+@pytest.fixture(scope="module")
+def served(server: PrefectServer, model_folder: Path) -> Process:
+    """The deployment `any`, which does whatever file its runs name."""
+    folder = server.folder / "any"
+    folder.mkdir()
+    return server.serve(NightlyJob(folder, model_folder).file, "any")
+
+
+@pytest.fixture
+def make_job(tmp_path: Path, model_folder: Path) -> MakeJob:
+    def make(name: str = "reviews", rows: int = 4, **keys: Any) -> NightlyJob:
+        folder = tmp_path / name
+        folder.mkdir()
+        job = NightlyJob(folder, model_folder, name=name, audit_arms=0, **keys)
+        job.give_input(prompts=[f"{CANARY} {number}" for number in range(rows)])
+        return job
+
+    return make
+
+
+def begin(server: PrefectServer, job: NightlyJob) -> str:
+    return server.begin("any", file=str(job.file), date=DAY.isoformat())
+
+
+def parts(job: NightlyJob) -> set[str]:
+    return {path.name for path in job.run_directory().glob("data/*.parquet")}
+
+
+def begin_slow(server: PrefectServer, job: NightlyJob, log: Process) -> str:
+    """A night that has committed some parts, and has seconds to go."""
+    run = begin(server, job)
+    wait_for(lambda: len(parts(job)) > 3, "parts", log)
+    return run
+
+
+def test_the_schedule_fires_and_the_night_is_published_and_shown(
+    server: PrefectServer, make_job: MakeJob
+) -> None:
+    """The cron expression has a sixth field, of seconds: a minute's wait is saved, no more."""
+    job = make_job("stars", input="in/*/*.parquet")
+    process = server.serve(job.file, "stars", cron="* * * * * */15")
+    deployment = server.deployment("stars")
+    assert deployment is not None
+    assert deployment["parameters"] == {"file": str(job.file), "timezone": "UTC"}
+
+    def fired() -> list[dict[str, Any]]:
+        wanted = {"deployment_id": {"any_": [deployment["id"]]}}
+        found = server.post("flow_runs/filter", flow_runs=wanted, sort="EXPECTED_START_TIME_ASC")
+        return [run for run in found if run["state_name"] == "Completed"]
+
+    wait_for(fired, "a scheduled night", process)
+    run = fired()[0]
+    day = run["expected_start_time"][:10]
+    assert run["auto_scheduled"] and run["name"] == f"stars {day}"
+    assert job.days_published() == [day]
+    assert "Completed: 4 rows" in run["state"]["message"]
+
+    shown = server.artifacts(run["id"])
+    assert shown["night-progress"] == 100
+    (row,) = json.loads(shown["night-parts"])
+    assert (row["rows answered"], row["rows failed"]) == (4, 0)
+    assert "rows answered | 4 of 4" in shown["night-summary"]
+    page = Path(job.folder / "nights" / "stars" / day / "report.html")
+    assert page.exists() and page.as_uri() in shown["night-report"]
+    assert process.end(signal.SIGTERM, whole_group=False) == 0
+    # (a) no text in all that Prefect has; (b) the schedule goes on without us
+    known = b"".join(path.read_bytes() for path in server.database.parent.glob("prefect.db*"))
+    assert b"stars" in known and CANARY.encode() not in known and CANARY not in process.log
+    assert not server.deployment("stars")["paused"]  # type: ignore[index]
+
+
+@pytest.fixture
+def receiver(server: PrefectServer) -> Iterator[Receiver]:
+    """Who is told by the automations as we ship them; a second set of them calls a dead port."""
+    receiver, dead = Receiver(), Receiver()
+    dead.close()
+    for name, url in (("told", receiver.url), ("dead", dead.url)):
+        block = tell(server, name, url)
+        shipped = (ROOT / "flows" / "automations.yaml").read_text()
+        file = server.folder / f"{name}.yaml"
+        file.write_text(shipped.replace("BLOCK_ID", block))
+        made = server.run("prefect", "automation", "create", "--from-file", str(file))
+        assert made.wait() == 0 and "Created 5 automation(s)" in made.log, made.log
+    yield receiver
+    receiver.close()
+
+
+def tell(server: PrefectServer, name: str, url: str) -> str:
+    """Save a webhook block; returns its id."""
+    (kind,) = server.post("block_types/filter", block_types={"slug": {"any_": ["webhook"]}})
+    schemas = {"block_type_id": {"any_": [kind["id"]]}}
+    schema = server.post("block_schemas/filter", block_schemas=schemas)[0]
+    document = server.post(
+        "block_documents/",
+        name=name,
+        data={"url": url, "headers": {"Content-Type": "application/json"}},
+        block_type_id=kind["id"],
+        block_schema_id=schema["id"],
+    )
+    return str(document["id"])
+
+
+@pytest.mark.fault(
+    "audit failed",
+    injected="a scheduled night whose answers are wrong; the webhook that is told is down",
+    outcome="the flow fails, nothing is published, the other webhook is told and gets no text",
+)
+def test_a_failed_audit_publishes_nothing_and_somebody_is_told(
+    server: PrefectServer, served: Process, make_job: MakeJob, receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    job = make_job("wrong")
+    night = job.night()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "make_engine", lambda settings: EchoEngine())
+        run_job(night.input, night.run_place, night.job)
+    state = server.ended(run := begin(server, job))
+    assert (state["type"], state["name"]) == ("FAILED", "Failed")
+    assert "the audit of" in state["message"]
+    assert not job.published.exists() or not job.days_published()
+    assert set(server.artifacts(run)) >= {"night-summary", "night-report"}
+
+    wait_for(lambda: receiver.posts, "the webhook")
+    (said,) = receiver.posts
+    assert said["flow"] == "coppice-nightly" and said["night"] == f"wrong {DAY}"
+    assert said["state"] == "Failed" and said["message"] == state["message"]
+    assert CANARY not in json.dumps(said)
+    assert server.flow_run(run)["state"]["id"] == state["id"]
