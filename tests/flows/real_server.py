@@ -88,7 +88,7 @@ class PrefectServer:
                 "PREFECT_API_URL": self.url,
                 "PREFECT_HOME": str(self.folder / "me"),
                 "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "COPPICE_LOCKS": str(self.folder / "locks"),
+                "COPPICE_LOCKS": str(self.folder / "locks"),
             }
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sqlite3
 import time
@@ -162,3 +161,152 @@ def test_a_failed_audit_publishes_nothing_and_somebody_is_told(
     assert said["state"] == "Failed" and said["message"] == state["message"]
     assert CANARY not in json.dumps(said)
     assert server.flow_run(run)["state"]["id"] == state["id"]
+
+
+@pytest.mark.fault(
+    "SIGKILL",
+    injected="kill -9 of a night's own process while it generates",
+    outcome="the run is Crashed; the next one answers the rows that are left, and no other",
+)
+def test_a_night_that_is_killed_is_resumed_by_the_next(
+    server: PrefectServer, served: Process, make_job: MakeJob
+) -> None:
+    job = make_job("killed", rows=300, **_SLOW)
+    run = begin_slow(server, job, served)
+    kept = parts(job)
+    (night,) = nights_of(served)
+    night.kill()
+    assert server.ended(run)["type"] == "CRASHED"
+    job.say(max_rows=100)
+    assert server.ended(begin(server, job))["name"] == "Completed"
+    assert kept <= parts(job) and job.days_published() == [DAY.isoformat()]
+    assert "300 rows (" in served.log and "done before)" in served.log
+
+
+def nights_of(served: Process) -> list[psutil.Process]:
+    """The processes in which nights run."""
+    children = psutil.Process(served.pid).children()
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_a_night_that_would_overlap_is_cancelled_and_another_job_waits_for_the_device(
+    server: PrefectServer, served: Process, make_job: MakeJob
+) -> None:
+    """Seen red: with a runner that starts one process at a time, the second night was only late."""
+    job, other = make_job("first", rows=250, **_SLOW), make_job("other")
+    run = begin_slow(server, job, served)
+    state = server.ended(begin(server, job))
+    assert (state["type"], state["name"]) == ("CANCELLED", "EarlierNightStillRunning")
+    assert "an earlier night of first is still going" in state["message"]
+    waiting = begin(server, other)
+    wait_for(lambda: "the device cpu is in use by" in served.log, "the device lock", served)
+    assert server.flow_run(run)["state_type"] == "RUNNING"
+    assert server.ended(run)["name"] == server.ended(waiting)["name"] == "Completed"
+
+
+@pytest.mark.fault(
+    "Prefect server restarts",
+    injected="the server is killed while a night runs, and comes back when the night is over",
+    outcome="the night ends and is published without it, and says so when the server is back",
+)
+def test_a_night_needs_no_server_to_end(
+    server: PrefectServer, served: Process, make_job: MakeJob
+) -> None:
+    job = make_job("alone", rows=40, **_SLOW)
+    run = begin_slow(server, job, served)
+    server.stop()
+    try:
+        wait_for(job.days_published, "the publication", served)
+    finally:
+        server.start()
+    state = server.ended(run)
+    assert state["name"] == "Completed" and "Completed: 40 rows" in state["message"]
+
+
+@pytest.mark.fault(
+    "Prefect database locked",
+    injected="another process holds the server's SQLite file for five seconds of a night",
+    outcome="the night is done and published; its state arrives",
+)
+def test_a_locked_database_costs_a_night_nothing(
+    server: PrefectServer, served: Process, make_job: MakeJob
+) -> None:
+    job = make_job("locked", rows=20, **_SLOW)
+    run = begin_slow(server, job, served)
+    with sqlite3.connect(server.database, isolation_level=None) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        time.sleep(5)
+        database.execute("ROLLBACK")
+    database.close()
+    assert server.ended(run)["name"] == "Completed"
+    assert job.days_published() == [DAY.isoformat()]
+
+
+@pytest.mark.fault(
+    "no Prefect server",
+    injected="coppice schedule with a server that does not answer; with none named",
+    outcome="exit code 2 within seconds, and what to type",
+)
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/api", None])
+def test_without_a_server_the_schedule_says_what_to_type(
+    server: PrefectServer, make_job: MakeJob, url: str | None
+) -> None:
+    job = make_job()
+    words = ("flows", "schedule", str(job.file), "--cron", "0 2 * * *", "--timezone", "UTC")
+    process = server.run(*words, PREFECT_API_URL=url or "")
+    started = time.monotonic()
+    assert process.wait() == 2
+    assert time.monotonic() - started < 30  # most of it imports, on a machine with other work
+    assert "prefect server start" in process.log and "PREFECT_API_URL" in process.log
+    assert "Traceback" not in process.log
+
+
+def test_the_deployment_for_work_pools_is_accepted_without_questions(
+    server: PrefectServer,
+) -> None:
+    pool = server.run("prefect", "work-pool", "create", "nights", "--type", "process")
+    assert pool.wait() == 0, pool.log
+    file = str(ROOT / "prefect.yaml")
+    made = server.run(
+        "prefect", "--no-prompt", "--prefect-file", file, "deploy", "--name", "nightly"
+    )
+    assert made.wait() == 0, made.log
+    deployment = server.deployment("nightly")
+    assert deployment is not None
+    assert deployment["entrypoint"] == "flows.nightly.nightly"
+    (schedule,) = deployment["schedules"]
+    assert schedule["schedule"]["cron"] == "0 2 * * *"
+    assert schedule["schedule"]["timezone"] == "Europe/Berlin"
+
+
+def test_a_signal_drains_the_running_night(server: PrefectServer, make_job: MakeJob) -> None:
+    """Seen red: with Prefect's own handler, a traceback and 30 s until the night is killed."""
+    job = make_job("drained", rows=300, **_SLOW)
+    process = server.serve(job.file, "drained")
+    run = server.begin("drained", date=DAY.isoformat())
+    wait_for(lambda: len(parts(job)) > 3, "parts", process)
+    assert process.end(signal.SIGTERM, whole_group=False) == 0
+    state = server.ended(run)
+    assert (state["type"], state["name"]) == ("CANCELLED", "Interrupted")
+    assert "the same command goes on" in state["message"] and "Traceback" not in process.log
+
+
+@pytest.mark.slow
+def test_a_night_that_nobody_takes_is_late_and_one_without_heartbeat_crashed(
+    server: PrefectServer, make_job: MakeJob, receiver: Receiver
+) -> None:
+    """Ten minutes without a heartbeat are ten seconds here."""
+    job = make_job("lost", rows=300, **_SLOW)
+    process = server.serve(job.file, "lost")
+    shipped = (server.folder / "told.yaml").read_text()
+    file = server.folder / "soon.yaml"
+    file.write_text(shipped.replace("within: 600", "within: 10"))
+    made = server.run("prefect", "automation", "create", "--from-file", str(file))
+    assert made.wait() == 0, made.log
+    run = server.begin("lost", date=DAY.isoformat())
+    wait_for(lambda: len(parts(job)) > 3, "parts", process)
+    process.end(signal.SIGKILL)  # the night and who served it: as if the machine were gone
+    assert server.ended(run)["name"] == "Crashed"
+    wait_for(lambda: "Crashed" in {post["state"] for post in receiver.posts}, "the webhook")
+    server.begin("lost")
+    wait_for(lambda: "Late" in {post["state"] for post in receiver.posts}, "the webhook")
