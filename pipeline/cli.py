@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from pipeline.errors import AuditFailed, CoppiceError, UsageError, place_of
+from pipeline.night_cli import app as night_app
 from pipeline.settings import (
     AuditSettings,
     EngineSettings,
@@ -24,6 +25,7 @@ from pipeline.settings import (
     TokenSettings,
     WriteSettings,
 )
+from pipeline.terminal.arguments import Config, Input, Json, LogFormat, Progress, RunFolder
 from pipeline.terminal.logs import log_error, log_to_stderr, make_observer
 from pipeline.terminal.options import merge, merge_section, split_store, takes_settings, to_flat
 
@@ -35,22 +37,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its panels clip long flags at 80 columns
 )
+app.add_typer(night_app)
 _READ = (ModelSettings, ReadSettings, TokenSettings, StoreSettings)
 _JOB = (*_READ, SamplingSettings, PlanSettings, EngineSettings)
-
-Input = Annotated[
-    str, typer.Argument(metavar="IN", help="Parquet or JSONL file, folder, glob or s3:// URL.")
-]
-RunFolder = Annotated[str, typer.Argument(metavar="DIR", help="Run directory or s3:// URL.")]
-Config = Annotated[Path | None, typer.Option("--config", help="YAML file of these settings.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-Progress = Annotated[
-    Literal["auto", "plain", "none"], typer.Option("--progress", help="How progress is shown.")
-]
-LogFormat = Annotated[
-    Literal["text", "json"],
-    typer.Option("--log-format", help="json: one object a line.", callback=log_to_stderr),
-]
 
 
 @app.callback()
@@ -197,86 +186,6 @@ def convert(
 
     rows = convert_file(source, target, merge_section(StoreSettings, flags))
     typer.echo(f"{rows:,} rows in {target}")
-
-
-@app.command()
-@takes_settings(StoreSettings)
-def publish(
-    directory: RunFolder,
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="Folder or s3:// URL.")],
-    date: Annotated[
-        str | None, typer.Option("--date", help="Publish as this day (else DIR's own name).")
-    ] = None,
-    job: Annotated[
-        str | None, typer.Option("--job", help="Whose day it is (else the folder above DIR).")
-    ] = None,
-    *,
-    flags: dict[str, Any],
-) -> None:
-    """Put a run whose audit passed where others read, whole or not at all."""
-    from pipeline.night.publication import publish_by_hand
-
-    done = publish_by_hand(directory, target, date, job, merge_section(StoreSettings, flags))
-    typer.echo(f"{done.rows:,} rows {'' if done.is_new else 'were '}published at {done.place}")
-
-
-NightFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of a nightly job.")]
-
-
-@app.command()
-def night(
-    file: NightFile,
-    date: Annotated[
-        str | None, typer.Option("--date", help="The night of this day, like 2026-11-22.")
-    ] = None,
-    cron: Annotated[
-        str | None, typer.Option("--cron", help="That of the last start by this expression.")
-    ] = None,
-    timezone: Annotated[
-        str | None, typer.Option("--timezone", help="Else the machine's own.")
-    ] = None,
-    progress: Progress = "auto",
-) -> None:
-    """Do the unfinished nights of a job, then tonight's."""
-    from pipeline.night.dates import choose_date
-    from pipeline.night.night import run_nights
-    from pipeline.night.outcome import worst
-    from pipeline.terminal.progress import make_observer
-    from pipeline.terminal.tables import print_table
-
-    day = choose_date(date, cron, timezone)
-    endings = run_nights(file, day, make_observer(progress))
-    print_table(str(file), [(str(ending.date), ending.sentence()) for ending in endings])
-    error = worst(endings)
-    if error is not None:
-        raise error
-
-
-@app.command()
-def schedule(
-    file: NightFile,
-    cron: Annotated[str, typer.Option("--cron", help="When, like '0 2 * * *'.")],
-    timezone: Annotated[str, typer.Option("--timezone", help="Whose clock: Europe/Berlin.")],
-    print_systemd: Annotated[
-        bool, typer.Option("--print-systemd", help="Print a service and a timer instead.")
-    ] = False,
-    print_cron: Annotated[
-        bool, typer.Option("--print-cron", help="Print lines of a crontab instead.")
-    ] = False,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Of the deployment in Prefect.")
-    ] = None,
-) -> None:
-    """Every night by cron: through Prefect, or as systemd's or cron's own."""
-    from pipeline.night.units import crontab, make_schedule, serve, systemd_units
-
-    planned = make_schedule(file, cron, timezone)
-    if print_systemd:
-        typer.echo(systemd_units(planned), nl=False)
-    elif print_cron:
-        typer.echo(crontab(planned), nl=False)
-    else:
-        serve(planned, name)
 
 
 @app.command()

@@ -26,7 +26,12 @@ def unfinished_before(night: Night) -> list[Night]:
     """
     days = range(night.settings.catch_up, 0, -1)
     older = [on_date(night, night.date - datetime.timedelta(days=ago)) for ago in days]
-    return [night for night in older if is_due(night) and read_state(night).is_unfinished]
+    if is_url(night.run_place):
+        due = _home(night).names("due/")
+        older = [night for night in older if _due_name(night) in due]
+    else:
+        older = [night for night in older if Path(night.run_place).is_dir()]
+    return [night for night in older if read_state(night).is_unfinished]
 
 
 def on_date(night: Night, day: datetime.date) -> Night:
@@ -37,13 +42,6 @@ def on_date(night: Night, day: datetime.date) -> Night:
         input=night.settings.input_on(day),
         run_place=night.settings.run_place_on(day),
     )
-
-
-def is_due(night: Night) -> bool:
-    """Whether this night began, or was to. Raises StorageError."""
-    if not is_url(night.run_place):
-        return Path(night.run_place).is_dir()
-    return _home(night).read(_due_name(night)) is not None
 
 
 def mark_due(night: Night) -> None:

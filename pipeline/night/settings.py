@@ -24,7 +24,7 @@ from pipeline.storage.object_store import is_url
 from pipeline.terminal.options import read_config
 
 _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
-_PATHS = ("input", "output", "publish", "template", "chat_template")
+_PATHS = ("input", "output", "publish", "template", "chat_template", "metrics_file")
 
 
 class NightSettings(BaseModel):

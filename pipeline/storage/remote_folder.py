@@ -66,12 +66,12 @@ class RemoteFolder:
         self._prefix = f"{key}/" if key else ""
         self._client = _connect(store, self.endpoint, self.url)
 
-    def names(self) -> dict[str, int]:
-        """Every file below the folder with its size in bytes."""
+    def names(self, below: str = "") -> dict[str, int]:
+        """Every file whose name begins so, with its size in bytes."""
         found: dict[str, int] = {}
         with _store_errors(f"cannot list {self.url}"):
             pages = self._client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix):
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + below):
                 for entry in page.get("Contents", []):
                     found[entry["Key"].removeprefix(self._prefix)] = entry["Size"]
         # A console marks a folder by an empty object of its name.

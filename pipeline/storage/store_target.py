@@ -12,6 +12,7 @@ published.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -32,56 +33,50 @@ class StoreTarget:
 
     def __init__(self, target: str, store: StoreSettings) -> None:
         """Raises UsageError if the URL or the library is not there."""
-        self._store = store
-        self._url = RemoteFolder(target, store).url
+        self._folder = RemoteFolder(target, store)
 
     def place(self, date: str) -> str:
         """URL of a publication."""
-        return f"{self._url}/{date}"
+        return f"{self._folder.url}/{date}"
 
     def read(self, date: str) -> dict[str, Any] | None:
         """`published.json` of a publication; None if there is none."""
-        held = self._folder(date).read(MARKER_NAME)
+        held = self._folder.read(f"{date}/{MARKER_NAME}")
         return None if held is None else parse_marker(held.content, self.place(date))
 
     def publish(self, date: str, content: Content) -> None:
         """Upload the files, then the marker that names them; or remove them again."""
-        folder = self._folder(date)
+        folder, name = self._folder, f"{date}/{MARKER_NAME}"
         folder.check_conditions()
-        held = folder.read(MARKER_NAME)
+        held = folder.read(name)
         found = None if held is None else parse_marker(held.content, self.place(date))
         if found != content.replaces:
             raise _taken(self.place(date))
         own = f"{content.edition}-{secrets.token_hex(4)}"  # two publishers never share a file
         files = {f"{own}/{name}": path for name, path in content.files.items()}
-        described = {name: describe_file(path, name) for name, path in files.items()}
-        before = folder.names()
-        text = marker(content.described, described)
+        text = marker(content.described, {n: describe_file(path, n) for n, path in files.items()})
+        before = folder.names(f"{date}/")
         try:
-            for name, path in files.items():
-                folder.put(name, path)
-            folder.put_if(MARKER_NAME, text, None if held is None else held.etag)
+            for file, path in files.items():
+                folder.put(f"{date}/{file}", path)
+            folder.put_if(name, text, None if held is None else held.etag)
         except SupersededError:
-            _roll_back(folder, text, described)
+            self._roll_back(date, text, files)
             raise _taken(self.place(date)) from None
         except BaseException:
-            _roll_back(folder, text, described)
+            self._roll_back(date, text, files)
             raise
         # Listed before the commit: whoever began after it met our marker.
-        unnamed = [name for name in before if name != MARKER_NAME and name not in described]
+        unnamed = [other for other in before if other != name]
         with suppress(StorageError):  # nobody is told of them any more
             folder.delete(unnamed)
 
-    def _folder(self, date: str) -> RemoteFolder:
-        return RemoteFolder(self.place(date), self._store)
-
-
-def _roll_back(folder: RemoteFolder, text: bytes, described: dict[str, Any]) -> None:
-    """Remove what was uploaded, unless the marker is there and only its answer was lost."""
-    with suppress(StorageError):  # the next one makes it good
-        now = folder.read(MARKER_NAME)
-        if now is None or now.content != text:
-            folder.delete(described)
+    def _roll_back(self, date: str, text: bytes, files: Iterable[str]) -> None:
+        """Remove what was uploaded, unless the marker is there and only its answer was lost."""
+        with suppress(StorageError):  # the next one makes it good
+            now = self._folder.read(f"{date}/{MARKER_NAME}")
+            if now is None or now.content != text:
+                self._folder.delete(f"{date}/{file}" for file in files)
 
 
 def _taken(place: str) -> RunDirectoryError:

@@ -22,6 +22,7 @@ from pipeline.errors import (
     FolderInUse,
     Interrupted,
     NoInput,
+    StorageError,
     TimeBudgetReached,
     TooManyFailedRows,
 )
@@ -245,6 +246,25 @@ def test_a_night_that_fails_does_not_hold_up_the_next(
     yesterday, tonight = job.sit()
     assert isinstance(error_of(yesterday), NoInput) and outcome(tonight).published
     assert worst([yesterday, tonight]) is error_of(yesterday)
+
+
+def test_a_publication_that_failed_is_made_up_for_without_input(
+    job: NightlyJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk at the end of the night; the input is gone a day later."""
+
+    def refuse(night: Night) -> dict[str, Any]:
+        raise StorageError("cannot write (No space left on device)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(night_module, "publish_night", refuse)
+        (ending,) = job.sit()
+    assert isinstance(error_of(ending), StorageError) and ending.exit_code == 1
+    assert read_state(job.night()).stage == "audited"
+    job.take_input()
+    job.give_input(before(-1))
+    assert [outcome(ending).date for ending in job.sit(before(-1))] == [DAY, before(-1)]
+    assert job.days_published() == ["2026-11-22", "2026-11-23"]
 
 
 @pytest.mark.fault(
