@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= coppice-demo
 
-.PHONY: demo test trust test-slow torture fuzz faults check format lint types bench bench-peers demo-model report-demo wheel clean
+.PHONY: demo test trust test-slow test-vllm torture fuzz faults check format lint types bench bench-peers demo-model report-demo wheel clean
 
 demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts, audit it, report
 	$(BIN)/coppice demo -o $(DEMO)
@@ -23,6 +23,10 @@ test-slow: $(VENV)/.installed-dev  ## what takes minutes: a million rows, thousa
 
 fuzz: $(VENV)/.installed-dev  ## read 20,000 damaged Parquet files and count what comes of them
 	$(BIN)/python -m tests.storage.fuzz 20000
+
+# The environment of benchmarks/peers, and in it what coppice needs besides; gigabytes the first time.
+test-vllm: $(VENV)/.installed-dev  ## the engine on vLLM, on its build for CPUs
+	$(BIN)/python -m benchmarks.peers.vllm_tests
 
 faults: $(VENV)/.installed-dev  ## write docs/faults.md from the tests
 	$(BIN)/python -m tests.faults > docs/faults.md

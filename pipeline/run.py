@@ -67,6 +67,10 @@ def make_engine(settings: JobSettings) -> Engine:
         from pipeline.engine.echo_engine import EchoEngine
 
         return EchoEngine()
+    if settings.model.engine == "vllm":
+        from pipeline.engine.vllm_engine import VllmEngine
+
+        return VllmEngine(settings.model, settings.engine)
     from pipeline.engine.model import load_model
     from pipeline.engine.naive_engine import NaiveEngine
 
@@ -114,7 +118,7 @@ def write_plan(planned: PlannedJob, folder: Path) -> None:
 def write_plan_page(planned: PlannedJob, title: str, path: Path) -> None:
     """Write the plan as one HTML page."""
     from pipeline.report.plan_page import render_plan
-    from pipeline.report.plots import Box
+    from pipeline.report.tree import Box
 
     boxes = [Box(*node) for node in largest_nodes(planned.plan).tolist()]
     page = render_plan(title, planned.summary.to_json(), boxes, planned.plan.tree.num_nodes)

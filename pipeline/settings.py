@@ -150,13 +150,31 @@ class SamplingSettings(_Section):
 
 
 class ModelSettings(_Section):
-    """Which model runs, and on what. `model` is a folder or a hub id."""
+    """Which model runs, and on what. `model` is a folder or a hub id.
+
+    `engine_options`: arguments of vLLM's `LLM`, like `{"tensor_parallel_size": "2"}`; no other
+    engine has any.
+    """
 
     model: str
     revision: str | None = None
-    engine: Literal["prefix", "naive", "echo"] = "prefix"
+    engine: Literal["prefix", "vllm", "naive", "echo"] = "prefix"
+    engine_options: dict[str, str] = {}
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
+
+    @field_validator("engine_options", mode="before")
+    @classmethod
+    def _options(cls, value: object) -> dict[str, str]:
+        texts = [value] if isinstance(value, str) else value
+        pairs = texts.items() if isinstance(texts, dict) else _split_options(texts)
+        return {str(name).strip().replace("-", "_"): str(text) for name, text in pairs}
+
+    @model_validator(mode="after")
+    def _has_options(self) -> Self:
+        if self.engine_options and self.engine != "vllm":
+            raise ValueError(f"engine-options are for --engine vllm, and not for {self.engine}")
+        return self
 
 
 class EngineSettings(_Section):

@@ -55,3 +55,17 @@ def test_the_server_is_for_this_machine_alone(compose: dict[str, Any]) -> None:
     """It asks nobody for a password. Seen red: with `4200:4200`."""
     ports = [port for service in compose["services"].values() for port in service.get("ports", [])]
     assert ports == ["127.0.0.1:4200:4200"]
+
+
+@pytest.mark.parametrize("service", ["nights", "nights-gpu"])
+def test_the_night_of_the_compose_file_is_a_command_of_ours(
+    compose: dict[str, Any], service: str
+) -> None:
+    command = compose["services"][service]["command"]
+    told = subprocess.run(
+        [sys.executable, "-m", "pipeline", command[0], "--help"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    flags = [word for word in command if word.startswith("--")]
+    assert flags and all(flag in told.stdout for flag in flags)

@@ -151,7 +151,7 @@ def load_model(settings: ModelSettings) -> LoadedModel:
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation=own_attention(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]),
+            attn_implementation=own_attention(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config),
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises a dozen kinds; all mean the same to the user
@@ -170,9 +170,13 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     return LoadedModel(model.to(choose_device(settings.device)), shape, settings.model)
 
 
-def own_attention(model_class: Any) -> str:
-    """transformers' fused attention; its plain one for the classes that have no other."""
-    return "sdpa" if model_class._supports_sdpa else "eager"
+def own_attention(model_class: Any, config: Any) -> str:
+    """transformers' fused attention; its plain one for the models that have no other.
+
+    transformers 5.19 offers the fused one to Gemma 2 as well, and leaves the soft cap out there.
+    """
+    has_cap = getattr(config, "attn_logit_softcapping", None) is not None
+    return "sdpa" if model_class._supports_sdpa and not has_cap else "eager"
 
 
 def choose_device(device: str) -> torch.device:

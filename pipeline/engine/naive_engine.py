@@ -137,7 +137,7 @@ class NaiveEngine:
 
     def _use_own_attention(self) -> None:
         """The model object may have served the prefix engine before."""
-        own = own_attention(type(self.loaded.model))
+        own = own_attention(type(self.loaded.model), self.loaded.model.config)
         if self.loaded.model.config._attn_implementation != own:
             self.loaded.model.set_attn_implementation(own)
 

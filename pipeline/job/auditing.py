@@ -91,6 +91,7 @@ def _audit(
         loaded, baseline = _load_baseline(job)
         tier = _tier(job.settings, loaded)
         inputs = _audit_inputs(job, directory, chosen["row_index"].to_numpy(), loaded)
+        chosen, inputs = _replayable(job, chosen, inputs, observer)
         replay_started = time.monotonic()
         audits = _replay(baseline, inputs, tier, _free_rows(inputs, settings, seed), observer)
         seconds = {"replay_seconds": time.monotonic() - replay_started}
@@ -254,6 +255,28 @@ def _audit_inputs(
         )
         inputs.append(_Audited(row, answer["generated_text"]))
     return inputs
+
+
+def _replayable(
+    job: Job, chosen: pl.DataFrame, inputs: list[_Audited], observer: Observer
+) -> tuple[pl.DataFrame, list[_Audited]]:
+    """Those rows whose answer follows from prompt and parameters alone.
+
+    Raises UsageError if there is none among them.
+    """
+    if job.settings.model.engine != "vllm":
+        return chosen, inputs
+    greedy = [item for item in inputs if item.row.params.is_greedy]
+    if inputs and not greedy:
+        raise UsageError(
+            "vLLM drew every audited answer with noise of its own, which nothing can replay; "
+            "run some rows with temperature 0 to have something to compare"
+        )
+    if len(greedy) < len(inputs):
+        left_out = len(inputs) - len(greedy)
+        observer.say(f"{left_out} of them are left out: vLLM drew them with noise of its own")
+    rows = [item.row.row_index for item in greedy]
+    return chosen.filter(pl.col("row_index").is_in(rows)), greedy
 
 
 def _free_rows(inputs: list[_Audited], settings: AuditSettings, seed: int) -> set[int]:

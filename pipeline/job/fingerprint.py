@@ -34,11 +34,16 @@ def fingerprint_fields(settings: JobSettings, input_hash: str, tokenizer: str) -
         "sampling": settings.sampling.model_dump(mode="json"),
         "dtype": settings.model.dtype,
         "engine": settings.model.engine,
+        **_some("engine_options", settings.model.engine_options),  # runs without any stay as named
         "fidelity": settings.engine.fidelity,
         "min_prefix_tokens": settings.plan.min_prefix_tokens,
         "on_overlong": settings.plan.on_overlong,
         "shard": f"{settings.plan.shard} of {settings.plan.num_shards}",
     }
+
+
+def _some(name: str, value: dict[str, str]) -> dict[str, Any]:
+    return {name: value} if value else {}
 
 
 def _hash_file(path: Path | None) -> str | None:

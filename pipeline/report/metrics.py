@@ -8,10 +8,14 @@ from typing import Any, Final
 
 import polars as pl
 
+from pipeline.report.groups import GroupTable, measure_groups
+from pipeline.report.trend import Night, night_before
+
 _DEPTH_EDGES: Final = (1, 16, 64, 256, 1024, 4096, 16384)
 _SIZE_EDGES: Final = (2, 4, 16, 64, 256, 1024)
 _MAX_FAILURES: Final = 20
 _MAX_DIFFERENCES: Final = 500
+_MAX_REASONS: Final = 12
 _SEVERITY: Final = {"near_tie": 1, "drift": 2, "corrupt": 3}
 
 
@@ -74,13 +78,16 @@ class Difference:
     row_class: str
     position: int
     margin: float | None
+    group_id: int | None
+    reuse_depth: int | None
 
 
 @dataclass(frozen=True)
 class RunMetrics:
     """All that the report shows. Counts sum over sessions; a number that nobody measured is None.
 
-    `manifest`, `plan` and `audit` are the JSON files as read, the last two None where missing.
+    `manifest`, `plan` and `audit` are the JSON files as read, the last two None where missing;
+    `failure_types`: (type, rows), the most frequent first.
     """
 
     manifest: dict[str, Any]
@@ -90,11 +97,18 @@ class RunMetrics:
     group_sizes: tuple[SizeBin, ...]
     accuracy: tuple[Accuracy, ...]
     failures: tuple[Failure, ...]
+    failure_types: tuple[tuple[str, int], ...] = ()
     differences: tuple[Difference, ...] = ()
+    groups: GroupTable = GroupTable()
+    trend: tuple[Night, ...] = ()
 
     def counter(self, name: str) -> float:
         """A counter of run.json; 0 before the first session has ended."""
         return float(self.manifest.get("counters", {}).get(name, 0))
+
+    def measured(self, name: str) -> float | None:
+        """A counter of run.json; None before the first session has ended."""
+        return self.counter(name) if name in self.manifest.get("counters", {}) else None
 
     @property
     def saved_share(self) -> float | None:
@@ -119,6 +133,11 @@ class RunMetrics:
         return asked or (self.plan or {}).get("kv_budget_bytes")
 
     @property
+    def night_before(self) -> Night | None:
+        """The last earlier night of the same job that has numbers."""
+        return night_before(self.trend)
+
+    @property
     def num_correct(self) -> tuple[int, int] | None:
         """(right, rows) over all tasks; None where the input knows no answers."""
         if not self.accuracy:
@@ -132,10 +151,12 @@ def measure(
     audit: dict[str, Any] | None,
     output: pl.LazyFrame,
     audited: pl.DataFrame | None = None,
+    tree: pl.DataFrame | None = None,
+    trend: tuple[Night, ...] = (),
 ) -> RunMetrics:
     """Gather everything. `output` has the output columns; it is scanned, never loaded whole.
 
-    `audited`: the rows of `audit/audit.parquet`.
+    `audited`: the rows of `audit/audit.parquet`; `tree`: of `plan/tree.parquet`.
     """
     return RunMetrics(
         manifest=manifest,
@@ -145,6 +166,9 @@ def measure(
         group_sizes=measure_group_sizes(output),
         accuracy=measure_accuracy(output),
         failures=list_failures(output),
+        failure_types=count_failures(output),
+        groups=measure_groups(output, tree, audited),
+        trend=trend,
         differences=() if audited is None else list_differences(audited),
     )
 
@@ -207,11 +231,24 @@ def list_failures(output: pl.LazyFrame) -> tuple[Failure, ...]:
     return tuple(Failure(*row) for row in rows.iter_rows())
 
 
+def count_failures(output: pl.LazyFrame) -> tuple[tuple[str, int], ...]:
+    """(type, rows) of the failed rows, the most frequent first."""
+    failed = output.filter(pl.col("status") == "error")
+    kind = pl.col("error_type").fill_null("")
+    counts = (
+        failed.group_by(kind)
+        .agg(rows=pl.len())
+        .sort("rows", "error_type", descending=[True, False])
+    )
+    return tuple(counts.head(_MAX_REASONS).collect().iter_rows())
+
+
 def list_differences(audited: pl.DataFrame) -> tuple[Difference, ...]:
     """The first audited rows that are not identical, the worst classes first."""
     worst = pl.col("audit_class").replace_strict(_SEVERITY, default=0)
     differing = audited.filter(~pl.col("audit_exact")).sort(worst, "row_index", descending=True)
-    columns = ("id", "audit_class", "audit_first_divergence", "audit_margin")
+    found = ("audit_class", "audit_first_divergence", "audit_margin")
+    columns = ("id", *found, "group_id", "reuse_depth")
     rows = differing.select(columns).head(_MAX_DIFFERENCES)
     return tuple(Difference(*row) for row in rows.iter_rows())
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import polars as pl
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from pipeline.errors import RunDirectoryError
 from pipeline.report import plots
 from pipeline.report.metrics import RunMetrics, measure
+from pipeline.report.sparks import draw_trend
+from pipeline.report.templates import template
+from pipeline.report.tree import TREE_COLUMNS, TreePicture, picture_of
+from pipeline.report.trend import read_trend
 from pipeline.storage.run_directory import RunDirectory
 
-_UNKNOWN: Final = "–"
 _LONGEST_VALUE: Final = 60
-_MARKDOWN: Final = re.compile(r"([\\`*_\[\]!|])")
 
 
 def render(directory: RunDirectory) -> None:
@@ -27,44 +27,39 @@ def render(directory: RunDirectory) -> None:
 
     Raises RunDirectoryError if a JSON file of the directory is damaged.
     """
+    root = directory.root
+    tree = _read_table(root / "plan" / "tree.parquet", TREE_COLUMNS)
     metrics = measure(
         directory.read_manifest(),
-        _read_json(directory.root / "plan" / "summary.json"),
-        _read_json(directory.root / "audit" / "summary.json"),
+        _read_json(root / "plan" / "summary.json"),
+        _read_json(root / "audit" / "summary.json"),
         directory.scan(),
-        _read_audited(directory.root / "audit" / "audit.parquet"),
+        _read_table(root / "audit" / "audit.parquet"),
+        tree,
+        read_trend(directory.nights()),
     )
-    directory.write_text("report.html", render_html(metrics))
+    picture = None if tree is None or tree.is_empty() else picture_of(tree)
+    directory.write_text("report.html", render_html(metrics, picture))
     directory.write_text("report.md", render_markdown(metrics))
 
 
-def render_html(metrics: RunMetrics) -> str:
-    """One page that needs nothing else: no network, no script, light and dark."""
+def render_html(metrics: RunMetrics, tree: TreePicture | None = None) -> str:
+    """One page that needs nothing else: no network, light and dark, whole without its script."""
     return template("page.html.j2").render(
         metrics=metrics,
+        job=_name_job(metrics.manifest),
         settings=list(_flatten(metrics.manifest.get("settings", {}))),
+        tree=tree,
+        tree_svg=Markup(tree.svg if tree else ""),
         pictures=[(title, note, Markup(svg)) for title, note, svg in _draw(metrics)],
         proofs=[(title, note, Markup(svg)) for title, note, svg in _draw_audit(metrics)],
+        trend=draw_trend(metrics.trend),
     )
 
 
 def render_markdown(metrics: RunMetrics) -> str:
     """The same numbers, short."""
     return template("page.md.j2").render(metrics=metrics)
-
-
-def template(name: str) -> Template:
-    """A template of this room, with the formats below."""
-    environment = Environment(
-        loader=PackageLoader("pipeline", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    formats = (count, percent, size, duration, decimal, cell)
-    environment.filters |= {form.__name__: form for form in formats}
-    return environment.get_template(name)
 
 
 def _draw(metrics: RunMetrics) -> Iterator[tuple[str, str, str]]:
@@ -85,12 +80,6 @@ def _draw(metrics: RunMetrics) -> Iterator[tuple[str, str, str]]:
             "Group sizes",
             "Answered rows by how many rows share their prefix group; 1 is a row on its own.",
             plots.draw_group_sizes(metrics),
-        )
-    if metrics.plan and metrics.counter("prefilled_tokens"):
-        yield (
-            "Plan and measurement",
-            "A cold run that nothing interrupted computes exactly the tokens of its plan.",
-            plots.draw_plan_and_actual(metrics),
         )
 
 
@@ -123,13 +112,24 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _read_audited(path: Path) -> pl.DataFrame | None:
+def _read_table(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame | None:
     if not path.is_file():
         return None
     try:
-        return pl.read_parquet(path)
+        return pl.scan_parquet(path).select(columns or pl.all()).collect()
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise RunDirectoryError(f"{path} is damaged ({error}); audit again") from error
+        is_audit = path.parent.name == "audit"
+        remedy = "audit again" if is_audit else "delete it, and the report goes without"
+        raise RunDirectoryError(f"{path} is damaged ({error}); {remedy}") from error
+
+
+def _name_job(manifest: dict[str, Any]) -> tuple[str, str]:
+    """(input, model) as a person calls them: without the folders that they are in."""
+    source = str(manifest.get("input", {}).get("argument", "prompts"))
+    model = str(manifest.get("settings", {}).get("model", {}).get("model", "a model"))
+    return source.rstrip("/").rpartition("/")[2], (
+        model.rstrip("/").rpartition("/")[2] if model.startswith(("/", ".", "~")) else model
+    )
 
 
 def _flatten(sections: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -141,51 +141,3 @@ def _flatten(sections: dict[str, Any]) -> Iterator[tuple[str, str]]:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         shown = text if len(text) <= _LONGEST_VALUE else f"…{text[1 - _LONGEST_VALUE :]}"
         yield name.replace("_", "-"), shown
-
-
-def count(value: float | None) -> str:
-    """`1234567` -> `1,234,567`."""
-    return _UNKNOWN if value is None else f"{value:,.0f}"
-
-
-def decimal(value: float | None) -> str:
-    """Three significant digits, or whole numbers from a hundred on."""
-    if value is None:
-        return _UNKNOWN
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def percent(value: float | None) -> str:
-    """`0.7841` -> `78.4 %`; never rounded to a nothing or a whole that it is not."""
-    if value is None:
-        return _UNKNOWN
-    shown = f"{100 * value:.1f}" if value == 0 or value >= 0.001 else f"{100 * value:.2g}"
-    return "99.9 %" if shown == "100.0" and value < 1 else f"{shown} %"
-
-
-def size(value: float | None) -> str:
-    """Bytes in binary units."""
-    if value is None:
-        return _UNKNOWN
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.3g} TiB"
-
-
-def duration(value: float | None) -> str:
-    """Seconds as `0.42 s`, `12.3 s`, `4 min 02 s`, `3 h 07 min`."""
-    if value is None:
-        return _UNKNOWN
-    if value < 59.95:  # 59.95 would be rounded to "60 s"
-        return f"{value:.3g} s"
-    minutes, seconds = divmod(round(value), 60)
-    if minutes < 60:
-        return f"{minutes} min {seconds:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def cell(text: str) -> str:
-    """Text for a cell of a Markdown table: one line that Markdown shows as it is."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))

@@ -7,8 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pipeline.report.page import template
-from pipeline.report.plots import Box, draw_tree
+from pipeline.report.templates import template
+from pipeline.report.tree import Box, TreePicture
 
 
 def render_plan(title: str, summary: dict[str, Any], boxes: Sequence[Box], num_nodes: int) -> str:
@@ -19,12 +19,12 @@ def render_plan(title: str, summary: dict[str, Any], boxes: Sequence[Box], num_n
         (f"blocks of {size} tokens, no limit", saving)
         for size, saving in summary["saving_by_blocks"].items()
     ]
+    picture = TreePicture(tuple(boxes), num_nodes)
     cache = f"LRU of {order['cache_tokens']:,} tokens, rows as the file has them"
     return template("plan.html.j2").render(
         title=title,
         plan=summary,
-        picture=Markup(draw_tree(boxes)),
-        shown=len(boxes),
-        nodes=num_nodes,
+        tree=picture,
+        tree_svg=Markup(picture.svg),
         savings=[*savings, (cache, order["saving"])],
     )

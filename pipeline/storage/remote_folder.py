@@ -8,6 +8,7 @@ conditional PUT, which succeeds only while an object is the one that was seen la
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -76,6 +77,40 @@ class RemoteFolder:
                     found[entry["Key"].removeprefix(self._prefix)] = entry["Size"]
         # A console marks a folder by an empty object of its name.
         return {name: size for name, size in found.items() if name and not name.endswith("/")}
+
+    @property
+    def name(self) -> str:
+        """The last piece of the URL's path; empty for a whole bucket."""
+        return self._prefix.rstrip("/").rpartition("/")[2]
+
+    def beside(self, name: str) -> RemoteFolder:
+        """The folder of this name that lies where this one lies."""
+        other = copy.copy(self)
+        other.url = f"{self.url.rpartition('/')[0]}/{name}"
+        other._prefix = f"{self._parent}{name}/"
+        return other
+
+    def names_beside(self) -> list[str]:
+        """The names of all folders that lie where this one lies, its own among them."""
+        return [name[:-1] for name in self._list_level(self._parent) if name.endswith("/")]
+
+    def names_inside(self) -> list[str]:
+        """The names of the files that lie in the folder itself, not in folders of it."""
+        return [name for name in self._list_level(self._prefix) if not name.endswith("/")]
+
+    @property
+    def _parent(self) -> str:
+        parent = self._prefix.rstrip("/").rpartition("/")[0]
+        return f"{parent}/" if parent else ""
+
+    def _list_level(self, prefix: str) -> Iterator[str]:
+        """Names of files, and of folders with a slash at the end, directly below `prefix`."""
+        with _store_errors(f"cannot list {self.url}"):
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=prefix, Delimiter="/"):
+                found = [entry["Prefix"] for entry in page.get("CommonPrefixes", [])]
+                found += [entry["Key"] for entry in page.get("Contents", [])]
+                yield from (key.removeprefix(prefix) for key in found if key != prefix)
 
     def read(self, name: str) -> Stored | None:
         """A small file in memory; None if it is not there."""

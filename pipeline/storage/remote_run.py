@@ -36,6 +36,7 @@ from pipeline.storage.manifest import (
     parse_manifest,
     run_id_of,
 )
+from pipeline.storage.nights import NightFiles, read_remote_nights
 from pipeline.storage.part_list import describe_parts, is_stored, named_parts, part_file
 from pipeline.storage.remote_folder import RemoteFolder, Stored, SupersededError
 from pipeline.storage.run_directory import (
@@ -48,7 +49,8 @@ from pipeline.storage.run_directory import (
 from pipeline.storage.writer import PART_NAME
 
 METRICS_NAME: Final = "metrics.jsonl"
-_PLAN_NAMES: Final = (PLAN_NAME, "plan/tree.parquet", "plan/summary.json")  # the last one last
+_TREE_NAME: Final = "plan/tree.parquet"
+_PLAN_NAMES: Final = (PLAN_NAME, _TREE_NAME, "plan/summary.json")  # the last one last
 _READ_NAMES: Final = (
     PLAN_NAME, "plan/summary.json", METRICS_NAME, SYSTEM_PROMPT_NAME, SUCCESS_NAME, *AUDIT_NAMES,
 )  # fmt: skip
@@ -121,7 +123,7 @@ class RemoteRun(RunDirectory):
         manifest, present = parse_manifest(held.content, folder.url), folder.names()
         run = cls(root, None, folder)
         replace_file(root / MANIFEST_NAME, held.content)
-        for name in _READ_NAMES:
+        for name in (*_READ_NAMES, *((_TREE_NAME,) if with_parts else ())):
             if name in present:
                 folder.fetch(name, root / name)
         if with_parts or "parts" not in manifest:
@@ -137,6 +139,10 @@ class RemoteRun(RunDirectory):
     def is_abandoned(self) -> bool:
         """Whether the writer was a process of this machine that has ended."""
         return is_dead(self.read_manifest().get("writer", {}).get("name", ""))
+
+    def nights(self) -> list[NightFiles]:
+        """As of a run directory."""
+        return read_remote_nights(self._folder)
 
     def count_rows(self) -> tuple[int, int]:
         """(answered, failed) rows of the parts that run.json names."""

@@ -36,6 +36,7 @@ from pipeline.storage.manifest import (
     new_manifest,
     read_manifest,
 )
+from pipeline.storage.nights import NightFiles, read_nights
 from pipeline.storage.schema import OUTPUT_FIELDS
 from pipeline.storage.writer import (
     PART_NAME,
@@ -221,6 +222,10 @@ class RunDirectory:
                 write_all(file, line.encode())
             finally:
                 os.close(file)
+
+    def nights(self) -> list[NightFiles]:
+        """This run and the earlier nights of its job, oldest first; empty if it is no night's."""
+        return read_nights(self.root)
 
     def planned_rows(self) -> NDArray[np.int64] | None:
         """Ascending input rows that this run answers, of all or of its shard; None: no plan yet."""

@@ -48,7 +48,8 @@ PANELS: dict[type[BaseModel], str] = {
 _HELP = {
     "model": "Model folder or hub id.",
     "revision": "Commit, tag or branch of a hub model.",
-    "engine": "prefix shares, naive does not, echo has no model.",
+    "engine": "prefix shares; vllm is vLLM; naive shares nothing.",
+    "engine_options": "For vLLM: tensor_parallel_size=2; may be repeated.",
     "dtype": "Type of weights and KV; auto: as the model was saved.",
     "device": "auto, cpu, cuda or cuda:1.",
     "prompt_column": "Column of prompt text (found: prompt).",

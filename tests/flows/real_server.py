@@ -16,7 +16,7 @@ import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
 _NEVER = "0 2 29 2 *"  # a schedule that does not fire during a test
-_PATIENCE_S = 60.0
+_PATIENCE_S = 120.0
 # What a server and a runner do every few seconds, they do here every second.
 _FAST = {
     "DO_NOT_TRACK": "1",
@@ -138,7 +138,11 @@ class PrefectServer:
 
     def post(self, path: str, **body: Any) -> Any:
         """The answer's JSON."""
-        answer = httpx.post(f"{self.url}/{path}", json=body, timeout=30)
+        for _ in range(20):
+            answer = httpx.post(f"{self.url}/{path}", json=body, timeout=30)
+            if answer.status_code != 503:  # SQLite has one writer; Prefect's own client tries again
+                break
+            time.sleep(0.5)
         assert answer.is_success, answer.text
         return answer.json()
 
@@ -180,7 +184,10 @@ class PrefectServer:
 
 
 def wait_for(
-    is_so: Callable[[], Any], what: str, process: Process | None = None, patience_s: float = 60.0
+    is_so: Callable[[], Any],
+    what: str,
+    process: Process | None = None,
+    patience_s: float = _PATIENCE_S,
 ) -> None:
     """Wait, and fail with what `process` said."""
     deadline = time.monotonic() + patience_s

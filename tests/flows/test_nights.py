@@ -171,7 +171,7 @@ def test_a_failed_audit_publishes_nothing_and_somebody_is_told(
 def test_a_night_that_is_killed_is_resumed_by_the_next(
     server: PrefectServer, served: Process, make_job: MakeJob
 ) -> None:
-    job = make_job("killed", rows=300, **_SLOW)
+    job = make_job("killed", rows=150, **_SLOW)
     run = begin_slow(server, job, served)
     kept = parts(job)
     (night,) = nights_of(served)
@@ -180,7 +180,7 @@ def test_a_night_that_is_killed_is_resumed_by_the_next(
     job.say(max_rows=100)
     assert server.ended(begin(server, job))["name"] == "Completed"
     assert kept <= parts(job) and job.days_published() == [DAY.isoformat()]
-    assert "300 rows (" in served.log and "done before)" in served.log
+    assert "150 rows (" in served.log and "done before)" in served.log
 
 
 def nights_of(served: Process) -> list[psutil.Process]:
@@ -193,7 +193,7 @@ def test_a_night_that_would_overlap_is_cancelled_and_another_job_waits_for_the_d
     server: PrefectServer, served: Process, make_job: MakeJob
 ) -> None:
     """Seen red: with a runner that starts one process at a time, the second night was only late."""
-    job, other = make_job("first", rows=250, **_SLOW), make_job("other")
+    job, other = make_job("first", rows=150, **_SLOW), make_job("other")
     run = begin_slow(server, job, served)
     state = server.ended(begin(server, job))
     assert (state["type"], state["name"]) == ("CANCELLED", "EarlierNightStillRunning")
@@ -267,9 +267,7 @@ def test_the_deployment_for_work_pools_is_accepted_without_questions(
     pool = server.run("prefect", "work-pool", "create", "nights", "--type", "process")
     assert pool.wait() == 0, pool.log
     file = str(ROOT / "prefect.yaml")
-    made = server.run(
-        "prefect", "--no-prompt", "--prefect-file", file, "deploy", "--name", "nightly"
-    )
+    made = server.run("prefect", "--no-prompt", "deploy", "--prefect-file", file, "--all")
     assert made.wait() == 0, made.log
     deployment = server.deployment("nightly")
     assert deployment is not None

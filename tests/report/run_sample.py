@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.schema import OUTPUT_FIELDS
 from pipeline.storage.writer import write_part
 
+EVIL_ID = "</script><img src=x onerror=\"document.title='owned'\">"
 EVIL = "</td><script>alert('x')</script> | [a](https://evil.example) & more"
 COUNTERS = {
     "rows_in": 1203,
@@ -32,7 +34,8 @@ COUNTERS = {
 }
 PLAN = {
     "rows": 1203, "rows_rejected": 3, "prompt_tokens": 412_345, "unique_tokens": 98_765,
-    "saving": 0.7604797, "kv_budget_bytes": 512 << 20, "plan_hash": "c0ffee" * 8,
+    "saving": 0.7604797, "max_new_tokens": 57_000, "peak_kv_bytes": 119 << 20,
+    "kv_budget_bytes": 512 << 20, "plan_hash": "c0ffee" * 8,
 }  # fmt: skip
 AUDIT: dict[str, Any] = {
     "verdict": "pass", "reasons": [], "tier": "exact", "rows_audited": 299, "rows_exact": 298,
@@ -82,7 +85,7 @@ def output_rows() -> pl.DataFrame:
     )
     failed = pl.DataFrame(
         {
-            "id": ["row-1200", "row-1201", "<b>1202</b>"],
+            "id": ["row-1200", EVIL_ID, "<b>1202</b>"],
             "row_index": [1200, 1201, 1202],
             "status": "error",
             "error_type": ["NullPrompt", "PromptTooLong", "EngineError"],
@@ -100,16 +103,37 @@ def output_rows() -> pl.DataFrame:
 
 
 def audited_rows() -> pl.DataFrame:
-    """299 rows, one of them a near-tie at its third token and one with a wrong end."""
+    """Every fourth row, one of them a near-tie at its third token and one with a wrong end."""
+    rows = output_rows().gather_every(4).head(299)
     differs = {7: ("near_tie", 2, 4e-4), 9: ("corrupt", 5, None)}
     return pl.DataFrame(
         {
-            "id": [f"row-{i}" for i in range(299)],
-            "row_index": range(299),
+            "id": [EVIL_ID if i == 7 else f"row-{4 * i}" for i in range(299)],
+            "row_index": rows["row_index"],
+            "group_id": rows["group_id"],
+            "reuse_depth": rows["reuse_depth"],
             "audit_exact": [i not in differs for i in range(299)],
             "audit_class": [differs.get(i, ("identical",))[0] for i in range(299)],
             "audit_first_divergence": [differs.get(i, (0, None))[1] for i in range(299)],
             "audit_margin": [differs.get(i, (0, 0, None))[2] for i in range(299)],
+        }
+    )
+
+
+def tree_nodes() -> pl.DataFrame:
+    """A root that all 1200 answered rows share, 24 groups of 40 rows below it, 240 rows alone."""
+    sizes = [40] * 24 + [1] * 240
+    num = len(sizes)
+    return pl.DataFrame(
+        {
+            "node": range(num + 1),
+            "parent": [None] + [0] * num,
+            "start": [0] + [12] * num,
+            "end": [12] + [12 + 12 * 2 ** (i % 6) for i in range(num)],
+            "prompt_lo": [0, *np.cumsum([0, *sizes[:-1]])],
+            "prompt_hi": [sum(sizes), *np.cumsum(sizes)],
+            "rows": [sum(sizes), *sizes],
+            "is_group": [size > 1 for size in [1, *sizes]],
         }
     )
 
@@ -142,6 +166,7 @@ def make_run(root: Path, rows: pl.DataFrame, audit: dict[str, Any] | None = AUDI
         if len(rows):
             write_part(root / "data", 0, to_table(rows), {"run_id": directory.run_id})
             directory.write_json("plan/summary.json", PLAN)
+            directory.write_frame("plan/tree.parquet", tree_nodes())
             directory.update_manifest(
                 status="complete",
                 counters=COUNTERS,
@@ -152,3 +177,24 @@ def make_run(root: Path, rows: pl.DataFrame, audit: dict[str, Any] | None = AUDI
             directory.write_json("audit/summary.json", audit)
             directory.write_frame("audit/audit.parquet", audited_rows())
     return RunDirectory.open(root)
+
+
+def make_nights(job: Path, nights: int = 8) -> list[Path]:
+    """Folders named by date of one job, oldest first: one damaged, one that goes on, one failed."""
+    roots = [job / f"2026-11-{day:02d}" for day in range(10, 10 + nights)]
+    for place, root in enumerate(roots):
+        failed = AUDIT | {"verdict": "fail", "reasons": ["1 of 299 rows are corrupt"]}
+        directory = make_run(root, output_rows(), failed if place == 3 else AUDIT)
+        manifest = json.loads((root / "run.json").read_text())
+        manifest["counters"] |= {
+            "rows_in": 1203 + 3 * place, "rows_ok": 1200 + 3 * place,
+            "rows_error": [3, 0, 0, 12, 1, 0, 5, 3][place % 8],
+            "wall_s": 92.4 - 3 * place, "cached_tokens": 313_580 - 9_000 * (place % 3),
+        }  # fmt: skip
+        directory.write_json("run.json", manifest)
+        directory.write_text("report.html", "")
+    (roots[1] / "run.json").write_text("{", encoding="utf-8")
+    (roots[4] / "audit" / "summary.json").unlink()
+    begun = json.loads((roots[4] / "run.json").read_text())
+    (roots[4] / "run.json").write_text(json.dumps(begun | {"status": "running", "counters": {}}))
+    return roots

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import RunDirectoryError
-from pipeline.report.page import cell, count, decimal, duration, percent, render, size
+from pipeline.report.formats import cell, change, count, decimal, duration, percent, size
+from pipeline.report.page import render
 from pipeline.storage.run_directory import RunDirectory
-from tests.report.run_sample import AUDIT, make_run, output_rows
+from tests.report.run_sample import AUDIT, EVIL_ID, make_nights, make_run, output_rows
 
 _VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -78,23 +79,25 @@ def test_the_numbers_of_run_json_are_shown(finished: Path, name: str, number: st
 def test_the_page_shows_how_the_audit_was_checked(finished: Path) -> None:
     text = " ".join(read_page((finished / "report.html").read_text(encoding="utf-8")).texts)
     assert "8 faults planted" in text and "5 changed an answer" in " ".join(text.split())
-    assert "2.5e-09" in text and "row-7" in text and "row-9" in text
+    assert "2.5e-09" in text and EVIL_ID in text and "row-36" in text
 
 
 def test_the_page_stands_on_its_own(finished: Path) -> None:
     html = (finished / "report.html").read_text(encoding="utf-8")
     reader = read_page(html)
-    assert reader.tags["script"] == reader.tags["link"] == reader.tags["img"] == 0
+    assert reader.tags["link"] == reader.tags["img"] == 0
+    assert reader.tags["script"] == reader.tags["style"] == 1  # ours, named by the policy
+    assert ' style="' not in html  # which lets no other style in either
     assert all(address.startswith("#") for address in reader.addresses)
     assert not re.search(r"url\((?!#)|@import|xmlns", html)
     assert re.findall(r"https?://[^\s<]*", html) == ["https://evil.example)"]  # as text, see below
-    assert reader.tags["svg"] == 7
+    assert reader.tags["svg"] == 10  # mark, split, tree, three of sharing, two of the audit, tasks
     assert len(reader.ids) == len(set(reader.ids))
 
 
 def test_text_of_rows_is_never_markup(finished: Path) -> None:
     html = (finished / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in html and "<b>1202" not in html
+    assert html.count("<script") == html.count("</script") == 1 and "<b>1202" not in html
     assert "&lt;script&gt;" in html and "&lt;b&gt;1202&lt;/b&gt;" in html
     assert "secret" not in html  # of a system prompt the report tells the length
     assert "19 characters" in html
@@ -112,7 +115,9 @@ def test_the_same_run_gives_the_same_page(finished: Path) -> None:
 def test_a_run_that_just_began_has_a_report(tmp_path: Path) -> None:
     render(make_run(tmp_path / "run", output_rows().clear(), audit=None))
     html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "not audited yet" in " ".join(read_page(html).texts)
+    shown = " ".join(read_page(html).texts)
+    assert "not audited yet" in shown and "Nothing is measured yet" in shown
+    assert 'data-key="rows_ok" data-value="">–<' in html
     assert "Not audited yet" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
 
 
@@ -131,6 +136,18 @@ def test_a_damaged_summary_is_named(tmp_path: Path) -> None:
         render(directory)
 
 
+def test_a_damaged_table_is_named_and_a_missing_one_is_done_without(tmp_path: Path) -> None:
+    directory = make_run(tmp_path / "run", output_rows())
+    tree = directory.root / "plan" / "tree.parquet"
+    tree.write_bytes(b"PAR1 no more")
+    with pytest.raises(RunDirectoryError, match="tree.parquet is damaged.*delete it"):
+        render(directory)
+    tree.unlink()
+    render(directory)
+    page = (directory.root / "report.html").read_text(encoding="utf-8")
+    assert '<svg class="tree"' not in page and 'id="group-table"' in page
+
+
 def test_formats() -> None:
     assert [count(None), count(1234567), count(0)] == ["–", "1,234,567", "0"]
     assert [percent(0.7841), percent(0.99999), percent(1.0)] == ["78.4 %", "99.9 %", "100.0 %"]
@@ -141,3 +158,30 @@ def test_formats() -> None:
     ]  # fmt: skip
     assert [decimal(494.35), decimal(12.345), decimal(0.5)] == ["494", "12.3", "0.5"]
     assert cell("a|b\n`c`") == r"a\|b \`c\`"
+
+
+def test_both_files_compare_a_night_with_those_before(tmp_path: Path) -> None:
+    """Seen red: with `trend[-1]` left in by `night_before`, nothing ever differs."""
+    last = make_nights(tmp_path / "job")[-1]
+    render(RunDirectory.open(last))
+    page = read_page((last / "report.html").read_text(encoding="utf-8"))
+    shown = " ".join(" ".join(page.texts).split())
+    assert "The last 8 nights" in shown and "damaged" in shown and "interrupted" in shown
+    links = [address for address in page.addresses if not address.startswith("#")]
+    assert links == [f"../2026-11-{day}/report.html" for day in range(16, 9, -1)]
+    markdown = (last / "report.md").read_text(encoding="utf-8")
+    assert "since 2026-11-16" in markdown and "failed 3 (was 5)" in markdown
+    assert "wall time −4.0 %" in markdown and "saved −0.5 points" in markdown
+
+
+def test_a_run_alone_has_no_trend(tmp_path: Path) -> None:
+    for place in (tmp_path / "2026-11-10", tmp_path / "other" / "run"):
+        render(make_run(place, output_rows()))
+        assert 'id="nights"' not in (place / "report.html").read_text(encoding="utf-8")
+        assert "since" not in (place / "report.md").read_text(encoding="utf-8")
+
+
+def test_changes_are_said_only_where_two_numbers_are() -> None:
+    assert [change(112, 100), change(90.9, 96), change(5, 5)] == ["+12 %", "−5.3 %", "±0 %"]
+    assert change(0.755, 0.76, points=True) == "−0.5 points"
+    assert [change(None, 1), change(1, None), change(3, 0)] == ["", "", ""]

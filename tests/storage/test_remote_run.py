@@ -621,7 +621,8 @@ def test_status_report_and_responses_are_those_of_a_folder(
     assert (state["status"], state["rows_done"], state["rows_failed"]) == ("complete", 7, 1)
     assert state["rows_per_s"] is not None
     assert report_run(url) == f"{url}/report.html"
-    assert b"hello" not in store.get(bucket, "run/report.html")
+    page = store.get(bucket, "run/report.html")
+    assert b"hello" not in page and b'<svg class="tree"' in page
     assert {"run/report.html", "run/report.md"} < set(store.keys(bucket))
     assert convert(url, tmp_path / "responses.jsonl") == 7
     with pytest.raises(RunDirectoryError, match="holds no run"):

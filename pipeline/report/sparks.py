@@ -1,0 +1,105 @@
+"""Small pictures of a few numbers over nights: one bar a night, plain SVG that stretches.
+
+Knows numbers and labels; no files and no page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, NamedTuple
+
+from markupsafe import Markup, escape
+
+from pipeline.report.formats import change, count, decimal, duration, percent
+from pipeline.report.trend import Night
+
+_SLOT: Final = 10  # of which a bar fills 8
+_HEIGHT: Final = 100
+_LEAST: Final = 3  # of a bar whose number is not zero
+_FEWEST_SLOTS: Final = 7
+_VERDICTS: Final = {"pass": "audit passed", "fail": "audit failed", None: "not audited"}
+
+
+class Spark(NamedTuple):
+    """One small picture: `value` and `against` are those of the last night, `top` is a full bar."""
+
+    name: str
+    value: str
+    against: str
+    top: str
+    svg: Markup
+
+
+def draw_trend(nights: Sequence[Night]) -> list[Spark]:
+    """Rows, failures, time, saving, speed and verdict; empty if there is nothing to compare."""
+    if not nights:
+        return []
+    return [
+        _spark("rows answered", [n.rows_ok for n in nights], nights, count),
+        _spark("rows failed", [n.rows_failed for n in nights], nights, count, "bad"),
+        _spark("wall time", [n.wall_s for n in nights], nights, duration),
+        _spark("prompt tokens saved", [n.saved_share for n in nights], nights, percent),
+        _spark("generated tokens/s", [n.tokens_per_s for n in nights], nights, decimal),
+        _verdicts(nights),
+    ]
+
+
+def _spark(
+    name: str,
+    values: Sequence[float | None],
+    nights: Sequence[Night],
+    form: Callable[[float | None], str],
+    kind: str = "bar",
+) -> Spark:
+    known = [value for value in values if value is not None]
+    earlier = [value for value in values[:-1] if value is not None]
+    is_share = form is percent
+    scale = 1.0 if is_share else max(known, default=0.0) or 1.0
+    bars = "".join(
+        _bar(place, night.date, form(value), value, scale, kind)
+        for place, (night, value) in enumerate(zip(nights, values, strict=True))
+    )
+    against = change(values[-1], earlier[-1] if earlier else None, points=is_share)
+    top = "of 100 %" if is_share else f"most {form(max(known, default=None))}"
+    return Spark(name, form(values[-1]), against, top, _svg(f"{name}, by night", bars, nights))
+
+
+def _bar(place: int, date: str, shown: str, value: float | None, scale: float, kind: str) -> str:
+    """A bar as high as its number; zero is a line on the ground, no number a faint one."""
+    high = 0.0 if value is None else max(_LEAST, _HEIGHT * value / scale)
+    name = "none" if value is None else "zero" if value == 0 else kind
+    high = 2 if name in ("none", "zero") else high
+    return _rectangle(place, high, name, f"{date}: {shown}")
+
+
+def _rectangle(place: int, high: float, kind: str, words: str) -> str:
+    return (
+        f'<rect class="{kind}" x="{place * _SLOT + 1}" y="{_HEIGHT - high:.4g}" '
+        f'width="{_SLOT - 2}" height="{high:.4g}"><title>{escape(words)}</title></rect>'
+    )
+
+
+def _verdicts(nights: Sequence[Night]) -> Spark:
+    """Full height where it passed, half where it failed, so that colour is not all that tells."""
+
+    def bars() -> Iterator[str]:
+        for place, night in enumerate(nights):
+            kind = {"pass": "bar", "fail": "bad", None: "none"}[night.verdict]
+            high = {"pass": _HEIGHT, "fail": _HEIGHT / 2, None: 2}[night.verdict]
+            yield _rectangle(place, high, kind, f"{night.date}: {_VERDICTS[night.verdict]}")
+
+    audited = [night for night in nights if night.verdict]
+    passed = sum(night.verdict == "pass" for night in audited)
+    value = {"pass": "passed", "fail": "FAILED", None: "–"}[nights[-1].verdict]
+    against = f"{passed} of {len(audited)} nights passed"
+    return Spark(
+        "audit", value, against, "", _svg("audit verdict, by night", "".join(bars()), nights)
+    )
+
+
+def _svg(label: str, bars: str, nights: Sequence[Night]) -> Markup:
+    width = _SLOT * max(len(nights), _FEWEST_SLOTS)
+    return Markup(
+        f'<svg class="spark" viewBox="0 0 {width} {_HEIGHT}" preserveAspectRatio="none" '
+        f'role="img" aria-label="{escape(label)}; the numbers are in the table below">{bars}</svg>'
+    )

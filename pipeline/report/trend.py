@@ -1,0 +1,90 @@
+"""The last nights of one job, as numbers. Reads no files, draws nothing.
+
+What a night's files say is checked value by value: a damaged file costs its numbers, not the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pipeline.storage.nights import NightFiles
+
+DAMAGED: Final = "damaged"
+_MOST: Final = 2**63  # of any number that a run counts
+_STATES: Final = ("running", "complete", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class Night:
+    """One night. A number that is not known is None, and so is the verdict of no audit.
+
+    `state`: as run.json has it, or "damaged", "interrupted" (nobody is working on it any more).
+    `page`: relative address of the night's own page, if it is there.
+    """
+
+    date: str
+    state: str
+    page: str | None = None
+    rows_ok: float | None = None
+    rows_failed: float | None = None
+    wall_s: float | None = None
+    saved_share: float | None = None
+    tokens_per_s: float | None = None
+    verdict: str | None = None
+
+
+def read_trend(nights: Sequence[NightFiles]) -> tuple[Night, ...]:
+    """Oldest first, the last one is the night that the page is of. Empty for a night alone."""
+    return tuple(_night(files) for files in nights) if len(nights) > 1 else ()
+
+
+def night_before(trend: Sequence[Night]) -> Night | None:
+    """The last earlier night that has numbers."""
+    earlier = [night for night in trend[:-1] if night.rows_ok is not None]
+    return earlier[-1] if earlier else None
+
+
+def _night(files: NightFiles) -> Night:
+    page = f"../{files.date}/report.html" if files.has_page else None
+    if files.manifest is None:
+        return Night(files.date, DAMAGED, page)
+    counters = _mapping(files.manifest.get("counters"))
+    cached, prefilled = (_number(counters, f"{name}_tokens") for name in ("cached", "prefilled"))
+    asked = None if cached is None or prefilled is None else cached + prefilled
+    wall = _number(counters, "wall_s")
+    verdict = _mapping(files.audit).get("verdict")
+    return Night(
+        files.date,
+        _state(files),
+        page,
+        _number(counters, "rows_ok"),
+        _number(counters, "rows_error"),
+        wall,
+        _ratio(cached, asked),
+        _ratio(_number(counters, "generated_tokens"), wall),
+        verdict if verdict in ("pass", "fail") else None,
+    )
+
+
+def _state(files: NightFiles) -> str:
+    said = _mapping(files.manifest).get("status")
+    if said not in _STATES:
+        return DAMAGED
+    return "interrupted" if said == "running" and files.is_abandoned else str(said)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(counters: Mapping[str, Any], name: str) -> float | None:
+    value = counters.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value < _MOST else None
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or not whole else part / whole
