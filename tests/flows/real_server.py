@@ -124,10 +124,10 @@ class PrefectServer:
         self._started.append(process)
         return process
 
-    def serve(self, file: Path, name: str, cron: str = _NEVER) -> Process:
+    def serve(self, file: Path, name: str, cron: str = _NEVER, **environment: str) -> Process:
         """`coppice schedule`, and wait until the deployment is there."""
         words = ("flows", "schedule", str(file), "--cron", cron, "--timezone", "UTC")
-        process = self.run(*words, "--name", name)
+        process = self.run(*words, "--name", name, **environment)
         wait_for(lambda: self.deployment(name) is not None, f"{name} to be served", process)
         return process
 

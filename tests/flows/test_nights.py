@@ -189,19 +189,33 @@ def nights_of(served: Process) -> list[psutil.Process]:
     return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
-def test_a_night_that_would_overlap_is_cancelled_and_another_job_waits_for_the_device(
+@pytest.mark.fault(
+    "night still going",
+    injected="a second run of the deployment while a night runs",
+    outcome="its state is Cancelled, named EarlierNightStillRunning; the first one goes on",
+)
+def test_a_night_that_would_overlap_is_cancelled(
     server: PrefectServer, served: Process, make_job: MakeJob
 ) -> None:
     """Seen red: with a runner that starts one process at a time, the second night was only late."""
-    job, other = make_job("first", rows=150, **_SLOW), make_job("other")
+    job = make_job("first", rows=400, **_SLOW)
     run = begin_slow(server, job, served)
     state = server.ended(begin(server, job))
     assert (state["type"], state["name"]) == ("CANCELLED", "EarlierNightStillRunning")
     assert "an earlier night of first is still going" in state["message"]
-    waiting = begin(server, other)
-    wait_for(lambda: "the device cpu is in use by" in served.log, "the device lock", served)
     assert server.flow_run(run)["state_type"] == "RUNNING"
-    assert server.ended(run)["name"] == server.ended(waiting)["name"] == "Completed"
+    for night in nights_of(served):
+        night.kill()
+    server.ended(run)
+
+
+def test_two_jobs_on_one_device_queue_for_it(
+    server: PrefectServer, served: Process, make_job: MakeJob
+) -> None:
+    jobs = [make_job(name, rows=80, **_SLOW) for name in ("one", "two")]
+    runs = [begin(server, job) for job in jobs]
+    assert [server.ended(run)["name"] for run in runs] == ["Completed"] * 2
+    assert "the device cpu is in use by" in served.log
 
 
 @pytest.mark.fault(
@@ -287,6 +301,27 @@ def test_a_signal_drains_the_running_night(server: PrefectServer, make_job: Make
     state = server.ended(run)
     assert (state["type"], state["name"]) == ("CANCELLED", "Interrupted")
     assert "the same command goes on" in state["message"] and "Traceback" not in process.log
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "Prefect server restarts",
+    injected="the server is away for longer than Prefect's runner has patience (set to seconds)",
+    outcome="coppice schedule says so, and serves again when the server is back",
+)
+def test_the_schedule_outlives_a_server_that_is_away(
+    server: PrefectServer, make_job: MakeJob
+) -> None:
+    """Seen red: Prefect's runner raises, minutes after the server's death as it is set."""
+    job = make_job("patient")
+    process = server.serve(job.file, "patient", PREFECT_CLIENT_MAX_RETRIES="0")
+    server.stop()
+    try:
+        wait_for(lambda: "the Prefect server is away" in process.log, "it to be missed", process)
+    finally:
+        server.start()
+    assert server.ended(server.begin("patient", date=DAY.isoformat()))["name"] == "Completed"
+    assert process.log.count("serving coppice-nightly/patient") == 2
 
 
 @pytest.mark.slow
