@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from flows.privacy import check_no_secrets
 from pipeline.errors import CoppiceError
-from pipeline.terminal.options import read_config
+from pipeline.terminal.kept_settings import read_kept
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -24,13 +23,6 @@ Date = Annotated[str | None, typer.Option("--date", help="Logical date, like 202
 def _absolute(path: str) -> str:
     """Paths that mean the same wherever the flow runs."""
     return path if "://" in path else str(Path(path).absolute())
-
-
-def _settings(config: Path | None) -> dict[str, Any]:
-    """What the file says. Raises UsageError for secrets, which Prefect would keep."""
-    settings = {} if config is None else read_config(config)
-    check_no_secrets(settings)
-    return settings
 
 
 @app.command()
@@ -52,7 +44,7 @@ def audit(output: Output, config: Config = None) -> None:
     """Audit a run as a flow; exit code 4 below the bar."""
     from flows.audit import audit as flow
 
-    flow(_absolute(output), _settings(config))
+    flow(_absolute(output), read_kept(config))
 
 
 @app.command(name="nightly")

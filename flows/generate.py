@@ -11,10 +11,10 @@ from typing import Any
 from prefect import flow
 
 from flows.artifacts import PrefectObserver
-from flows.privacy import whole_settings
 from flows.tasks import as_task
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
+from pipeline.terminal.kept_settings import whole_settings
 
 
 @flow(name="coppice-generate", persist_result=False)

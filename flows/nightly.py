@@ -19,8 +19,7 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.runtime import flow_run
 
 from flows.artifacts import PrefectObserver
-from flows.privacy import without_text
-from flows.tasks import as_task
+from flows.tasks import as_task, without_text
 from pipeline.errors import CoppiceError, FolderInUse, Interrupted, TimeBudgetReached
 from pipeline.night.dates import logical_date, parse_date
 from pipeline.night.night import run_nights

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect.client.orchestration import get_client
 from prefect.runner import Runner
 from prefect.schedules import Cron
@@ -79,7 +80,7 @@ def _serve_until_signal(deployment: dict[str, Any]) -> bool:
         with suppress(KeyboardInterrupt):
             asyncio.run(runner.start())
         return True
-    except* RuntimeError:
+    except* (RuntimeError, httpx.TransportError):
         pass
     return False
 

@@ -1,32 +1,41 @@
-"""A step of the library as a task of Prefect."""
+"""A step of the library as a task of Prefect, whose database has every log line and error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
-from prefect.tasks import Task
 
-from flows.privacy import without_text
-from pipeline.errors import (
-    AuditFailed,
-    Interrupted,
-    TimeBudgetReached,
-    TooManyFailedRows,
-    UsageError,
+from pipeline import errors
+
+_NEVER_RETRIED = (
+    errors.UsageError,
+    errors.TooManyFailedRows,
+    errors.AuditFailed,
+    errors.TimeBudgetReached,
+    errors.Interrupted,
 )
-
-_NEVER_RETRIED = (UsageError, TooManyFailedRows, AuditFailed, TimeBudgetReached, Interrupted)
 Found = TypeVar("Found")
 
 
-async def is_worth_a_retry(tried: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
+@contextmanager
+def without_text() -> Iterator[None]:
+    """Let no message out that may quote a prompt, nor the errors that led to one."""
+    try:
+        yield
+    except errors.CoppiceError as error:
+        raise error from None
+    except Exception as error:
+        remedy = "run the same job by coppice --debug run to see the whole traceback"
+        raise errors.EngineError(f"{errors.place_of(error)}; {remedy}") from None
+
+
+async def is_worth_a_retry(tried: Any, run: Any, state: Any) -> bool:
     """A fault of device or disk is; a wrong call, or a stop that was asked for, is not."""
-    error = await state.aresult(raise_on_failure=False)
-    return not isinstance(error, _NEVER_RETRIED)
+    return not isinstance(await state.aresult(raise_on_failure=False), _NEVER_RETRIED)
 
 
 def as_task(name: str, step: Callable[[], Found], run_name: str | None = None) -> Found:

@@ -98,7 +98,7 @@ def test_the_schedule_fires_and_the_night_is_published_and_shown(
     page = Path(job.folder / "nights" / "stars" / day / "report.html")
     assert page.exists() and page.as_uri() in shown["night-report"]
     assert process.end(signal.SIGTERM, whole_group=False) == 0
-    # (a) no text in all that Prefect has; (b) the schedule goes on without us
+    # No text in all that Prefect has; and the schedule goes on without us.
     known = b"".join(path.read_bytes() for path in server.database.parent.glob("prefect.db*"))
     assert b"stars" in known and CANARY.encode() not in known and CANARY not in process.log
     assert not server.deployment("stars")["paused"]  # type: ignore[index]
@@ -209,6 +209,7 @@ def test_a_night_that_would_overlap_is_cancelled(
     server.ended(run)
 
 
+@pytest.mark.slow
 def test_two_jobs_on_one_device_queue_for_it(
     server: PrefectServer, served: Process, make_job: MakeJob
 ) -> None:
@@ -237,6 +238,7 @@ def test_a_night_needs_no_server_to_end(
     assert state["name"] == "Completed" and "Completed: 40 rows" in state["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "Prefect database locked",
     injected="another process holds the server's SQLite file for five seconds of a night",
@@ -275,6 +277,7 @@ def test_without_a_server_the_schedule_says_what_to_type(
     assert "Traceback" not in process.log
 
 
+@pytest.mark.slow
 def test_the_deployment_for_work_pools_is_accepted_without_questions(
     server: PrefectServer,
 ) -> None:
@@ -292,7 +295,7 @@ def test_the_deployment_for_work_pools_is_accepted_without_questions(
 
 
 def test_a_signal_drains_the_running_night(server: PrefectServer, make_job: MakeJob) -> None:
-    """Seen red: with Prefect's own handler, a traceback and 30 s until the night is killed."""
+    """Seen red: with Prefect's own handler, a traceback."""
     job = make_job("drained", rows=300, **_SLOW)
     process = server.serve(job.file, "drained")
     run = server.begin("drained", date=DAY.isoformat())
