@@ -35,6 +35,7 @@ CASES = (
     "store that fails at publish",
     "a damaged earlier night",
     "the device is busy", "monitoring",
+    "no Prefect server", "Prefect server restarts", "Prefect database locked",
 )  # fmt: skip
 """Every row of the list of faults that the product promises to survive, in the table's order."""
 PENDING: dict[str, str] = {}
