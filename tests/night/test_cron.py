@@ -102,14 +102,14 @@ def test_systemd_starts_when_cronsim_does(text: str, now: datetime.datetime) -> 
     assert starts[:4] == [at for at in expected if at.year < 2199]
 
 
-def systemd_starts(value: str, after: datetime.datetime) -> list[datetime.datetime]:
-    """The next four by `systemd-analyze calendar`."""
+def systemd_starts(value: str, after: datetime.datetime, count: int = 4) -> list[datetime.datetime]:
+    """The next ones by `systemd-analyze calendar`, in UTC."""
     done = subprocess.run(
-        ["systemd-analyze", "calendar", "--iterations=4", f"--base-time={after} UTC", value],
+        ["systemd-analyze", "calendar", f"--iterations={count}", f"--base-time={after} UTC", value],
         capture_output=True, text=True, env={"TZ": "UTC", "PATH": "/usr/bin:/bin", "LC_ALL": "C"},
     )  # fmt: skip
     assert done.returncode == 0, f"{value}: {done.stderr}"
-    found = re.findall(r"(?:elapse|Iter\. #\d+): \w+ (\S+ \S+) UTC", done.stdout)
+    found = re.findall(r"(?:elapse|\(in UTC\)|Iter\. #\d+): \w+ (\S+ \S+) UTC", done.stdout)
     return [datetime.datetime.fromisoformat(text) for text in found]
 
 
