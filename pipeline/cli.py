@@ -5,7 +5,6 @@ Results go to stdout; progress, headers and errors go to stderr.
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from pipeline.settings import (
     AuditSettings,
     EngineSettings,
     ModelSettings,
+    MonitorSettings,
     PlanSettings,
     ReadSettings,
     SamplingSettings,
@@ -24,6 +24,7 @@ from pipeline.settings import (
     TokenSettings,
     WriteSettings,
 )
+from pipeline.terminal.logs import log_error, log_to_stderr, make_observer
 from pipeline.terminal.options import merge, merge_section, split_store, takes_settings, to_flat
 
 app = typer.Typer(
@@ -45,6 +46,10 @@ Config = Annotated[Path | None, typer.Option("--config", help="YAML file of thes
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Progress = Annotated[
     Literal["auto", "plain", "none"], typer.Option("--progress", help="How progress is shown.")
+]
+LogFormat = Annotated[
+    Literal["text", "json"],
+    typer.Option("--log-format", help="json: one object a line.", callback=log_to_stderr),
 ]
 
 
@@ -73,7 +78,7 @@ def plan(
 
 
 @app.command()
-@takes_settings(*_JOB, WriteSettings)
+@takes_settings(*_JOB, WriteSettings, MonitorSettings)
 def run(
     input: Input,
     output: Annotated[
@@ -83,6 +88,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Show settings.")] = False,
     progress: Progress = "auto",
+    log_format: LogFormat = "text",
     *,
     flags: dict[str, Any],
 ) -> None:
@@ -93,21 +99,30 @@ def run(
         _plan(input, flags, config)
     else:
         from pipeline.run import run_job
-        from pipeline.terminal.progress import make_observer
         from pipeline.terminal.tables import counter_table, print_table
 
-        outcome = run_job(input, output, merge(flags, config), make_observer(progress))
+        outcome = run_job(input, output, merge(flags, config), make_observer(progress, log_format))
         print_table(output, counter_table(outcome.counters))
 
 
 @app.command()
 @takes_settings(StoreSettings)
-def status(directory: RunFolder, json: Json = False, *, flags: dict[str, Any]) -> None:
+def status(
+    directory: RunFolder,
+    watch: Annotated[bool, typer.Option("--watch", help="Until it ends, every 2 s.")] = False,
+    json: Json = False,
+    *,
+    flags: dict[str, Any],
+) -> None:
     """How far a job is; works while it runs."""
     from pipeline.job.status import read_status
-    from pipeline.terminal.tables import print_json, print_table, status_table
+    from pipeline.terminal.tables import print_json, print_table, status_table, watch_status
 
-    state = read_status(directory, merge_section(StoreSettings, flags))
+    store = merge_section(StoreSettings, flags)
+    if watch and not json:
+        watch_status(directory, lambda: read_status(directory, store))
+        return
+    state = read_status(directory, store)
     if json:
         print_json(state)
     else:
@@ -117,16 +132,20 @@ def status(directory: RunFolder, json: Json = False, *, flags: dict[str, Any]) -
 @app.command()
 @takes_settings(AuditSettings, StoreSettings)
 def audit(
-    directory: RunFolder, json: Json = False, progress: Progress = "auto", *, flags: dict[str, Any]
+    directory: RunFolder,
+    json: Json = False,
+    progress: Progress = "auto",
+    log_format: LogFormat = "text",
+    *,
+    flags: dict[str, Any],
 ) -> None:
     """Compare a sample with full prefill; exit code 4 if it fails."""
     from pipeline.job.auditing import audit_run, describe_audit
-    from pipeline.terminal.progress import make_observer
     from pipeline.terminal.tables import audit_table, print_json, print_table
 
     flags, store = split_store(flags)
     settings = merge_section(AuditSettings, flags)
-    verdict = audit_run(directory, settings, make_observer(progress), store)
+    verdict = audit_run(directory, settings, make_observer(progress, log_format), store)
     summary = describe_audit(directory, store)
     if json:
         print_json(summary)
@@ -184,11 +203,12 @@ def convert(
 def demo(
     output: Annotated[str, typer.Option("-o", "--output", help="Run directory.")] = "coppice-demo",
     progress: Progress = "auto",
+    log_format: LogFormat = "text",
 ) -> None:
     """Plan, run, audit and report on the embedded model and prompts."""
     from pipeline.terminal.demo import run_demo
 
-    run_demo(_local(output), progress)
+    run_demo(_local(output), progress, log_format)
 
 
 def _plan(
@@ -234,23 +254,15 @@ def main() -> None:
 
     Anything else is a fault of ours: its message may quote a prompt, so only its place is named.
     """
-    _log_to_stderr()
+    log_to_stderr()
     try:
         app()
     except CoppiceError as error:
-        print(f"coppice: {error}", file=sys.stderr)
+        log_error(error)
         sys.exit(error.exit_code)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
         remedy = "run coppice --debug ... to see the whole traceback"
-        print(f"coppice: {place_of(error)}; {remedy}", file=sys.stderr)
+        log_error(CoppiceError(f"{place_of(error)}; {remedy}"))
         sys.exit(1)
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("coppice: %(message)s"))
-    logger = logging.getLogger("coppice")
-    logger.addHandler(handler)
-    logger.propagate = False

@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ import numpy as np
 from pipeline.engine.base import Engine
 from pipeline.engine.machine import cache_folder
 from pipeline.errors import EngineError, UsageError
+from pipeline.job.device_lock import holding_device
 from pipeline.job.fingerprint import describe_versions, fingerprint_fields
+from pipeline.job.metrics_export import exporting
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.outcome import RunOutcome
 from pipeline.job.planning import (
@@ -162,8 +165,11 @@ def run_job(
     code 1 after `stall_timeout`, see `job/watchdog.py`; a caller who must live on sets it to 0.
     """
     observer = observer or SilentObserver()
-    with Watchdog(settings.write.stall_timeout, observer).watching() as watchdog:
-        return _run_or_resume(input, output, settings, observer, watchdog)
+    with (
+        exporting(observer, settings.monitor, output) as watched,
+        Watchdog(settings.write.stall_timeout, watched).watching() as watchdog,
+    ):
+        return _run_or_resume(input, output, settings, watched, watchdog)
 
 
 def _run_or_resume(
@@ -194,11 +200,11 @@ def _run_or_resume(
                 rows = directory.read_manifest()["counters"]["rows_in"]
                 directory.unseal(with_audit=len(directory.done_rows()) != rows)
             keep_system_prompt(directory, settings)
-            with loading_engine(settings) as loading:
+            with loading_engine(settings, observer, stop) as loading:
                 planned = plan_rows(job)
                 return Session(planned, directory, observer, stop, watchdog).run(loading)
     check_free(output, settings.store)
-    with loading_engine(settings) as loading:
+    with loading_engine(settings, observer, stop) as loading:
         planned = plan_rows(job)
         with watchdog.excused():
             loading.result()
@@ -217,13 +223,28 @@ def report_run(output: Place, store: StoreSettings | None = None) -> str:
 
 
 @contextmanager
-def loading_engine(settings: JobSettings) -> Iterator[Future[Engine]]:
-    """Load the model in another thread while this one reads and plans."""
+def loading_engine(
+    settings: JobSettings, observer: Observer, stop: StopRequest
+) -> Iterator[Future[Engine]]:
+    """Wait for the device and load the model, in another thread while this one reads and plans.
+
+    The device is held until the end of the context.
+    """
+    given_up = threading.Event()
+    held = ExitStack()
+
+    def load() -> Engine:
+        held.enter_context(holding_device(settings, observer, stop.check_budget, given_up))
+        return make_engine(settings)
+
     pool = ThreadPoolExecutor(1, thread_name_prefix="model")
+    loading = pool.submit(load)
     try:
-        yield pool.submit(make_engine, settings)
+        yield loading
     finally:
+        given_up.set()
         pool.shutdown(wait=False, cancel_futures=True)
+        loading.add_done_callback(lambda _: held.close())  # at once, or when the load comes back
 
 
 def with_absolute_paths(settings: JobSettings) -> JobSettings:

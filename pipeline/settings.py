@@ -164,6 +164,7 @@ class EngineSettings(_Section):
 
     `kv_budget` in bytes. `kernels`: "auto" is the fastest that the machine has, "torch" nothing
     private or compiled. `fidelity`: "strict" gives a row the same bits whatever runs beside it.
+    `busy_device`: what to do while another job holds the device.
     """
 
     max_batch_tokens: int = Field(default=4096, ge=16)
@@ -171,6 +172,7 @@ class EngineSettings(_Section):
     kv_budget: int | None = Field(default=None, ge=1)
     kernels: Literal["auto", "torch"] = "auto"
     fidelity: Literal["default", "strict"] = "default"
+    busy_device: Literal["wait", "fail", "share"] = "wait"
 
     @field_validator("kv_budget", mode="before")
     @classmethod
@@ -214,6 +216,31 @@ class WriteSettings(_Section):
         """The most rows that may fail: a fraction has a dot, a count has none."""
         limit = self.fail_on_error
         return int(float(limit) * num_rows) if "." in limit else int(limit)
+
+
+class MonitorSettings(_Section):
+    """Who may watch a running job: Prometheus, by HTTP or by a file for node_exporter.
+
+    `metrics_port`: `9464`, which this machine alone can ask, or `0.0.0.0:9464`.
+    """
+
+    metrics_port: str | None = None
+    metrics_file: Path | None = None
+
+    @field_validator("metrics_port", mode="before")
+    @classmethod
+    def _address(cls, value: object) -> str | None:
+        if value is None:
+            return None
+        match = re.fullmatch(r"(?:(.+):)?(\d{1,5})", str(value).strip())
+        if match is None or not 0 < int(match[2]) < 2**16:
+            raise ValueError(f"{value!r} is not a port like 9464 or 0.0.0.0:9464")
+        return str(value).strip()
+
+    def metrics_address(self) -> tuple[str, int]:
+        """(host, port) of `metrics_port`, which is not None."""
+        host, _, port = (self.metrics_port or "").rpartition(":")
+        return host.strip("[]") or "127.0.0.1", int(port)
 
 
 class AuditSettings(_Section):
@@ -283,6 +310,7 @@ class JobSettings(_Section):
     plan: PlanSettings = PlanSettings()
     engine: EngineSettings = EngineSettings()
     write: WriteSettings = WriteSettings()
+    monitor: MonitorSettings = MonitorSettings()
     audit: AuditSettings = AuditSettings()
     store: StoreSettings = StoreSettings()
 
@@ -318,6 +346,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "plan": PlanSettings,
     "engine": EngineSettings,
     "write": WriteSettings,
+    "monitor": MonitorSettings,
     "audit": AuditSettings,
     "store": StoreSettings,
 }

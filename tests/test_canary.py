@@ -161,13 +161,14 @@ def test_a_job_tells_its_text_to_its_output_alone(
 @pytest.mark.fault(
     "canary strings",
     injected="audit: a unique word in prompts and the system prompt; the answers of a model",
-    outcome="nothing in audit/, run.json, report, logs",
+    outcome="nothing in audit/, run.json, report, metrics, logs",
 )
 def test_an_audit_tells_no_text(places: Path, shell: Shell, model: Path, source: Path) -> None:
     out = places / "out"
     job = ("--model", str(model), "--apply-chat-template", "--system-prompt", SYSTEM)
     job = (*job, "--max-new-tokens", "12", "--ignore-eos", "--fail-on-error", "9")
-    assert shell("run", str(source), "-o", str(out), *job, "--progress", "plain") == 0
+    watched = ("--log-format", "json", "--metrics-file", str(places / "job.prom"))
+    assert shell("run", str(source), "-o", str(out), *job, *watched) == 0
     answers = pl.read_parquet(out / "data" / "*.parquet")["generated_text"].drop_nulls()
     words = [*TEXTS, *(text for text in answers if len(text) >= 8)]
     assert len(words) > len(TEXTS)

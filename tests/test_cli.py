@@ -11,6 +11,7 @@ import yaml
 
 from pipeline import cli
 from pipeline.audit.similarity import Encoder
+from pipeline.job.status import read_status
 from pipeline.settings import JobSettings
 from pipeline.terminal.options import PANELS
 from tests.tiny_job import write_model, write_prompts, write_tokenizer
@@ -237,3 +238,24 @@ def test_storage_options_are_shown_without_secrets(shell: Shell, prompts: str, m
     assert yaml.safe_load(shell.out)["storage-options"] == {"region": "eu-west-1"}
     assert shell("status", "s3://bucket/x", "--storage-options", "secrt_access_key=CANARY") == 2
     assert "no option 'secrt_access_key'" in shell.err and "CANARY" not in shell.err
+
+
+def test_status_can_be_watched_until_the_job_ends(
+    shell: Shell, prompts: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen red: with the look again left out, it ends on a job that is running."""
+    out = tmp_path / "out"
+    job = ("run", prompts, "-o", str(out), "--model", model, "--engine", "echo")
+    assert shell(*job, "--fail-on-error", "1") == 0
+    looks: list[str] = []
+
+    def read(directory: str, store: object) -> dict[str, Any]:
+        looks.append(directory)
+        state = read_status(directory)
+        return state | {"status": "running"} if len(looks) < 3 else state
+
+    monkeypatch.setattr("pipeline.job.status.read_status", read)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert shell("status", str(out), "--watch") == 0
+    assert len(looks) == 3
+    assert "complete" in shell.out and "3 of 3" in shell.out

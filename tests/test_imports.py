@@ -39,6 +39,8 @@ HOMES = {
     "sentence_transformers": {"pipeline.audit.similarity"},
     "faiss": {"pipeline.audit.sample"},
     "matplotlib": {"pipeline.report"},
+    "prometheus_client": {"pipeline.job.metrics_export"},
+    "pythonjsonlogger": {"pipeline.terminal.logs"},
     "pyarrow": {"pipeline.storage", "pipeline.plan", "pipeline.job.answers"},
 }
 STANDARD_ONLY = _FIRST

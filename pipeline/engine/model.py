@@ -188,6 +188,17 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
+def name_device(device: str) -> str:
+    """What the chosen device is called on this machine, whatever numbers a process sees it by.
+
+    Raises ModelError for an absent one.
+    """
+    chosen = choose_device(device)
+    if chosen.type != "cuda":
+        return chosen.type
+    return f"cuda {torch.cuda.get_device_properties(chosen).uuid}"
+
+
 def _check_support(settings: ModelSettings) -> None:
     """Say what the prefix engine lacks before transformers fails on what it lacks itself."""
     if settings.engine != "prefix":

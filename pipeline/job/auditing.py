@@ -34,6 +34,7 @@ from pipeline.audit.verdict import (
 )
 from pipeline.engine.base import Baseline
 from pipeline.errors import InputError, ModelError, RunDirectoryError, UsageError
+from pipeline.job.device_lock import holding_device
 from pipeline.job.evidence import Arms
 from pipeline.job.fingerprint import fingerprint_fields
 from pipeline.job.observer import Observer, SilentObserver
@@ -86,21 +87,22 @@ def _audit(
     seed = seed_of_output(directory)
     chosen = _choose(job, candidates, settings, seed, encoder)
     observer.say(f"auditing {len(chosen)} of {len(candidates)} rows against plain full prefill")
-    loaded, baseline = _load_baseline(job)
-    tier = _tier(job.settings, loaded)
-    inputs = _audit_inputs(job, directory, chosen["row_index"].to_numpy(), loaded)
-    replay_started = time.monotonic()
-    audits = _replay(baseline, inputs, tier, _free_rows(inputs, settings, seed), observer)
-    seconds = {"replay_seconds": time.monotonic() - replay_started}
-    similarity = _similarity(job, encoder, inputs, audits)
-    evidence, kl = NO_EVIDENCE, {}
-    if settings.audit_arms and inputs and _shared_prefixes(directory):
-        observer.say(f"computing up to {settings.audit_arms} of them in other ways as well")
-        arms = Arms(loaded, baseline, job.settings.engine, tier)
-        some = np.random.default_rng(seed).permutation(len(inputs))[: settings.audit_arms]
-        rows = [item.row for item in inputs]
-        evidence = arms.gather(rows, chosen["group_id"].to_list(), some.tolist())
-        kl = arms.kl
+    with holding_device(job.settings, observer):
+        loaded, baseline = _load_baseline(job)
+        tier = _tier(job.settings, loaded)
+        inputs = _audit_inputs(job, directory, chosen["row_index"].to_numpy(), loaded)
+        replay_started = time.monotonic()
+        audits = _replay(baseline, inputs, tier, _free_rows(inputs, settings, seed), observer)
+        seconds = {"replay_seconds": time.monotonic() - replay_started}
+        similarity = _similarity(job, encoder, inputs, audits)
+        evidence, kl = NO_EVIDENCE, {}
+        if settings.audit_arms and inputs and _shared_prefixes(directory):
+            observer.say(f"computing up to {settings.audit_arms} of them in other ways as well")
+            arms = Arms(loaded, baseline, job.settings.engine, tier)
+            some = np.random.default_rng(seed).permutation(len(inputs))[: settings.audit_arms]
+            rows = [item.row for item in inputs]
+            evidence = arms.gather(rows, chosen["group_id"].to_list(), some.tolist())
+            kl = arms.kl
     verdict = judge(audits, GroupCoverage.of(candidates, chosen), tier, settings, evidence)
     directory.write_frame("audit/audit.parquet", audit_frame(chosen, audits, similarity, kl))
     seconds["seconds"] = time.monotonic() - started

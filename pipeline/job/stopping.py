@@ -54,6 +54,14 @@ class StopRequest:
             return Interrupted(f"interrupted: {left}")
         return TimeBudgetReached(f"the time budget is spent: {left}")
 
+    def check_budget(self) -> None:
+        """Raises TimeBudgetReached where the time is over before the first row."""
+        if self._is_over_time():
+            raise TimeBudgetReached(
+                "the time budget was spent before the device was free; "
+                "the same command goes on from here"
+            )
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Catch SIGINT and SIGTERM meanwhile; nothing outside the main thread."""

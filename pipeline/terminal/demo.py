@@ -8,7 +8,7 @@ from pipeline.errors import AuditFailed, UsageError
 from pipeline.job.auditing import audit_run, describe_audit
 from pipeline.run import report_run, run_job
 from pipeline.settings import JobSettings
-from pipeline.terminal.progress import make_observer
+from pipeline.terminal.logs import make_observer
 from pipeline.terminal.tables import audit_table, counter_table, print_table
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -25,13 +25,15 @@ def demo_folder() -> Path:
     raise UsageError("the demo's model and prompts are not installed; reinstall kvcoppice")
 
 
-def run_demo(output: Path, progress: str) -> None:
+def run_demo(output: Path, progress: str, log_format: str) -> None:
     """Do the main job in fp32 and print where everything is. Raises AuditFailed and its kin."""
     folder = demo_folder()
     flat = {"model": str(folder / "demo_model"), "dtype": "float32", "audit_sample": "10%"}
     settings = JobSettings.from_flat(flat)
-    outcome = run_job(str(folder / "prompts.parquet"), output, settings, make_observer(progress))
-    verdict = audit_run(output, settings.audit, make_observer(progress))
+    outcome = run_job(
+        str(folder / "prompts.parquet"), output, settings, make_observer(progress, log_format)
+    )
+    verdict = audit_run(output, settings.audit, make_observer(progress, log_format))
     page = report_run(output)
     print_table("Run", counter_table(outcome.counters))
     print_table("\nAudit against plain full prefill", audit_table(describe_audit(output)))

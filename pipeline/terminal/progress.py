@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from pipeline.job.observer import Observer, SilentObserver, Snapshot
+from pipeline.job.observer import Snapshot
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -27,10 +27,16 @@ class PlainObserver:
 
     def show(self, snapshot: Snapshot) -> None:
         """Print the state unless it was printed a moment ago."""
-        now = time.monotonic()
-        if now - self._shown_at >= self._every_s:
-            self._shown_at = now
+        if self.is_due():
             self.say(plain_line(snapshot))
+
+    def is_due(self) -> bool:
+        """Whether the last state was shown long enough ago; then this one counts as shown."""
+        now = time.monotonic()
+        if now - self._shown_at < self._every_s:
+            return False
+        self._shown_at = now
+        return True
 
     def close(self) -> None:
         """Nothing to leave."""
@@ -133,12 +139,3 @@ def format_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
-
-
-def make_observer(mode: str) -> Observer:
-    """`none`, `plain`, or `auto`: a bar on a terminal, plain lines elsewhere."""
-    if mode == "none":
-        return SilentObserver()
-    if mode == "auto" and sys.stderr.isatty():
-        return BarObserver()
-    return PlainObserver()

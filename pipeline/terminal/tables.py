@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.terminal.progress import format_bytes, format_duration
 
@@ -24,12 +28,33 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 def print_table(title: str, rows: Rows) -> None:
     """Two columns on stdout: what, and how much."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    Console().print(_make_table(title, rows), highlight=False)
+
+
+def watch_status(title: str, read: Callable[[], Mapping[str, Any]], every_s: float = 2.0) -> None:
+    """Show what `read` says in one place of the screen until the job is not running, or Ctrl-C.
+
+    Where stdout is no terminal, only the last state is printed.
+    """
+    with suppress(KeyboardInterrupt), Live(auto_refresh=False) as live:
+        while True:
+            state = read()
+            live.update(_make_table(title, status_table(state)), refresh=True)
+            if state["status"] != "running":
+                return
+            time.sleep(every_s)
+
+
+def _make_table(title: str, rows: Rows) -> Table:
+    """Texts, so that no name and no path is taken for markup."""
+    table = Table(
+        title=Text(title), title_justify="left", show_header=False, box=None, pad_edge=False
+    )
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
-    Console().print(table, highlight=False, markup=False)
+        table.add_row(Text(name), Text(value))
+    return table
 
 
 def plan_table(summary: Mapping[str, Any]) -> Rows:

@@ -8,12 +8,12 @@ import pytest
 from rich.console import Console
 
 from pipeline.job.observer import SilentObserver, Snapshot
+from pipeline.terminal.logs import make_observer
 from pipeline.terminal.progress import (
     BarObserver,
     PlainObserver,
     format_bytes,
     format_duration,
-    make_observer,
     plain_line,
 )
 
