@@ -156,22 +156,6 @@ class Costs:
         budget = self._upto[low] + most - int(self.shared[low])
         return int(np.searchsorted(self._upto, budget, side="right")) - 1
 
-    def best_split(self, low: int, high: int, ahead: int) -> tuple[int, int]:
-        """Where to cut `[low, high)` so that two workers end soonest, and the cost that it saves.
-
-        The first goes on from the sequences before `low` and has `ahead` to do as well; the other
-        begins anew, so what it shares with those is computed twice.
-        """
-        cuts = np.arange(low, high)
-        kept = ahead + self._upto[cuts] - self._upto[low]
-        given = self._upto[high] - self._upto[cuts] + self.shared[cuts]
-        ends = np.maximum(kept, given)
-        alone = ahead + int(self._upto[high] - self._upto[low])
-        if low == high or ends.min() >= alone:
-            return high, 0
-        best = int(ends.argmin())
-        return low + best, alone - int(ends[best])
-
     def cut(self, low: int, high: int, fair: int) -> list[Range]:
         """`[low, high)` in one piece, or in as many as it takes for each to cost about `fair`.
 
