@@ -15,6 +15,7 @@ from pipeline.errors import AuditFailed, CoppiceError, UsageError, place_of
 from pipeline.settings import (
     AuditSettings,
     EngineSettings,
+    FleetSettings,
     ModelSettings,
     MonitorSettings,
     PlanSettings,
@@ -78,7 +79,7 @@ def plan(
 
 
 @app.command()
-@takes_settings(*_JOB, WriteSettings, MonitorSettings)
+@takes_settings(*_JOB, WriteSettings, FleetSettings, MonitorSettings)
 def run(
     input: Input,
     output: Annotated[
