@@ -36,11 +36,12 @@ class Assignment:
 @dataclass(frozen=True)
 class Order:
     """What the driver tells a worker. `share`: give back what has not begun and another worker
-    better does, if that saves so much cost."""
+    better does, if that saves so much cost. `is_first`: of a plan; counts begin anew."""
 
     assignments: tuple[Assignment, ...] = ()
     share: int | None = None
     drain: bool = False
+    is_first: bool = False
 
 
 @dataclass(frozen=True)

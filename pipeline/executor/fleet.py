@@ -136,7 +136,9 @@ class _Sitting:
             plan = carve(self._plan, piece.positions)
             assignments.append(Assignment(piece.number, plan, self._is_stopped))
         self._busy.add(worker)
-        self._crew.send(worker, Order(tuple(assignments), share, is_draining))
+        is_first = worker not in self._counters
+        self._counters.setdefault(worker, EngineCounters())
+        self._crew.send(worker, Order(tuple(assignments), share, is_draining, is_first))
 
     def _handle(self, worker: int, event: Event, is_draining: bool) -> Iterator[Completion]:
         if isinstance(event, Report):

@@ -68,9 +68,11 @@ class Worker:
             return report
 
     def _take(self, order: Order) -> None:
+        if order.is_first:
+            self._past = EngineCounters()
         self._backlog += order.assignments
+        self._is_draining = order.drain
         if order.drain:
-            self._is_draining = True
             self._outbox.ended += [(assignment.number, 0) for assignment in self._backlog]
             self._backlog.clear()
         if order.share is not None:
