@@ -76,15 +76,21 @@ class Worker:
             self._outbox.ended += [(assignment.number, 0) for assignment in self._backlog]
             self._backlog.clear()
         if order.share is not None:
-            if self._backlog:  # what no engine has seen costs nothing to give back
-                last = self._backlog.pop()
-                self._outbox.give(last.number, range(len(last.plan.sequences)))
-                self._outbox.ended.append((last.number, 0))
-            elif self._running is None:
-                self._outbox.has_shared = True
-            else:
-                self._share = order.share
+            self._begin_to_share(order.share)
         self._changed.notify_all()
+
+    def _begin_to_share(self, least_saved: int) -> None:
+        """A piece that waits behind another is given back whole, as no engine has seen it; the
+        only one never is: two workers without work would pass it to and fro."""
+        ahead = len(self._backlog) + (self._running is not None)
+        if not ahead:
+            self._outbox.has_shared = True
+        elif ahead == 1:
+            self._share = least_saved  # the engine's thread goes on from here
+        else:
+            last = self._backlog.pop()
+            self._outbox.give(last.number, range(len(last.plan.sequences)))
+            self._outbox.ended.append((last.number, 0))
 
     def _work(self) -> None:
         """The engine's thread."""

@@ -25,13 +25,14 @@ from pipeline.settings import EngineSettings
 from tests.engine.tiny import GREEDY, LONGER, SAMPLED, load_tiny, plan_of, random_prompts
 from tests.executor.thread_crew import ThreadCrew
 
-
 _SEED = threading.Lock()  # models are drawn from torch's own, shared state
 
 
-def tiny_engine(max_rows: int = 8) -> PrefixEngine:
+def tiny_engine(max_rows: int = 8, kv_tokens: int | None = None) -> PrefixEngine:
     with _SEED:
-        return PrefixEngine(load_tiny(), EngineSettings(max_rows=max_rows))
+        loaded = load_tiny()
+    budget = None if kv_tokens is None else kv_tokens * loaded.shape.kv_bytes_per_token()
+    return PrefixEngine(loaded, EngineSettings(max_rows=max_rows, kv_budget=budget))
 
 
 def mixed_plan(rows: int = 60) -> Plan:
@@ -143,9 +144,9 @@ class Gated(EchoEngine):
 
 
 def test_an_idle_worker_takes_what_another_has_not_begun(fleet_of: Callable[..., Fleet]) -> None:
-    """One of two is stuck in its second row: the other one does nearly all of its piece, and the
-    stuck one is opened only when all else is answered. Seen red: without shares it waited."""
-    plan = plan_of([[4 + i % 90, 5 + i // 90] for i in range(90)], (SamplingParams(4),))
+    """One of two is stuck in a row: the other one does its second piece too, and only then is it
+    opened. Seen red: without shares the two waited for each other."""
+    plan = plan_of([[4 + i % 90, 5 + i // 90] for i in range(88)], (SamplingParams(4),))
     gate = Gate.before(1)
     stuck_first = iter([gate])
 
@@ -157,16 +158,59 @@ def test_an_idle_worker_takes_what_another_has_not_begun(fleet_of: Callable[...,
     sequences = np.arange(len(plan.sequences))
     for completion in fleet.generate(plan, sequences, RunControl()):
         found.append(completion)
-        if gate.reached.is_set() and len(found) >= len(sequences) - 45:
+        if len(found) >= len(sequences) - 11:  # eight pieces of eleven rows
             gate.opened.set()
     assert answers(found) == answers(run(EchoEngine(), plan))
+    assert not fleet.counters.lost_workers
+
+
+def test_the_last_row_is_not_passed_to_and_fro(fleet_of: Callable[..., Fleet]) -> None:
+    """Seen red: a worker that had not yet begun its only piece gave it to the one without work,
+    30,000 times in eight seconds on a busy machine."""
+    plan = plan_of([[4], [5]], (SamplingParams(4),))
+    fleet = fleet_of(4, lambda worker: EchoEngine())
+    crew = fleet.crew
+    assert isinstance(crew, ThreadCrew)
+    for _ in range(50):
+        crew.sent.clear()
+        assert len(run(fleet, plan)) == 2
+        assert sum(len(order.assignments) for _, order in crew.sent) <= 3
+
+
+def test_a_slow_worker_ends_with_the_fast_one(fleet_of: Callable[..., Fleet]) -> None:
+    """One group in two pieces, on devices of which one takes five times as long: it gives back
+    while it computes. Seen red: without shares each answers half."""
+    plan = plan_of([[9] * 60 + [4 + i] for i in range(80)], (SamplingParams(4),))
+    done = [0, 0]
+    other_began = threading.Event()
+
+    class Timed(EchoEngine):
+        def __init__(self, worker: int) -> None:
+            super().__init__()
+            self._worker = worker
+
+        def generate(
+            self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        ) -> Iterator[Completion]:
+            if self._worker:
+                other_began.set()
+            assert other_began.wait(10), "the second worker got nothing"
+            for completion in super().generate(plan, sequences, control):
+                time.sleep(0.05 if self._worker else 0.01)
+                done[self._worker] += 1
+                yield completion
+
+    fleet = fleet_of(2, Timed)
+    found = run(fleet, plan)
+    assert answers(found) == answers(run(EchoEngine(), plan)) and not fleet.counters.lost_workers
+    assert sum(done) == len(plan.sequences) and done[1] <= 30
 
 
 @pytest.mark.parametrize("max_rows", [1, 4])
 def test_the_engine_forgets_what_is_taken_back(max_rows: int) -> None:
     """Nothing of it is computed, and nothing else is lost. Seen red: `forget` that did not tell
-    the nodes above left their ranges reserved for ever."""
-    plan, engine = mixed_plan(), tiny_engine(max_rows)
+    the nodes above left their ranges reserved until no row had room."""
+    plan, engine = mixed_plan(), tiny_engine(max_rows, kv_tokens=80)
     taken: list[int] = []
     steps = 0
 
@@ -220,7 +264,8 @@ def test_a_worker_that_is_lost_costs_nothing_but_time(fleet_of: Callable[..., Fl
         if len(found) in (5, 20, 21):
             crew.lose(len(found) % 2)
     assert answers(found) == answers(run(tiny_engine(), plan))
-    assert fleet.counters.lost_workers == 3 and len(crew.hired) == 5
+    assert 1 <= fleet.counters.lost_workers <= 3
+    assert len(crew.hired) >= 2 + fleet.counters.lost_workers
 
 
 def test_a_row_that_no_worker_survives_becomes_an_error(fleet_of: Callable[..., Fleet]) -> None:
