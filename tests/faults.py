@@ -28,7 +28,8 @@ CASES = (
     "links out of a model's folder", "absurd sizes in a model", "missing or partial model",
     "wrong types in generation defaults", "vocabulary mismatch", "no end-of-sequence token",
     "templates that reach outside", "templates without end", "two tenants, one prefix",
-    "canary strings",
+    "canary strings", "a machine of the cluster dies", "a row that kills every machine",
+    "the cluster's head dies",
 )  # fmt: skip
 """Every row of the list of faults that the product promises to survive, in the table's order."""
 PENDING: dict[str, str] = {}

@@ -58,6 +58,10 @@ class _Bench:
     is_asked: bool = False
 
 
+def _is_suspect(piece: Piece) -> bool:
+    return piece.losses >= _LOST_BEFORE_CUT
+
+
 def not_worth_keeping(
     costs: Costs, unanswered: Positions, waiting: Positions, least_saved: int
 ) -> Positions:
@@ -115,11 +119,18 @@ class Dispatch:
         return len(self._benches[worker].pieces)
 
     def take(self, worker: int) -> Piece | None:
-        """Hand out the piece of longest predicted cost; what two workers died of comes last."""
+        """Hand out the piece of longest predicted cost.
+
+        What two workers died of comes last, and to a worker that has nothing else: what it had
+        answered when it died nobody knows, so only of a single piece can it be said that it died
+        of that.
+        """
+        bench = self._benches[worker]
         if not self._waiting:
             return None
+        if any(map(_is_suspect, [self._waiting[0][-1], *bench.pieces.values()])) and bench.pieces:
+            return None
         piece = heapq.heappop(self._waiting)[-1]
-        bench = self._benches[worker]
         bench.pieces[piece.number] = piece
         bench.left += self._cost(piece.positions)
         self._piece[piece.positions] = piece.number
@@ -198,8 +209,7 @@ class Dispatch:
     def _wait(self, positions: Positions, cost: int, losses: int = 0) -> None:
         piece = Piece(self._num_pieces, positions, cost, losses)
         self._num_pieces += 1
-        is_suspect = losses >= _LOST_BEFORE_CUT
-        heapq.heappush(self._waiting, (is_suspect, -cost, piece.number, piece))
+        heapq.heappush(self._waiting, (_is_suspect(piece), -cost, piece.number, piece))
 
     def _close(self, position: int) -> None:
         self._piece[position] = _CLOSED

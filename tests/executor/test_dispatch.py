@@ -160,8 +160,8 @@ def many_rows() -> Plan:
 
 @pytest.mark.parametrize("num_workers", [1, 2, 5])
 def test_a_sequence_that_kills_its_workers_is_given_up_and_no_other(num_workers: int) -> None:
-    """By elimination: which one it is nobody says. Seen red: without parts, after three deaths the
-    whole piece was given up."""
+    """By elimination: which one it is nobody says, and what a worker had answered when it died
+    nobody has heard. Seen red: with a second piece at hand, the first one was blamed for it."""
     plan = many_rows()
     poison = len(plan.sequences) // 3
     ledger = Ledger(plan, num_workers)
@@ -169,17 +169,16 @@ def test_a_sequence_that_kills_its_workers_is_given_up_and_no_other(num_workers:
         if ledger.work.is_over:
             break
         for worker in range(num_workers):
-            if not ledger.pieces[worker] and not ledger.take(worker):
-                continue
-            piece = ledger.pieces[worker][0]
-            if poison in ledger.held[worker][piece.number]:
+            while len(ledger.pieces[worker]) < 2 and ledger.take(worker):
+                pass
+            if any(poison in rest for rest in ledger.held[worker].values()):
                 ledger.die(worker)
             else:
                 while ledger.pieces[worker]:
                     ledger.answer(worker, random.Random(0))
             ledger.check()
     assert ledger.work.is_over and ledger.given_up == Counter([poison])
-    assert 3 <= ledger.deaths <= 6  # two of the benefit of the doubt, then by eighths
+    assert 3 <= ledger.deaths <= 8  # two of the benefit of the doubt, then by eighths
 
 
 def test_two_losses_of_a_machine_cost_no_row() -> None:

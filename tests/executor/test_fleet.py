@@ -7,14 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pipeline.engine import prefix_engine
 from pipeline.engine.base import Engine, RunControl
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.engine.prefix_engine import PrefixEngine
+from pipeline.engine.scheduler import Scheduler
 from pipeline.errors import EngineError, ModelError
 from pipeline.executor import staff
 from pipeline.executor.fleet import Fleet
@@ -207,9 +210,18 @@ def test_a_slow_worker_ends_with_the_fast_one(fleet_of: Callable[..., Fleet]) ->
 
 
 @pytest.mark.parametrize("max_rows", [1, 4])
-def test_the_engine_forgets_what_is_taken_back(max_rows: int) -> None:
+def test_the_engine_forgets_what_is_taken_back(
+    max_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing of it is computed, and nothing else is lost. Seen red: `forget` that did not tell
-    the nodes above left their ranges reserved until no row had room."""
+    the nodes above left their ranges reserved after the last row."""
+    schedulers: list[Scheduler] = []
+
+    def remember(*arguments: Any) -> Scheduler:
+        schedulers.append(Scheduler(*arguments))
+        return schedulers[-1]
+
+    monkeypatch.setattr(prefix_engine, "Scheduler", remember)
     plan, engine = mixed_plan(), tiny_engine(max_rows, kv_tokens=80)
     taken: list[int] = []
     steps = 0
@@ -235,6 +247,7 @@ def test_the_engine_forgets_what_is_taken_back(max_rows: int) -> None:
     assert all(expected[s] == ids for s, ids in kept.items())
     needed = prefill_tokens(plan, np.array(sorted(kept), np.int64))
     assert engine.counters.prefilled_tokens == needed
+    assert not schedulers[0].live_ranges()
 
 
 class Dying(EchoEngine):
