@@ -16,6 +16,7 @@ from pipeline.night_cli import app as night_app
 from pipeline.settings import (
     AuditSettings,
     EngineSettings,
+    FleetSettings,
     ModelSettings,
     MonitorSettings,
     PlanSettings,
@@ -67,7 +68,7 @@ def plan(
 
 
 @app.command()
-@takes_settings(*_JOB, WriteSettings, MonitorSettings)
+@takes_settings(*_JOB, WriteSettings, FleetSettings, MonitorSettings)
 def run(
     input: Input,
     output: Annotated[

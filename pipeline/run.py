@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ import numpy as np
 
 from pipeline.engine.base import Engine
 from pipeline.engine.machine import cache_folder
-from pipeline.errors import EngineError, UsageError
+from pipeline.errors import EngineError, ModelError, UsageError
 from pipeline.job.device_lock import holding_device
-from pipeline.job.fingerprint import describe_versions, fingerprint_fields
+from pipeline.job.fingerprint import describe_versions, fingerprint_fields, identify_model
 from pipeline.job.metrics_export import exporting
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.outcome import RunOutcome
@@ -37,6 +38,7 @@ from pipeline.job.planning import (
     plan_rows,
     select_rows,
 )
+from pipeline.job.rates import recall_rates
 from pipeline.job.recorded import keep_system_prompt, settings_to_show
 from pipeline.job.session import Session
 from pipeline.job.stopping import StopRequest, interruptible
@@ -96,6 +98,49 @@ def make_engine(settings: JobSettings) -> Engine:
         engine.notes.append(f"strict: the same bits in {strict_probe(engine)} of as many ways")
     engine.cost_model = calibrated(loaded, engine.backend)
     return engine
+
+
+def make_executor(settings: JobSettings) -> Engine:
+    """Whatever computes the job's sequences: an engine here, or one that has workers elsewhere.
+
+    Raises what `make_engine` raises, and UsageError without a cluster.
+    """
+    if settings.fleet.executor == "local":
+        return make_engine(settings)
+    try:
+        from pipeline.executor.ray_crew import RayCrew
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "--executor ray needs Ray on every machine; run: pip install 'kvcoppice[ray]'"
+        ) from error
+    from pipeline.executor.fleet import Fleet
+
+    rates = recall_rates(settings.model)
+    weight = 1.0 if rates is None else rates.prefill_tokens_per_s / rates.decode_tokens_per_s
+    identity = identify_model(settings.model)
+    crew = RayCrew(_without_texts(settings), partial(make_worker_engine, identity), weight)
+    try:
+        return Fleet(crew, weight)
+    except BaseException:
+        crew.close()
+        raise
+
+
+def make_worker_engine(identity: dict[str, Any], settings: JobSettings) -> Engine:
+    """The engine of a worker, on its own machine. Raises ModelError if the model there is another
+    one than the driver's, by `identify_model`."""
+    if identify_model(settings.model) != identity:
+        raise ModelError(
+            f"{settings.model.model} on {platform.node()} is not the model of the machine that "
+            "began the job; bring the same files to every machine"
+        )
+    return make_engine(settings)
+
+
+def _without_texts(settings: JobSettings) -> JobSettings:
+    """What a worker needs: no secret of a store and no system prompt goes to a cluster."""
+    tokens = settings.tokens.model_copy(update={"system_prompt": None})
+    return settings.model_copy(update={"tokens": tokens, "store": StoreSettings()})
 
 
 def plan_job(input: str, settings: JobSettings) -> PlannedJob:
@@ -238,8 +283,11 @@ def loading_engine(
     held = ExitStack()
 
     def load() -> Engine:
-        held.enter_context(holding_device(settings, observer, stop.check_budget, given_up))
-        return make_engine(settings)
+        if settings.fleet.executor == "local":  # a cluster lends its devices itself
+            held.enter_context(holding_device(settings, observer, stop.check_budget, given_up))
+        executor = make_executor(settings)
+        held.callback(getattr(executor, "close", lambda: None))
+        return executor
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="model")
     loading = pool.submit(load)

@@ -236,6 +236,20 @@ class WriteSettings(_Section):
         return int(float(limit) * num_rows) if "." in limit else int(limit)
 
 
+class FleetSettings(_Section):
+    """Where the sequences are computed; decides no answer. Workers and address are Ray's alone."""
+
+    executor: Literal["local", "ray"] = "local"
+    num_workers: int | None = Field(default=None, ge=1)
+    ray_address: str | None = None
+
+    @model_validator(mode="after")
+    def _has_a_fleet(self) -> Self:
+        if self.executor == "local" and (self.num_workers or self.ray_address):
+            raise ValueError("num-workers and ray-address belong to --executor ray; say that too")
+        return self
+
+
 class MonitorSettings(_Section):
     """Who may watch a running job: Prometheus, by HTTP or by a file for node_exporter.
 
@@ -328,6 +342,7 @@ class JobSettings(_Section):
     plan: PlanSettings = PlanSettings()
     engine: EngineSettings = EngineSettings()
     write: WriteSettings = WriteSettings()
+    fleet: FleetSettings = FleetSettings()
     monitor: MonitorSettings = MonitorSettings()
     audit: AuditSettings = AuditSettings()
     store: StoreSettings = StoreSettings()
@@ -365,6 +380,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "plan": PlanSettings,
     "engine": EngineSettings,
     "write": WriteSettings,
+    "fleet": FleetSettings,
     "monitor": MonitorSettings,
     "audit": AuditSettings,
     "store": StoreSettings,

@@ -28,14 +28,13 @@ CASES = (
     "links out of a model's folder", "absurd sizes in a model", "missing or partial model",
     "wrong types in generation defaults", "vocabulary mismatch", "no end-of-sequence token",
     "templates that reach outside", "templates without end", "two tenants, one prefix",
-    "canary strings",
-    "audit failed", "night without input", "night still going", "machine slept through the start",
-    "time budget spent", "clock set back or forward", "summer time", "damaged night file",
-    "disk full at publish", "SIGKILL at publish", "publish target of somebody else",
-    "store that fails at publish",
-    "a damaged earlier night",
-    "the device is busy", "monitoring",
-    "no Prefect server", "Prefect server restarts", "Prefect database locked",
+    "canary strings", "audit failed", "night without input", "night still going",
+    "machine slept through the start", "time budget spent", "clock set back or forward",
+    "summer time", "damaged night file", "disk full at publish", "SIGKILL at publish",
+    "publish target of somebody else", "store that fails at publish", "a damaged earlier night",
+    "the device is busy", "monitoring", "no Prefect server", "Prefect server restarts",
+    "Prefect database locked", "a machine of the cluster dies", "a row that kills every machine",
+    "the cluster's head dies",
 )  # fmt: skip
 """Every row of the list of faults that the product promises to survive, in the table's order."""
 PENDING: dict[str, str] = {}

@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str] | None] = {
     "pipeline.tokens": _FIRST,
     "pipeline.storage": _FIRST,
     "pipeline.engine": _FIRST | {"pipeline.plan"},
+    "pipeline.executor": _FIRST | {"pipeline.plan", "pipeline.engine.base"},
     "pipeline.audit": _FIRST | {"pipeline.storage", "pipeline.engine.base"},
     "pipeline.report": _FIRST | {"pipeline.storage", "pipeline.engine.base"},
     "pipeline.job": _FIRST
@@ -42,6 +43,7 @@ HOMES = {
     "sentence_transformers": {"pipeline.audit.similarity"},
     "faiss": {"pipeline.audit.sample"},
     "matplotlib": {"pipeline.report"},
+    "ray": {"pipeline.executor.ray_crew"},
     "prometheus_client": {"pipeline.job.metrics_export"},
     "pythonjsonlogger": {"pipeline.terminal.logs"},
     "pyarrow": {"pipeline.storage", "pipeline.plan", "pipeline.job.answers"},

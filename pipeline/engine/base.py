@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -23,6 +24,11 @@ class EngineCounters:
     `prefilled_tokens` counts each prompt token the first time that it is computed;
     `recomputed_tokens`: prompt and generated tokens whose KV had to give way and came back.
     `kv_faults`: times that the KV of a shared prefix was found changed, and computed again.
+
+    Of several devices: sums, seconds of all devices together, and `peak_kv_bytes` of the fullest
+    one. `replicated_tokens`: prompt tokens that more than one of them had to compute, or one of
+    them again; `lost_workers`: those that died, what they had counted since their last word with
+    them.
     """
 
     prefilled_tokens: int = 0
@@ -37,6 +43,8 @@ class EngineCounters:
     num_forwards: int = 0
     memory_retries: int = 0
     kv_faults: int = 0
+    replicated_tokens: int = 0
+    lost_workers: int = 0
 
 
 class StopCheck(Protocol):
@@ -54,6 +62,21 @@ class RunControl:
     should_abort: Callable[[], bool] = lambda: False
     """True: return at once."""
     is_stopped: StopCheck = lambda token_ids, stop: False
+    wants_back: Callable[[], bool] = lambda: False
+    """True: `take_back` has something to ask. An engine need not look."""
+    take_back: Callable[[Sequence[int]], int] = lambda waiting: 0
+    """Given the sequences that have not begun, in the order in which they would, returns how many
+    of them, from the end, the engine must forget: it neither runs nor yields them."""
+
+
+def one_at_a_time(sequences: NDArray[np.int64], control: RunControl) -> Iterator[int]:
+    """The next sequence of an engine that runs one after the other, as `control` steers it."""
+    waiting = deque(sequences.tolist())
+    while waiting and not (control.should_drain() or control.should_abort()):
+        yield waiting.popleft()
+        if control.wants_back():
+            for _ in range(control.take_back(waiting)):
+                waiting.pop()
 
 
 class Engine(Protocol):

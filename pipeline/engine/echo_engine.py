@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.base import EngineCounters, RunControl
+from pipeline.engine.base import EngineCounters, RunControl, one_at_a_time
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, Timing
 
@@ -33,9 +33,7 @@ class EchoEngine:
         self.counters = EngineCounters()
         started = time.perf_counter()
         most = plan.max_new_tokens
-        for sequence in sequences.tolist():
-            if control.should_drain() or control.should_abort():
-                return
+        for sequence in one_at_a_time(sequences, control):
             before = time.perf_counter()
             prompt = plan.prompt_token_ids(sequence)
             answer = tuple(prompt[-int(most[sequence]) :][::-1].tolist())

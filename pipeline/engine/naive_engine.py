@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.base import EngineCounters, Replay, RunControl
+from pipeline.engine.base import EngineCounters, Replay, RunControl, one_at_a_time
 from pipeline.engine.model import LoadedModel, own_attention
 from pipeline.engine.sampling import sample_next_token, truncated_cdf, uniform_noise
 from pipeline.plan.plan import Plan
@@ -37,9 +37,7 @@ class NaiveEngine:
         """See `Engine.generate`. One sequence after the other; each prompt is computed in full."""
         self.counters = counters = EngineCounters()
         start = time.perf_counter()
-        for sequence in sequences.tolist():
-            if control.should_drain() or control.should_abort():
-                return
+        for sequence in one_at_a_time(sequences, control):
             prompt = plan.prompt_token_ids(sequence).astype(np.int64).tolist()
             params = plan.params[int(plan.sequences.params[sequence])]
             noise_key = int(plan.sequences.noise_key[sequence])

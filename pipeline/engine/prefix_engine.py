@@ -99,7 +99,7 @@ class PrefixEngine:
                         "the KV of shared prefixes keeps changing by itself; this machine's "
                         "memory is not sound"
                     ) from None
-                left = np.setdiff1d(left, yielded)
+                left = np.setdiff1d(left, [*yielded, *history.forgotten])
 
 
 class _Run:
@@ -157,6 +157,8 @@ class _Run:
     def _admit(self) -> None:
         """Let rows in and prefill them; a drain lets back in what was preempted."""
         now = self._now()
+        if self.control.wants_back():
+            self.scheduler.forget(self.control.take_back(self.scheduler.not_begun()))
         admission = self.scheduler.admit(now, only_begun=self.control.should_drain())
         budget = self.cache.capacity * self.cache.bytes_per_token
         self.finished += [refuse(self.plan, s, budget, now) for s in admission.refused]

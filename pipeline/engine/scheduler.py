@@ -43,11 +43,13 @@ class Admission:
 class History:
     """What was computed before this scheduler: work that is done again is not counted twice.
 
-    `nodes`: shared nodes; `cached_tokens`: of sequences that were admitted.
+    `nodes`: shared nodes; `cached_tokens`: of sequences that were admitted; `forgotten`: sequences
+    that the caller took back.
     """
 
     nodes: set[int] = field(default_factory=set)
     cached_tokens: dict[int, int] = field(default_factory=dict)
+    forgotten: set[int] = field(default_factory=set)
 
 
 class Scheduler:
@@ -111,6 +113,18 @@ class Scheduler:
                 break
         self._refill_at = int(len(self.rows) * REFILL_BELOW)
         return admission
+
+    def not_begun(self) -> list[int]:
+        """Sequences that were never admitted, in order."""
+        return list(self.waiting)[len(self._preempted) :]
+
+    def forget(self, count: int) -> None:
+        """Drop the last `count` of those that have not begun."""
+        for _ in range(count):
+            sequence = self.waiting.pop()
+            self._history.forgotten.add(sequence)
+            self._leave(self._new_row(sequence, 0.0))
+        self.changes += 1  # a node that nobody needs any more has given back its range
 
     def grow(self) -> None:
         """Give every live row a slot for its next token; the last rows make room where it ends."""

@@ -210,15 +210,19 @@ class Session:
         )
 
     def _check_prefilled(self, engine: Engine) -> None:
-        """A cold run without errors computes every token of the tree exactly once."""
+        """A cold run without errors computes every token of the tree exactly once, and beside that
+        only what an executor knows to have been computed on several devices."""
         rejected = np.isin(list(self._planned.rejected), self._planned.rows).sum()
         failed_in_engine = self._writer.counts.failed > rejected
         if engine.name != "prefix" or self._rows_before or failed_in_engine:
             return
+        if engine.counters.lost_workers:
+            return  # what they had computed nobody knows
         total, unique = self._planned.count_tokens()
+        again = engine.counters.replicated_tokens
         counted = {
-            "prefilled": (engine.counters.prefilled_tokens, unique),
-            "cached": (self._writer.counts.cached_tokens, total - unique),
+            "prefilled": (engine.counters.prefilled_tokens, unique + again),
+            "cached": (self._writer.counts.cached_tokens, total - unique - again),
         }
         for name, (measured, planned) in counted.items():
             if measured != planned:
@@ -238,7 +242,8 @@ class Session:
             )
         self._note(self._snapshot(engine))
         self._directory.seal(self._planned.rows)
-        if engine.name == "prefix":
+        fleet = self._planned.job.settings.fleet
+        if engine.name == "prefix" and fleet.executor == "local":  # rates of this machine
             identity = self._directory.read_manifest()["fingerprint"]
             remember_rates(self._planned.job.settings.model, identity, asdict(engine.counters))
         outcome = RunOutcome(self._directory.name, counters)

@@ -1,0 +1,1 @@
+"""Where a job's sequences are computed: here, or by many workers that one driver feeds."""
