@@ -71,7 +71,10 @@ def begin_slow(server: PrefectServer, job: NightlyJob, log: Process) -> str:
 def test_the_schedule_fires_and_the_night_is_published_and_shown(
     server: PrefectServer, make_job: MakeJob
 ) -> None:
-    """The cron expression has a sixth field, of seconds: a minute's wait is saved, no more."""
+    """The cron expression has a sixth field, of seconds: it saves a minute of waiting.
+
+    Seen red: with a flow that logged its first prompt.
+    """
     job = make_job("stars", input="in/*/*.parquet")
     process = server.serve(job.file, "stars", cron="* * * * * */15")
     deployment = server.deployment("stars")
