@@ -141,3 +141,18 @@ def test_nothing_is_kept_that_nobody_wants() -> None:
     engine.kv_states = store
     run(engine, plan)
     assert not store.tokens
+
+
+def test_a_prompt_that_is_stored_to_its_end_still_computes_its_last_token() -> None:
+    """Seen red: with all of it loaded there are no logits to begin with."""
+    prefix = [7, 8, 9, 10, 11, 12]
+    loaded = tiny.load_tiny()
+    store = TokenStore()
+    before, after = tiny.plan_of([[*prefix, 20], [*prefix, 21]]), tiny.plan_of([prefix])
+    engine = PrefixEngine(loaded, EngineSettings())
+    engine.kv_states = store.of(before)
+    run(engine, before)
+    engine.kv_states = store.of(after)
+    done = run(engine, after)
+    assert done[0].token_ids == run(NaiveEngine(loaded), after)[0].token_ids
+    assert (engine.counters.prefilled_tokens, engine.counters.loaded_tokens) == (1, 5)
