@@ -173,7 +173,7 @@ def test_a_table_is_sorted_by_keys_and_unknown_numbers_stay_last(
 
 
 def test_ids_are_inert(browser: Browser, failed_page: Path) -> None:
-    """Seen red: with `| safe` behind the id of a failed row, the title is another one."""
+    """Seen red: with `| safe` behind the id of a failed row."""
     with opened(browser, failed_page) as seen:
         page = seen.page
         assert page.get_by_text(EVIL_ID, exact=True).count() == 2  # a failed row, a differing one
@@ -210,9 +210,16 @@ def test_without_scripts_all_is_there(browser: Browser, night_page: Path) -> Non
 def test_paper_is_white_and_shows_whole_tables(
     browser: Browser, night_page: Path, scheme: str
 ) -> None:
-    """Seen red: with the dark scheme not bound to screens."""
-    with opened(browser, night_page, color_scheme=scheme) as seen:
+    """As wide as A4. Seen red: with the dark scheme not bound to screens."""
+    paper = {"width": 720, "height": 1000}
+    with opened(browser, night_page, color_scheme=scheme, viewport=paper) as seen:
         seen.page.emulate_media(media="print")
+        body = seen.page.locator("body")
+        assert body.evaluate(PAINT % "backgroundColor") == "rgb(255, 255, 255)"
+        assert (
+            body.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light only"
+        )
+        assert seen.page.evaluate("document.documentElement.scrollWidth") == paper["width"]
         assert seen.page.evaluate(FAINT_TEXTS) == []
         table = seen.page.get_by_role("region", name="Prefix groups")
         assert table.evaluate("e => e.scrollHeight <= e.clientHeight + 1")

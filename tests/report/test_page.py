@@ -171,7 +171,7 @@ def test_both_files_compare_a_night_with_those_before(tmp_path: Path) -> None:
     assert links == [f"../2026-11-{day}/report.html" for day in range(16, 9, -1)]
     markdown = (last / "report.md").read_text(encoding="utf-8")
     assert "since 2026-11-16" in markdown and "failed 3 (was 5)" in markdown
-    assert "wall time −4.0 %" in markdown and "saved −0.5 points" in markdown
+    assert "wall time −4.0 %" in markdown and "saved −0.6 points" in markdown
 
 
 def test_a_run_alone_has_no_trend(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.tiny_job import write_prompts
 def test_boxes_lie_where_the_plan_has_them(settings: JobSettings, tmp_path: Path) -> None:
     """Prompts that are prefixes of others, twins and rows alone; all 400 boxes to the row.
 
-    Seen red: with a node's own rows counted after those of its children.
+    Seen red: with all rows below a node counted, not those that end in it.
     """
     prompts = ["ab", "abc", "abc", "abcd", "abx", *(f"abx{i}" for i in range(500)), "q", "qq", "z"]
     source = write_prompts(tmp_path / "p.parquet", prompts)

@@ -72,7 +72,7 @@ def test_the_night_before_is_one_that_has_numbers() -> None:
 
 
 def test_a_bar_is_as_high_as_its_number() -> None:
-    """Seen red: with bars scaled to the least number, as if it were nothing."""
+    """Seen red: with bars that begin at half of the largest number."""
     half = WHOLE | {"counters": COUNTERS | {"wall_s": 46.2, "rows_error": 0}}
     sparks = {s.name: s for s in draw_trend(read_trend([night(WHOLE), night(half, day=2)]))}
     assert sparks["wall time"].svg.count('height="100"') == 1
