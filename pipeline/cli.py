@@ -24,6 +24,7 @@ from pipeline.settings import (
     TokenSettings,
     WriteSettings,
 )
+from pipeline.terminal import recycle
 from pipeline.terminal.logs import log_error, log_to_stderr, make_observer
 from pipeline.terminal.options import merge, merge_section, split_store, takes_settings, to_flat
 
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its panels clip long flags at 80 columns
 )
+app.add_typer(recycle.app, name="recycle")
 _READ = (ModelSettings, ReadSettings, TokenSettings, StoreSettings)
 _JOB = (*_READ, SamplingSettings, PlanSettings, EngineSettings)
 

@@ -92,9 +92,11 @@ def _populate(mapped: mmap.mmap) -> None:
 def _checksum(flat: Tensor) -> str | None:
     """32 hexadecimal digits, or None where a value is not finite."""
     digest = xxhash.xxh3_128()
-    for chunk in torch.split(flat, _CHUNK):
+    content, size = flat.view(torch.uint8).numpy().data, flat.element_size()
+    for low in range(0, len(flat), _CHUNK):
+        chunk = flat[low : low + _CHUNK]
         # A sum of finite values may overflow, so it only tells which chunks to look at closely.
         if not math.isfinite(chunk.sum().item()) and not torch.isfinite(chunk).all():
             return None
-        digest.update(chunk.view(torch.uint8).numpy().data)
+        digest.update(content[low * size : (low + _CHUNK) * size])
     return digest.hexdigest()
