@@ -132,8 +132,8 @@ class StoreFolder:
 
     def drop_temps(self) -> int:
         """Remove what writers that died have left; only for the one writer. Returns how many."""
-        temps = [Path(item.path) for item in self._shelved() if is_temp(Path(item.name))]
-        temps += [path for path in self.path.iterdir() if is_temp(path)]
+        temps = [Path(item.path) for item in self._shelved() if item.name.startswith(".")]
+        temps = [path for path in (*temps, *self.path.iterdir()) if is_temp(path)]
         for path in temps:
             path.unlink(missing_ok=True)
         return len(temps)
