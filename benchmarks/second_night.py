@@ -99,8 +99,9 @@ def main() -> None:
         for arm in _ARMS:
             of = found[arm]
             print(
-                f"{job.name:24} {arm:8} {of['wall_s']:6.2f} s, {of['prefilled_tokens']:9,.0f} tokens "
-                f"computed, {of['loaded_tokens']:9,.0f} loaded in {of['load_s']:.2f} s",
+                f"{job.name:24} {arm:8} {of['wall_s']:6.2f} s, computed "
+                f"{of['prefilled_tokens']:9,.0f} tokens, loaded {of['loaded_tokens']:9,.0f} "
+                f"in {of['load_s']:.2f} s",
                 flush=True,
             )
         print(f"{job.name:24} {found['differing_rows']} rows differ", flush=True)
