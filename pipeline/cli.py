@@ -21,11 +21,13 @@ from pipeline.settings import (
     MonitorSettings,
     PlanSettings,
     ReadSettings,
+    RecycleSettings,
     SamplingSettings,
     StoreSettings,
     TokenSettings,
     WriteSettings,
 )
+from pipeline.terminal import recycle
 from pipeline.terminal.arguments import Config, Input, Json, LogFormat, Progress, RunFolder
 from pipeline.terminal.logs import log_error, log_to_stderr, make_observer
 from pipeline.terminal.options import merge, merge_section, split_store, takes_settings, to_flat
@@ -39,8 +41,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # its panels clip long flags at 80 columns
 )
 app.add_typer(night_app)
+app.add_typer(recycle.app, name="recycle")
 _READ = (ModelSettings, ReadSettings, TokenSettings, StoreSettings)
-_JOB = (*_READ, SamplingSettings, PlanSettings, EngineSettings)
+_JOB = (*_READ, SamplingSettings, PlanSettings, EngineSettings, RecycleSettings)
 
 
 @app.callback()

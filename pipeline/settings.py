@@ -250,6 +250,18 @@ class FleetSettings(_Section):
         return self
 
 
+class RecycleSettings(_Section):
+    """Where KV states are kept from one run to the next. `kv_store_budget` in bytes."""
+
+    kv_store: Path | None = None
+    kv_store_budget: int = Field(default=8 << 30, ge=1)
+
+    @field_validator("kv_store_budget", mode="before")
+    @classmethod
+    def _bytes(cls, value: str | int) -> int:
+        return parse_bytes(value)
+
+
 class MonitorSettings(_Section):
     """Who may watch a running job: Prometheus, by HTTP or by a file for node_exporter.
 
@@ -343,6 +355,7 @@ class JobSettings(_Section):
     engine: EngineSettings = EngineSettings()
     write: WriteSettings = WriteSettings()
     fleet: FleetSettings = FleetSettings()
+    recycle: RecycleSettings = RecycleSettings()
     monitor: MonitorSettings = MonitorSettings()
     audit: AuditSettings = AuditSettings()
     store: StoreSettings = StoreSettings()
@@ -381,6 +394,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "engine": EngineSettings,
     "write": WriteSettings,
     "fleet": FleetSettings,
+    "recycle": RecycleSettings,
     "monitor": MonitorSettings,
     "audit": AuditSettings,
     "store": StoreSettings,

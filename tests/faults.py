@@ -34,7 +34,7 @@ CASES = (
     "publish target of somebody else", "store that fails at publish", "a damaged earlier night",
     "the device is busy", "monitoring", "no Prefect server", "Prefect server restarts",
     "Prefect database locked", "a machine of the cluster dies", "a row that kills every machine",
-    "the cluster's head dies",
+    "the cluster's head dies", "KV of an earlier run",
 )  # fmt: skip
 """Every row of the list of faults that the product promises to survive, in the table's order."""
 PENDING: dict[str, str] = {}

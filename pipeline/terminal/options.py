@@ -26,6 +26,7 @@ from pipeline.settings import (
     MonitorSettings,
     PlanSettings,
     ReadSettings,
+    RecycleSettings,
     SamplingSettings,
     StoreSettings,
     TokenSettings,
@@ -42,6 +43,7 @@ PANELS: dict[type[BaseModel], str] = {
     EngineSettings: "Device memory and batches (never change an answer)",
     WriteSettings: "Output",
     FleetSettings: "Machines",
+    RecycleSettings: "KV of earlier runs",
     MonitorSettings: "Monitoring",
     AuditSettings: "Audit",
     StoreSettings: "Object store",
@@ -90,6 +92,8 @@ _HELP = {
     "executor": "local: here; ray: on a cluster, one worker a device.",
     "num_workers": "Workers on Ray (default: all GPUs, or all machines).",
     "ray_address": "Of the cluster: host:port, auto, local (found by Ray).",
+    "kv_store": "Load KV of prefixes from this folder, and keep it there.",
+    "kv_store_budget": "Most bytes of it, like 8GiB; least used go first.",
     "metrics_port": "Serve Prometheus metrics here: 9464, 0.0.0.0:9464.",
     "metrics_file": "Write them into this .prom file every 10 s.",
     "audit_sample": "Rows to audit: 200 or 1%; every group gets one.",
@@ -101,7 +105,8 @@ _HELP = {
 }
 # Fields that a person writes with a unit or as one of two notations: the settings parse the text.
 _WRITTEN_AS_TEXT = {
-    "kv_budget", "plan_memory", "time_budget", "stall_timeout", "fail_on_error", "audit_sample",
+    "kv_budget", "kv_store_budget", "plan_memory", "time_budget", "stall_timeout", "fail_on_error",
+    "audit_sample",
 }  # fmt: skip
 
 Section = TypeVar("Section", bound=BaseModel)

@@ -31,6 +31,16 @@ def print_table(title: str, rows: Rows) -> None:
     Console().print(_make_table(title, rows), highlight=False)
 
 
+def print_columns(title: str, names: Mapping[str, bool], rows: Sequence[Sequence[str]]) -> None:
+    """A table with a line of names on stdout. `names`: of the columns, and which are numbers."""
+    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+    for name, is_number in names.items():
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console().print(table, highlight=False)
+
+
 def watch_status(title: str, read: Callable[[], Mapping[str, Any]], every_s: float = 2.0) -> None:
     """Show what `read` says in one place of the screen until the job is not running, or Ctrl-C.
 
@@ -87,6 +97,10 @@ def plan_table(summary: Mapping[str, Any]) -> Rows:
         measured = f"at the rates of {summary['estimate']['measured_on']}"
         total = format_duration(prefill + decode)
         rows.append(("estimated time", f"{total}  ({split}, {measured})"))
+    if summary["store"]:
+        least = summary["store"]["break_even_tokens"]
+        when = "loading never pays here" if least is None else f"loading pays from {least:,} on"
+        rows.append(("in the KV store", f"{summary['store']['tokens']:,} of U  ({when})"))
     if summary["fields"]:
         rows.append(("fields", summary["fields"]["text"]))
     if summary["advice"]:
