@@ -104,8 +104,8 @@ class KVStates(Protocol):
         """Whether the KV of a shared node of the plan shall be kept."""
         ...
 
-    def keep(self, node: int, low: int, kv: Tensor) -> None:
-        """Take the KV of a node from position `low` to its end; `kv` is the caller's no more."""
+    def keep(self, sequence: int, low: int, high: int, kv: Tensor) -> None:
+        """Take the KV of the prompt's positions `[low, high)`; it is the caller's no more."""
         ...
 
 

@@ -202,7 +202,8 @@ class _Run:
             return
         low = node.start + node.stored_tokens
         slots = slice(node.kv.start + low - node.span_start, node.kv.start + node.kv.length)
-        states.keep(node.node, low, self.cache.arena[..., slots, :].to("cpu", copy=True))
+        kv = self.cache.arena[..., slots, :].to("cpu", copy=True)
+        states.keep(int(self.plan.sequence_lo[node.node]), low, node.end, kv)
 
     def _prefill_or_halve(self, taken: list[Chunk]) -> None:
         """Where memory ends, half of the tokens at a time; one token that finds none fails."""

@@ -1,29 +1,23 @@
 """A job and the KV store of earlier ones: what it loads, what it leaves behind.
 
-```
- plan ─► which nodes to keep            store ─► engine (before prefill)
- engine (a node is full) ─► writer thread ─► store
-```
+Which prefixes are worth keeping and loading; `recycle/states.py` does it while the engine runs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from queue import Queue
-from threading import Condition, Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.engine.machine import cpu_description
-from pipeline.errors import UsageError, place_of
+from pipeline.errors import UsageError
 from pipeline.job.fingerprint import describe_versions, identify_model
 from pipeline.job.observer import Observer
 from pipeline.job.planning import PlannedJob
@@ -32,87 +26,25 @@ from pipeline.plan.plan import Plan
 from pipeline.settings import JobSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pipeline.engine.base import Engine
     from pipeline.engine.prefix_engine import PrefixEngine
     from pipeline.recycle.identity import Identity
     from pipeline.recycle.store import KVStore
 
-_WAITING_BYTES = 1 << 30  # of KV in memory, before the engine waits for the disk
-_logger = logging.getLogger("coppice")
-
 
 @dataclass(frozen=True)
-class _Kept:
-    """KV on its way to the store, as arguments of `KVStore.put`."""
+class PlannedPrompts:
+    """`Prompts` of a plan."""
 
-    token_ids: NDArray[np.uint32]
-    low: int
-    kv: Tensor
-    tenant: str
+    planned: PlannedJob
 
+    def ids(self, sequence: int) -> NDArray[np.uint32]:
+        """See `Prompts.ids`."""
+        return self.planned.plan.prompt_token_ids(sequence).astype(np.uint32)
 
-class StoredStates:
-    """`KVStates` of one run: the engine asks, the plan knows the prompts, the store the files."""
-
-    def __init__(self, store: KVStore, planned: PlannedJob, wanted: NDArray[np.bool_], least: int):
-        """`wanted`: [nodes] to be kept; `least`: tokens from which on loading is worth it."""
-        self._store = store
-        self._planned = planned
-        self._plan = planned.plan
-        self._wanted = wanted
-        self._least = least
-        self._queue: Queue[_Kept | None] = Queue()
-        self._waiting_bytes = 0
-        self._written = Condition()
-        self._writer = Thread(target=self._write, name="kv-store")
-        self._writer.start()
-
-    def stored_end(self, sequence: int, end: int) -> int:
-        """See `KVStates.stored_end`."""
-        ids = self._ids(sequence)[:end]
-        length = self._store.match(ids, self._planned.tenant(sequence)).length
-        return length if length >= self._least else 0
-
-    def load(self, sequence: int, low: int, high: int) -> Tensor | None:
-        """See `KVStates.load`."""
-        tenant = self._planned.tenant(sequence)
-        return self._store.load(self._ids(sequence), low, high, tenant)
-
-    def wants(self, node: int) -> bool:
-        """See `KVStates.wants`; only the first time."""
-        is_wanted = bool(self._wanted[node])
-        self._wanted[node] = False
-        return is_wanted
-
-    def keep(self, node: int, low: int, kv: Tensor) -> None:
-        """See `KVStates.keep`. Waits while the disk is far behind."""
-        with self._written:
-            self._written.wait_for(lambda: self._waiting_bytes <= _WAITING_BYTES)
-            self._waiting_bytes += kv.nbytes
-        sequence = int(self._plan.sequence_lo[node])
-        ids = self._ids(sequence)[: int(self._plan.tree.end[node])]
-        self._queue.put(_Kept(ids, low, kv, self._planned.tenant(sequence)))
-
-    def close(self) -> None:
-        """Returns when all that was kept is written."""
-        self._queue.put(None)
-        self._writer.join()
-
-    def _write(self) -> None:
-        """Goes on whatever happens: the engine waits for room in the queue."""
-        while (kept := self._queue.get()) is not None:
-            try:
-                self._store.put(kept.token_ids, kept.low, kept.kv, kept.tenant)
-            except Exception as error:  # a fault of ours, which must cost no job
-                _logger.warning("the KV store keeps nothing of a prefix: %s", place_of(error))
-            with self._written:
-                self._waiting_bytes -= kept.kv.nbytes
-                self._written.notify()
-
-    def _ids(self, sequence: int) -> NDArray[np.uint32]:
-        return self._plan.prompt_token_ids(sequence).astype(np.uint32)
+    def tenant(self, sequence: int) -> str:
+        """See `Prompts.tenant`."""
+        return self.planned.tenant(sequence)
 
 
 def nodes_to_keep(
@@ -174,6 +106,7 @@ def recycling(
         observer.say(f"--kv-store is left out: {who} keeps no KV of prefixes")
         yield
         return
+    from pipeline.recycle.states import StoredStates
     from pipeline.recycle.store import KVStore
 
     dtype = str(engine.loaded.model.dtype).removeprefix("torch.")
@@ -187,7 +120,8 @@ def recycling(
     budget = settings.recycle.kv_store_budget
     with KVStore.open(folder, identity, budget) as store:
         wanted = nodes_to_keep(planned.plan, sequences, least, budget // per_token)
-        states = StoredStates(store, planned, wanted if store.is_writer else wanted & False, least)
+        wanted &= store.is_writer
+        states = StoredStates(store, PlannedPrompts(planned), wanted, least)
         engine.kv_states = states
         try:
             yield

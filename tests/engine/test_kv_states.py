@@ -50,11 +50,10 @@ class TokenStore:
     def wants(self, node: int) -> bool:
         return self.wanted
 
-    def keep(self, node: int, low: int, kv: Tensor) -> None:
-        tree = self._plan.tree
-        ids = self._plan.table[int(tree.row_of_prompt[tree.prompt_lo[node]])].tolist()
-        assert kv.shape[-2] == tree.end[node] - low > 0
-        for i in range(low, int(tree.end[node])):
+    def keep(self, sequence: int, low: int, high: int, kv: Tensor) -> None:
+        ids = self._ids(sequence)
+        assert kv.shape[-2] == high - low > 0
+        for i in range(low, high):
             self.tokens[tuple(ids[: i + 1])] = kv[..., i - low, :]
 
 

@@ -249,7 +249,7 @@ def test_the_writer_of_a_store_that_breaks_ends_no_job(
         raise RuntimeError("a fault of ours")
 
     monkeypatch.setattr(KVStore, "put", fall)
-    monkeypatch.setattr("pipeline.job.recycling._WAITING_BYTES", 0)
+    monkeypatch.setattr("pipeline.recycle.states._WAITING_BYTES", 0)
     monkeypatch.setattr(logging.getLogger("coppice"), "propagate", True)
     _, counters, _ = nights.run(PROMPTS)
     assert counters["rows_ok"] == len(PROMPTS)
