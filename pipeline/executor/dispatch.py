@@ -31,7 +31,6 @@ from pipeline.plan.shards import Costs, cut_into_ranges
 Positions = NDArray[np.int64]
 """Ascending indices into the sequences of the dispatched plan."""
 
-_PIECES_A_SHARE = 4  # of small groups; a piece ends with few rows on the device
 _LEAST_SAVED = 100  # a split must save this part of a fair share: starting a piece is not free
 _LOST_BEFORE_CUT = 2
 _LOST_BEFORE_GIVEN_UP = 3
@@ -96,8 +95,8 @@ class Dispatch:
         self._num_pieces = 0
         self._waiting: list[tuple[bool, int, int, Piece]] = []
         self._benches = {worker: _Bench() for worker in range(num_workers)}
-        for cut in cut_into_ranges(plan, costs, num_workers, fair // _PIECES_A_SHARE):
-            self._wait(np.arange(cut.low, cut.high), cut.cost)
+        for cost, low, high in cut_into_ranges(plan, costs, num_workers).tolist():
+            self._wait(np.arange(low, high), cost)
 
     @property
     def is_over(self) -> bool:
@@ -119,7 +118,8 @@ class Dispatch:
         return len(self._benches[worker].pieces)
 
     def take(self, worker: int) -> Piece | None:
-        """Hand out the piece of longest predicted cost.
+        """Hand out the piece of longest predicted cost; to a worker that has one already only as
+        long as there are some for all.
 
         What two workers died of comes last, and to a worker that has nothing else: what it had
         answered when it died nobody knows, so only of a single piece can it be said that it died
@@ -127,6 +127,8 @@ class Dispatch:
         """
         bench = self._benches[worker]
         if not self._waiting:
+            return None
+        if bench.pieces and len(self._waiting) <= len(self._benches):
             return None
         if any(map(_is_suspect, [self._waiting[0][-1], *bench.pieces.values()])) and bench.pieces:
             return None

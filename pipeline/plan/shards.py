@@ -3,13 +3,18 @@
 A sequence's cost is what it adds when the sequences before it have run: the edges that it needs
 first, and its new tokens. A group, that is all sequences below one node at the top, stays together
 unless it costs more than a shard's fair share. Then its subtrees are the groups, if their prefix is
-so short that every shard may compute it; else it is cut into as few runs of whole subtrees as will
-do, and each run pays for the prefix above it again.
+so short that every shard may compute it; else it is cut into runs of sequences, and each run pays
+for the prefix above it again.
+
+How much a run may cost is tried out. At the fair share there are more runs than shards, for each
+computes its prefix again; with fewer the largest one takes long. So limits from the fair share on
+are tried, and the one is kept with which the last shard ends first.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +23,13 @@ from numpy.typing import NDArray
 from pipeline.plan.plan import Plan
 
 _SHORT = 50  # a prefix is short if all shards together compute it for so small a part of the job
+_STEP = 1.02  # from one limit to the next
+_SLACK = 50  # a cut may move by this part of a limit to where fewer tokens are shared
+_FINEST = 32  # small neighbours are joined up to this part of a fair share
+
+Ranges = NDArray[np.int64]
+"""[ranges, 3]: cost without what opened groups share, and sequences `[low, high)`; in order, tiling
+the plan's sequences."""
 
 
 @dataclass(frozen=True)
@@ -28,31 +40,34 @@ class Shard:
     cost: int
 
 
-@dataclass(frozen=True, order=True)
-class Range:
-    """Sequences `[low, high)`, and what they cost by themselves or, inside an opened group,
-    without what is shared there."""
-
-    cost: int
-    low: int
-    high: int
-
-
 def cut_into_shards(plan: Plan, num_shards: int) -> list[Shard]:
     """`num_shards` shards that tile the plan's sequences; some are empty where there are too few.
 
     Longest piece first, each to the shard that has least (Graham's LPT rule).
     """
-    pieces = _Cutter(plan, Costs(plan), num_shards).pieces()
+    pieces = _best_pieces(plan, Costs(plan), num_shards, num_shards)
     least = [(0, shard) for shard in range(num_shards)]
     ranges: list[list[NDArray[np.int64]]] = [[] for _ in range(num_shards)]
-    for piece in sorted(pieces, key=lambda p: (-p.cost, p.low)):
+    for piece_cost, low, high in _longest_first(pieces).tolist():
         cost, shard = heapq.heappop(least)
-        ranges[shard].append(np.arange(piece.low, piece.high))
-        heapq.heappush(least, (cost + piece.cost, shard))
+        ranges[shard].append(np.arange(low, high))
+        heapq.heappush(least, (cost + piece_cost, shard))
     nothing = np.zeros(0, np.int64)
     sets = [np.sort(np.concatenate([nothing, *parts])) for parts in ranges]
     return [Shard(sequences, cost_of(plan, sequences)) for sequences in sets]
+
+
+def cut_into_ranges(plan: Plan, costs: Costs, num_workers: int) -> Ranges:
+    """The same for workers that fetch one range after the other, the costliest first.
+
+    Small neighbours are joined into ranges of a half, a quarter, ... of a fair share, a round of
+    each, so that what comes last is small. `cost` is that of each range by itself.
+    """
+    fair = -(-costs.whole(0, len(plan.sequences)) // num_workers)
+    pieces = _best_pieces(plan, costs, num_workers, num_workers * _FINEST)
+    joined = _join(pieces, _halves(fair, num_workers))
+    joined[:, 0] = costs.each(joined[:, 1], joined[:, 2])
+    return joined
 
 
 def cost_of(plan: Plan, sequences: NDArray[np.int64]) -> int:
@@ -61,64 +76,96 @@ def cost_of(plan: Plan, sequences: NDArray[np.int64]) -> int:
     return int(plan.tree.edge_lengths[needed].sum() + plan.max_new_tokens[sequences].sum())
 
 
-def cut_into_ranges(plan: Plan, costs: Costs, num_shards: int, unit: int) -> list[Range]:
-    """The same pieces, where small neighbours are joined as long as they cost at most `unit`.
+def _best_pieces(plan: Plan, costs: Costs, num_shards: int, num_prefixes: int) -> Ranges:
+    """Pieces of the limit with which the last of `num_shards` ends first.
 
-    They tile the plan's sequences, in order; `cost` is that of each by itself.
+    `num_prefixes`: how often a short prefix is computed in all.
     """
-    pieces = _Cutter(plan, costs, num_shards).pieces()
-    low = np.array(sorted(piece.low for piece in pieces), np.int64)
-    high = np.append(low[1:], len(plan.sequences))
-    found, first = [], 0
-    while first < len(low):
-        start = int(low[first])
-        last = int(np.searchsorted(high, costs.reach(start, unit), side="right")) - 1
-        stop = int(high[max(first, last)])
-        found.append(Range(costs.whole(start, stop), start, stop))
-        first = max(first, last) + 1
-    return found
+    total = costs.whole(0, len(plan.sequences))
+    cutter = _Cutter(plan, costs, total // (_SHORT * num_prefixes))
+    limit = fair = -(-total // num_shards)
+    best, end = np.zeros((0, 3), np.int64), np.inf
+    while limit <= min(end, total) or not len(best):
+        pieces = _join(cutter.pieces(limit), iter(lambda: fair // _FINEST, None))
+        pieces_end = _end(pieces, num_shards)
+        if pieces_end < end:
+            best, end = pieces, pieces_end
+        if limit >= total:
+            break
+        limit = int(limit * _STEP) + 1
+    return best
+
+
+def _end(pieces: Ranges, num_shards: int) -> float:
+    """When the last of the shards ends, if each takes the longest piece that is left."""
+    ends = [0] * num_shards
+    for cost in _longest_first(pieces)[:, 0].tolist():
+        heapq.heappush(ends, heapq.heappop(ends) + cost)
+    return float(max(ends))
+
+
+def _longest_first(pieces: Ranges) -> Ranges:
+    return pieces[np.lexsort((pieces[:, 1], -pieces[:, 0]))]
+
+
+def _join(pieces: Ranges, units: Iterator[int]) -> Ranges:
+    """Neighbours together as long as they cost at most the next of `units`."""
+    upto = np.append(0, np.cumsum(pieces[:, 0]))
+    firsts, first = [], 0
+    while first < len(pieces):
+        firsts.append(first)
+        last = int(np.searchsorted(upto, upto[first] + next(units), side="right")) - 1
+        first = max(first + 1, last)
+    stops = [*firsts[1:], len(pieces)]
+    if not firsts:
+        return pieces
+    ends = np.array(stops, np.int64)
+    cost, low = upto[ends] - upto[firsts], pieces[firsts, 1]
+    return np.stack([cost, low, pieces[ends - 1, 2]], axis=1)
+
+
+def _halves(fair: int, num_workers: int) -> Iterator[int]:
+    """A half of `fair` for each worker, then a quarter, ..., and small ones for ever."""
+    part = 2
+    while part < _FINEST:
+        yield from [fair // part] * num_workers
+        part *= 2
+    while True:
+        yield fair // _FINEST
 
 
 class _Cutter:
-    """Groups, and those that are too large in parts. What opened groups share is in no cost."""
+    """Groups, and those that are too large in parts."""
 
-    def __init__(self, plan: Plan, costs: Costs, num_shards: int) -> None:
+    def __init__(self, plan: Plan, costs: Costs, short: int) -> None:
         self._plan = plan
         self._costs = costs
-        total = self._costs.whole(0, len(plan.sequences))
-        self._fair = -(-total // num_shards)
-        self._short = total // (_SHORT * num_shards)
+        self._short = short
         self._by_parent = np.argsort(plan.tree.parent, kind="stable")
         self._parents = plan.tree.parent[self._by_parent]
 
-    def pieces(self) -> list[Range]:
-        """Pieces that tile the plan's sequences."""
-        found: list[Range] = []
+    def pieces(self, limit: int) -> Ranges:
+        """Pieces that cost at most `limit`, or are a single sequence."""
+        plan, found = self._plan, [np.zeros((0, 3), np.int64)]
         ahead = [(self._children(-1), 0)]
         while ahead:
             nodes, above = ahead.pop()
-            low, high = self._plan.sequence_lo[nodes], self._plan.sequence_hi[nodes]
+            low, high = plan.sequence_lo[nodes], plan.sequence_hi[nodes]
             costs = self._costs.each(low, high) - above
-            fits = costs <= self._fair
-            rest = (costs[fits].tolist(), low[fits].tolist(), high[fits].tolist())
-            found += map(Range, *rest)
+            fits = costs <= limit
+            found.append(np.stack([costs, low, high], axis=1)[fits])
             for node in nodes[~fits].tolist():
-                found += self._open_or_cut(node, above, ahead)
-        return found
-
-    def _open_or_cut(
-        self, node: int, above: int, ahead: list[tuple[NDArray[np.int64], int]]
-    ) -> list[Range]:
-        """Pieces of a group that is too large; where it is opened, its children go to `ahead`."""
-        low, high = int(self._plan.sequence_lo[node]), int(self._plan.sequence_hi[node])
-        prefix = int(self._plan.tree.end[node])
-        if prefix <= self._short:  # the prompts that end here come first, then the children's
-            below = self._children(node)
-            ahead.append((below, prefix))
-            high = int(self._plan.sequence_lo[below].min(initial=high))
-            above = prefix
-        parts = self._costs.cut(low, high, self._fair + above)
-        return [Range(part.cost - above, part.low, part.high) for part in parts]
+                start, stop = int(plan.sequence_lo[node]), int(plan.sequence_hi[node])
+                prefix = int(plan.tree.end[node])
+                if prefix > self._short:
+                    found.append(self._costs.cut(start, stop, limit, above))
+                    continue
+                below = self._children(node)
+                ahead.append((below, prefix))  # behind the prompts that end here
+                stop = int(plan.sequence_lo[below].min(initial=stop))
+                found.append(self._costs.cut(start, stop, limit, prefix))
+        pieces = np.concatenate(found)
+        return pieces[np.argsort(pieces[:, 1], kind="stable")]
 
     def _children(self, node: int) -> NDArray[np.int64]:
         """Nodes below `node` that have sequences; -1: those at the top."""
@@ -151,38 +198,26 @@ class Costs:
         costs: NDArray[np.int64] = self._upto[high] - self._upto[low] + self.shared[low]
         return costs
 
-    def reach(self, low: int, most: int) -> int:
-        """The largest `high` for which `[low, high)` costs at most `most`."""
-        budget = self._upto[low] + most - int(self.shared[low])
-        return int(np.searchsorted(self._upto, budget, side="right")) - 1
+    def cut(self, low: int, high: int, limit: int, above: int) -> Ranges:
+        """`[low, high)` in runs that cost at most `limit`, `above` tokens of prefix not counted.
 
-    def cut(self, low: int, high: int, fair: int) -> list[Range]:
-        """`[low, high)` in one piece, or in as many as it takes for each to cost about `fair`.
-
-        A cut goes where the fewest tokens are shared, within a fiftieth of a share of its place.
+        A cut goes where the fewest tokens are shared, within a fiftieth of a run from its end.
         """
-        number = -(-self.whole(low, high) // max(1, fair))
         pieces = []
-        for left in range(number, 0, -1):
-            if low == high:  # fewer sequences than pieces
-                break
-            again = int(self.shared[low + 1 : high].min(initial=self.whole(low, high)))
-            target = (self.whole(low, high) + (left - 1) * again) // left
-            stop = high if left == 1 else self._best_cut(low, high, target)
-            pieces.append(Range(self.whole(low, stop), low, stop))
+        while low < high:
+            most = limit + above - int(self.shared[low])
+            stop = min(max(self._reach(low, most), low + 1), high)
+            if stop < high:
+                least = min(max(self._reach(low, most - limit // _SLACK), low + 1), stop)
+                places = self.shared[least : stop + 1][::-1]  # the last one of equally good ones
+                stop -= int(np.argmin(places))
+            pieces.append((self.whole(low, stop) - above, low, stop))
             low = stop
-        return pieces
+        return np.array(pieces, np.int64).reshape(-1, 3)
 
-    def _best_cut(self, low: int, high: int, target: int) -> int:
-        """First sequence of the next piece, where this one costs about `target`."""
-        again = int(self.shared[low])
-        reach = self._upto[low] + target - again
-        least = int(np.searchsorted(self._upto, reach - target // 50, side="left"))
-        most = int(np.searchsorted(self._upto, reach + target // 50, side="right"))
-        least, most = max(low + 1, min(least, high)), min(max(most, least, low + 2), high)
-        if least >= most:
-            return least
-        return least + int(np.argmin(self.shared[least:most]))
+    def _reach(self, low: int, most: int) -> int:
+        """The largest `high` for which sequences `[low, high)` add at most `most`."""
+        return int(np.searchsorted(self._upto, self._upto[low] + most, side="right")) - 1
 
 
 def _shared_with_previous(plan: Plan) -> NDArray[np.int64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -125,13 +126,22 @@ def test_nothing_is_lost_or_doubled_whatever_happens(
     ledger.check()
 
 
+def all_pieces(work: Dispatch) -> Iterator[Piece]:
+    """As one worker gets them that does one after the other."""
+    while piece := work.take(0):
+        yield piece
+        for position in piece.positions.tolist():
+            work.answer(0, piece.number, position)
+        work.end(0, piece.number)
+
+
 @given(drawn_rows(), params_strategy, st.integers(1, 6))
 def test_pieces_come_longest_first_and_tile_the_plan(
     drawn: Drawn, params: list[int], num_workers: int
 ) -> None:
     plan = make_plan(drawn, params)
-    work, costs, taken = Dispatch(plan, num_workers), [], []
-    while piece := work.take(0):
+    costs, taken = [], []
+    for piece in all_pieces(Dispatch(plan, num_workers)):
         needed = prefill_tokens(plan, piece.positions)
         assert piece.cost == needed + plan.max_new_tokens[piece.positions].sum()
         costs.append(piece.cost)
@@ -144,8 +154,8 @@ def test_pieces_come_longest_first_and_tile_the_plan(
 def test_a_group_within_the_fair_share_is_never_cut(drawn: Drawn, num_workers: int) -> None:
     plan = make_plan(drawn, [0])
     total = Costs(plan).whole(0, len(plan.sequences))
-    home, work = {}, Dispatch(plan, num_workers)
-    while piece := work.take(0):
+    home = {}
+    for piece in all_pieces(Dispatch(plan, num_workers)):
         home |= dict.fromkeys(piece.positions.tolist(), piece.number)
     for top in np.flatnonzero(plan.tree.parent < 0).tolist():
         low, high = int(plan.sequence_lo[top]), int(plan.sequence_hi[top])

@@ -1,0 +1,103 @@
+"""Two real workers against one, each of one thread, fed by Ray on this machine.
+
+Seconds from the first order to the last answer: engines are loaded and have run a few rows before.
+Every round is one worker and then two, each in a process and a cluster of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.prompts import plan_prompts, shared_prompts, workload_prompts
+from benchmarks.shapes import SHAPES, model_folder
+from pipeline.engine.base import RunControl
+from pipeline.plan.plan import Plan
+from pipeline.settings import JobSettings
+
+_NEW_TOKENS = 32
+_MOST_ROWS = 400
+
+
+def measure(path: Path, shape: str, rounds: int) -> dict[str, Any]:
+    """Medians, and the efficiency of two workers: seconds of one / (2 x seconds of two)."""
+    model_folder(shape, "bfloat16")  # written once, by this process
+    found: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+    for _ in range(rounds):
+        for workers in found:
+            found[workers].append(_run_apart(path, shape, workers))
+            print(found[workers][-1], flush=True)
+    one, two = (statistics.median(run["seconds"] for run in found[n]) for n in (1, 2))
+    same = len({run["answers"] for runs in found.values() for run in runs}) == 1
+    return {
+        "rows": found[2][0]["rows"], "one_s": one, "two_s": two, "efficiency": one / (2 * two),
+        "replicated_tokens": found[2][0]["replicated_tokens"], "same_answers": same,
+        "rounds": rounds, "cores": os.cpu_count(),
+    }  # fmt: skip
+
+
+def _run_apart(path: Path, shape: str, workers: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="cr", dir="/tmp") as short:  # Ray's sockets
+        environment = {"RAY_TMPDIR": short, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.fleet_measured", str(path), shape, str(workers)],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return said
+
+
+def run(path: Path, shape: str, workers: int) -> dict[str, Any]:
+    """One measurement in this process."""
+    import ray
+
+    from pipeline.executor.fleet import Fleet
+    from pipeline.executor.ray_crew import RayCrew
+    from pipeline.run import make_engine
+
+    ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
+    folder = str(model_folder(shape, "bfloat16"))
+    settings = JobSettings.from_flat({"model": folder, "executor": "ray", "num_workers": workers})
+    vocabulary = int(SHAPES[shape]["vocab_size"])
+    plan = plan_prompts(workload_prompts(path)[:_MOST_ROWS], vocabulary, _NEW_TOKENS)
+    fleet = Fleet(RayCrew(settings, make_engine, 1.0))
+    warm_up = plan_prompts(shared_prompts(16, 64, 16, vocabulary, seed=9), vocabulary, 4)
+    while len(fleet.staff.ready) < workers:
+        _answer(fleet, warm_up)
+    _answer(fleet, warm_up)
+    begin = time.perf_counter()
+    answers = _answer(fleet, plan)
+    seconds = time.perf_counter() - begin
+    counters = fleet.counters
+    fleet.close()
+    ray.shutdown()
+    return {
+        "workers": workers, "rows": len(answers), "seconds": seconds, "answers": hash(answers),
+        "prefilled_tokens": counters.prefilled_tokens,
+        "replicated_tokens": counters.replicated_tokens,
+        "busy": counters.busy_s / counters.span_s,
+    }  # fmt: skip
+
+
+def _answer(fleet: Any, plan: Plan) -> tuple[tuple[int, ...], ...]:
+    everything = np.arange(len(plan.sequences))
+    completions = list(fleet.generate(plan, everything, RunControl()))
+    return tuple(c.token_ids for c in sorted(completions, key=lambda c: c.sequence))
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))
