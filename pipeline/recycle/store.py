@@ -236,6 +236,7 @@ class KVStore:
         with self._guard:
             state = FileState(head.file_bytes, time.time_ns())
             is_new = self._catalogue.add(key, head, token_ids.copy(), state) is not None
+            self._catalogue.touch(stored.nodes)
             self._catalogue.is_index_old = True
         self.stats.puts += is_new
         return is_new
