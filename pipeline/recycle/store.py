@@ -113,6 +113,9 @@ class KVStore:
                 with suppress(OSError):
                     place.drop_temps()
             store.refresh()
+            if store.is_writer:
+                with suppress(OSError):
+                    catalogue.make_room(0, budget_bytes)
         except BaseException:
             store.close()
             raise
@@ -236,9 +239,11 @@ class KVStore:
             folder.make_shelf(key)
             write_entry(temp, head, token_ids, kv)
             publish(temp, path)
-        finally:
-            with suppress(OSError):
-                temp.unlink(missing_ok=True)
+        except BaseException:
+            for left in (temp, path):  # renamed or not, it is counted nowhere
+                with suppress(OSError):
+                    left.unlink(missing_ok=True)
+            raise
         with self._guard:
             state = FileState(head.file_bytes, time.time_ns())
             is_new = self._catalogue.add(key, head, token_ids.copy(), state) is not None
