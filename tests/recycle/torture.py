@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import random
 import tempfile
 import time
@@ -32,6 +33,11 @@ PROMPTS: list[Prefix] = [
 SMALL = 4000  # bytes: the last prompts push the first ones out
 LARGE = 1 << 20
 ALL = range(10_000)
+
+
+def skip_flushes(patch: pytest.MonkeyPatch) -> None:
+    """Watched disks still see each flush; the real one waits for the disk and changes nothing."""
+    patch.setattr(os, "fsync", lambda file: None)
 
 
 def work(folder: Path, budget: int, kept: list[Prefix] | None = None) -> None:
@@ -84,6 +90,7 @@ def die_at(folder: Path, budget: int, number: int, when: When, answered: Synchro
     """The victim of `sweep_kills`."""
     logging.getLogger("coppice").setLevel(logging.ERROR)
     with pytest.MonkeyPatch.context() as patch:
+        skip_flushes(patch)
         DeadlyDisk(patch, folder.parent, number, when)
         work(folder, budget)
 
@@ -150,6 +157,7 @@ def check_after_cut(folder: Path, budget: int, kept: Iterable[Prefix]) -> None:
 def toil(folder: Path, seed: int, answered: Synchronized[int]) -> None:
     """Put and load random prompts until killed; counts what was kept."""
     logging.getLogger("coppice").setLevel(logging.ERROR)
+    skip_flushes(pytest.MonkeyPatch())
     luck = random.Random(seed)
     while True:
         with open_store(folder, budget=40_000) as store:
@@ -194,6 +202,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("coppice").setLevel(logging.ERROR)
     server, begin = Server(), time.monotonic()
+    skip_flushes(pytest.MonkeyPatch())
     with tempfile.TemporaryDirectory(prefix="store-torture-") as name:
         base = Path(name)
         kinds = [(code, False) for code in CODES] + [(errno.ENOSPC, True)]
