@@ -20,6 +20,7 @@ from pipeline.settings import (
     MonitorSettings,
     PlanSettings,
     ReadSettings,
+    RecycleSettings,
     SamplingSettings,
     StoreSettings,
     TokenSettings,
@@ -39,7 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(night_app)
 _READ = (ModelSettings, ReadSettings, TokenSettings, StoreSettings)
-_JOB = (*_READ, SamplingSettings, PlanSettings, EngineSettings)
+_JOB = (*_READ, SamplingSettings, PlanSettings, EngineSettings, RecycleSettings)
 
 
 @app.callback()

@@ -108,6 +108,7 @@ class Completion:
     """What an engine says about one sequence of the plan (`sequence` indexes `plan.sequences`).
 
     `token_ids` excludes nothing: an end-of-sequence token that was generated is its last element.
+    `stored_tokens`: those of its prompt whose KV an earlier run had stored.
     A sequence that failed has `finish_reason == "error"` and both error fields set.
     """
 
@@ -118,3 +119,4 @@ class Completion:
     timing: Timing
     error_type: str | None = None
     error_message: str | None = None
+    stored_tokens: int = 0

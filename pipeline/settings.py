@@ -236,6 +236,18 @@ class WriteSettings(_Section):
         return int(float(limit) * num_rows) if "." in limit else int(limit)
 
 
+class RecycleSettings(_Section):
+    """Where KV states are kept from one run to the next. `kv_store_budget` in bytes."""
+
+    kv_store: Path | None = None
+    kv_store_budget: int = Field(default=8 << 30, ge=1)
+
+    @field_validator("kv_store_budget", mode="before")
+    @classmethod
+    def _bytes(cls, value: str | int) -> int:
+        return parse_bytes(value)
+
+
 class MonitorSettings(_Section):
     """Who may watch a running job: Prometheus, by HTTP or by a file for node_exporter.
 
@@ -328,6 +340,7 @@ class JobSettings(_Section):
     plan: PlanSettings = PlanSettings()
     engine: EngineSettings = EngineSettings()
     write: WriteSettings = WriteSettings()
+    recycle: RecycleSettings = RecycleSettings()
     monitor: MonitorSettings = MonitorSettings()
     audit: AuditSettings = AuditSettings()
     store: StoreSettings = StoreSettings()
@@ -365,6 +378,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "plan": PlanSettings,
     "engine": EngineSettings,
     "write": WriteSettings,
+    "recycle": RecycleSettings,
     "monitor": MonitorSettings,
     "audit": AuditSettings,
     "store": StoreSettings,

@@ -28,9 +28,13 @@ ROOMS: dict[str, set[str] | None] = {
     "pipeline.engine": _FIRST | {"pipeline.plan"},
     "pipeline.audit": _FIRST | {"pipeline.storage", "pipeline.engine.base"},
     "pipeline.report": _FIRST | {"pipeline.storage", "pipeline.engine.base"},
+    "pipeline.recycle": _FIRST | {"pipeline.storage", "pipeline.engine.base"},
     "pipeline.job": _FIRST
-    | {f"pipeline.{room}" for room in ("storage", "tokens", "plan", "engine", "audit", "report")},
-    "pipeline.terminal": _FIRST | {"pipeline.job", "pipeline.run"},
+    | {
+        f"pipeline.{room}"
+        for room in ("storage", "tokens", "plan", "engine", "audit", "report", "recycle")
+    },
+    "pipeline.terminal": _FIRST | {"pipeline.job", "pipeline.run", "pipeline.recycle"},
     "pipeline.night": _FIRST
     | {f"pipeline.{room}" for room in ("run", "job", "storage", "report", "terminal.options")}
     | {"pipeline.engine.machine"},
@@ -38,9 +42,9 @@ ROOMS: dict[str, set[str] | None] = {
 # heavy package -> where it may be imported
 HOMES = {
     "prefect": {"flows"},
-    "torch": {"pipeline.engine", "pipeline.audit.replay"},
-    "sentence_transformers": {"pipeline.audit.similarity"},
-    "faiss": {"pipeline.audit.sample"},
+    "torch": {"pipeline.engine", "pipeline.audit.replay", "pipeline.recycle"},
+    "sentence_transformers": {"pipeline.audit.similarity", "pipeline.recycle.retrieval"},
+    "faiss": {"pipeline.audit.sample", "pipeline.recycle.retrieval"},
     "matplotlib": {"pipeline.report"},
     "prometheus_client": {"pipeline.job.metrics_export"},
     "pythonjsonlogger": {"pipeline.terminal.logs"},

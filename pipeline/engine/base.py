@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, SamplingParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -22,16 +25,20 @@ class EngineCounters:
     `memory_retries`: steps that ran out of memory and were done again in halves.
     `prefilled_tokens` counts each prompt token the first time that it is computed;
     `recomputed_tokens`: prompt and generated tokens whose KV had to give way and came back.
+    `loaded_tokens`: prompt tokens whose KV came from an earlier run; `load_s`: what that took, in
+    no other time.
     `kv_faults`: times that the KV of a shared prefix was found changed, and computed again.
     """
 
     prefilled_tokens: int = 0
     recomputed_tokens: int = 0
+    loaded_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
     peak_kv_bytes: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    load_s: float = 0.0
     busy_s: float = 0.0
     span_s: float = 0.0
     num_forwards: int = 0
@@ -54,6 +61,29 @@ class RunControl:
     should_abort: Callable[[], bool] = lambda: False
     """True: return at once."""
     is_stopped: StopCheck = lambda token_ids, stop: False
+
+
+class KVStates(Protocol):
+    """KV states that outlive a run, as an engine sees them. Positions are those of a prompt.
+
+    KV is [layers, 2, kv_heads, tokens, head_dim], in the type of the engine's own, on the CPU.
+    """
+
+    def stored_end(self, sequence: int, end: int) -> int:
+        """Up to where the prompt's first `end` tokens are stored and worth loading; 0: nowhere."""
+        ...
+
+    def load(self, sequence: int, low: int, high: int) -> Tensor | None:
+        """The KV of positions `[low, high)`; None where it cannot be had after all."""
+        ...
+
+    def wants(self, node: int) -> bool:
+        """Whether the KV of a shared node of the plan shall be kept."""
+        ...
+
+    def keep(self, node: int, low: int, kv: Tensor) -> None:
+        """Take the KV of a node from position `low` to its end; `kv` is the caller's no more."""
+        ...
 
 
 class Engine(Protocol):

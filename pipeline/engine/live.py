@@ -38,9 +38,10 @@ class LiveNode:
     Its range covers prompt positions `[span_start, end)`: its own edge `[start, end)`, and in a
     group node before that copies of the short edges between it and the group node above, so that
     decoding rows see one range for all of them. An evicted node's range is empty.
-    `unfinished`: sequences below that have not ended; `live_rows`: those on the device; `unread`:
-    sequences that end exactly here and have not sampled their first token yet (`logits` [V] waits
-    for them).
+    `stored_end`: position up to which an earlier run's KV can be loaded; `stored_tokens`: of its
+    own edge, those that were. `unfinished`: sequences below that have not ended; `live_rows`: those
+    on the device; `unread`: sequences that end exactly here and have not sampled their first token
+    yet (`logits` [V] waits for them).
     """
 
     node: int
@@ -51,6 +52,8 @@ class LiveNode:
     num_sequences: int
     unfinished: int
     unread: int
+    stored_end: int = 0
+    stored_tokens: int = 0
     kv: KVRange = field(default_factory=lambda: KVRange(0, 0))
     live_rows: int = 0
     was_computed: bool = False
@@ -84,6 +87,8 @@ class LiveRow:
     span_start: int
     admitted_s: float
     cached_tokens: int = 0
+    stored_end: int = 0
+    stored_tokens: int = 0
     blocks: list[KVRange] = field(default_factory=list)
     kv_end: int = 0
     first_token_s: float = 0.0
@@ -122,12 +127,14 @@ class PrefillJob:
     """Positions `[done, end)` of a node or row that wait for a forward.
 
     `token_ids` begin at `target.start`. `is_repeat`: all of this was computed before, and evicted.
+    `loaded`: KV from an earlier run of positions `[target.span_start, done)`.
     """
 
     target: LiveNode | LiveRow
     token_ids: NDArray[np.int64]
     done: int
     is_repeat: bool
+    loaded: Tensor | None = None
 
     @property
     def end(self) -> int:

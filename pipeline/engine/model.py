@@ -95,6 +95,13 @@ def read_shape(model: str, revision: str | None = None) -> ModelShape:
     )
 
 
+def read_rope(model: str, revision: str | None = None) -> dict[str, Any]:
+    """How positions enter the keys, as plain values of the config. Raises ModelError."""
+    config = _read_config(model, revision).to_dict()
+    names = sorted(name for name in config if "rope" in name or "rotary" in name)
+    return {name: config[name] for name in names}
+
+
 def _read_generation(
     model: str, revision: str | None, config: Any
 ) -> tuple[dict[str, Any], tuple[int, ...]]:

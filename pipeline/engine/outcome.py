@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.engine.live import LiveRow
+from pipeline.engine.live import LiveRow, nodes_above
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, FinishReason, Timing
 
@@ -19,6 +19,7 @@ def complete(row: LiveRow, reason: FinishReason, now_s: float) -> Completion:
         timing=_timing(row, now_s),
         error_type="NonFiniteLogits" if failed else None,
         error_message=message if failed else None,
+        stored_tokens=row.stored_tokens + sum(node.stored_tokens for node in nodes_above(row)),
     )
 
 

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.backend import choose_backend
-from pipeline.engine.base import EngineCounters, RunControl
+from pipeline.engine.base import EngineCounters, KVStates, RunControl
 from pipeline.engine.cost_model import CostModel
 from pipeline.engine.cuda_graphs import DecodeStep, NextTokens, decode_runner
 from pipeline.engine.decode_view import DecodeView, own_slots
 from pipeline.engine.kv_cache import kv_capacity, reserve_kv
 from pipeline.engine.kv_guard import CorruptKVError, KVGuard
-from pipeline.engine.live import LiveNode, LiveRow, copied_head
+from pipeline.engine.live import LiveNode, LiveRow, PrefillJob, copied_head
 from pipeline.engine.memory import is_exhausted, keep_freed_pages, release_cached
 from pipeline.engine.model import LoadedModel
 from pipeline.engine.outcome import complete, fail, refuse
@@ -67,6 +67,8 @@ class PrefixEngine:
         self.notes: list[str] = [self.backend.note] if self.backend.note else []
         self.logits_probe: LogitsProbe | None = None
         self.teacher: Teacher | None = None
+        self.kv_states: KVStates | None = None
+        """States of earlier runs to load, and where those of this run are kept."""
         self.cost_model: CostModel | None = None
         """Where it is known, it decides which spans rows share in decode, not the plan's rule."""
 
@@ -131,8 +133,9 @@ class _Run:
         self.cache = reserve_kv(shape, capacity, like=weight)
         self.runner = decode_runner(engine.backend, self.cache, self.device)
         self.guard = KVGuard(self.cache)
+        self.states = engine.kv_states
         self.scheduler = Scheduler(
-            plan, sequences, self.cache, settings.max_rows, history, self.guard.release
+            plan, sequences, self.cache, settings.max_rows, history, self.guard.release, self.states
         )
         self.eos = frozenset(loaded.shape.eos_token_ids)
         self.start_s = time.perf_counter()
@@ -160,10 +163,44 @@ class _Run:
         admission = self.scheduler.admit(now, only_begun=self.control.should_drain())
         budget = self.cache.capacity * self.cache.bytes_per_token
         self.finished += [refuse(self.plan, s, budget, now) for s in admission.refused]
-        todo = admission.jobs[::-1]
+        for job in admission.jobs:
+            self._fill(job)
+        todo = [job for job in admission.jobs[::-1] if job.done < job.end]
         while todo:
             self._prefill_or_halve(take_chunks(todo, self.max_batch_tokens))
         self._start_ready(admission.ready)
+
+    def _fill(self, job: PrefillJob) -> None:
+        """Put what an earlier run has computed into the job's range."""
+        if job.loaded is None:
+            return
+        begin = self._now()
+        target = job.target
+        slots = slice(target.kv.start, target.kv.start + job.done - target.span_start)
+        self.cache.arena[..., slots, :] = job.loaded.to(self.device)
+        job.loaded = None
+        target.stored_tokens = job.done - target.start
+        if not job.is_repeat:
+            self.counters.loaded_tokens += target.stored_tokens
+        if isinstance(target, LiveNode) and job.done == job.end:
+            self._note_full(target)
+            self.scheduler.note_computed(target)
+        seconds = self._now() - begin
+        target.prefill_s += seconds
+        self.counters.load_s += seconds
+
+    def _note_full(self, node: LiveNode) -> None:
+        """All of the node's KV is there; before rows that end below may take the node with them."""
+        self.guard.watch(node)
+        if self.states is not None and node.stored_tokens < node.end - node.start:
+            self._offer(node, self.states)
+
+    def _offer(self, node: LiveNode, states: KVStates) -> None:
+        if not states.wants(node.node):
+            return
+        low = node.start + node.stored_tokens
+        slots = slice(node.kv.start + low - node.span_start, node.kv.start + node.kv.length)
+        states.keep(node.node, low, self.cache.arena[..., slots, :].to("cpu", copy=True))
 
     def _prefill_or_halve(self, taken: list[Chunk]) -> None:
         """Where memory ends, half of the tokens at a time; one token that finds none fails."""
@@ -214,9 +251,9 @@ class _Run:
                 of_rows.append(i)
         seconds = self._now() - begin
         self._charge_prefill(taken, seconds / int(lengths.sum()))
-        for job, _, high in taken:  # now: rows that end below may take a node with them
+        for job, _, high in taken:
             if isinstance(job.target, LiveNode) and high == job.end:
-                self.guard.watch(job.target)
+                self._note_full(job.target)
         self._append_tokens(rows, logits[of_rows])
         self._count_prefill(taken)  # here: a step may end half done
         self.counters.prefill_s += seconds

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.engine.base import KVStates
 from pipeline.engine.kv_cache import KVCache, KVRange
 from pipeline.engine.live import BLOCK_TOKENS, LiveNode, LiveRow, PrefillJob, nodes_above
 from pipeline.plan.plan import Plan
@@ -61,10 +62,12 @@ class Scheduler:
         max_rows: int,
         history: History | None = None,
         on_release: Callable[[LiveNode], None] = lambda node: None,
+        states: KVStates | None = None,
     ) -> None:
         """`sequences`: ascending indices of the sequences that shall run.
 
-        `on_release` is called with each node that is about to give its range back.
+        `on_release` is called with each node that is about to give its range back. `states`: what
+        earlier runs have computed.
         """
         self.plan = plan
         self.cache = cache
@@ -75,6 +78,7 @@ class Scheduler:
         """Grows whenever a live row comes, goes, or gets a block, or a range moves."""
         self._history = history or History()
         self._on_release = on_release
+        self._states = states
         self._prompt_lengths = plan.prompt_lengths
         self._counts = plan.count_below(sequences)
         self._ending = ending_counts(plan, sequences)
@@ -151,32 +155,48 @@ class Scheduler:
         plan, above = self.plan, None
         for node in plan.tree.path(int(plan.tree.terminal[plan.sequences.prompt[sequence]])):
             if self._counts[node] > 1:
-                above = self._nodes.get(node) or self._new_node(node, above)
+                above = self._nodes.get(node) or self._new_node(node, above, sequence)
+        end = int(self._prompt_lengths[sequence])
         return LiveRow(
             sequence,
             plan.params[int(plan.sequences.params[sequence])],
             above,
             start=above.end if above else 0,
-            end=int(self._prompt_lengths[sequence]),
+            end=end,
             span_start=self._group_end(above),
             admitted_s=now_s,
+            stored_end=min(self._stored_end(above, sequence, end), end - 1),
         )
 
-    def _new_node(self, node: int, above: LiveNode | None) -> LiveNode:
+    def _new_node(self, node: int, above: LiveNode | None, sequence: int) -> LiveNode:
+        """`sequence` is one of those below."""
         plan, count = self.plan, int(self._counts[node])
-        start = int(plan.tree.start[node])
+        start, end = int(plan.tree.start[node]), int(plan.tree.end[node])
+        unread = int(self._ending[node])
+        stored_end = self._stored_end(above, sequence, end)
         live = self._nodes[node] = LiveNode(
             node,
             above,
             start,
-            end=int(plan.tree.end[node]),
+            end,
             span_start=int(plan.anchor_end[node]) if plan.is_group[node] else start,
             num_sequences=count,
             unfinished=count,
-            unread=int(self._ending[node]),
+            unread=unread,
+            # A prompt that ends here needs the logits of its last token, which nobody stores.
+            stored_end=min(stored_end, end - 1) if unread else stored_end,
             was_computed=node in self._history.nodes,
         )
         return live
+
+    def _stored_end(self, above: LiveNode | None, sequence: int, end: int) -> int:
+        """Position up to which an earlier run's KV can be loaded for a node or row below `above`.
+
+        What is not stored above is not stored below, but for a last token that logits are made of.
+        """
+        if self._states is None or (above is not None and above.stored_end < above.end - 1):
+            return 0
+        return self._states.stored_end(sequence, end)
 
     def _group_end(self, node: LiveNode | None) -> int:
         """Prompt position up to which group nodes cover the path down to `node`."""
@@ -210,7 +230,7 @@ class Scheduler:
             if not node.is_resident:
                 node.kv = self._acquire(node.end - node.span_start, from_left=True)
                 own = ids[node.start : node.end]
-                jobs.append(PrefillJob(node, own, node.start, node.was_computed))
+                jobs.append(self._job(node, own, node.was_computed, row.sequence))
         row.kv_end = row.first_block_end
         length, reach = row.kv_end - row.span_start, row.kv_limit - row.span_start
         row.blocks = [self._acquire(length, from_left=False, reach=reach)]
@@ -218,17 +238,27 @@ class Scheduler:
         own = np.concatenate([ids[row.start :], np.array(row.token_ids[:-1], np.int64)])
         known = self._history.cached_tokens
         if len(own):
-            jobs.append(PrefillJob(row, own, row.start, row.sequence in known))
+            jobs.append(self._job(row, own, row.sequence in known, row.sequence))
         else:
             admission.ready.append(row)
         if row.sequence not in known:
-            first = sum(len(job.token_ids) for job in jobs if not job.is_repeat)
+            first = sum(job.end - job.done for job in jobs if not job.is_repeat)
             known[row.sequence] = row.end - first
         row.cached_tokens = known[row.sequence]
         admission.jobs.extend(jobs)
         self.rows.append(row)
         self.waiting.popleft()
         self.changes += 1
+
+    def _job(
+        self, target: LiveNode | LiveRow, own: NDArray[np.int64], is_repeat: bool, sequence: int
+    ) -> PrefillJob:
+        """What is to be computed of `own`, the ids from `target.start` on; the rest is loaded."""
+        job = PrefillJob(target, own, target.start, is_repeat)
+        if self._states is not None and target.stored_end > target.start:
+            job.loaded = self._states.load(sequence, target.span_start, target.stored_end)
+            job.done = target.start if job.loaded is None else target.stored_end
+        return job
 
     def _extend(self, row: LiveRow) -> bool:
         """Lengthen the row's last block, or add one; False where too few slots are free."""

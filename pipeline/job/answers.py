@@ -191,6 +191,7 @@ def _succeeded(completion: Completion, text: str) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "completion_tokens": len(completion.token_ids),
         "cached_tokens": completion.cached_tokens,
+        "reuse_source": _source(completion),
         **asdict(completion.timing),
         "status": "ok",
         "attempts": 1,
@@ -198,11 +199,19 @@ def _succeeded(completion: Completion, text: str) -> dict[str, Any]:
     }
 
 
+def _source(completion: Completion) -> str:
+    """Where the KV that this row did not compute came from."""
+    if completion.stored_tokens:
+        return "store"
+    return "run" if completion.cached_tokens else "none"
+
+
 def _failed(error_type: str, message: str, attempts: int) -> dict[str, Any]:
     return {
         "finish_reason": "error",
         "completion_tokens": 0,
         "cached_tokens": 0,
+        "reuse_source": "none",
         **asdict(Timing()),
         "status": "error",
         "error_type": error_type,

@@ -100,6 +100,7 @@ class PlannedJob:
     """A job whose rows are known: row i of `plan.table` is input row i and has the id `ids[i]`.
 
     `rows`: ascending, those that this job answers; the others belong to other shards.
+    `tenant_of_row`: [rows] int32, index into `tenants`.
     """
 
     job: Job
@@ -108,6 +109,13 @@ class PlannedJob:
     rejected: dict[int, Rejected]
     rows: NDArray[np.int64]
     summary: PlanSummary
+    tenant_of_row: NDArray[np.int32]
+    tenants: tuple[str | None, ...]
+
+    def tenant(self, sequence: int) -> str:
+        """What the KV of a sequence belongs to: the hash of its tenant, empty without one."""
+        row = int(self.plan.sequences.row[sequence])
+        return self.tenants[int(self.tenant_of_row[row])] or ""
 
     def group_id(self, node: int) -> int:
         """How rows name a group: its node, or where there are tenants a number made of it.
@@ -241,7 +249,16 @@ def _build(job: Job, rows: PreparedRows) -> PlannedJob:
         _sort_bytes(settings.plan_memory, len(table)),
     )
     summary = summarise(plan, ids, _kv_limits(job))
-    return PlannedJob(job, plan, ids, rows.rejected(), _rows_of_shard(plan, settings), summary)
+    return PlannedJob(
+        job,
+        plan,
+        ids,
+        rows.rejected(),
+        _rows_of_shard(plan, settings),
+        summary,
+        columns["tenant"].to_numpy(),
+        rows.tenants(),
+    )
 
 
 def select_rows(job: Job, rows: Sequence[int] | NDArray[np.int64]) -> PromptBatch:

@@ -111,6 +111,10 @@ class PreparedRows:
         """[rows] `id`, `params` (index into `params()`), `tenant` (a number)."""
         return self._column("id", "params", "tenant")
 
+    def tenants(self) -> tuple[str | None, ...]:
+        """The hash of each tenant by its number; None: of rows without one."""
+        return tuple(self._tenants.hashes.known)
+
     def params(self) -> tuple[SamplingParams, ...]:
         """The distinct parameters."""
         return tuple(self._params.known)

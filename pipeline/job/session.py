@@ -36,6 +36,7 @@ from pipeline.job.observer import Observer, Snapshot
 from pipeline.job.outcome import RunOutcome, count_committed
 from pipeline.job.planning import PlannedJob
 from pipeline.job.rates import remember_rates
+from pipeline.job.recycling import recycling
 from pipeline.job.stopping import StopRequest
 from pipeline.job.watchdog import Watchdog
 from pipeline.plan.summary import tree_frame
@@ -45,7 +46,8 @@ _COMPLETIONS_AHEAD = 256
 _SHOW_EVERY_S = 0.5
 _METRICS_EVERY_S = 5.0
 _SUMMED = (
-    "prefilled_tokens", "generated_tokens", "wall_s", "prefill_s", "decode_s", "busy_s", "span_s"
+    "prefilled_tokens", "loaded_tokens", "generated_tokens",
+    "wall_s", "prefill_s", "decode_s", "load_s", "busy_s", "span_s",
 )  # fmt: skip
 
 
@@ -89,7 +91,8 @@ class Session:
             self._observer.say(self._header())
             for note in engine.notes:
                 self._observer.say(note)
-            with self._stop.listening():
+            states = recycling(engine, self._planned, self._sequences, self._observer)
+            with self._stop.listening(), states:
                 self._answer_rows(engine)
             self._check_prefilled(engine)
             return self._complete(engine)
@@ -216,9 +219,10 @@ class Session:
         if engine.name != "prefix" or self._rows_before or failed_in_engine:
             return
         total, unique = self._planned.count_tokens()
+        loaded = engine.counters.loaded_tokens
         counted = {
-            "prefilled": (engine.counters.prefilled_tokens, unique),
-            "cached": (self._writer.counts.cached_tokens, total - unique),
+            "prefilled": (engine.counters.prefilled_tokens, unique - loaded),
+            "cached": (self._writer.counts.cached_tokens, total - unique + loaded),
         }
         for name, (measured, planned) in counted.items():
             if measured != planned:

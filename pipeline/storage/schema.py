@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipeline.errors import InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 OUTPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("id", pa.string(), nullable=False),
@@ -19,6 +19,7 @@ OUTPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("completion_tokens", pa.int32()),
     pa.field("cached_tokens", pa.int32()),
     pa.field("reuse_depth", pa.int32()),
+    pa.field("reuse_source", pa.string()),
     pa.field("group_id", pa.int64()),
     pa.field("dedup_of", pa.string()),
     pa.field("queue_s", pa.float64()),

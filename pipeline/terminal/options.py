@@ -25,6 +25,7 @@ from pipeline.settings import (
     MonitorSettings,
     PlanSettings,
     ReadSettings,
+    RecycleSettings,
     SamplingSettings,
     StoreSettings,
     TokenSettings,
@@ -40,6 +41,7 @@ PANELS: dict[type[BaseModel], str] = {
     PlanSettings: "Plan",
     EngineSettings: "Device memory and batches (never change an answer)",
     WriteSettings: "Output",
+    RecycleSettings: "KV of earlier runs",
     MonitorSettings: "Monitoring",
     AuditSettings: "Audit",
     StoreSettings: "Object store",
@@ -85,6 +87,8 @@ _HELP = {
     "fail_on_error": "Rows that may fail: a share like 0.01 or a count.",
     "time_budget": "Stop by then, resumable: 4h, 90m.",
     "stall_timeout": "End, resumable, if nothing moves so long (30m); 0: never.",
+    "kv_store": "Load KV of prefixes from this folder, and keep it there.",
+    "kv_store_budget": "Most bytes of it, like 8GiB; least used go first.",
     "metrics_port": "Serve Prometheus metrics here: 9464, 0.0.0.0:9464.",
     "metrics_file": "Write them into this .prom file every 10 s.",
     "audit_sample": "Rows to audit: 200 or 1%; every group gets one.",
@@ -96,7 +100,8 @@ _HELP = {
 }
 # Fields that a person writes with a unit or as one of two notations: the settings parse the text.
 _WRITTEN_AS_TEXT = {
-    "kv_budget", "plan_memory", "time_budget", "stall_timeout", "fail_on_error", "audit_sample",
+    "kv_budget", "kv_store_budget", "plan_memory", "time_budget", "stall_timeout", "fail_on_error",
+    "audit_sample",
 }  # fmt: skip
 
 Section = TypeVar("Section", bound=BaseModel)

@@ -1,0 +1,214 @@
+"""A job and the KV store of earlier ones: what it loads, what it leaves behind.
+
+```
+ plan ─► which nodes to keep            store ─► engine (before prefill)
+ engine (a node is full) ─► writer thread ─► store
+```
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import Queue
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.engine.machine import cpu_description
+from pipeline.errors import UsageError, place_of
+from pipeline.job.fingerprint import describe_versions, identify_model
+from pipeline.job.observer import Observer
+from pipeline.job.planning import PlannedJob
+from pipeline.job.rates import recall_rates
+from pipeline.plan.plan import Plan
+from pipeline.settings import JobSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.engine.base import Engine
+    from pipeline.engine.prefix_engine import PrefixEngine
+    from pipeline.recycle.identity import Identity
+    from pipeline.recycle.store import KVStore
+
+_AHEAD = 8  # nodes whose KV waits in memory to be written
+_logger = logging.getLogger("coppice")
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """KV on its way to the store, as arguments of `KVStore.put`."""
+
+    token_ids: NDArray[np.uint32]
+    low: int
+    kv: Tensor
+    tenant: str
+
+
+class StoredStates:
+    """`KVStates` of one run: the engine asks, the plan knows the prompts, the store the files."""
+
+    def __init__(self, store: KVStore, planned: PlannedJob, wanted: NDArray[np.bool_], least: int):
+        """`wanted`: [nodes] to be kept; `least`: tokens from which on loading is worth it."""
+        self._store = store
+        self._planned = planned
+        self._plan = planned.plan
+        self._wanted = wanted
+        self._least = least
+        self._queue: Queue[_Kept | None] = Queue(_AHEAD)
+        self._writer = Thread(target=self._write, name="kv-store")
+        self._writer.start()
+
+    def stored_end(self, sequence: int, end: int) -> int:
+        """See `KVStates.stored_end`."""
+        ids = self._ids(sequence)[:end]
+        length = self._store.match(ids, self._planned.tenant(sequence)).length
+        return length if length >= self._least else 0
+
+    def load(self, sequence: int, low: int, high: int) -> Tensor | None:
+        """See `KVStates.load`."""
+        tenant = self._planned.tenant(sequence)
+        return self._store.load(self._ids(sequence), low, high, tenant)
+
+    def wants(self, node: int) -> bool:
+        """See `KVStates.wants`; only the first time."""
+        is_wanted = bool(self._wanted[node])
+        self._wanted[node] = False
+        return is_wanted
+
+    def keep(self, node: int, low: int, kv: Tensor) -> None:
+        """See `KVStates.keep`. Waits while the disk is behind."""
+        sequence = int(self._plan.sequence_lo[node])
+        ids = self._ids(sequence)[: int(self._plan.tree.end[node])]
+        self._queue.put(_Kept(ids, low, kv, self._planned.tenant(sequence)))
+
+    def close(self) -> None:
+        """Returns when all that was kept is written."""
+        self._queue.put(None)
+        self._writer.join()
+
+    def _write(self) -> None:
+        """Goes on whatever happens: the engine waits for room in the queue."""
+        while (kept := self._queue.get()) is not None:
+            try:
+                self._store.put(kept.token_ids, kept.low, kept.kv, kept.tenant)
+            except Exception as error:  # a fault of ours, which must cost no job
+                _logger.warning("the KV store keeps nothing of a prefix: %s", place_of(error))
+
+    def _ids(self, sequence: int) -> NDArray[np.uint32]:
+        return self._plan.prompt_token_ids(sequence).astype(np.uint32)
+
+
+def nodes_to_keep(
+    plan: Plan, sequences: NDArray[np.int64], least: int, room: int
+) -> NDArray[np.bool_]:
+    """[nodes] whether a node's KV is worth keeping for the jobs of other nights.
+
+    Those that most of `sequences` share, at least two, until `room` tokens are full; of these the
+    paths down to a depth of at least `least` tokens, where loading beats computing.
+    """
+    tree, below = plan.tree, plan.count_below(sequences)
+    order = np.lexsort((tree.end, -below))  # parents first: no child is shared by more
+    order = order[below[order] > 1]
+    fits = np.cumsum(tree.edge_lengths[order]) <= room
+    kept = np.zeros(tree.num_nodes, bool)
+    kept[order[: len(order) if fits.all() else int(np.argmin(fits))]] = True
+    is_deep = kept & (tree.end >= least)
+    # A node above a deep one has its first sequence in its own range, and no deep node is above it.
+    deep_before = np.zeros(len(plan.sequences) + 1, np.int64)
+    np.add.at(deep_before, plan.sequence_lo[is_deep] + 1, 1)
+    deep_before = np.cumsum(deep_before)
+    has_deep = deep_before[plan.sequence_hi] > deep_before[plan.sequence_lo]
+    return kept & (is_deep | has_deep)
+
+
+def identify_states(settings: JobSettings, tokenizer: str, dtype: str) -> Identity:
+    """What the KV of a job depends on besides its token ids. `dtype`: of the loaded weights."""
+    from pipeline.engine.model import read_rope, read_shape
+    from pipeline.recycle.identity import Identity
+
+    model = settings.model
+    shape = read_shape(model.model, model.revision)
+    content: dict[str, Any] = dict(identify_model(model))
+    if settings.engine.fidelity == "strict":  # whose bits are those of one machine
+        content["strict"] = [describe_versions(), cpu_description(), os.cpu_count()]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    layout = (shape.num_layers, shape.num_kv_heads, shape.head_dim)
+    rope = json.dumps(read_rope(model.model, model.revision), sort_keys=True)
+    return Identity(digest, tokenizer, dtype, layout, rope)
+
+
+@contextmanager
+def recycling(
+    engine: Engine, planned: PlannedJob, sequences: NDArray[np.int64], observer: Observer
+) -> Iterator[None]:
+    """Meanwhile the engine loads what `--kv-store` has, and what is worth it is kept there.
+
+    Raises UsageError where the folder cannot be a store. Engines without KV of their own go
+    without, which is said.
+    """
+    settings = planned.job.settings
+    folder = settings.recycle.kv_store
+    if folder is None:
+        yield
+        return
+    if not isinstance(engine, _has_states()):
+        observer.say(f"--kv-store is left out: the {engine.name} engine keeps no KV of prefixes")
+        yield
+        return
+    from pipeline.recycle.store import KVStore
+
+    dtype = str(engine.loaded.model.dtype).removeprefix("torch.")
+    identity = identify_states(settings, planned.job.tokenizer.fingerprint, dtype)
+    per_token = engine.loaded.shape.kv_bytes_per_token(dtype)
+    least = least_depth(settings, identity, per_token)
+    if least is None:
+        observer.say("--kv-store is left out: here computing a prefix is faster than loading it")
+        yield
+        return
+    budget = settings.recycle.kv_store_budget
+    with KVStore.open(folder, identity, budget) as store:
+        wanted = nodes_to_keep(planned.plan, sequences, least, budget // per_token)
+        states = StoredStates(store, planned, wanted if store.is_writer else wanted & False, least)
+        engine.kv_states = states
+        try:
+            yield
+        finally:
+            engine.kv_states = None
+            states.close()
+        observer.say(
+            f"KV store: {engine.counters.loaded_tokens} prompt tokens loaded, "
+            f"{store.stats.puts} prefixes kept; loading pays from {least} tokens on"
+        )
+
+
+def least_depth(settings: JobSettings, identity: Identity, bytes_per_token: int) -> int | None:
+    """The break-even depth in tokens by what was measured here; None: loading never pays.
+
+    1 on a machine that has not run the model yet.
+    """
+    from pipeline.recycle.break_even import break_even_tokens, measure_load_cost
+
+    rates = recall_rates(settings.model)
+    assert settings.recycle.kv_store is not None
+    if rates is None:
+        return 1
+    try:
+        cost = measure_load_cost(settings.recycle.kv_store.absolute(), identity)
+    except (OSError, UsageError):
+        return 1  # the store says itself what is wrong with its folder
+    return break_even_tokens(cost, bytes_per_token, rates.prefill_tokens_per_s)
+
+
+def _has_states() -> type[PrefixEngine]:
+    from pipeline.engine.prefix_engine import PrefixEngine
+
+    return PrefixEngine

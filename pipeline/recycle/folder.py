@@ -1,0 +1,168 @@
+"""The store's folder: names of entries, temporary files, quarantine. Knows no trees, no tensors.
+
+```
+ DIR/ab/ab12….safetensors   an entry        DIR/index.safetensors   to open fast, nothing else
+ DIR/quarantine/            what was bad    DIR/.lock               of the one writer
+```
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.errors import UsageError
+from pipeline.storage.durable import is_temp, make_folder, sync_folder
+from pipeline.storage.lock import LOCK_NAME
+
+INDEX_NAME = "index.safetensors"
+_QUARANTINE = "quarantine"
+_SUFFIX = ".safetensors"
+_SHELF = re.compile("[0-9a-f]{2}")
+_ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
+
+class FileState(NamedTuple):
+    """`size` in bytes, `last_used` in ns since 1970: the file's modification time."""
+
+    size: int
+    last_used: int
+
+
+class StoreFolder:
+    """Files of a store by name. Methods raise OSError unless they say otherwise."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.index_path = path / INDEX_NAME
+        self.quarantine_path = path / _QUARANTINE
+
+    @classmethod
+    def open(cls, path: Path, *, create: bool) -> StoreFolder:
+        """Make it if it is missing and `create`; nobody else may look into it.
+
+        Raises UsageError where it cannot be made or read, belongs to somebody whom it would not
+        keep others out for, or holds other things than a store.
+        """
+        try:
+            if create and not path.exists():
+                make_folder(path)
+            names = os.listdir(path)
+        except OSError as error:
+            raise UsageError(
+                f"cannot open the KV store {path} ({error.strerror}); name another folder"
+            ) from error
+        foreign = next((name for name in names if not _is_ours(name)), None)
+        if foreign is not None:
+            raise UsageError(
+                f"{path} holds {foreign}, so it is no KV store; name an empty or a new folder"
+            )
+        _keep_others_out(path)
+        return cls(path)
+
+    def entry_path(self, key: str) -> Path:
+        """Where the entry of this key is, or would be."""
+        return self.path / key[:2] / f"{key}{_SUFFIX}"
+
+    def list_entries(self) -> dict[str, FileState]:
+        """Every file whose name is that of an entry, by key; not what vanishes meanwhile."""
+        found = {}
+        for item in self._shelved():
+            if _ENTRY.fullmatch(item.name) and item.name[:2] == item.path.split(os.sep)[-2]:
+                with suppress(FileNotFoundError):
+                    state = item.stat(follow_symlinks=False)
+                    key = item.name.removesuffix(_SUFFIX)
+                    found[key] = FileState(state.st_size, state.st_mtime_ns)
+        return found
+
+    def make_shelf(self, key: str) -> None:
+        """Make the folder of this entry, for good; never the store's own, were it deleted."""
+        with suppress(FileExistsError):
+            os.mkdir(self.path / key[:2], 0o700)
+            sync_folder(self.path)
+
+    def touch(self, key: str, last_used: int) -> None:
+        """Set when the entry was last used, if that is possible: losing it harms little."""
+        with suppress(OSError):
+            os.utime(self.entry_path(key), ns=(last_used, last_used))
+
+    def remove(self, key: str) -> None:
+        """Remove an entry; it may be gone already."""
+        path = self.entry_path(key)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def quarantine(self, key: str) -> int:
+        """Put an entry aside, whatever it is; returns its bytes."""
+        path = self.entry_path(key)
+        size = path.lstat().st_size
+        with suppress(FileExistsError):
+            os.mkdir(self.quarantine_path, 0o700)
+        target = self.quarantine_path / f"{time.time_ns()}-{path.name}"
+        os.replace(path, target)
+        return size
+
+    def list_quarantine(self) -> list[tuple[Path, FileState]]:
+        """What was put aside and when, the oldest first."""
+        found = []
+        with suppress(OSError), os.scandir(self.quarantine_path) as items:
+            for item in items:
+                with suppress(OSError, ValueError):
+                    moved_at = int(item.name.split("-")[0])
+                    size = item.stat(follow_symlinks=False).st_size
+                    found.append((Path(item.path), FileState(size, moved_at)))
+        return sorted(found, key=lambda pair: pair[1].last_used)
+
+    def drop_quarantined(self, path: Path) -> None:
+        """Remove one thing that was put aside."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def drop_temps(self) -> int:
+        """Remove what writers that died have left; only for the one writer. Returns how many."""
+        temps = [Path(item.path) for item in self._shelved() if is_temp(Path(item.name))]
+        temps += [path for path in self.path.iterdir() if is_temp(path)]
+        for path in temps:
+            path.unlink(missing_ok=True)
+        return len(temps)
+
+    def _shelved(self) -> Iterator[os.DirEntry[str]]:
+        with suppress(FileNotFoundError):
+            for name in os.listdir(self.path):
+                if _SHELF.fullmatch(name):
+                    with suppress(OSError), os.scandir(self.path / name) as items:
+                        yield from items
+
+
+def _is_ours(name: str) -> bool:
+    known = (INDEX_NAME, _QUARANTINE, LOCK_NAME, "lost+found")
+    return name in known or _SHELF.fullmatch(name) is not None or is_temp(Path(name))
+
+
+def _keep_others_out(path: Path) -> None:
+    """Token ids are text to whoever has the tokenizer, and KV that others wrote is no KV of ours.
+
+    Raises UsageError where others may write.
+    """
+    mode = path.stat().st_mode
+    if mode & _OTHERS:
+        try:
+            os.chmod(path, stat.S_IMODE(mode) & ~_OTHERS)
+        except OSError as error:
+            if mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise UsageError(
+                    f"others may write to the KV store {path}, and it is not yours to change; "
+                    "name a folder of your own"
+                ) from error
