@@ -76,7 +76,9 @@ def draw_whole(task: Task, rng: random.Random) -> tuple[str, list[tuple[str, str
 def draw_miss(rng: random.Random) -> tuple[str, str, str]:
     """Return a prompt that shares nothing with any other, from its first word on."""
     topic = draw_topic("answer", rng, _NUM_FACTS, "known")
-    return _ask(f"Utrecht, May. {TASK_HEADERS['answer'][0]}", topic, topic.draw_item(rng), "miss", rng)
+    return _ask(
+        f"Utrecht, May. {TASK_HEADERS['answer'][0]}", topic, topic.draw_item(rng), "miss", rng
+    )
 
 
 def draw_prompts(seed: int) -> tuple[list[Row], list[Row]]:
@@ -84,8 +86,8 @@ def draw_prompts(seed: int) -> tuple[list[Row], list[Row]]:
     rng = random.Random(f"paper-{seed}")
     cached = [(text, "talk") for text in _TALK_CACHE]
     tests = [(text, kind, "") for text, kind in _TALK_TESTS]
-    for draw, task in ((draw_desk, "classify"), (draw_desk, "answer"), (draw_whole, "extract")):
-        kept, asked = draw(task, rng)
+    desk = [draw_desk("classify", rng), draw_desk("answer", rng), draw_whole("extract", rng)]
+    for kept, asked in desk:
         cached.append((kept, "desk"))
         tests += asked
     tests.append(draw_miss(rng))

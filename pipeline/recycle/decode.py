@@ -56,6 +56,10 @@ class GreedyDecoder:
             new.append(self._step(new[-1:], len(token_ids) + len(new) - 1, cache))
         return Generation(tuple(new), first - begin, time.perf_counter() - first)
 
+    def prefill(self, token_ids: Sequence[int]) -> int:
+        """The first new token alone, everything computed."""
+        return self._step(list(token_ids), 0, DynamicCache())
+
     def compute_kv(self, token_ids: Sequence[int]) -> Tensor:
         """KV of all positions of a prompt: [layers, 2, kv_heads, n, head_dim], on the CPU.
 

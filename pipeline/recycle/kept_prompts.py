@@ -1,4 +1,4 @@
-"""Prompts to keep or to ask, from CSV or Parquet: id, text, kind, answer. Knows nothing of tokens."""
+"""Prompts to keep or to ask, from CSV or Parquet: id, text, kind, answer. Knows no tokens."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def _read_csv(path: Path) -> Iterator[KeptPrompt]:
                         f"{path}: line {rows.line_num} has more or fewer cells than the header; "
                         "put texts with commas between double quotes"
                     )
-                yield KeptPrompt(
-                    row["id"], row["text"], row.get("kind", ""), row.get("answer", "")
-                )
+                yield KeptPrompt(row["id"], row["text"], row.get("kind", ""), row.get("answer", ""))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; check the path") from None
     except UnicodeDecodeError:

@@ -33,7 +33,7 @@ class TextEncoder(Protocol):
 
 
 class Candidate(NamedTuple):
-    """The nearest kept prompt: its place in the index, its cosine, and the seconds of both steps."""
+    """The nearest kept prompt: its place in the index, its cosine, the seconds of both steps."""
 
     key: int
     score: float
