@@ -26,6 +26,7 @@ from pipeline.settings import (
     TokenSettings,
     WriteSettings,
 )
+from pipeline.terminal import recycle
 from pipeline.terminal.arguments import Config, Input, Json, LogFormat, Progress, RunFolder
 from pipeline.terminal.logs import log_error, log_to_stderr, make_observer
 from pipeline.terminal.options import merge, merge_section, split_store, takes_settings, to_flat
@@ -39,6 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # its panels clip long flags at 80 columns
 )
 app.add_typer(night_app)
+app.add_typer(recycle.app, name="recycle")
 _READ = (ModelSettings, ReadSettings, TokenSettings, StoreSettings)
 _JOB = (*_READ, SamplingSettings, PlanSettings, EngineSettings, RecycleSettings)
 

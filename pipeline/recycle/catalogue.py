@@ -5,6 +5,7 @@ The entries are the truth. The index, the tree and the number of bytes follow fr
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -19,13 +20,15 @@ from pipeline.recycle.index import Row, read_index, write_index
 from pipeline.recycle.tree import Node, PrefixTree
 
 _WORTH_AN_INDEX = 1000  # entries that were read one by one at open: the next one need not
+_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _logger = logging.getLogger("coppice")
 
 
 class Catalogue:
     """What is in a store's folder. Only the one writer removes anything good.
 
-    `identities`: of each root. `used_bytes`: files of entries, and of the quarantine.
+    `identities`: of each root. `used_bytes`: files of entries, and of the quarantine. `bad`: key of
+    each entry that was put aside, and what was wrong with it.
     """
 
     def __init__(self, folder: StoreFolder, is_writer: bool) -> None:
@@ -34,7 +37,7 @@ class Catalogue:
         self.tree = PrefixTree()
         self.identities: dict[str, str] = {}
         self.used_bytes = 0
-        self.quarantined = 0
+        self.bad: list[tuple[str, str]] = []
         self.evicted = 0
         self.is_index_old = False
 
@@ -78,13 +81,19 @@ class Catalogue:
                     self.folder.remove(gone.key)
         self.is_index_old = True
 
-    def quarantine(self, key: str) -> None:
-        """Put a bad entry aside, if it can be moved, and forget it."""
-        self.quarantined += 1
+    def put_aside(self, key: str, error: BadEntry | OSError) -> bool:
+        """Move a bad entry to the quarantine, if that is possible, and forget it.
+
+        False where the error says nothing about the entry: this process has run out of something.
+        """
+        if isinstance(error, OSError) and error.errno in _OURS:
+            return False
+        self.bad.append((key, reason(error)))
         with suppress(OSError):
             self.used_bytes += self.folder.quarantine(key)
         if node := self.tree.nodes.get(key):
             self.forget(node)
+        return True
 
     def make_room(self, wanted: int, budget: int, spared: Collection[Node] = ()) -> bool:
         """Remove what was used the longest ago until `wanted` more bytes fit into the budget.
@@ -167,9 +176,10 @@ class Catalogue:
             try:
                 head, token_ids = self.read_head(key)
                 found.append((key, head, token_ids))
+            except FileNotFoundError:  # evicted meanwhile
+                continue
             except (BadEntry, OSError) as error:
-                if not isinstance(error, FileNotFoundError):
-                    self.quarantine(key)
+                self.put_aside(key, error)
         return found
 
     def read_head(self, key: str) -> tuple[Head, TokenIds]:
@@ -183,3 +193,8 @@ class Catalogue:
         if entry_key(head.root, token_ids, head.low) != key:
             raise BadEntry("its token ids are not those of its name")
         return head, token_ids
+
+
+def reason(error: BadEntry | OSError) -> str:
+    """What is wrong, in words that quote nothing."""
+    return str(error.strerror) if isinstance(error, OSError) else str(error)

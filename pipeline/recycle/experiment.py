@@ -26,7 +26,7 @@ from pipeline.recycle.kept_prompts import KeptPrompt
 from pipeline.recycle.naive_paper import generate_naively
 from pipeline.recycle.page_cache import drop_page_cache
 from pipeline.recycle.protocol import Protocol, run_rounds
-from pipeline.recycle.retrieval import EmbeddingIndex, TextEncoder
+from pipeline.recycle.retrieval import EmbeddingIndex, TextEncoder, keep_vectors
 from pipeline.recycle.store import KVStore
 
 BASELINE: Final = "baseline"
@@ -107,7 +107,8 @@ def run_experiment(
     asked = _encode(subject, prompts[1])
     keep_all(subject, [one.token_ids for one in kept], folder)
     store = open_to_read(folder, subject.identity)
-    index = EmbeddingIndex.of_texts(encoder, [one.prompt.text for one in kept])
+    vectors = keep_vectors(folder, encoder, [one.prompt.text for one in kept])
+    index = EmbeddingIndex(encoder, vectors)
     names = [one.prompt.id for one in kept]
     nearest = NearestEmbedding(index, names, [one.token_ids for one in kept], store)
     arms = _Arms(subject, folder, nearest, LongestPrefix(store))

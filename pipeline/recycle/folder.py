@@ -23,6 +23,7 @@ from pipeline.storage.durable import is_temp, make_folder, sync_folder
 from pipeline.storage.lock import LOCK_NAME
 
 INDEX_NAME = "index.safetensors"
+EMBEDDINGS_NAME = "embeddings.safetensors"  # of kept prompts, for `retrieval`; no entry needs it
 _QUARANTINE = "quarantine"
 _SUFFIX = ".safetensors"
 _SHELF = re.compile("[0-9a-f]{2}")
@@ -132,8 +133,8 @@ class StoreFolder:
 
     def drop_temps(self) -> int:
         """Remove what writers that died have left; only for the one writer. Returns how many."""
-        temps = [Path(item.path) for item in self._shelved() if is_temp(Path(item.name))]
-        temps += [path for path in self.path.iterdir() if is_temp(path)]
+        temps = [Path(item.path) for item in self._shelved() if item.name.startswith(".")]
+        temps = [path for path in (*temps, *self.path.iterdir()) if is_temp(path)]
         for path in temps:
             path.unlink(missing_ok=True)
         return len(temps)
@@ -147,7 +148,7 @@ class StoreFolder:
 
 
 def _is_ours(name: str) -> bool:
-    known = (INDEX_NAME, _QUARANTINE, LOCK_NAME, "lost+found")
+    known = (INDEX_NAME, EMBEDDINGS_NAME, _QUARANTINE, LOCK_NAME, "lost+found")
     return name in known or _SHELF.fullmatch(name) is not None or is_temp(Path(name))
 
 

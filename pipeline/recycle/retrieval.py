@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from pipeline.recycle.folder import EMBEDDINGS_NAME
 from pipeline.storage.durable import replace_file
 
 Vectors = NDArray[np.float32]
-_FILE = "embeddings.safetensors"
 
 
 class TextEncoder(Protocol):
@@ -55,11 +55,6 @@ class EmbeddingIndex:
         self._index: Any = faiss.IndexFlatIP(vectors.shape[1])
         self._index.add(self.vectors)
 
-    @classmethod
-    def of_texts(cls, encoder: TextEncoder, texts: Sequence[str]) -> EmbeddingIndex:
-        """Embed the texts and index them."""
-        return cls(encoder, encoder.encode(texts))
-
     def __len__(self) -> int:
         return len(self.vectors)
 
@@ -79,23 +74,40 @@ class EmbeddingIndex:
         return int(keys[0, 0]), float(scores[0, 0])
 
 
-def save_vectors(folder: Path, encoder: str, names: Sequence[str], vectors: Vectors) -> None:
-    """Keep vectors beside a store, with their hash. Raises StorageError."""
-    metadata = {"encoder": encoder, "names": "\n".join(names), "sha256": _digest(names, vectors)}
-    replace_file(folder / _FILE, save({"vectors": np.ascontiguousarray(vectors)}, metadata))
+def keep_vectors(folder: Path, encoder: TextEncoder, texts: Sequence[str]) -> Vectors:
+    """Vectors of these texts: those kept in `folder`, and the others computed and kept there too.
+
+    Names in the file are hashes of the texts. Raises StorageError.
+    """
+    names = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    known = _read_vectors(folder, encoder.name)
+    new = {name: text for name, text in zip(names, texts, strict=True) if name not in known}
+    if new:
+        known |= dict(zip(new, encoder.encode(list(new.values())), strict=True))
+        _save_vectors(folder, encoder.name, known)
+    return np.stack([known[name] for name in names])
 
 
-def read_vectors(folder: Path, encoder: str) -> tuple[list[str], Vectors] | None:
-    """Names and vectors as they were kept; None if there are none of this encoder, whole."""
+def _save_vectors(folder: Path, encoder: str, known: dict[str, Vectors]) -> None:
+    names, vectors = list(known), np.stack(list(known.values()))
+    metadata = {
+        "encoder": encoder, "names": "\n".join(names), "sha256": _digest(names, vectors)
+    }  # fmt: skip
+    replace_file(folder / EMBEDDINGS_NAME, save({"vectors": vectors}, metadata))
+
+
+def _read_vectors(folder: Path, encoder: str) -> dict[str, Vectors]:
+    """By name, as they were kept; nothing where they are another encoder's, or altered."""
     try:
-        with safe_open(folder / _FILE, "numpy") as file:
+        with safe_open(folder / EMBEDDINGS_NAME, "numpy") as file:
             metadata = file.metadata() or {}
             vectors: Vectors = file.get_tensor("vectors")
     except (OSError, SafetensorError):
-        return None
+        return {}
     names = metadata.get("names", "").split("\n")
-    is_whole = metadata.get("sha256") == _digest(names, vectors)
-    return (names, vectors) if is_whole and metadata.get("encoder") == encoder else None
+    if metadata.get("encoder") != encoder or metadata.get("sha256") != _digest(names, vectors):
+        return {}
+    return dict(zip(names, vectors, strict=True))
 
 
 def _digest(names: Sequence[str], vectors: Vectors) -> str:

@@ -7,7 +7,6 @@ same model, tokenizer, dtype and rope settings, below the same salt and tenant.
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from contextlib import suppress
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.recycle.catalogue import Catalogue
+from pipeline.recycle.catalogue import Catalogue, reason
 from pipeline.recycle.entry import MappedEntry, check_entry, encode_kv, map_entry, write_entry
 from pipeline.recycle.folder import FileState, StoreFolder
 from pipeline.recycle.head import DTYPES, BadEntry, Head
@@ -30,8 +29,6 @@ from pipeline.recycle.tree import Node, Walk, full_ids, root_of
 from pipeline.storage.durable import publish, temp_path
 from pipeline.storage.lock import LOCK_NAME, FileLock, HeldElsewhere
 
-# The entry may be fine: this process has run out of something.
-_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _logger = logging.getLogger("coppice")
 
 
@@ -239,6 +236,7 @@ class KVStore:
         with self._guard:
             state = FileState(head.file_bytes, time.time_ns())
             is_new = self._catalogue.add(key, head, token_ids.copy(), state) is not None
+            self._catalogue.touch(stored.nodes)
             self._catalogue.is_index_old = True
         self.stats.puts += is_new
         return is_new
@@ -275,13 +273,13 @@ class KVStore:
         self._verified[node.key] = entry.inode
 
     def _put_aside(self, node: Node, error: BadEntry | OSError) -> None:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        if isinstance(error, OSError) and error.errno in _OURS:
+        why = reason(error)
+        with self._guard:
+            is_bad = self._catalogue.put_aside(node.key, error)
+            self._count()
+        if not is_bad:
             self._say_once("ours", f"an entry of the KV store could not be read: {why}")
             return
-        with self._guard:
-            self._catalogue.quarantine(node.key)
-            self._count()
         self._say_once(
             "bad",
             f"an entry of the KV store was bad ({why}) and is computed again; it lies in "
@@ -313,7 +311,7 @@ class KVStore:
 
     def _count(self) -> None:
         self.stats.evictions = self._catalogue.evicted
-        self.stats.quarantined = self._catalogue.quarantined
+        self.stats.quarantined = len(self._catalogue.bad)
 
     def _check_shape(self, kv: Tensor, length: int) -> None:
         layers, kv_heads, head_dim = self._identity.layout

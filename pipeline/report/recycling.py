@@ -74,7 +74,8 @@ def _depth_text(depth: Mapping[str, Any]) -> str:
         lines.append(
             f"| {row['depth']} | {row['state']} | {row['latency_s']:.3f} s "
             f"({row['latency_low_s']:.3f}–{row['latency_high_s']:.3f}) | "
-            f"{row['speedup_percent']:.1f} % ({row['speedup_low']:.1f}–{row['speedup_high']:.1f}) | "
+            f"{row['speedup_percent']:.1f} % "
+            f"({row['speedup_low']:.1f}–{row['speedup_high']:.1f}) | "
             f"{row['ratio']:.2f}x | {row['predicted_ratio']:.2f}x | {1000 * load:.1f} ms |"
         )
     deepest, k = depth["deepest"], depth["break_even"]

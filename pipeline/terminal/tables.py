@@ -31,6 +31,16 @@ def print_table(title: str, rows: Rows) -> None:
     Console().print(_make_table(title, rows), highlight=False)
 
 
+def print_columns(title: str, names: Mapping[str, bool], rows: Sequence[Sequence[str]]) -> None:
+    """A table with a line of names on stdout. `names`: of the columns, and which are numbers."""
+    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+    for name, is_number in names.items():
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console().print(table, highlight=False)
+
+
 def watch_status(title: str, read: Callable[[], Mapping[str, Any]], every_s: float = 2.0) -> None:
     """Show what `read` says in one place of the screen until the job is not running, or Ctrl-C.
 
