@@ -159,12 +159,13 @@ def _study_neighbours(
 
 
 def _describe(settings: PaperSettings, seconds: float, load: float) -> str:
+    cpu = cpu_description().partition("\n")[0].partition(":")[2].strip() or "unknown CPU"
     quick = "Quick run: a tiny shape, no figure of it may be quoted. " if settings.is_quick else ""
     return (
         f"{quick}Medians of {settings.protocol.repeats} interleaved repeats after "
         f"{settings.protocol.warmups} or more discarded runs; fixed lengths, greedy, float32. "
-        f"Lookup, embedding, load and transfer count. {cpu_description()}, load {load:.1f} at the "
-        f"start (0: nothing else ran); {seconds:.0f} s in all."
+        f"Lookup, embedding, load and transfer count. {cpu}, {os.cpu_count()} cores, "
+        f"load {load:.1f} at the start (0: nothing else ran); {seconds:.0f} s in all."
     )
 
 

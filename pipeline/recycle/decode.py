@@ -66,7 +66,7 @@ class GreedyDecoder:
         Raises ModelError for a model that does not keep every position.
         """
         cache = DynamicCache()
-        self._forward(list(token_ids), 0, cache)
+        self.logits(list(token_ids), 0, cache)
         layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]
         if any(layer.shape != layers[0].shape for layer in layers) or (
             layers[0].shape[2] != len(token_ids)
@@ -93,10 +93,10 @@ class GreedyDecoder:
 
     def _step(self, fed: list[int], position: int, cache: DynamicCache) -> int:
         """The likeliest token after `fed`, which begins at `position`; `int` waits for a device."""
-        return int(self._forward(fed, position, cache).argmax())
+        return int(self.logits(fed, position, cache).argmax())
 
     @torch.inference_mode()
-    def _forward(self, fed: list[int], position: int, cache: DynamicCache) -> Tensor:
+    def logits(self, fed: list[int], position: int, cache: DynamicCache) -> Tensor:
         """Logits after the last of `fed`: [vocabulary]. Appends to the cache."""
         end = position + len(fed)
         output: Any = self.model(
