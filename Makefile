@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= coppice-demo
 
-.PHONY: demo test trust test-slow test-vllm torture fuzz faults check format lint types bench bench-peers demo-model report-demo wheel clean
+.PHONY: demo test trust test-slow test-vllm torture fuzz faults check format lint types bench bench-peers paper demo-model report-demo wheel clean
 
 demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts, audit it, report
 	$(BIN)/coppice demo -o $(DEMO)
@@ -52,6 +52,12 @@ bench: $(VENV)/.installed  ## the figures of the README; about 20 minutes, nothi
 bench-peers: $(VENV)/.installed  ## vLLM, OpenVINO, transformers; hours, nothing else running
 	$(BIN)/python -m benchmarks.compare
 	$(BIN)/python -m benchmarks.grid
+
+WORKLOADS ?= ../shared/workloads
+PAPER     ?= results
+paper: $(VENV)/.installed  ## the paper's experiment, tables and plots into results/; 20 minutes, nothing else running
+	$(BIN)/python data/make_paper_prompts.py
+	$(BIN)/coppice recycle experiment -o $(PAPER) $(if $(wildcard $(WORKLOADS)),--workloads $(WORKLOADS)) $(FLAGS)
 
 demo-model: $(VENV)/.installed  ## train the embedded model again, from scratch
 	$(BIN)/python data/train_tokenizer.py

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-_DEMO = ("demo_model/model.safetensors", "demo_model/tokenizer.json", "prompts.parquet")
+_DEMO = (
+    "demo_model/model.safetensors", "demo_model/tokenizer.json", "prompts.parquet",
+    "cache_prompts.csv", "test_prompts.csv",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from pipeline.storage.durable import is_temp, make_folder, sync_folder
 from pipeline.storage.lock import LOCK_NAME
 
 INDEX_NAME = "index.safetensors"
+EMBEDDINGS_NAME = "embeddings.safetensors"  # of kept prompts, for `retrieval`; no entry needs it
 _QUARANTINE = "quarantine"
 _SUFFIX = ".safetensors"
 _SHELF = re.compile("[0-9a-f]{2}")
@@ -147,7 +148,7 @@ class StoreFolder:
 
 
 def _is_ours(name: str) -> bool:
-    known = (INDEX_NAME, _QUARANTINE, LOCK_NAME, "lost+found")
+    known = (INDEX_NAME, EMBEDDINGS_NAME, _QUARANTINE, LOCK_NAME, "lost+found")
     return name in known or _SHELF.fullmatch(name) is not None or is_temp(Path(name))
 
 

@@ -11,6 +11,7 @@ import typer
 
 from pipeline.errors import StorageError, UsageError
 from pipeline.settings import parse_bytes
+from pipeline.terminal import paper
 from pipeline.terminal.progress import format_bytes
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+app.add_typer(paper.app)
 _SHOWN_BAD = 10
 _COLUMNS = {
     "key": False, "tokens": True, "depth": True, "bytes": True, "last used": False,
