@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,8 @@ from pipeline.plan.plan import Plan
 _SHORT = 50  # a prefix is short if all shards together compute it for so small a part of the job
 _STEP = 1.02  # from one limit to the next
 _SLACK = 50  # a cut may move by this part of a limit to where fewer tokens are shared
-_FINEST = 32  # small neighbours are joined up to this part of a fair share
+_GRAIN = 128  # small neighbours are joined up to this part of a fair share: it is fine enough
+_FINEST = 32  # and up to this one for workers: a device wants many rows at once
 
 Ranges = NDArray[np.int64]
 """[ranges, 3]: cost without what opened groups share, and sequences `[low, high)`; in order, tiling
@@ -86,7 +88,7 @@ def _best_pieces(plan: Plan, costs: Costs, num_shards: int, num_prefixes: int) -
     limit = fair = -(-total // num_shards)
     best, end = np.zeros((0, 3), np.int64), np.inf
     while limit <= min(end, total) or not len(best):
-        pieces = _join(cutter.pieces(limit), iter(lambda: fair // _FINEST, None))
+        pieces = _join(cutter.pieces(limit), repeat(fair // _GRAIN))
         pieces_end = _end(pieces, num_shards)
         if pieces_end < end:
             best, end = pieces, pieces_end

@@ -67,6 +67,18 @@ def test_conversations_under_one_short_system_prompt_are_dealt_out(num_shards: i
     assert max(costs) <= 1.02 * np.mean(costs)
 
 
+@pytest.mark.parametrize("num_shards", [16, 32, 64])
+def test_groups_of_more_than_a_share_leave_no_shard_with_twice_as_much(num_shards: int) -> None:
+    """Of one and a half or some more shares each. Seen red, 1.9 of the mean: cut into equal parts,
+    of which some shards got two."""
+    rows = [[group] * 300 + [row] * 10 for group in range(1, 11) for row in range(11, 411)]
+    table = TokenTable.from_lists(rows)
+    names = [str(row) for row in range(len(rows))]
+    plan = build_plan(table, names, (SamplingParams(40),), np.zeros(len(rows), np.int64))
+    costs = [shard.cost for shard in cut_into_shards(plan, num_shards)]
+    assert max(costs) <= 1.15 * np.mean(costs)
+
+
 @pytest.mark.parametrize("num_shards", [2, 3, 7, 16])
 def test_one_large_group_is_cut_evenly(num_shards: int) -> None:
     rows = [[9] * 200 + [row // 5, row, *range(row % 7)] for row in range(2000)]
