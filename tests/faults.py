@@ -35,6 +35,10 @@ CASES = (
     "the device is busy", "monitoring", "no Prefect server", "Prefect server restarts",
     "Prefect database locked", "a machine of the cluster dies", "a row that kills every machine",
     "the cluster's head dies", "KV of an earlier run",
+    "CSV of prompts to keep: empty, no such column, torn row, not UTF-8, ids twice",
+    "embeddings beside a KV store altered, cut or not safetensors",
+    "recycled KV that is another prompt's, in the experiment",
+    "recycling experiment called with what cannot work",
 )  # fmt: skip
 """Every row of the list of faults that the product promises to survive, in the table's order."""
 PENDING: dict[str, str] = {}

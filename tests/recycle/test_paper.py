@@ -1,4 +1,4 @@
-"""`coppice recycle experiment` and `build`: the whole of them, small, and calls that cannot work."""
+"""`coppice recycle experiment` and `build`: the whole of them, small, and wrong calls."""
 
 from __future__ import annotations
 
