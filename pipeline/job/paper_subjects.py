@@ -118,19 +118,11 @@ def _real_subject(model: str, name: str, num_new: int, longest: int | None = Non
 
 
 def _random_subject(tokenizer: str, sizes: Sizes) -> Tested:
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from pipeline.recycle.decode import GreedyDecoder
+    from pipeline.recycle.decode import GreedyDecoder, random_gpt2
 
     layers, heads, width = sizes.shape
-    config = GPT2Config(
-        n_layer=layers, n_head=heads, n_embd=width, vocab_size=sizes.vocabulary,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    model = random_gpt2(sizes.shape, sizes.vocabulary)
+    config = model.config
     loaded = PromptTokenizer.load(tokenizer, None, TokenSettings())
     if loaded.vocabulary_size > sizes.vocabulary:
         raise ModelError(
