@@ -113,7 +113,7 @@ def _real_subject(model: str, name: str, num_new: int, longest: int | None = Non
         read=read,
         identity=identify_states(settings, tokenizer.fingerprint, "float32"),
         context=context,
-        longest=longest or context,
+        longest=longest,
     )
 
 
