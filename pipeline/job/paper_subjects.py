@@ -45,9 +45,7 @@ class Sizes:
     def quick(cls) -> Sizes:
         """Seconds instead of minutes, and no figure worth quoting."""
         depth = DepthSettings(prompt_tokens=96, depths=(0, 8, 32, 64))
-        return cls(
-            (2, 4, 64), 5000, new=4, new_deep=4, depth=depth, stored=(10, 30, 100), queries=20
-        )
+        return cls((2, 4, 64), 5000, new=4, new_deep=4, depth=depth, stored=(10, 30), queries=10)
 
     def deep(self, decoder: GreedyDecoder) -> GreedyDecoder:
         """The same model, writing as many tokens as the study of depth wants."""
@@ -113,34 +111,32 @@ def _real_subject(model: str, name: str, num_new: int, longest: int | None = Non
         read=read,
         identity=identify_states(settings, tokenizer.fingerprint, "float32"),
         context=context,
-        longest=longest or context,
+        longest=longest,
     )
 
 
 def _random_subject(tokenizer: str, sizes: Sizes) -> Tested:
-    from pipeline.recycle.decode import GreedyDecoder, random_gpt2
+    from pipeline.recycle.decode import GreedyDecoder
+    from pipeline.recycle.random_model import build_random_gpt2
 
     layers, heads, width = sizes.shape
-    model = random_gpt2(sizes.shape, sizes.vocabulary)
-    config = model.config
     loaded = PromptTokenizer.load(tokenizer, None, TokenSettings())
     if loaded.vocabulary_size > sizes.vocabulary:
         raise ModelError(
             f"the tokenizer {tokenizer} has {loaded.vocabulary_size} entries, the model's shape "
             f"{sizes.vocabulary}; give --tokenizer a smaller one"
         )
-    named = hashlib.sha256(f"random weights, seed 0: {config.to_json_string()}".encode())
-    rope = "null"
-    identity = Identity(
-        named.hexdigest(), loaded.fingerprint, "float32", (layers, heads, width // heads), rope
-    )
+    model = build_random_gpt2(sizes.shape, sizes.vocabulary)
+    named = hashlib.sha256(f"random weights, seed 0: {model.config.to_json_string()}".encode())
+    layout = (layers, heads, width // heads)
+    identity = Identity(named.hexdigest(), loaded.fingerprint, "float32", layout, "null")
     subject = Subject(
         name=f"GPT-2 of {layers} layers, width {width}, random weights",
         decoder=GreedyDecoder(model, sizes.new),
         encode=lambda texts: encode_texts(loaded, texts),
         read=None,
         identity=identity,
-        context=config.n_positions,
+        context=model.config.n_positions,
         longest=sizes.longest,
     )
     return subject, (

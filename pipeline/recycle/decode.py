@@ -21,8 +21,6 @@ from torch import Tensor
 from transformers import (
     DynamicCache,
     GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     PreTrainedModel,
 )
 
@@ -124,15 +122,3 @@ def cache_of(kv: Tensor | None, device: torch.device) -> DynamicCache:
         for index, layer in enumerate(kv.to(device)):
             cache.update(layer[0].unsqueeze(0), layer[1].unsqueeze(0), index)
     return cache
-
-
-def random_gpt2(shape: tuple[int, int, int], vocabulary_size: int) -> GPT2LMHeadModel:
-    """A GPT-2 of (layers, heads, width) with random weights, the same at every call; for timing."""
-    layers, heads, width = shape
-    config = GPT2Config(
-        n_layer=layers, n_head=heads, n_embd=width, vocab_size=vocabulary_size,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return GPT2LMHeadModel(config).eval().requires_grad_(False)

@@ -42,7 +42,7 @@ _BUDGET_BYTES: Final = 1 << 40
 class Subject:
     """A model under test. `read` makes text of answers; None: random weights, which say nothing.
 
-    `longest`: prompts of more tokens are left out; `context`: what the model can hold.
+    `longest`: if given, prompts of more tokens are left out; `context`: what the model can hold.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Subject:
     read: Callable[[Sequence[int]], str] | None
     identity: Identity
     context: int
-    longest: int
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -209,21 +209,21 @@ def _encode(subject: Subject, prompts: Sequence[KeptPrompt]) -> list[Asked]:
     """Those short enough for the subject, as token ids. Raises InputError."""
     ids = subject.encode([prompt.text for prompt in prompts])
     found = [Asked(*pair) for pair in zip(prompts, ids, strict=True)]
+    if subject.longest is not None:
+        found = [one for one in found if len(one.token_ids) <= subject.longest]
+        if not found:
+            raise InputError(
+                f"no prompt has at most {subject.longest} tokens, all that {subject.name} is "
+                "asked; add shorter ones"
+            )
     for one in found:
-        needed = len(one.token_ids) + subject.decoder.num_new
-        if len(one.token_ids) <= subject.longest and needed > subject.context:
+        if len(one.token_ids) + subject.decoder.num_new > subject.context:
             raise InputError(
                 f"prompt {one.prompt.id} has {len(one.token_ids)} tokens, and with "
                 f"{subject.decoder.num_new} new ones does not fit the {subject.context} of "
                 f"{subject.name}; shorten it"
             )
-    fitting = [one for one in found if len(one.token_ids) <= subject.longest]
-    if not fitting:
-        raise InputError(
-            f"no prompt has at most {subject.longest} tokens, all that {subject.name} is asked; "
-            "add shorter ones"
-        )
-    return fitting
+    return found
 
 
 def check_answers(subject: Subject, rows: Sequence[ArmRow], prompts: dict[str, list[int]]) -> None:

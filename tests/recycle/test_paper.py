@@ -1,4 +1,4 @@
-"""`coppice recycle experiment` and `build`: the whole of them, small, and wrong calls."""
+"""`coppice recycle experiment` and `build`, all of them but small; calls that cannot work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,17 @@ from pipeline.job.paper_subjects import Sizes
 from pipeline.recycle.decode import GreedyDecoder
 from tests.tiny_job import write_prompts
 
-EXPERIMENT = ("recycle", "experiment", "--quick", "--repeats", "1", "--depth-repeats", "2")
+EXPERIMENT = (
+    "recycle",
+    "experiment",
+    "--quick",
+    "--repeats",
+    "1",
+    "--depth-repeats",
+    "2",
+    "--warmups",
+    "0",
+)
 
 
 def coppice(*arguments: str | Path) -> str:
@@ -145,6 +155,7 @@ def csv_file(path: Path, *rows: str) -> Path:
     [
         ("--cache-prompts", [], InputError, "holds no prompts"),
         ("--test-prompts", ["a," + "word " * 2000], InputError, "does not fit the 1024"),
+        ("--cache-prompts", ["a," + "word " * 300], InputError, "no prompt has at most 64 tokens"),
         ("--model", None, ModelError, "no such model folder|there is no model folder"),
         ("--workloads", None, UsageError, "check --workloads"),
     ],
@@ -168,9 +179,12 @@ def run_job(prompts: Path, output: Path, model: Path, *flags: str | Path) -> lis
     return pl.read_parquet(output / "data" / "*.parquet").sort("id").to_dicts()
 
 
-def test_a_job_finds_the_states_that_build_kept(tmp_path: Path, model_folder: Path) -> None:
+def test_a_job_finds_the_states_that_build_kept(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And says the same as without them. Seen red: build with another dtype than the job's."""
-    shared = "the quick brown fox jumps over the lazy dog and then sleeps. " * 3
+    monkeypatch.setattr("pipeline.job.recycling.least_depth", lambda *_: 1)  # else by the clock
+    shared = "the quick brown fox jumps over the lazy dog and then sleeps. "
     kept = csv_file(tmp_path / "kept.csv", f"a,{shared}")
     store = tmp_path / "store"
     said = coppice(
