@@ -108,7 +108,7 @@ def test_the_schedule_fires_and_the_night_is_published_and_shown(
     assert not server.deployment("stars")["paused"]  # type: ignore[index]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def receiver(server: PrefectServer) -> Iterator[Receiver]:
     """Who is told by the automations as we ship them; a second set of them calls a dead port."""
     receiver, dead = Receiver(), Receiver()
@@ -122,6 +122,11 @@ def receiver(server: PrefectServer) -> Iterator[Receiver]:
         assert made.wait() == 0 and "Created 5 automation(s)" in made.log, made.log
     yield receiver
     receiver.close()
+
+
+def told(receiver: Receiver, state: str, night: str) -> list[dict[str, Any]]:
+    """What was said of this state of a night."""
+    return [post for post in receiver.posts if (post["state"], post["night"]) == (state, night)]
 
 
 def tell(server: PrefectServer, name: str, url: str) -> str:
@@ -158,14 +163,13 @@ def test_a_failed_audit_publishes_nothing_and_somebody_is_told(
         assert (state["type"], state["name"]) == ("FAILED", "Failed")
         assert "the audit of" in state["message"]
         with suppress(AssertionError):
-            wait_for(lambda: receiver.posts, "the webhook", patience_s=40)
+            wait_for(lambda: told(receiver, "Failed", f"wrong {DAY}"), "the webhook", None, 40)
             break
     assert not job.published.exists() or not job.days_published()
     assert set(server.artifacts(run)) >= {"night-summary", "night-report"}
 
-    said = receiver.posts[0]
-    assert said["flow"] == "coppice-nightly" and said["night"] == f"wrong {DAY}"
-    assert said["state"] == "Failed" and said["message"] == state["message"]
+    said = told(receiver, "Failed", f"wrong {DAY}")[0]
+    assert said["flow"] == "coppice-nightly" and said["message"] == state["message"]
     assert CANARY not in json.dumps(said)
     assert server.flow_run(run)["state"]["id"] == state["id"]
 
@@ -350,6 +354,6 @@ def test_a_night_that_nobody_takes_is_late_and_one_without_heartbeat_crashed(
     wait_for(lambda: len(parts(job)) > 3, "parts", process)
     process.end(signal.SIGKILL)  # the night and who served it: as if the machine were gone
     assert server.ended(run)["name"] == "Crashed"
-    wait_for(lambda: "Crashed" in {post["state"] for post in receiver.posts}, "the webhook")
+    wait_for(lambda: told(receiver, "Crashed", f"lost {DAY}"), "the webhook")
     server.begin("lost")
     wait_for(lambda: "Late" in {post["state"] for post in receiver.posts}, "the webhook")
