@@ -67,8 +67,11 @@ def serve(path: Path, cron: str, timezone: str, name: str | None = None) -> None
     except ValueError:
         raise UsageError(f"{cron!r} is not a cron schedule; write it like '0 2 * * *'") from None
     check_server()
-    while not _serve_until_signal(deployment):
-        _wait_for_server()
+    # A shell lets what it starts in the background ignore the signal that `handle_sigterm` sends.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        while not _serve_until_signal(deployment):
+            _wait_for_server()
 
 
 def _serve_until_signal(deployment: dict[str, Any]) -> bool:
@@ -77,8 +80,7 @@ def _serve_until_signal(deployment: dict[str, Any]) -> bool:
         runner = NightRunner(deployment["name"], limit=_PROCESSES, pause_on_shutdown=False)
         runner.add_flow(nightly, entrypoint_type=EntrypointType.MODULE_PATH, **deployment)
         print(f"serving coppice-nightly/{deployment['name']}", flush=True)
-        with suppress(KeyboardInterrupt):
-            asyncio.run(runner.start())
+        asyncio.run(runner.start())
         return True
     except* (RuntimeError, httpx.TransportError):
         pass

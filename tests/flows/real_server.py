@@ -39,7 +39,7 @@ class Process:
         with log.open("ab") as out:
             self._popen = subprocess.Popen(
                 command, env=environment, cwd=log.parent, stdout=out, stderr=out,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=_in_background,
             )  # fmt: skip
 
     @property
@@ -63,6 +63,11 @@ class Process:
         except ProcessLookupError:
             pass
         return self._popen.wait(_PATIENCE_S)
+
+
+def _in_background() -> None:
+    """As a shell starts what ends in `&`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class PrefectServer:

@@ -306,7 +306,7 @@ def test_the_deployment_for_work_pools_is_accepted_without_questions(
 
 
 def test_a_signal_drains_the_running_night(server: PrefectServer, make_job: MakeJob) -> None:
-    """Seen red: with Prefect's own handler, a traceback."""
+    """Seen red: with Prefect's own handler, a traceback; in the background, no end at all."""
     job = make_job("drained", rows=300, **_SLOW)
     process = server.serve(job.file, "drained")
     run = server.begin("drained", date=DAY.isoformat())
