@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.errors import CoppiceError, EngineError, InputError, ModelError, UsageError
-from pipeline.job.paper_subjects import Sizes
+from pipeline.job.paper_subjects import Sizes, timing_subject
 from pipeline.recycle.decode import GreedyDecoder
+from pipeline.recycle.depth import DepthSettings, study_depth
+from pipeline.recycle.protocol import Protocol
 from tests.tiny_job import write_prompts
 
 EXPERIMENT = (
@@ -169,6 +171,13 @@ def test_what_cannot_work_is_refused(
         coppice(*EXPERIMENT, "-o", tmp_path / "results", flag, value)
     assert caught.value.exit_code == 2
     assert not list((tmp_path / "results").glob("*"))
+
+
+def test_a_model_too_small_for_the_depths_is_refused(tmp_path: Path, model_folder: Path) -> None:
+    """125 prompt tokens and 4 new ones, and 128 positions."""
+    subject, _ = timing_subject(str(model_folder), "", Sizes.quick())
+    with pytest.raises(ModelError, match="holds 128 tokens, .* name another --model"):
+        study_depth(subject, DepthSettings(prompt_tokens=125), Protocol(1, 0), tmp_path)
 
 
 def run_job(prompts: Path, output: Path, model: Path, *flags: str | Path) -> list[dict[str, Any]]:
