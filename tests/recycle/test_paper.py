@@ -173,6 +173,20 @@ def test_what_cannot_work_is_refused(
     assert not list((tmp_path / "results").glob("*"))
 
 
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_dialogpt_is_taken_from_the_hubs_cache_and_never_fetched(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    """As safetensors, that is. Seen red: asking for config.json alone."""
+    cached = {name: str(model_folder / name) for name in ("config.json", weights)}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, file: cached.get(file))
+    subject, note = timing_subject(None, str(model_folder), Sizes.quick())
+    if weights == "model.safetensors":
+        assert (subject.name, note[:12]) == ("microsoft/DialoGPT-medium", "Real weights")
+    else:
+        assert "random weights" in subject.name and "Timing only" in note
+
+
 def test_a_model_too_small_for_the_depths_is_refused(tmp_path: Path, model_folder: Path) -> None:
     """125 prompt tokens and 4 new ones, and 128 positions."""
     subject, _ = timing_subject(str(model_folder), "", Sizes.quick())
