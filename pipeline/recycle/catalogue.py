@@ -20,7 +20,7 @@ from pipeline.recycle.index import Row, read_index, write_index
 from pipeline.recycle.tree import Node, PrefixTree
 
 _WORTH_AN_INDEX = 1000  # entries that were read one by one at open: the next one need not
-_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.EIO, errno.EFAULT, errno.ELOOP, errno.ENXIO)
 _logger = logging.getLogger("coppice")
 
 
@@ -84,9 +84,9 @@ class Catalogue:
     def put_aside(self, key: str, error: BadEntry | OSError) -> bool:
         """Move a bad entry to the quarantine, if that is possible, and forget it.
 
-        False where the error says nothing about the entry: this process has run out of something.
+        False where the error says nothing about the entry: say, this process has too many files.
         """
-        if isinstance(error, OSError) and error.errno in _OURS:
+        if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
             return False
         self.bad.append((key, reason(error)))
         with suppress(OSError):

@@ -8,6 +8,7 @@ same model, tokenizer, dtype and rope settings, below the same salt and tenant.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class KVStore:
         self._budget_bytes = budget_bytes
         self._salt = salt
         self._lock = lock
+        self._lock_inode = os.stat(catalogue.folder.path / LOCK_NAME).st_ino if lock else 0
         self._roots: dict[str, str] = {}
         self._verified: dict[str, int] = {}  # key -> inode of the file that was checked
         self._said: set[str] = set()
@@ -111,6 +113,9 @@ class KVStore:
                 with suppress(OSError):
                     place.drop_temps()
             store.refresh()
+            if store.is_writer:
+                with suppress(OSError):
+                    catalogue.make_room(0, budget_bytes)
         except BaseException:
             store.close()
             raise
@@ -119,10 +124,13 @@ class KVStore:
     def refresh(self) -> None:
         """See what other processes have added and removed since."""
         with self._guard:
+            bad = len(self._catalogue.bad)
             try:
                 self._catalogue.refresh()
             except OSError as error:
                 self._say_once("list", f"the KV store cannot be listed ({error.strerror})")
+            if len(self._catalogue.bad) > bad:
+                self._say_bad(self._catalogue.bad[-1][1])
             self._count()
             self.stats.other_identity = self._num_foreign()
 
@@ -175,7 +183,7 @@ class KVStore:
         not finite, or a disk that refuses, which is said once. `kv` as `load` returns it.
         """
         self._check_shape(kv, len(token_ids) - low)
-        if not self.is_writer:
+        if not self._may_write():
             return False
         with self._putting:
             with self._guard:
@@ -199,7 +207,8 @@ class KVStore:
     def close(self) -> None:
         """Write the index and let another process write."""
         if self._lock is not None:
-            self._catalogue.save_index()
+            if self._may_write():
+                self._catalogue.save_index()
             self._lock.release()
             self._lock = None
             self.is_writer = self._catalogue.is_writer = False
@@ -230,9 +239,11 @@ class KVStore:
             folder.make_shelf(key)
             write_entry(temp, head, token_ids, kv)
             publish(temp, path)
-        finally:
-            with suppress(OSError):
-                temp.unlink(missing_ok=True)
+        except BaseException:
+            for left in (temp, path):  # renamed or not, it is counted nowhere
+                with suppress(OSError):
+                    left.unlink(missing_ok=True)
+            raise
         with self._guard:
             state = FileState(head.file_bytes, time.time_ns())
             is_new = self._catalogue.add(key, head, token_ids.copy(), state) is not None
@@ -240,6 +251,20 @@ class KVStore:
             self._catalogue.is_index_old = True
         self.stats.puts += is_new
         return is_new
+
+    def _may_write(self) -> bool:
+        """Whether the folder is still the one that we hold the lock of."""
+        if not self.is_writer:
+            return False
+        path = self._catalogue.folder.path
+        try:
+            is_ours = os.stat(path / LOCK_NAME).st_ino == self._lock_inode
+        except OSError:
+            is_ours = False
+        if not is_ours:
+            self.is_writer = self._catalogue.is_writer = False
+            self._say_once("gone", f"the KV store {path} was deleted; nothing new is kept in it")
+        return is_ours
 
     def _read(self, node: Node) -> MappedEntry | None:
         """Map an entry and check it if this process has not; None where it is bad or gone."""
@@ -280,6 +305,9 @@ class KVStore:
         if not is_bad:
             self._say_once("ours", f"an entry of the KV store could not be read: {why}")
             return
+        self._say_bad(why)
+
+    def _say_bad(self, why: str) -> None:
         self._say_once(
             "bad",
             f"an entry of the KV store was bad ({why}) and is computed again; it lies in "

@@ -1,4 +1,4 @@
-"""Tests of small models compute on one thread."""
+"""Tests of the store wait for no disk, and those of small models for no other thread."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.recycle.torture import skip_flushes
+
+
+@pytest.fixture(autouse=True)
+def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a flush is for, the power cuts play through."""
+    skip_flushes(monkeypatch)
 
 
 @pytest.fixture(scope="package", autouse=True)
