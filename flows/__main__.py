@@ -1,33 +1,28 @@
-"""`python -m flows generate|audit`: the flows on Prefect's embedded server, same exit codes."""
+"""`python -m flows generate|audit|nightly|schedule`: flows, with the exit codes of `coppice`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from flows.privacy import check_no_secrets
 from pipeline.errors import CoppiceError
-from pipeline.terminal.options import read_config
+from pipeline.terminal.kept_settings import read_kept
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 Output = Annotated[str, typer.Option("--output", help="Run directory, or s3:// URL of one.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of other settings.")]
+NightFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of the night.")]
+Timezone = Annotated[str, typer.Option("--timezone", help="Of the schedule and the dates.")]
+Date = Annotated[str | None, typer.Option("--date", help="Logical date, like 2026-11-22.")]
 
 
 def _absolute(path: str) -> str:
     """Paths that mean the same wherever the flow runs."""
     return path if "://" in path else str(Path(path).absolute())
-
-
-def _settings(config: Path | None) -> dict[str, Any]:
-    """What the file says. Raises UsageError for secrets, which Prefect would keep."""
-    settings = {} if config is None else read_config(config)
-    check_no_secrets(settings)
-    return settings
 
 
 @app.command()
@@ -49,7 +44,28 @@ def audit(output: Output, config: Config = None) -> None:
     """Audit a run as a flow; exit code 4 below the bar."""
     from flows.audit import audit as flow
 
-    flow(_absolute(output), _settings(config))
+    flow(_absolute(output), read_kept(config))
+
+
+@app.command(name="nightly")
+def run_nightly(file: NightFile, date: Date = None, timezone: Timezone = "UTC") -> None:
+    """Do the unfinished nights of FILE, then that of the date (default: today), as a flow."""
+    from flows.nightly import nightly as flow
+
+    flow(_absolute(str(file)), timezone, date)
+
+
+@app.command()
+def schedule(
+    file: NightFile,
+    cron: Annotated[str, typer.Option("--cron", help="When nights start, like '0 2 * * *'.")],
+    timezone: Timezone = "UTC",
+    name: Annotated[str | None, typer.Option("--name", help="Name of the deployment.")] = None,
+) -> None:
+    """Serve the nights of FILE to a Prefect server until a signal."""
+    from flows.schedule import serve
+
+    serve(file, cron, timezone, name)
 
 
 def main() -> None:

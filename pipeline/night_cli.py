@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,7 +87,7 @@ def schedule(
 
     planned = make_schedule(file, cron, timezone)
     if print_systemd:
-        typer.echo(systemd_units(planned), nl=False)
+        typer.echo(systemd_units(planned, datetime.date.today()), nl=False)
     elif print_cron:
         typer.echo(crontab(planned), nl=False)
     else:

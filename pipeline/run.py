@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from pipeline.job.planning import (
     select_rows,
 )
 from pipeline.job.recorded import keep_system_prompt, settings_to_show
+from pipeline.job.recycling import expected_hits
 from pipeline.job.session import Session
 from pipeline.job.stopping import StopRequest, interruptible
 from pipeline.job.watchdog import Watchdog
@@ -100,7 +102,8 @@ def make_engine(settings: JobSettings) -> Engine:
 
 def plan_job(input: str, settings: JobSettings) -> PlannedJob:
     """Plan a job and do nothing else; of the model only tokenizer and config are read."""
-    return plan_for_a_person(open_job(input, settings))
+    planned = plan_for_a_person(open_job(input, settings))
+    return replace(planned, summary=replace(planned.summary, store=expected_hits(planned)))
 
 
 def write_plan(planned: PlannedJob, folder: Path) -> None:

@@ -34,7 +34,8 @@ CASES = (
     "disk full at publish", "SIGKILL at publish", "publish target of somebody else",
     "store that fails at publish",
     "a damaged earlier night",
-    "the device is busy", "monitoring",
+    "the device is busy", "monitoring", "KV of an earlier run", "no Prefect server",
+    "Prefect server restarts", "Prefect database locked",
 )  # fmt: skip
 """Every row of the list of faults that the product promises to survive, in the table's order."""
 PENDING: dict[str, str] = {}

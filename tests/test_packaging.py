@@ -30,6 +30,7 @@ def test_the_wheel_carries_model_prompts_templates_and_both_packages(built: Path
     names = set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())
     assert {f"pipeline/demo/{name}" for name in _DEMO} <= names
     assert {"pipeline/report/page.html.j2", "pipeline/cli.py", "flows/generate.py"} <= names
+    assert {"flows/automations.yaml", "flows/prefect.yaml"} <= names
     assert not [name for name in names if name.startswith(("tests/", "data/"))]
 
 
@@ -37,4 +38,10 @@ def test_the_sdist_carries_what_make_needs(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {f"data/{name}" for name in _DEMO} <= names
-    assert {"Makefile", "constraints.txt", "LICENSE", "data/train_model.py"} <= names
+    assert {
+        "Makefile",
+        "prefect.yaml",
+        "constraints.txt",
+        "LICENSE",
+        "data/train_model.py",
+    } <= names

@@ -17,6 +17,8 @@ from pipeline.settings import JobSettings, ModelSettings
 
 _WHOLE_FILES_BELOW = 1 << 30  # bytes of a model folder that are hashed completely
 _MAX_HEADER = 100 << 20
+_SAMPLED_BLOCKS = 512  # of each file: 2 MiB, a fraction of a second from a disk
+_BLOCK_BYTES = 4096
 _MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt")
 _PACKAGES = ("kvcoppice", "torch", "transformers", "tokenizers", "polars", "pyarrow", "numpy")
 
@@ -72,7 +74,11 @@ def identify_model(settings: ModelSettings) -> dict[str, Any]:
 
 
 def hash_model_folder(folder: Path) -> str:
-    """sha256 over names, sizes and contents; of large models only each weight file's header."""
+    """sha256 over names, sizes and contents; of large models' weights the header and a sample.
+
+    Models that were tuned from one another have the same header, so the sample is what tells them
+    apart: blocks all over each file.
+    """
     files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
     total = sum(path.stat().st_size for path in files)
     digest = hashlib.sha256()
@@ -82,6 +88,9 @@ def hash_model_folder(folder: Path) -> str:
             with path.open("rb") as stream:
                 length = min(int.from_bytes(stream.read(8), "little"), _MAX_HEADER)
                 digest.update(stream.read(length))
+                for block in range(_SAMPLED_BLOCKS):
+                    stream.seek(path.stat().st_size * block // _SAMPLED_BLOCKS)
+                    digest.update(stream.read(_BLOCK_BYTES))
         else:
             with path.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

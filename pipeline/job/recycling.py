@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Queue
-from threading import Thread
+from threading import Condition, Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pipeline.recycle.identity import Identity
     from pipeline.recycle.store import KVStore
 
-_AHEAD = 8  # nodes whose KV waits in memory to be written
+_WAITING_BYTES = 1 << 30  # of KV in memory, before the engine waits for the disk
 _logger = logging.getLogger("coppice")
 
 
@@ -63,7 +63,9 @@ class StoredStates:
         self._plan = planned.plan
         self._wanted = wanted
         self._least = least
-        self._queue: Queue[_Kept | None] = Queue(_AHEAD)
+        self._queue: Queue[_Kept | None] = Queue()
+        self._waiting_bytes = 0
+        self._written = Condition()
         self._writer = Thread(target=self._write, name="kv-store")
         self._writer.start()
 
@@ -85,7 +87,10 @@ class StoredStates:
         return is_wanted
 
     def keep(self, node: int, low: int, kv: Tensor) -> None:
-        """See `KVStates.keep`. Waits while the disk is behind."""
+        """See `KVStates.keep`. Waits while the disk is far behind."""
+        with self._written:
+            self._written.wait_for(lambda: self._waiting_bytes <= _WAITING_BYTES)
+            self._waiting_bytes += kv.nbytes
         sequence = int(self._plan.sequence_lo[node])
         ids = self._ids(sequence)[: int(self._plan.tree.end[node])]
         self._queue.put(_Kept(ids, low, kv, self._planned.tenant(sequence)))
@@ -102,6 +107,9 @@ class StoredStates:
                 self._store.put(kept.token_ids, kept.low, kept.kv, kept.tenant)
             except Exception as error:  # a fault of ours, which must cost no job
                 _logger.warning("the KV store keeps nothing of a prefix: %s", place_of(error))
+            with self._written:
+                self._waiting_bytes -= kept.kv.nbytes
+                self._written.notify()
 
     def _ids(self, sequence: int) -> NDArray[np.uint32]:
         return self._plan.prompt_token_ids(sequence).astype(np.uint32)
@@ -188,6 +196,43 @@ def recycling(
             f"KV store: {engine.counters.loaded_tokens} prompt tokens loaded, "
             f"{store.stats.puts} prefixes kept; loading pays from {least} tokens on"
         )
+
+
+def expected_hits(planned: PlannedJob) -> dict[str, Any] | None:
+    """What a run would load: `tokens` of the plan's unique ones, `break_even_tokens` (None: loading
+    never pays). None where there is no store. Raises UsageError."""
+    settings, shape = planned.job.settings, planned.job.shape
+    folder = settings.recycle.kv_store
+    if folder is None or shape is None:
+        return None
+    from pipeline.recycle.store import KVStore
+
+    dtype = shape.dtype if settings.model.dtype == "auto" else settings.model.dtype
+    identity = identify_states(settings, planned.job.tokenizer.fingerprint, dtype)
+    least = least_depth(settings, identity, shape.kv_bytes_per_token(dtype))
+    tokens = 0
+    if least is not None and folder.is_dir():
+        with KVStore.open(folder, identity, settings.recycle.kv_store_budget) as store:
+            tokens = _count_stored(planned, store, least)
+    return {"tokens": tokens, "break_even_tokens": least}
+
+
+def _count_stored(planned: PlannedJob, store: KVStore, least: int) -> int:
+    """Unique tokens of the plan that the store has, in prefixes of at least `least`."""
+    plan, tree = planned.plan, planned.plan.tree
+    needed = plan.sequence_hi > plan.sequence_lo
+    ends = np.zeros(tree.num_nodes, np.int64)
+    tokens = 0
+    for node in np.flatnonzero(needed).tolist():  # parents first
+        above, start, end = int(tree.parent[node]), int(tree.start[node]), int(tree.end[node])
+        if above >= 0 and ends[above] < start:
+            continue
+        sequence = int(plan.sequence_lo[node])
+        ids = plan.prompt_token_ids(sequence)[:end].astype(np.uint32)
+        ends[node] = store.match(ids, planned.tenant(sequence)).length
+        if ends[node] >= least:
+            tokens += max(0, int(ends[node]) - start)
+    return tokens
 
 
 def least_depth(settings: JobSettings, identity: Identity, bytes_per_token: int) -> int | None:

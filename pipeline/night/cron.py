@@ -16,7 +16,7 @@ from pipeline.errors import UsageError
 
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
-_DAYS_BACK = 3000  # from one 29th of February to the next, over 2100
+_DAYS_BACK = 14_700  # from a 29th of February on a Sunday to the next, over 2100: 40 years
 _ITEM = re.compile(r"(\*|[a-z0-9]+(?:-[a-z0-9]+)?)(?:/(\d+))?")
 
 

@@ -54,3 +54,26 @@ def open_zone(name: str) -> ZoneInfo:
         raise UsageError(
             f"there is no time zone {name!r}; write it like Europe/Berlin or UTC"
         ) from None
+
+
+def made_up_starts(
+    cron: Cron, timezone: str, first: datetime.date, days: int
+) -> list[datetime.datetime]:
+    """Times on the wall, in order, of starts that summer time skips: as much later as it skips.
+
+    Cron and Prefect make up for them by themselves, systemd does not. Raises UsageError.
+    """
+    zone, found = open_zone(timezone), set()
+    for day in (first + datetime.timedelta(days=ahead) for ahead in range(days)):
+        noon = datetime.datetime.combine(day, datetime.time(12), zone)
+        is_short = noon.utcoffset() != (noon - datetime.timedelta(days=1)).utcoffset()
+        if is_short and cron.falls_on(day):
+            walls = [noon.replace(hour=h, minute=m) for h in cron.hours for m in cron.minutes]
+            real = [wall.astimezone(datetime.UTC).astimezone(zone) for wall in walls]
+            found |= {r for r, wall in zip(real, walls, strict=True) if _shown(r) != _shown(wall)}
+            found -= set(walls)
+    return sorted(found)
+
+
+def _shown(time: datetime.datetime) -> tuple[int, int]:
+    return time.hour, time.minute

@@ -24,7 +24,7 @@ from pipeline.job.observer import Observer
 from pipeline.night.calendar import forget_due, mark_due, unfinished_before
 from pipeline.night.outcome import Ending, NightFailure, NightOutcome
 from pipeline.night.settings import Night, read_night
-from pipeline.night.state import read_state
+from pipeline.night.state import NightState, read_state
 from pipeline.night.steps import (
     Call,
     audit_night,
@@ -76,37 +76,41 @@ def run_night(
     A failed audit and too many failed rows still get their report, and publish nothing.
     """
     deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
+    state = read_state(night)
+    if state.stage == "done":
+        observer.say(f"the night of {night.date} is done; nothing to do")
+        return _outcome(night, state, f"{night.run_place}/report.html")
+    if state.stage != "audited":  # else only its publication failed, which needs no input
+        try:
+            call("validate", night, lambda: check_input(night))
+        except NoInput:
+            if state.stage != "waiting":
+                raise
+            forget_due(night)
+            if night.settings.on_no_input == "fail":
+                raise
+            return NightOutcome("skipped", night.date)
+        _generate_and_audit(night, observer, deadline, call)
+    page = call("report", night, lambda: report_night(night))["page"]
+    call("publish", night, lambda: publish_night(night))
+    return _outcome(night, read_state(night), page)
 
+
+def _generate_and_audit(
+    night: Night, observer: Observer, deadline: float | None, call: Call
+) -> None:
     def generate() -> dict[str, Any]:
         # Asked at every try: one that is repeated after hours has not the whole time again.
         left = None if deadline is None else deadline - time.monotonic()
         return generate_night(night, observer, left)
 
-    state = read_state(night)
-    if state.stage == "done":
-        observer.say(f"the night of {night.date} is done; nothing to do")
-        page = f"{night.run_place}/report.html"
-        return _outcome(night, state.rows, state.rows_failed, state.published, page)
-    try:
-        call("validate", night, lambda: check_input(night))
-    except NoInput:
-        if state.stage != "waiting":
-            raise
-        forget_due(night)
-        if night.settings.on_no_input == "fail":
-            raise
-        return NightOutcome("skipped", night.date)
     call("plan", night, lambda: plan_night(night))
     try:
-        counters = call("generate", night, generate)
+        call("generate", night, generate)
         call("audit", night, lambda: audit_night(night, observer))
     except (TooManyFailedRows, AuditFailed):
         call("report", night, lambda: report_night(night))
         raise
-    page = call("report", night, lambda: report_night(night))["page"]
-    published = call("publish", night, lambda: publish_night(night))["published"]
-    rows, failed = int(counters["rows_in"]), int(counters["rows_error"])
-    return _outcome(night, rows, failed, published, page)
 
 
 @contextmanager
@@ -131,16 +135,14 @@ def sitting(night: Night) -> Iterator[None]:
         lock.release()
 
 
-def _outcome(
-    night: Night, rows: int, failed: int, published: str | None, page: str
-) -> NightOutcome:
+def _outcome(night: Night, state: NightState, page: str) -> NightOutcome:
     return NightOutcome(
-        state="completed_with_errors" if failed else "completed",
+        state="completed_with_errors" if state.rows_failed else "completed",
         date=night.date,
-        rows=rows,
-        rows_failed=failed,
-        rows_allowed=night.job.write.allowed_failures(rows),
+        rows=state.rows,
+        rows_failed=state.rows_failed,
+        rows_allowed=night.job.write.allowed_failures(state.rows),
         verdict="pass",
-        published=published,
+        published=state.published,
         page=page,
     )

@@ -14,8 +14,10 @@ from typing import NoReturn
 
 from pipeline.errors import TimeBudgetReached, UsageError
 from pipeline.night.cron import Cron
-from pipeline.night.dates import open_zone
+from pipeline.night.dates import made_up_starts, open_zone
 from pipeline.night.settings import read_night
+
+_DAYS_AHEAD = 3653
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,20 @@ def serve(schedule: Schedule, name: str | None) -> NoReturn:
     os.execv(sys.executable, command)
 
 
-def systemd_units(schedule: Schedule) -> str:
-    """A service and its timer, with where to put them. Raises UsageError."""
+def systemd_units(schedule: Schedule, first: datetime.date) -> str:
+    """A service and its timer for ten years from `first`, and where to put them. Raises UsageError.
+
+    After that only nights that begin in the hour which summer time skips would be left out.
+    """
     unit = f"coppice-{schedule.name}"
     words = " ".join(_systemd_word(word) for word in schedule.command())
     folder = _printable(str(schedule.file.parent)).replace("%", "%%")
     starts = "\n".join(f"OnCalendar={x}" for x in schedule.cron.on_calendar(schedule.timezone))
+    skipped = made_up_starts(schedule.cron, schedule.timezone, first, _DAYS_AHEAD)
+    if skipped:
+        lines = (f"OnCalendar={x:%Y-%m-%d %H:%M:%S} {schedule.timezone}" for x in skipped)
+        starts += "\n# summer time skips the start on these days, and so would systemd\n"
+        starts += "\n".join(lines)
     return f"""\
 # ~/.config/systemd/user/{unit}.service
 [Unit]

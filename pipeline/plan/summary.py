@@ -35,7 +35,8 @@ class PlanSummary:
     many tokens; `saving_in_given_order`: in an LRU cache of `cache_tokens` that meets the rows as
     the file has them, followed for `rows`. `rows_at_once`: the most neighbouring sequences whose KV
     fits the budget; `estimate` (device seconds, from rates measured here) and `advice`: where
-    somebody asks for a plan alone; `fields`: where a template lists some. Bytes are None where the
+    somebody asks for a plan alone; `store`: of those tokens U that a KV store has, where there is
+    one; `fields`: where a template lists some. Bytes are None where the
     model's shape is not known.
     """
 
@@ -62,6 +63,7 @@ class PlanSummary:
     estimate: dict[str, Any] | None = None
     advice: dict[str, Any] | None = None
     fields: dict[str, Any] | None = None
+    store: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A mapping of plain values."""

@@ -16,11 +16,12 @@ import ctypes
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.errors import RunDirectoryError
+from pipeline.errors import FolderInUse, RunDirectoryError
 from pipeline.storage.durable import make_folder, sync_folder, write_errors, write_new, write_stream
 from pipeline.storage.lock import FolderLock
 from pipeline.storage.published import (
@@ -35,6 +36,7 @@ _STAGING: Final = ".staging"
 _NO_LINKS: Final = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 _OCCUPIED: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 _AT_A_TIME: Final = 4 << 20
+_WAIT_S = 60.0
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
 
@@ -68,7 +70,7 @@ class FolderTarget:
         staging = above / f"{date}-{content.edition}"
         with write_errors(self._root):
             make_folder(self._root)
-        lock = FolderLock(self._root)
+        lock = _wait_for_lock(self._root)
         try:
             with write_errors(self._root / date):
                 if above.exists():
@@ -95,6 +97,18 @@ class FolderTarget:
         else:
             _exchange(staging, final)
         sync_folder(self._root)
+
+
+def _wait_for_lock(folder: Path) -> FolderLock:
+    """Other jobs may publish to the same folder, and are soon done. Raises FolderInUse."""
+    until = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            return FolderLock(folder)
+        except FolderInUse:
+            if time.monotonic() > until:
+                raise
+            time.sleep(_WAIT_S / 100)
 
 
 def _fill(staging: Path, content: Content) -> None:

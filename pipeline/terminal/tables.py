@@ -97,6 +97,10 @@ def plan_table(summary: Mapping[str, Any]) -> Rows:
         measured = f"at the rates of {summary['estimate']['measured_on']}"
         total = format_duration(prefill + decode)
         rows.append(("estimated time", f"{total}  ({split}, {measured})"))
+    if summary["store"]:
+        least = summary["store"]["break_even_tokens"]
+        when = "loading never pays here" if least is None else f"loading pays from {least:,} on"
+        rows.append(("in the KV store", f"{summary['store']['tokens']:,} of U  ({when})"))
     if summary["fields"]:
         rows.append(("fields", summary["fields"]["text"]))
     if summary["advice"]:

@@ -9,8 +9,8 @@ import pytest
 import flows  # noqa: F401  (sets Prefect's environment before prefect is imported)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def prefect_server() -> Iterator[None]:
+@pytest.fixture(scope="session")
+def prefect_harness() -> Iterator[None]:
     from prefect.testing.utilities import prefect_test_harness
 
     with prefect_test_harness(server_startup_timeout=120):

@@ -10,17 +10,17 @@ from urllib.parse import urlparse
 import polars as pl
 import pytest
 
-from flows import privacy
-from flows.__main__ import _settings
 from flows.audit import audit
 from flows.generate import generate
 from pipeline import run as run_module
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.errors import AuditFailed, EngineError, InputError, UsageError
 from pipeline.run import run_job
+from pipeline.terminal.kept_settings import read_kept, whole_settings
 from tests.tiny_job import echo_settings, write_prompts, write_tokenizer
 
 CANARY = "canary 7461 sings"
+pytestmark = pytest.mark.usefixtures("prefect_harness")
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_system_prompt_belongs_into_the_file(
     texts = pl.read_parquet(Path(output) / "data" / "*.parquet")["generated_text"]
     assert any(word[::-1][:5] in text for text in texts)
     assert word.encode() not in stored()
-    assert privacy.whole_settings({"max-rows": 3}) == {"max_rows": 3}
+    assert whole_settings({"max-rows": 3}) == {"max_rows": 3}
 
 
 def test_a_retry_goes_on_where_the_first_try_stopped(
@@ -175,7 +175,7 @@ def test_secrets_are_refused_where_prefect_would_keep_them(tmp_path: Path) -> No
         "storage-options: {region: x, access_key_id: CANARY, secret_access_key: CANARY}"
     )
     with pytest.raises(UsageError, match="set AWS_ACCESS_KEY_ID") as error:
-        _settings(config)
+        read_kept(config)
     assert "CANARY" not in str(error.value)
     config.write_text("storage-options: {region: x}")
-    assert _settings(config) == {"storage-options": {"region": "x"}}
+    assert read_kept(config) == {"storage-options": {"region": "x"}}

@@ -81,6 +81,14 @@ def test_the_last_start_is_that_of_cronsim(text: str, now: datetime.datetime) ->
         assert cron.last_day(now) == before.date()
 
 
+def test_the_rarest_start_of_all() -> None:
+    """The 29th of February on a Sunday, from 2128 back over 2100. Seen red: eight years back."""
+    cron = Cron.parse("0 2 29 2 */7")
+    eve = datetime.datetime(2128, 2, 28, 12)
+    assert cron.last_day(eve) == datetime.date(2088, 2, 29)
+    assert cron.last_day(eve + datetime.timedelta(days=1)) == datetime.date(2128, 2, 29)
+
+
 @needs_systemd
 @settings(max_examples=60, deadline=None)
 @given(expressions, moments)
@@ -94,14 +102,14 @@ def test_systemd_starts_when_cronsim_does(text: str, now: datetime.datetime) -> 
     assert starts[:4] == [at for at in expected if at.year < 2199]
 
 
-def systemd_starts(value: str, after: datetime.datetime) -> list[datetime.datetime]:
-    """The next four by `systemd-analyze calendar`."""
+def systemd_starts(value: str, after: datetime.datetime, count: int = 4) -> list[datetime.datetime]:
+    """The next ones by `systemd-analyze calendar`, in UTC."""
     done = subprocess.run(
-        ["systemd-analyze", "calendar", "--iterations=4", f"--base-time={after} UTC", value],
+        ["systemd-analyze", "calendar", f"--iterations={count}", f"--base-time={after} UTC", value],
         capture_output=True, text=True, env={"TZ": "UTC", "PATH": "/usr/bin:/bin", "LC_ALL": "C"},
     )  # fmt: skip
     assert done.returncode == 0, f"{value}: {done.stderr}"
-    found = re.findall(r"(?:elapse|Iter\. #\d+): \w+ (\S+ \S+) UTC", done.stdout)
+    found = re.findall(r"(?:elapse|\(in UTC\)|Iter\. #\d+): \w+ (\S+ \S+) UTC", done.stdout)
     return [datetime.datetime.fromisoformat(text) for text in found]
 
 

@@ -22,12 +22,14 @@ from pipeline.errors import (
     FolderInUse,
     Interrupted,
     NoInput,
+    StorageError,
     TimeBudgetReached,
     TooManyFailedRows,
 )
 from pipeline.job.observer import SilentObserver
 from pipeline.night import night as night_module
 from pipeline.night import steps
+from pipeline.night.calendar import mark_due
 from pipeline.night.night import run_nights, sitting
 from pipeline.night.outcome import Ending, NightFailure, NightOutcome, worst
 from pipeline.night.settings import Night
@@ -222,17 +224,16 @@ def test_unfinished_nights_come_first_each_on_its_own_date(
 ) -> None:
     """Seen red: newest first."""
     job.say(rows_per_part=1)
-    for ago in (3, 1):
+    job.say(catch_up=0)
+    for ago in (4, 3, 1):
         job.give_input(before(ago))
-    for ago in (3, 1):
-        job.say(catch_up=0)
         begin(job, monkeypatch, before(ago))
     job.say(catch_up=2)
     assert [ending.date for ending in job.sit()] == [before(1), DAY]
     job.say(catch_up=7)
-    assert [ending.date for ending in job.sit()] == [before(3), DAY]
-    assert job.days_published() == ["2026-11-19", "2026-11-21", "2026-11-22"]
-    for ago in (3, 1, 0):
+    assert [ending.date for ending in job.sit()] == [before(4), before(3), DAY]
+    assert job.days_published() == ["2026-11-18", "2026-11-19", "2026-11-21", "2026-11-22"]
+    for ago in (4, 3, 1, 0):
         assert answers(job.run_directory(before(ago)))["row_index"].to_list() == [0, 1, 2, 3]
 
 
@@ -245,6 +246,25 @@ def test_a_night_that_fails_does_not_hold_up_the_next(
     yesterday, tonight = job.sit()
     assert isinstance(error_of(yesterday), NoInput) and outcome(tonight).published
     assert worst([yesterday, tonight]) is error_of(yesterday)
+
+
+def test_a_publication_that_failed_is_made_up_for_without_input(
+    job: NightlyJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk at the end of the night; the input is gone a day later."""
+
+    def refuse(night: Night) -> dict[str, Any]:
+        raise StorageError("cannot write (No space left on device)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(night_module, "publish_night", refuse)
+        (ending,) = job.sit()
+    assert isinstance(error_of(ending), StorageError) and ending.exit_code == 1
+    assert read_state(job.night()).stage == "audited"
+    job.take_input()
+    job.give_input(before(-1))
+    assert [outcome(ending).date for ending in job.sit(before(-1))] == [DAY, before(-1)]
+    assert job.days_published() == ["2026-11-22", "2026-11-23"]
 
 
 @pytest.mark.fault(
@@ -308,12 +328,17 @@ def test_the_budget_is_of_the_whole_sitting(
 def test_a_clock_that_is_set_does_not_spend_the_budget(
     job: NightlyJob, monkeypatch: pytest.MonkeyPatch, jump_s: float
 ) -> None:
-    """Seen red: `time.time` in `StopRequest`, and in `run_nights`."""
-    job.say(time_budget="60s")
+    """It is set during the first of two nights.
+
+    Seen red: `time.time` in `StopRequest`, and in `run_nights`.
+    """
+    job.say(time_budget="10m")
+    job.give_input(before(1))
+    mark_due(job.night(before(1)))
     real = time.time
     act_after(monkeypatch, 1, lambda: monkeypatch.setattr(time, "time", lambda: real() + jump_s))
-    assert outcome(job.sit()[0]).state == "completed"
-    counters = json.loads((job.run_directory() / "run.json").read_text())["counters"]
+    assert [outcome(ending).date for ending in job.sit()] == [before(1), DAY]
+    counters = json.loads((job.run_directory(before(1)) / "run.json").read_text())["counters"]
     assert 0 <= counters["wall_s"] < 60
 
 

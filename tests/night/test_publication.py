@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +292,9 @@ def test_what_is_there_stays(audited: NightlyJob, there: str) -> None:
     assert tree(audited.published) == before and hidden(audited.published) == []
 
 
-def test_two_publishers_do_not_meet(audited: NightlyJob) -> None:
+def test_two_publishers_do_not_meet(audited: NightlyJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits for the first, but not for ever. Seen red: no lock."""
+    monkeypatch.setattr(folder_target, "_WAIT_S", 0.2)
     audited.published.mkdir()
     lock = FolderLock(audited.published)
     try:
@@ -299,7 +302,12 @@ def test_two_publishers_do_not_meet(audited: NightlyJob) -> None:
             publish(audited)
     finally:
         lock.release()
+    monkeypatch.setattr(folder_target, "_WAIT_S", 60.0)
+    lock = FolderLock(audited.published)
+    soon = threading.Timer(0.3, lock.release)
+    soon.start()
     assert publish(audited).is_new
+    soon.join()
 
 
 def test_a_target_that_cannot_be_written_is_named(audited: NightlyJob) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +14,10 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.night import units
+from pipeline.night.dates import date_of_sitting
 from pipeline.night.units import Schedule, crontab, make_schedule, serve, systemd_units
-from tests.night.test_cron import needs_systemd
+from tests.night.job import DAY
+from tests.night.test_cron import needs_systemd, systemd_starts
 from tests.night.test_settings import write
 
 STRANGE = "50% off \"now\" $HOME 'it''s' back\\slash"
@@ -33,10 +38,10 @@ def split_units(text: str) -> tuple[str, str]:
 
 @needs_systemd
 def test_systemd_finds_no_fault_in_the_units(schedule: Schedule, tmp_path: Path) -> None:
-    """Seen red: `%` left single, `SuccessExitStatus` misspelt."""
+    """Seen red: `SuccessExitStatus` misspelt. A single `%` it lets pass: see the next test."""
     folder = tmp_path / "units"
     folder.mkdir()
-    service, timer = split_units(systemd_units(schedule))
+    service, timer = split_units(systemd_units(schedule, DAY))
     (folder / "coppice-reviews.service").write_text(service)
     (folder / "coppice-reviews.timer").write_text(timer)
     done = subprocess.run(
@@ -48,11 +53,45 @@ def test_systemd_finds_no_fault_in_the_units(schedule: Schedule, tmp_path: Path)
     assert done.returncode == 0 and said == [], done.stderr
 
 
+@needs_systemd
+@pytest.mark.fault(
+    "summer time",
+    injected="a systemd timer at an hour that the clock skips once a year",
+    outcome="the night begins an hour later that day; it would not at all by the cron line alone",
+)
+@pytest.mark.parametrize(
+    ("cron", "zone"),
+    [
+        ("0 2 * * *", "Europe/Berlin"),
+        ("30 2 * * *", "America/New_York"),
+        ("15 2 * * *", "Australia/Lord_Howe"),  # where it skips half an hour
+        ("0 0 * * *", "Africa/Cairo"),
+    ],
+)
+def test_no_timer_loses_the_night_of_summer_time(tmp_path: Path, cron: str, zone: str) -> None:
+    """As systemd says for every date of two years. Seen red: the cron expression alone."""
+    planned = make_schedule(write(tmp_path), cron, zone)
+    values = re.findall(r"^OnCalendar=(.*)$", systemd_units(planned, DAY), re.MULTILINE)
+    assert 10 <= len(values) <= 12
+    begin = datetime.datetime(2026, 11, 22)
+    starts = sorted(at for value in values for at in systemd_starts(value, begin, 760))
+    days = [date_of_sitting(at.replace(tzinfo=datetime.UTC), zone, planned.cron) for at in starts]
+    within = [day for day in days if DAY < day < DAY + datetime.timedelta(days=730)]
+    assert within == [DAY + datetime.timedelta(days=ahead) for ahead in range(1, 730)]
+
+
 def test_the_units_say_what_a_night_needs(schedule: Schedule) -> None:
-    service, timer = split_units(systemd_units(schedule))
+    """As systemd splits the line: quotes, then specifiers, then variables.
+
+    Seen red: `%` and `$` left single.
+    """
+    service, timer = split_units(systemd_units(schedule, DAY))
     assert "SuccessExitStatus=75\n" in service and "Environment=DO_NOT_TRACK=1\n" in service
     assert f"WorkingDirectory={str(schedule.file.parent).replace('%', '%%')}\n" in service
-    assert f"ExecStart={sys.executable} -P -m pipeline night " in service
+    (start,) = re.findall(r"^ExecStart=(.*)$", service, re.MULTILINE)
+    words = [word.replace("%%", "%").replace("$$", "$") for word in shlex.split(start)]
+    assert words == schedule.command() and "night" in words
+    assert not re.search(r"(?<!%)%(%%)*(?!%)|(?<!\$)\$(\$\$)*(?!\$)", start)
     assert "OnCalendar=Mon,Tue,Wed,Thu,Fri *-*-* 02,04:00,20,40:00 Europe/Berlin\n" in timer
     assert "Persistent=true\n" in timer
 
@@ -98,9 +137,9 @@ def test_what_cannot_be_written_in_a_line_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "two\nlines"
     folder.mkdir()
     planned = make_schedule(write(folder), "0 2 * * *", "UTC")
-    for show in (systemd_units, crontab):
+    for show in (lambda: systemd_units(planned, DAY), lambda: crontab(planned)):
         with pytest.raises(UsageError, match="rename it"):
-            show(planned)
+            show()
 
 
 def test_without_printing_prefect_serves(

@@ -15,11 +15,19 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.errors import CoppiceError, EngineError, InputError, ModelError, UsageError
+from pipeline.errors import (
+    CoppiceError,
+    EngineError,
+    FolderInUse,
+    InputError,
+    ModelError,
+    UsageError,
+)
 from pipeline.job.paper_subjects import Sizes, timing_subject
 from pipeline.recycle.decode import GreedyDecoder
 from pipeline.recycle.depth import DepthSettings, study_depth
 from pipeline.recycle.protocol import Protocol
+from pipeline.storage.lock import LOCK_NAME, FolderLock
 from tests.tiny_job import write_prompts
 
 EXPERIMENT = (
@@ -59,7 +67,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_writes_tables_pictures_and_a_summary_and_nothing_else(results: Path) -> None:
     tables = {"baseline.csv", "recycled.csv", "comparison.csv", "depth.csv", "neighbours.csv"}
     others = {"summary.json", "summary.md", "depth.png", "neighbours.png"}
-    assert {path.name for path in results.iterdir()} == tables | others
+    assert {path.name for path in results.iterdir()} == tables | others | {LOCK_NAME}
 
 
 def test_every_recycled_row_is_identical_and_no_naive_one_is(results: Path) -> None:
@@ -139,7 +147,7 @@ def test_kv_that_changes_a_token_fails_the_command(
     with pytest.raises(EngineError, match=r"prompt t\d+: arm .* differs .* at new token") as caught:
         coppice(*EXPERIMENT, "-o", tmp_path / "results")
     assert caught.value.exit_code == 1
-    assert not list((tmp_path / "results").iterdir())
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [LOCK_NAME]
 
 
 def csv_file(path: Path, *rows: str) -> Path:
@@ -170,7 +178,20 @@ def test_what_cannot_work_is_refused(
     with pytest.raises(error, match=reason) as caught:
         coppice(*EXPERIMENT, "-o", tmp_path / "results", flag, value)
     assert caught.value.exit_code == 2
-    assert not list((tmp_path / "results").glob("*"))
+    assert not list((tmp_path / "results").glob("[!.]*"))
+
+
+def test_one_run_at_a_time_and_a_dead_ones_stores_go(tmp_path: Path) -> None:
+    """Seen red: without the lock, and without removing what lay there."""
+    (tmp_path / ".stores-dead" / "0").mkdir(parents=True)
+    lock = FolderLock(tmp_path)
+    with pytest.raises(FolderInUse, match="is in use"):
+        coppice(*EXPERIMENT, "-o", tmp_path)
+    assert (tmp_path / ".stores-dead").exists()
+    lock.release()
+    with pytest.raises(ModelError):
+        coppice(*EXPERIMENT, "-o", tmp_path, "--model", tmp_path / "none")
+    assert not (tmp_path / ".stores-dead").exists()
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])

@@ -1,13 +1,11 @@
-"""What a flow keeps from Prefect, whose database has all parameters, log lines and errors."""
+"""Settings that somebody else keeps, as Prefect's database does: what must not be among them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import CoppiceError, EngineError, UsageError, place_of
+from pipeline.errors import UsageError
 from pipeline.settings import STORAGE_SECRETS
 from pipeline.terminal.options import read_config, split_store
 
@@ -17,7 +15,7 @@ _TEXT = "system_prompt"
 def whole_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """`settings` over those of the YAML file that their entry `config` names.
 
-    Raises UsageError for a system prompt among the parameters; in the file Prefect does not see it.
+    Raises UsageError for a system prompt among the kept ones; what is in the file nobody keeps.
     """
     said = {name.replace("-", "_"): value for name, value in settings.items()}
     if said.get(_TEXT) is not None:
@@ -31,22 +29,17 @@ def whole_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {name.replace("-", "_"): value for name, value in written.items()} | said
 
 
+def read_kept(path: Path | None) -> dict[str, Any]:
+    """What the file says, to be kept. Raises UsageError, also for secrets."""
+    settings = {} if path is None else read_config(path)
+    check_no_secrets(settings)
+    return settings
+
+
 def check_no_secrets(settings: dict[str, Any]) -> None:
-    """Raises UsageError for secrets among a flow's parameters."""
+    """Raises UsageError."""
     if split_store(settings)[1].storage_options.keys() & set(STORAGE_SECRETS):
         raise UsageError(
             "Prefect would store the secrets among the storage options; set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY instead"
         )
-
-
-@contextmanager
-def without_text() -> Iterator[None]:
-    """Let no message out that may quote a prompt, nor the errors that led to one."""
-    try:
-        yield
-    except CoppiceError as error:
-        raise error from None
-    except Exception as error:
-        remedy = "run the same job by coppice --debug run to see the whole traceback"
-        raise EngineError(f"{place_of(error)}; {remedy}") from None

@@ -1,0 +1,85 @@
+"""What a person sees of a running job in Prefect: counts, rates and places, never text of a row.
+
+A server that is slow, locked or dead costs a job nothing but these artifacts.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Self, cast
+from uuid import UUID
+
+import prefect.artifacts as prefect
+from prefect.logging import get_run_logger
+
+from pipeline.job.messenger import Messenger
+from pipeline.job.observer import Snapshot
+from pipeline.night.parts import part_table
+from pipeline.night.settings import Night
+from pipeline.terminal.progress import plain_line
+
+_LOG_EVERY_ROWS_SHARE = 0.1
+_EVERY_S = 10.0
+_PATIENCE_S = 10.0
+_DEAF = "Prefect's server takes no artifacts (%s); the job goes on without them"
+
+
+class PrefectObserver:
+    """Tells Prefect's log and its artifacts what a terminal would see."""
+
+    def __init__(self) -> None:
+        self._logger = logger = get_run_logger()
+        self._next_rows = 0.0
+        self._next_s = 0.0
+        self._progress: UUID | None = None
+        self._artifacts = Messenger(lambda error: logger.warning(_DEAF, type(error).__name__))
+
+    def say(self, line: str) -> None:
+        """Log the line."""
+        self._logger.info(line)
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Log the state after every tenth of the rows, and show it every ten seconds."""
+        if snapshot.rows_done >= self._next_rows:
+            step = max(1.0, snapshot.rows_total * _LOG_EVERY_ROWS_SHARE)
+            self._next_rows = snapshot.rows_done + step
+            self._logger.info(plain_line(snapshot))
+        is_last = snapshot.rows_done == snapshot.rows_total
+        if is_last or (time.monotonic() >= self._next_s and self._artifacts.is_free):
+            self._next_s = time.monotonic() + _EVERY_S
+            self._artifacts.send(lambda: self._show_progress(snapshot))
+
+    def show_parts(self, night: Night) -> None:
+        """One row a part."""
+        said = f"Parts of {night.date}"
+        self._artifacts.send(
+            lambda: prefect.create_table_artifact(part_table(night), "night-parts", said)
+        )
+
+    def show_report(self, night: Night, page: str, summary: str) -> None:
+        """The summary of the report, and where its page is."""
+        link = page if "://" in page else Path(page).absolute().as_uri()
+        said = f"Report of {night.date}"
+        self._artifacts.send(
+            lambda: prefect.create_markdown_artifact(summary, "night-summary", said)
+        )
+        self._artifacts.send(lambda: prefect.create_link_artifact(link, said, "night-report"))
+
+    def close(self) -> None:
+        """Nothing to leave: a sitting has several sessions."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait a moment for what was not told yet."""
+        self._artifacts.finish(_PATIENCE_S)
+
+    def _show_progress(self, snapshot: Snapshot) -> None:
+        share, said = 100.0 * snapshot.rows_done / max(1, snapshot.rows_total), plain_line(snapshot)
+        if self._progress is None:
+            made = prefect.create_progress_artifact(share, "night-progress", said)
+            self._progress = cast(UUID, made)  # typed as what it is in a coroutine as well
+        else:
+            prefect.update_progress_artifact(self._progress, share, said)

@@ -1,0 +1,56 @@
+"""A step of the library as a task of Prefect, whose database has every log line and error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from pipeline import errors
+
+_NEVER_RETRIED = (
+    errors.UsageError,
+    errors.TooManyFailedRows,
+    errors.AuditFailed,
+    errors.TimeBudgetReached,
+    errors.Interrupted,
+)
+Found = TypeVar("Found")
+
+
+@contextmanager
+def without_text() -> Iterator[None]:
+    """Let no message out that may quote a prompt, nor the errors that led to one."""
+    try:
+        yield
+    except errors.CoppiceError as error:
+        raise error from None
+    except Exception as error:
+        remedy = "run the same job by coppice --debug run to see the whole traceback"
+        raise errors.EngineError(f"{errors.place_of(error)}; {remedy}") from None
+
+
+async def is_worth_a_retry(tried: Any, run: Any, state: Any) -> bool:
+    """A fault of device or disk is; a wrong call, or a stop that was asked for, is not."""
+    return not isinstance(await state.aresult(raise_on_failure=False), _NEVER_RETRIED)
+
+
+def as_task(name: str, step: Callable[[], Found], run_name: str | None = None) -> Found:
+    """Do the step, which goes on where it stopped, as a task with one retry."""
+
+    @task(
+        name=name,
+        task_run_name=run_name,
+        retries=1,
+        retry_condition_fn=is_worth_a_retry,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )
+    def call() -> Found:
+        with without_text():
+            return step()
+
+    return call()
