@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,9 +39,13 @@ from pipeline.recycle.protocol import Protocol
 from pipeline.recycle.retrieval import TextEncoder
 from pipeline.report.recycling import draw_recycling, summary_page
 from pipeline.storage.durable import make_folder, replace_file, write_errors
+from pipeline.storage.lock import FolderLock
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
+Prompts = tuple[list[KeptPrompt], list[KeptPrompt]]
+"""To keep, and to ask."""
+_STORES: Final = ".stores-"
 
 
 @dataclass(frozen=True)
@@ -63,50 +68,73 @@ class PaperSettings:
 def run_paper(settings: PaperSettings, say: Say) -> dict[str, Any]:
     """Do it all and write the files; what `summary.json` holds.
 
-    Raises InputError, ModelError, UsageError for what cannot work, EngineError where recycled KV
-    changed a token: then nothing is written.
+    Raises InputError, ModelError, UsageError for what cannot work, FolderInUse, EngineError where
+    recycled KV changed a token: then nothing is written.
     """
-    began = time.monotonic()
     sizes = Sizes.quick() if settings.is_quick else Sizes()
     prompts = _read_prompts(settings)
     encoder = _load_encoder()
-    load = os.getloadavg()[0]
     with write_errors(settings.output):
         make_folder(settings.output)
-    tested = [
-        embedded_subject(settings.demo, sizes),
-        timing_subject(
-            settings.model, settings.tokenizer or str(settings.demo / "demo_model"), sizes
-        ),
-    ]
+    lock = FolderLock(settings.output)
+    try:
+        for left in settings.output.glob(f"{_STORES}*"):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=settings.output, prefix=_STORES) as place:
+            measured = _measure(settings, sizes, prompts, encoder, Path(place), say)
+        _write(settings.output, *measured)
+    finally:
+        lock.release()
+    return measured[1]
+
+
+def _measure(
+    settings: PaperSettings,
+    sizes: Sizes,
+    prompts: Prompts,
+    encoder: TextEncoder,
+    place: Path,
+    say: Say,
+) -> tuple[dict[str, list[Row]], dict[str, Any]]:
+    """The tables by name, and the summary. `place`: for the stores, on the disk that is timed."""
+    began, load = time.monotonic(), os.getloadavg()[0]
+    tokenizer = settings.tokenizer or str(settings.demo / "demo_model")
+    embedded = embedded_subject(settings.demo, sizes)
+    timed = timing_subject(settings.model, tokenizer, sizes)
     tables: dict[str, list[Row]] = {}
     models: list[Row] = []
-    with tempfile.TemporaryDirectory(dir=settings.output, prefix=".stores-") as place:
-        for number, (subject, note) in enumerate(tested):
-            say(f"{subject.name}: every prompt in every arm, {settings.protocol.repeats} times")
-            folder = Path(place) / str(number)
-            rows = run_experiment(subject, prompts, encoder, settings.protocol, folder)
-            for name, found in _tables(rows, subject, encoder).items():
-                tables.setdefault(name, []).extend(found)
-            arms = summary_table(rows, subject.read, encoder)
-            models.append({"name": subject.name, "note": note, "arms": arms})
-        timed = tested[-1][0]
-        say(f"{timed.name}: reuse depths of one long prompt, {settings.depth_repeats} times")
-        repeats = replace(settings.protocol, repeats=settings.depth_repeats)
-        depth = study_depth(
-            replace(timed, decoder=sizes.deep(timed.decoder)),
-            sizes.depth,
-            repeats,
-            Path(place) / "depth",
-        )
+    for subject, note in (embedded, timed):
+        say(f"{subject.name}: every prompt in every arm, {settings.protocol.repeats} times")
+        rows = run_experiment(subject, prompts, encoder, settings.protocol, place / str(len(models)))
+        for name, found in _tables(rows, subject, encoder).items():
+            tables.setdefault(name, []).extend(found)
+        arms = summary_table(rows, subject.read, encoder)
+        models.append({"name": subject.name, "note": note, "arms": arms})
+    depth = _study_depth(settings, sizes, timed[0], place / "depth", say)
     say("nearest embeddings and longest prefixes, as the store grows")
-    neighbours = _study_neighbours(settings, sizes, encoder, tested[0][0])
-    summary = {
-        "how": _describe(settings, time.monotonic() - began, load),
+    neighbours = _study_neighbours(settings, sizes, encoder, embedded[0])
+    tables |= {"depth": depth.rows(), "neighbours": as_rows(neighbours)}
+    seconds = time.monotonic() - began
+    return tables, {
+        "how": _describe(settings, seconds, load),
         "paper": PAPER,
         "models": models,
-        "depth": _describe_depth(timed.name, depth, _embed_s(tables["recycled"])),
-        "neighbours": {"note": _NEIGHBOUR_NOTE, "rows": as_rows(neighbours)},
+        "depth": _describe_depth(timed[0].name, depth, _embed_s(tables["recycled"])),
+        "neighbours": {"note": _NEIGHBOUR_NOTE, "rows": tables["neighbours"]},
+        "seconds": seconds,
+    }
+
+
+def _study_depth(
+    settings: PaperSettings, sizes: Sizes, timed: Subject, place: Path, say: Say
+) -> DepthStudy:
+    say(f"{timed.name}: reuse depths of one long prompt, {settings.depth_repeats} times")
+    repeats = replace(settings.protocol, repeats=settings.depth_repeats)
+    subject = replace(timed, decoder=sizes.deep(timed.decoder))
+    return study_depth(subject, sizes.depth, repeats, place)
+
+
+_NEIGHBOUR_NOTE, "rows": as_rows(neighbours)},
         "seconds": time.monotonic() - began,
     }
     tables |= {"depth": depth.rows(), "neighbours": as_rows(neighbours)}
@@ -128,7 +156,7 @@ def _tables(rows: Sequence[Any], subject: Subject, encoder: TextEncoder) -> dict
     }
 
 
-def _read_prompts(settings: PaperSettings) -> tuple[list[KeptPrompt], list[KeptPrompt]]:
+def _read_prompts(settings: PaperSettings) -> Prompts:
     return (
         read_kept_prompts(settings.cache_prompts or settings.demo / "cache_prompts.csv"),
         read_kept_prompts(settings.test_prompts or settings.demo / "test_prompts.csv"),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, ModelError
 from pipeline.recycle.decode import cache_of
 from pipeline.recycle.experiment import Subject, keep_all, open_cold, open_to_read
 from pipeline.recycle.finders import LongestPrefix, NoReuse
@@ -125,7 +125,14 @@ class DepthStudy:
 def study_depth(
     subject: Subject, settings: DepthSettings, protocol: Protocol, folder: Path
 ) -> DepthStudy:
-    """Time all depths in a store in `folder`. Raises EngineError where a token changed."""
+    """Time all depths in a store in `folder`. Raises EngineError where a token changed,
+    ModelError for a context that is too small.
+    """
+    if settings.prompt_tokens + subject.decoder.num_new > subject.context:
+        raise ModelError(
+            f"{subject.name} holds {subject.context} tokens, and the study of depth wants "
+            f"{settings.prompt_tokens} and {subject.decoder.num_new} new; name another --model"
+        )
     vocabulary = subject.decoder.model.config.vocab_size
     draw = np.random.default_rng(_SEED)
     ids = draw.integers(0, vocabulary, settings.prompt_tokens).astype(np.uint32)

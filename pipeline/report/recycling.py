@@ -85,7 +85,7 @@ def _depth_text(depth: Mapping[str, Any]) -> str:
         f"Break-even depth k*: {k['warm']:.0f} tokens warm, {k['cold']:.0f} cold, "
         f"{k['embedding']:.0f} when a sentence embedding finds the candidate. "
         f"S = alpha k/m gives alpha = {depth['alpha']:.2f} (the paper: 1.2 to 1.5); only prefill "
-        f"can be saved, so with these lengths it cannot exceed {depth['alpha_bound']:.2f}.\n"
+        f"can be saved, which is {depth['alpha_bound']:.2f} of the time at these lengths.\n"
     )
 
 

@@ -15,9 +15,19 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.errors import CoppiceError, EngineError, InputError, ModelError, UsageError
-from pipeline.job.paper_subjects import Sizes
+from pipeline.errors import (
+    CoppiceError,
+    EngineError,
+    FolderInUse,
+    InputError,
+    ModelError,
+    UsageError,
+)
+from pipeline.job.paper_subjects import Sizes, timing_subject
 from pipeline.recycle.decode import GreedyDecoder
+from pipeline.recycle.depth import DepthSettings, study_depth
+from pipeline.recycle.protocol import Protocol
+from pipeline.storage.lock import LOCK_NAME, FolderLock
 from tests.tiny_job import write_prompts
 
 EXPERIMENT = (
@@ -57,7 +67,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_writes_tables_pictures_and_a_summary_and_nothing_else(results: Path) -> None:
     tables = {"baseline.csv", "recycled.csv", "comparison.csv", "depth.csv", "neighbours.csv"}
     others = {"summary.json", "summary.md", "depth.png", "neighbours.png"}
-    assert {path.name for path in results.iterdir()} == tables | others
+    assert {path.name for path in results.iterdir()} == tables | others | {LOCK_NAME}
 
 
 def test_every_recycled_row_is_identical_and_no_naive_one_is(results: Path) -> None:
@@ -137,7 +147,7 @@ def test_kv_that_changes_a_token_fails_the_command(
     with pytest.raises(EngineError, match=r"prompt t\d+: arm .* differs .* at new token") as caught:
         coppice(*EXPERIMENT, "-o", tmp_path / "results")
     assert caught.value.exit_code == 1
-    assert not list((tmp_path / "results").iterdir())
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [LOCK_NAME]
 
 
 def csv_file(path: Path, *rows: str) -> Path:
@@ -168,7 +178,41 @@ def test_what_cannot_work_is_refused(
     with pytest.raises(error, match=reason) as caught:
         coppice(*EXPERIMENT, "-o", tmp_path / "results", flag, value)
     assert caught.value.exit_code == 2
-    assert not list((tmp_path / "results").glob("*"))
+    assert not list((tmp_path / "results").glob("[!.]*"))
+
+
+def test_one_run_at_a_time_and_a_dead_ones_stores_go(tmp_path: Path) -> None:
+    """Seen red: without the lock, and without removing what lay there."""
+    (tmp_path / ".stores-dead" / "0").mkdir(parents=True)
+    lock = FolderLock(tmp_path)
+    with pytest.raises(FolderInUse, match="is in use"):
+        coppice(*EXPERIMENT, "-o", tmp_path)
+    assert (tmp_path / ".stores-dead").exists()
+    lock.release()
+    with pytest.raises(ModelError):
+        coppice(*EXPERIMENT, "-o", tmp_path, "--model", tmp_path / "none")
+    assert not (tmp_path / ".stores-dead").exists()
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_dialogpt_is_taken_from_the_hubs_cache_and_never_fetched(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    """As safetensors, that is. Seen red: asking for config.json alone."""
+    cached = {name: str(model_folder / name) for name in ("config.json", weights)}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, file: cached.get(file))
+    subject, note = timing_subject(None, str(model_folder), Sizes.quick())
+    if weights == "model.safetensors":
+        assert (subject.name, note[:12]) == ("microsoft/DialoGPT-medium", "Real weights")
+    else:
+        assert "random weights" in subject.name and "Timing only" in note
+
+
+def test_a_model_too_small_for_the_depths_is_refused(tmp_path: Path, model_folder: Path) -> None:
+    """125 prompt tokens and 4 new ones, and 128 positions."""
+    subject, _ = timing_subject(str(model_folder), "", Sizes.quick())
+    with pytest.raises(ModelError, match="holds 128 tokens, .* name another --model"):
+        study_depth(subject, DepthSettings(prompt_tokens=125), Protocol(1, 0), tmp_path)
 
 
 def run_job(prompts: Path, output: Path, model: Path, *flags: str | Path) -> list[dict[str, Any]]:
