@@ -132,7 +132,10 @@ def test_two_workers_answer_as_one_and_count_every_token(
     injected="kill -9 of a Ray actor that has answered some rows and has others on the device",
     outcome="its unanswered rows are computed by others; every row once, as on one machine",
 )
-@pytest.mark.parametrize(("engine", "victims"), [("prefix", 1), ("echo", 2)])
+@pytest.mark.parametrize(
+    ("engine", "victims"),
+    [("echo", 1), ("echo", 2), pytest.param("prefix", 1, marks=pytest.mark.slow)],
+)
 def test_killed_workers_cost_no_row(
     workers: Path,
     source: Path,
