@@ -105,7 +105,8 @@ def _measure(
     models: list[Row] = []
     for subject, note in (embedded, timed):
         say(f"{subject.name}: every prompt in every arm, {settings.protocol.repeats} times")
-        rows = run_experiment(subject, prompts, encoder, settings.protocol, place / str(len(models)))
+        folder = place / str(len(models))
+        rows = run_experiment(subject, prompts, encoder, settings.protocol, folder)
         for name, found in _tables(rows, subject, encoder).items():
             tables.setdefault(name, []).extend(found)
         arms = summary_table(rows, subject.read, encoder)
@@ -132,14 +133,6 @@ def _study_depth(
     repeats = replace(settings.protocol, repeats=settings.depth_repeats)
     subject = replace(timed, decoder=sizes.deep(timed.decoder))
     return study_depth(subject, sizes.depth, repeats, place)
-
-
-_NEIGHBOUR_NOTE, "rows": as_rows(neighbours)},
-        "seconds": time.monotonic() - began,
-    }
-    tables |= {"depth": depth.rows(), "neighbours": as_rows(neighbours)}
-    _write(settings.output, tables, summary)
-    return summary
 
 
 _NEIGHBOUR_NOTE: Final = (
