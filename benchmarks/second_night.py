@@ -41,9 +41,12 @@ def jobs(setup: Setup, rows: int) -> list[Job]:
     found = [Job("demo", ROOT / "data" / "prompts.parquet", demo, True)]
     workload = setup.workloads / "gsm8k_8shot.parquet"
     if workload.exists():
-        flags = ["--model", setup.model(), "--limit", str(rows), "--ignore-eos"]
+        prompts = scratch("second_night") / workload.name
+        columns = ["id", "prompt"]  # and not the length that the file asks for
+        pl.read_parquet(workload, columns=columns).head(rows).write_parquet(prompts)
+        flags = ["--model", setup.model(), "--dtype", setup.dtype, "--ignore-eos"]
         flags += ["--max-new-tokens", str(setup.new_tokens)]
-        found.append(Job(f"gsm8k_8shot, {rows} rows", workload, flags, setup.dtype == "float32"))
+        found.append(Job(f"gsm8k_8shot, {rows} rows", prompts, flags, setup.dtype == "float32"))
     return found
 
 
