@@ -42,6 +42,7 @@ def jobs(setup: Setup, rows: int) -> list[Job]:
     workload = setup.workloads / "gsm8k_8shot.parquet"
     if workload.exists():
         prompts = scratch("second_night") / workload.name
+        prompts.parent.mkdir(exist_ok=True)
         columns = ["id", "prompt"]  # and not the length that the file asks for
         pl.read_parquet(workload, columns=columns).head(rows).write_parquet(prompts)
         flags = ["--model", setup.model(), "--dtype", setup.dtype, "--ignore-eos"]
