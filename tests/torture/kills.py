@@ -11,7 +11,8 @@ from tests.tiny_job import write_prompts
 from tests.torture.job import Content, check_complete, check_run, job_content, num_answered
 from tests.torture.victim import Server, run_command
 
-MEASURED = "cached_tokens"  # the first row of a group to run pays, and after a kill that is another
+# The first row of a group to run pays, and after a kill that is another.
+MEASURED = ("cached_tokens", "reuse_source")
 _LONGEST_S = 300.0
 
 
@@ -62,7 +63,7 @@ def expected_content(job: Job, server: Server) -> tuple[Content, float]:
         victim = server.start(run_command, job.arguments(job.base / name), job.base / "log")
         victim.join(_LONGEST_S)
         assert victim.exitcode == 0, (job.base / "log").read_text()
-    return job_content(job.base / name, MEASURED), time.monotonic() - begin
+    return job_content(job.base / name, *MEASURED), time.monotonic() - begin
 
 
 def kill_until_done(
@@ -88,7 +89,7 @@ def kill_until_done(
         figures.largest_waste_parts = max(figures.largest_waste_parts, waste / job.rows_per_part)
     assert victim.exitcode == 0, (job.base / "log").read_text()
     figures.rows_lost = job.rows - len(check_run(output))
-    check_complete(output, content, figures.kills + 1, MEASURED)
+    check_complete(output, content, figures.kills + 1, *MEASURED)
     return figures
 
 

@@ -48,7 +48,7 @@ def test_a_command_outlives_kills_and_signals(
     killed = victim.pid
     victim.join(60)
     assert (ends, victim.exitcode) == ([130, 130, -signal.SIGKILL], 0), log.read_text()
-    check_complete(tmp_path / "signalled", expected[0], 4, MEASURED)
+    check_complete(tmp_path / "signalled", expected[0], 4, *MEASURED)
     said = log.read_text()
     assert said.count("interrupted: ") == 2 and "the same command goes on" in said
     assert said.count("took over the lock of") == 1 and f"process {killed}" not in said
