@@ -41,6 +41,7 @@ def test_any_operation_may_fail(tmp_path: Path, code: int, lasts: bool, budget: 
     injected="a job with a KV store killed before, halfway through and after its file operations",
     outcome="the next job finds right entries or none, no temporary file, and goes on",
 )
+@pytest.mark.slow
 @pytest.mark.parametrize(("when", "by"), [("before", 6), ("halfway", 9), ("after", 7)])
 def test_a_job_may_be_killed_at_any_operation(
     tmp_path: Path, server: Server, when: When, by: int
@@ -53,6 +54,7 @@ def test_a_job_may_be_killed_at_any_operation(
     injected="kill -9 at random moments of a KV store that takes entries and evicts them",
     outcome="no wrong entry, no half one, within the budget",
 )
+@pytest.mark.slow
 def test_a_job_may_be_killed_at_any_moment(tmp_path: Path, server: Server) -> None:
     assert torture.kill_at_random(tmp_path, server, kills=6, seed=1) > 6
 
