@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -75,10 +76,12 @@ class Checkpoint:
     def remove(self) -> None:
         """The files go; what is open or mapped lives until it is closed."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        self.release()
+        self._lock.release()
 
     def release(self) -> None:
-        """Leave the folder to others."""
+        """Leave the folder to others; nothing that was not saved is written after that."""
+        with suppress(OSError):  # a disk that is full; the file is closed all the same
+            self.tokens.close()
         self._lock.release()
 
     def _read_state(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -88,6 +89,25 @@ def test_an_interrupted_plan_goes_on_where_it_was(
     assert described(plan(source, settings)) == whole
     assert prepared == list(range(saved, ROWS, 5))
     assert leftovers(tmp_path) == []
+
+
+def test_an_interrupted_plan_writes_nothing_more(
+    tmp_path: Path, source: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where it lives on, in a traceback. Seen red: what it had not saved made a file that
+    was cut short since as long as it should be."""
+    settings = echo_settings(tokenizer_folder)
+    whole = described(plan(source, settings))
+    with monkeypatch.context() as patch:
+        fail_after(patch, 9, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt) as interrupted:
+            plan(source, settings)
+    (place,) = (tmp_path / "cache").rglob("tokens.bin")
+    place.write_bytes(b"")
+    del interrupted
+    gc.collect()
+    assert place.read_bytes() == b""
+    assert described(plan(source, settings)) == whole
 
 
 def test_a_damaged_or_other_checkpoint_is_not_used(
