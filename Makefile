@@ -9,8 +9,9 @@ DEMO   ?= coppice-demo
 demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts, audit it, report
 	$(BIN)/coppice demo -o $(DEMO)
 
+# A file is one worker's: fixtures of a module (a Prefect server, a Ray cluster) start once.
 test: $(VENV)/.installed-dev  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 trust: $(VENV)/.installed-dev  ## the figures of trust: audits, strict mode, tortures, fuzzing; an hour
 	$(BIN)/python -m benchmarks.trust

@@ -1,4 +1,4 @@
-"""What several test modules stand on: a tokenizer, a tiny model, settings of an echo job."""
+"""What several test modules stand on: a tokenizer, a tiny model, processes to kill."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.settings import JobSettings
 from tests.tiny_job import echo_settings, write_model, write_tokenizer
+from tests.torture.victim import Server
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,3 +31,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(tokenizer_folder: Path) -> JobSettings:
     return echo_settings(tokenizer_folder, max_new_tokens=4, rows_per_part=2, fail_on_error="1")
+
+
+@pytest.fixture(scope="session")
+def server() -> Server:
+    """One for all tests: Python starts one fork server, with the modules that were named first."""
+    return Server()

@@ -1,7 +1,8 @@
-"""A process that publishes files and dies in the middle. Imports little, so that it starts fast."""
+"""A process that publishes files and dies in the middle."""
 
 from __future__ import annotations
 
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ def content(folder: Path, replaces: dict[str, object] | None = None, state: int 
     return Content({"edition": f"run-{state}"}, files, replaces)
 
 
-def publish_and_die(base: Path, target: Path, kill_at: int, when: When) -> None:
-    """Publish to `target` until operation `kill_at` below `base`."""
+def publish_and_die(
+    base: Path, target: Path, kill_at: int, when: When, answered: Synchronized[int]
+) -> None:
+    """Publish to `target` until operation `kill_at` below `base`; answers nothing."""
     found = content(base / "run")
     with pytest.MonkeyPatch.context() as patch:
         DeadlyDisk(patch, target.parent, kill_at, when)

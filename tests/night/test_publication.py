@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import threading
@@ -25,6 +24,7 @@ from pipeline.storage.run_directory import RunDirectory
 from tests.night.job import DAY, NightlyJob
 from tests.night.publisher import content, publish_and_die
 from tests.torture.disk import CODES, KILLED, FailingDisk, WatchedDisk, When
+from tests.torture.victim import Server
 
 DATE = DAY.isoformat()
 STORE = StoreSettings()
@@ -177,7 +177,7 @@ def test_a_disk_that_is_full_is_a_sentence(
     outcome="readers see nothing of it or all; the next one removes what was left and publishes",
 )
 def test_a_publication_that_is_killed_at_any_moment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seen red: left-overs not removed at the start."""
     target = tmp_path / "disk" / "published"
@@ -188,15 +188,12 @@ def test_a_publication_that_is_killed_at_any_moment(
         FolderTarget(str(target)).publish(DATE, found)
     expected = set(tree(target / DATE))
     assert len(disk.operations) > 15
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.night.publisher"])
     num_left = 0
     for number, operation in enumerate(disk.operations):
         moments: list[When] = ["before", "halfway"] if "write" in operation.name else ["before"]
         for when in moments:
             shutil.rmtree(target, ignore_errors=True)
-            victim = context.Process(target=publish_and_die, args=(tmp_path, target, number, when))
-            victim.start()
+            victim = server.start(publish_and_die, tmp_path, target, number, when)
             victim.join()
             assert victim.exitcode == KILLED
             num_left += len(hidden(target))

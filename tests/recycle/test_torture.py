@@ -16,11 +16,6 @@ from tests.torture.test_power_cut import rename_only
 from tests.torture.victim import Server
 
 
-@pytest.fixture(scope="module")
-def server() -> Server:
-    return Server()
-
-
 @pytest.mark.fault(
     "disk full or EIO",
     injected="each file operation of a KV store fails, once or from then on",

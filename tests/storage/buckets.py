@@ -5,6 +5,7 @@ from __future__ import annotations
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from typing import Any
 
 import boto3
@@ -16,6 +17,7 @@ from moto.server import ThreadedMotoServer
 REGION = "us-east-1"
 KEY_ID = "AKIAEXAMPLE"
 SECRET = "secret-of-the-tests"
+_NUMBERS = count(1)  # of buckets: all servers of a process share what they keep
 
 
 class Store:
@@ -33,15 +35,13 @@ class Store:
             aws_access_key_id=KEY_ID,
             aws_secret_access_key=SECRET,
         )
-        self._num_buckets = 0
 
     def stop(self) -> None:
         self._server.stop()
 
     def new_bucket(self) -> str:
         """The name of an empty bucket that no other test has."""
-        self._num_buckets += 1
-        name = f"bucket-{self._num_buckets}"
+        name = f"bucket-{next(_NUMBERS)}"
         self.client.create_bucket(Bucket=name)
         return name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -67,16 +68,21 @@ def expected_content(job: Job, server: Server) -> tuple[Content, float]:
 
 
 def kill_until_done(
-    job: Job, server: Server, expected: tuple[Content, float], luck: random.Random
+    job: Job,
+    server: Server,
+    expected: tuple[Content, float],
+    luck: random.Random,
+    most_kills: float = math.inf,
 ) -> KillFigures:
-    """One job. Each call of it lives for a random share of what an undisturbed one takes."""
+    """One job. Each call of it lives for a random share of what an undisturbed one takes; after
+    `most_kills` one is left alone."""
     content, whole_s = expected
     output = job.base / f"out-{luck.getrandbits(32)}"
     figures = KillFigures(jobs=1)
     committed = 0
     while True:
         victim = server.start(run_command, job.arguments(output), job.base / "log")
-        victim.join(luck.uniform(0.0, whole_s))
+        victim.join(luck.uniform(0.0, whole_s) if figures.kills < most_kills else _LONGEST_S)
         if victim.exitcode is not None:
             break
         victim.kill()
