@@ -17,8 +17,8 @@ from pipeline.recycle.head import BadEntry, Head, read_head
 from pipeline.recycle.identity import TokenIds
 from pipeline.storage.durable import write_stream
 
-# Values hashed and looked through together while the processor's cache has them; for so few torch
-# starts no threads, which would wait for each other longer than they work.
+# Values looked through together; for so few torch starts no threads, which would wait for each
+# other longer than they work.
 _CHUNK = 1 << 15
 _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14, which `mmap` has no name for
 
@@ -39,8 +39,7 @@ class MappedEntry(NamedTuple):
 def encode_kv(kv: Tensor) -> tuple[Tensor, str] | None:
     """The KV as bytes on the CPU, and their checksum; None where a value is not finite."""
     flat = kv.detach().to("cpu").contiguous().view(-1)
-    checksum = _checksum(flat)
-    return None if checksum is None else (flat.view(torch.uint8), checksum)
+    return (flat.view(torch.uint8), _checksum(flat)) if _is_finite(flat) else None
 
 
 def write_entry(path: Path, head: Head, token_ids: TokenIds, kv_bytes: Tensor) -> None:
@@ -68,15 +67,12 @@ def map_entry(path: Path) -> MappedEntry:
 
 
 def check_entry(entry: MappedEntry) -> None:
-    """Raises BadEntry unless the KV is what was written, and finite.
+    """Raises BadEntry unless the KV is what was written, and so finite.
 
     The checksum is one against accidents (a flipped bit, a lost block, half a file), not against
     somebody who can write to the folder: he could write a matching one.
     """
-    checksum = _checksum(entry.kv.view(-1))
-    if checksum is None:
-        raise BadEntry("its KV holds values that are not finite")
-    if checksum != entry.head.checksum:
+    if _checksum(entry.kv.view(-1)) != entry.head.checksum:
         raise BadEntry("its KV is not what was written")
 
 
@@ -89,14 +85,14 @@ def _populate(mapped: mmap.mmap) -> None:
             raise
 
 
-def _checksum(flat: Tensor) -> str | None:
-    """32 hexadecimal digits, or None where a value is not finite."""
-    digest = xxhash.xxh3_128()
-    content, size = flat.view(torch.uint8).numpy().data, flat.element_size()
-    for low in range(0, len(flat), _CHUNK):
-        chunk = flat[low : low + _CHUNK]
-        # A sum of finite values may overflow, so it only tells which chunks to look at closely.
-        if not math.isfinite(chunk.sum().item()) and not torch.isfinite(chunk).all():
-            return None
-        digest.update(content[low * size : (low + _CHUNK) * size])
-    return digest.hexdigest()
+def _checksum(flat: Tensor) -> str:
+    """32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).numpy().data)
+
+
+def _is_finite(flat: Tensor) -> bool:
+    """A sum of finite values may overflow, so it only tells which chunks to look at closely."""
+    return all(
+        math.isfinite(chunk.sum().item()) or bool(torch.isfinite(chunk).all())
+        for chunk in torch.split(flat, _CHUNK)
+    )

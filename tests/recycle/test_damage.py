@@ -60,17 +60,6 @@ def replaced(make: Callable[[Path], object]) -> Callable[[Path], None]:
     return damage
 
 
-def not_finite(path: Path) -> None:
-    """An entry that is right in everything else, with the checksum that its KV has."""
-    file = os.open(path, os.O_RDONLY)
-    head, token_ids = entry.read_head(file)
-    os.close(file)
-    kv = torch.full(head.kv_shape, torch.nan)
-    forged = head._replace(checksum=entry.xxhash.xxh3_128(kv.numpy().data).hexdigest())
-    path.unlink()
-    entry.write_entry(path, forged, token_ids, kv.view(-1).view(torch.uint8))
-
-
 def other_shape(path: Path) -> None:
     """The file of a store for a model of another layout, under the name of ours."""
     wide = Head("0" * 64, "0" * 64, 0, 4, "float32", (2, 2, 6), "0" * 32)
@@ -102,7 +91,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a bit of the ids": lambda path: flip(path, path.read_bytes().rindex(bytes(as_ids(TOP)))),
     "a bit of the header": lambda path: flip(path, 60),
     "an absurd header": lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]),
-    "not finite": not_finite,
     "another shape": other_shape,
     "another program's": rewritten,
     "a folder": replaced(lambda path: path.mkdir()),
@@ -113,8 +101,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.fault(
     "committed part altered",
-    injected="entries of a KV store truncated, longer, empty, flipped, not finite, of another "
-    "shape, replaced by a folder, a link, a pipe",
+    injected="entries of a KV store truncated, longer, empty, flipped, of another shape, replaced "
+    "by a folder, a link, a pipe",
     outcome="a miss, said once and counted; the file lies in the quarantine; what hung on it is "
     "gone and the rest still there",
 )
@@ -123,8 +111,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def test_a_damaged_entry_is_a_miss_and_put_aside(
     folder: Path, damage: str, opened: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Seen red: without the checksum (a bit of the KV, the last byte), without the look at values
-    (not finite), with blocking open (a pipe), with links followed."""
+    """Seen red: without the checksum (a bit of the KV, the last byte), with blocking open (a pipe),
+    with links followed."""
     path = path_of(folder, TOP)
     if opened == "after":
         DAMAGES[damage](path)
