@@ -1,7 +1,9 @@
 """Two real workers against one, each of one thread, fed by Ray on this machine.
 
 Seconds from the first order to the last answer: engines are loaded and have run a few rows before.
-Every round is one worker and then two, each in a process and a cluster of its own.
+Every round is one worker, two, and two jobs of one worker each side by side, every job in a process
+and a cluster of its own. Those two share nothing but the machine: the seconds that they take longer
+than one alone are what no division of the work can win back.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +33,23 @@ _MOST_ROWS = 400
 
 
 def measure(path: Path, shape: str, rounds: int) -> dict[str, Any]:
-    """Medians, and the efficiency of two workers: seconds of one / (2 x seconds of two)."""
+    """Medians; `efficiency` of two workers: seconds of one / (2 x seconds of two); `limit`: seconds
+    of one / those of one beside another."""
     model_folder(shape, "bfloat16")  # written once, by this process
-    found: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+    rates: list[tuple[float, float]] = []
     for _ in range(rounds):
-        for workers in found:
-            found[workers].append(_run_apart(path, shape, workers))
-            print(found[workers][-1], flush=True)
-    one, two = (statistics.median(run["seconds"] for run in found[n]) for n in (1, 2))
-    same = len({run["answers"] for runs in found.values() for run in runs}) == 1
+        one, two = (_run_apart(path, shape, workers) for workers in (1, 2))
+        with ThreadPoolExecutor(2) as pool:
+            beside = list(pool.map(lambda _: _run_apart(path, shape, 1), range(2)))
+        for run in (one, two, *beside):
+            print(run, flush=True)
+        alone_s, beside_s = one["seconds"], statistics.mean(run["seconds"] for run in beside)
+        rates.append((alone_s / (2 * two["seconds"]), alone_s / beside_s))
+    efficiency, limit = (statistics.median(column) for column in zip(*rates, strict=True))
     return {
-        "rows": found[2][0]["rows"], "one_s": one, "two_s": two, "efficiency": one / (2 * two),
-        "replicated_tokens": found[2][0]["replicated_tokens"], "same_answers": same,
-        "rounds": rounds, "cores": os.cpu_count(),
+        "rows": two["rows"], "one_s": one["seconds"], "two_s": two["seconds"],
+        "efficiency": efficiency, "limit": limit, "of_limit": efficiency / limit,
+        "replicated_tokens": two["replicated_tokens"], "rounds": rounds, "cores": os.cpu_count(),
     }  # fmt: skip
 
 
@@ -86,7 +93,7 @@ def run(path: Path, shape: str, workers: int) -> dict[str, Any]:
     fleet.close()
     ray.shutdown()
     return {
-        "workers": workers, "rows": len(answers), "seconds": seconds, "answers": hash(answers),
+        "workers": workers, "rows": len(answers), "seconds": seconds,
         "prefilled_tokens": counters.prefilled_tokens,
         "replicated_tokens": counters.replicated_tokens,
         "busy": counters.busy_s / counters.span_s,
