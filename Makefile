@@ -56,7 +56,7 @@ bench-peers: $(VENV)/.installed  ## vLLM, OpenVINO, transformers; hours, nothing
 
 WORKLOADS ?= ../shared/workloads
 PAPER     ?= results
-paper: $(VENV)/.installed  ## the paper's experiment, tables and plots into results/; 20 minutes, nothing else running
+paper: $(VENV)/.installed  ## the paper's experiment, tables and plots into results/; 45 minutes, nothing else running
 	$(BIN)/python data/make_paper_prompts.py
 	$(BIN)/coppice recycle experiment -o $(PAPER) $(if $(wildcard $(WORKLOADS)),--workloads $(WORKLOADS)) $(FLAGS)
 

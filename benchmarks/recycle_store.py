@@ -2,9 +2,10 @@
 
 Two stores below the scratch folder. The wide one holds many prompts of 300 tokens that share their
 beginnings as a nightly file's do, with the smallest KV there is: opening (with the index, and from
-the entries alone) and `match`. The deep one holds single prompts in the shape of DialoGPT-medium:
-`put` and `load`, each load up to the copy into memory of the engine's own. Beside the loads stands
-what the machine can do: the same bytes by read() from the page cache and from the disk.
+the entries alone) and `match`; beside it the nearest of as many sentence embeddings. The deep one
+holds single prompts in the shape of DialoGPT-medium: `put` and `load`, each load up to the copy
+into memory of the engine's own. Beside the loads stands what the machine can do: the same bytes by
+read() from the page cache and from the disk.
 
 Cold means that the kernel was told to forget the file; a host that caches its guests' disks may
 still know it. Prints one JSON line and writes it to results/recycle_store.jsonl.
@@ -17,7 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -29,12 +30,14 @@ from benchmarks.machine import describe_machine
 from benchmarks.scratch import scratch
 from pipeline.recycle.folder import StoreFolder
 from pipeline.recycle.identity import Identity, TokenIds, entry_key
+from pipeline.recycle.retrieval import EmbeddingIndex, Vectors
 from pipeline.recycle.store import KVStore
 
 _INSTRUCTIONS, _DOCUMENT_ROWS = 20, 5
 _LENGTHS = (180, 90, 30)  # instruction, document, the row's own
 _VOCABULARY = 32_768
 _QUERIES = 20_000
+_DIMENSIONS, _SEARCHES = 384, 1_000  # of all-MiniLM-L6-v2
 _LAYOUT = (24, 16, 64)  # DialoGPT-medium: 196,608 bytes a token in fp32
 _BUDGET = 1 << 40
 WIDE = Identity("bench", "bench", "float16", (1, 1, 1), "{}")
@@ -79,6 +82,7 @@ def measure_wide(folder: Path, prompts: int) -> dict[str, float]:
     rebuild_s = timed(lambda: KVStore.open(folder, WIDE, _BUDGET).close())
     with KVStore.open(folder, WIDE, _BUDGET) as store:
         times = np.array(list(match_times(store, prompts)))
+    searches = np.array(list(search_times(prompts)))
     return {
         "prompts": prompts,
         "put_s_each_unflushed": fill_s / prompts,
@@ -87,6 +91,8 @@ def measure_wide(folder: Path, prompts: int) -> dict[str, float]:
         "match_median_s": float(np.median(times)),
         "match_p99_s": float(np.quantile(times, 0.99)),
         "match_max_s": float(times.max()),
+        "nearest_median_s": float(np.median(searches)),
+        "nearest_p99_s": float(np.quantile(searches, 0.99)),
     }
 
 
@@ -101,6 +107,33 @@ def match_times(store: KVStore, prompts: int) -> Iterator[float]:
         found = store.match(ids).length
         yield time.perf_counter() - begin
         assert found >= cut, (found, cut)
+
+
+class NoEncoder:
+    """Texts are not looked for here."""
+
+    name = "none"
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """Never called."""
+        raise NotImplementedError
+
+
+def search_times(prompts: int) -> Iterator[float]:
+    """Seconds of finding the nearest of so many vectors; the encoder's own time is not in it."""
+    draw = np.random.default_rng(2)
+    vectors = unit(draw.standard_normal((prompts, _DIMENSIONS), np.float32))
+    index = EmbeddingIndex(NoEncoder(), vectors)
+    for key in draw.integers(0, prompts, _SEARCHES).tolist():
+        asked = unit(vectors[[key]] + 0.02 * draw.standard_normal((1, _DIMENSIONS), np.float32))[0]
+        begin = time.perf_counter()
+        found, _ = index.search(asked)
+        yield time.perf_counter() - begin
+        assert found == key
+
+
+def unit(vectors: Vectors) -> Vectors:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def measure_deep(folder: Path, tokens: int, repeats: int) -> dict[str, float]:

@@ -61,7 +61,7 @@ class PaperSettings:
     test_prompts: Path | None = None
     workloads: Path | None = None
     protocol: Protocol = Protocol()
-    depth_repeats: int = 10
+    depth_repeats: int = 30
     is_quick: bool = False
 
 
@@ -192,7 +192,9 @@ def _describe(settings: PaperSettings, seconds: float, load: float) -> str:
 
 def _describe_depth(model: str, study: DepthStudy, embed_s: float) -> Row:
     rows = study.rows()
-    deepest = max((row for row in rows if row["state"] == "warm"), key=lambda row: row["depth"])
+    warm = [row for row in rows if row["state"] == "warm"]
+    deepest = max(warm, key=lambda row: row["depth"])
+    sure = [row["depth"] for row in warm if row["speedup_low"] > 0]
     encode_s = study.median("baseline", 0, "prefill_s")
     return {
         "model": model,
@@ -208,6 +210,7 @@ def _describe_depth(model: str, study: DepthStudy, embed_s: float) -> Row:
             "cold": study.break_even("load-cold"),
             "embedding": study.break_even(extra_s=embed_s),
         },
+        "least_sure_depth": min(sure, default=None),
         "deepest": deepest
         | {"off_percent": 100 * (deepest["ratio"] / deepest["predicted_ratio"] - 1)},
         "rows": rows,

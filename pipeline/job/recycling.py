@@ -155,7 +155,7 @@ def expected_hits(planned: PlannedJob) -> dict[str, Any] | None:
 
 def _count_stored(planned: PlannedJob, store: KVStore, least: int) -> int:
     """Unique tokens of the plan that the store has, in prefixes of at least `least`."""
-    plan, tree = planned.plan, planned.plan.tree
+    plan, tree, prompts = planned.plan, planned.plan.tree, PlannedPrompts(planned)
     needed = plan.sequence_hi > plan.sequence_lo
     ends = np.zeros(tree.num_nodes, np.int64)
     tokens = 0
@@ -164,8 +164,8 @@ def _count_stored(planned: PlannedJob, store: KVStore, least: int) -> int:
         if above >= 0 and ends[above] < start:
             continue
         sequence = int(plan.sequence_lo[node])
-        ids = plan.prompt_token_ids(sequence)[:end].astype(np.uint32)
-        ends[node] = store.match(ids, planned.tenant(sequence)).length
+        ids, tenant = prompts.ids(sequence)[:end], prompts.tenant(sequence)
+        ends[node] = store.match(ids, tenant).length
         if ends[node] >= least:
             tokens += max(0, int(ends[node]) - start)
     return tokens

@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.recycle.identity import TokenIds
 from pipeline.recycle.retrieval import EmbeddingIndex, TextEncoder
 
-_CUTS = 4
+_CUTS = 8
 _END = re.compile(r"\n|[.!?] ")
 
 

@@ -72,7 +72,7 @@ def experiment(
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured rounds.")] = 30,
     depth_repeats: Annotated[
         int, typer.Option("--depth-repeats", min=1, help="Of the reuse depths.")
-    ] = 10,
+    ] = 30,
     warmups: Annotated[int, typer.Option("--warmups", min=0, help="Discarded runs.")] = 5,
     seed: Annotated[int, typer.Option("--seed", help="Of the order of runs.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny shape; quote nothing.")] = False,

@@ -46,6 +46,20 @@ def test_the_nearest_is_what_a_loop_finds() -> None:
         assert min(found.embed_s, found.search_s) > 0
 
 
+def test_vectors_that_differ_by_less_than_a_half_can_say_are_told_apart() -> None:
+    """Seen red: the scores of the index, which holds vectors of 16 bits."""
+    encoder = LetterEncoder()
+    wished = encoder.encode(["abcdefgh"])
+    nudges = np.random.default_rng(3).normal(0, 5e-4, (6, 8)).astype(np.float32)
+    vectors = np.concatenate([encoder.encode(draw_texts(20)), wished + nudges])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = EmbeddingIndex(encoder, vectors)
+    for key in range(20, 26):
+        assert index.search(vectors[key])[1] == pytest.approx(1.0, abs=1e-6)
+        best = int((vectors @ vectors[key]).argmax())
+        assert index.search(vectors[key])[0] == best
+
+
 def test_an_index_takes_unit_vectors_alone() -> None:
     with pytest.raises(ValueError, match="unit vectors"):
         EmbeddingIndex(LetterEncoder(), np.full((2, 8), 2.0, np.float32))
