@@ -151,7 +151,8 @@ def _draw_speedup(axes: Axes, depth: Mapping[str, Any]) -> None:
         if value < depth["prompt_tokens"]:
             axes.axvline(value, color=colour, lw=1, ls=":", label=f"k* {name}: {value:.0f}")
     axes.set_xscale("symlog", linthresh=8)
-    axes.set_xticks([row["depth"] for row in rows], [str(row["depth"]) for row in rows])
+    depths = [row["depth"] for row in rows]
+    axes.set_xticks(depths, [str(depth) for depth in depths], rotation=60)
     axes.set(xlabel="reuse depth k (tokens)", ylabel="speedup S (%)", title="break-even")
     axes.legend(frameon=False, fontsize=8)
 
