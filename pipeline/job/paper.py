@@ -194,7 +194,7 @@ def _describe_depth(model: str, study: DepthStudy, embed_s: float) -> Row:
     rows = study.rows()
     warm = [row for row in rows if row["state"] == "warm"]
     deepest = max(warm, key=lambda row: row["depth"])
-    sure = [row["depth"] for row in warm if row["speedup_low"] > 0]
+    sure = [row["depth"] for row in warm if row["depth"] and row["speedup_low"] > 0]
     encode_s = study.median("baseline", 0, "prefill_s")
     return {
         "model": model,

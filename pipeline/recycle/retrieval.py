@@ -2,8 +2,7 @@
 
 FAISS scans all vectors in half precision, half the bytes of float32, and the best of these are
 compared in full. The index is made in memory of vectors that we wrote and hashed; no index file is
-ever read. Says nothing about whether the candidate's KV may be used: likeness is no
-prefix.
+ever read. Says nothing about whether the candidate's KV may be used: likeness is no prefix.
 """
 
 from __future__ import annotations

@@ -78,13 +78,13 @@ def _depth_text(depth: Mapping[str, Any]) -> str:
             f"({row['speedup_low']:.1f}–{row['speedup_high']:.1f}) | "
             f"{row['ratio']:.2f}x | {row['predicted_ratio']:.2f}x | {1000 * load:.1f} ms |"
         )
-    deepest, k = depth["deepest"], depth["break_even"]
+    deepest, k, sure = depth["deepest"], depth["break_even"], depth["least_sure_depth"] or "none"
     return "\n".join(lines) + (
         f"\n\nAt k = {deepest['depth']}: {deepest['ratio']:.2f}x measured, "
         f"{deepest['predicted_ratio']:.2f}x predicted ({deepest['off_percent']:+.1f} %). "
         f"Break-even depth k*: {k['warm']:.0f} tokens warm, {k['cold']:.0f} cold, "
         f"{k['embedding']:.0f} when a sentence embedding finds the candidate, by the parts; as a "
-        f"whole, the least depth here that is faster beyond doubt: {depth['least_sure_depth']}. "
+        f"whole, the least depth here that is faster beyond doubt: {sure}. "
         f"S = alpha k/m gives alpha = {depth['alpha']:.2f} (the paper: 1.2 to 1.5); only prefill "
         f"can be saved, which is {depth['alpha_bound']:.2f} of the time at these lengths.\n"
     )

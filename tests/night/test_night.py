@@ -316,7 +316,7 @@ def test_the_budget_is_of_the_whole_sitting(
     monkeypatch.setattr(night_module, "generate_night", generate)
     monkeypatch.setattr(time, "monotonic", lambda: now)
     assert all(outcome(ending).published for ending in job.sit())
-    assert budgets == [3600.0, 1800.0]
+    assert budgets == pytest.approx([3600.0, 1800.0])
 
 
 @pytest.mark.fault(

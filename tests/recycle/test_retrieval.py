@@ -34,7 +34,7 @@ def draw_texts(count: int, seed: int = 0) -> list[str]:
 
 
 def test_the_nearest_is_what_a_loop_finds() -> None:
-    """Seen red: an index of distances, IndexFlatL2, whose scores are no cosines."""
+    """Seen red: the place among the compared ones instead of that in the index."""
     encoder = LetterEncoder()
     texts = draw_texts(300)
     index = EmbeddingIndex(encoder, encoder.encode(texts))
