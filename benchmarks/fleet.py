@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from benchmarks.fleet_simulation import Setting, noise_by_piece, simulate, static_makespan
 from benchmarks.scratch import ROOT
 from pipeline.plan.plan import Plan, build_plan
+from pipeline.plan.shards import Costs
 from pipeline.plan.token_table import TokenTable
 from pipeline.records import SamplingParams
 
@@ -39,10 +40,12 @@ token counts {decode_weight:g}), {rows_at_once} rows begun at once. Efficiency: 
 one worker over workers x time of the last one, so replicated prefixes count as loss. *shards*: cut
 beforehand (`--num-shards`); *queue*: longest piece first; *stealing*: what `--executor ray` does.
 Noise: the real cost of each quarter of a worker's rows is lognormal around the predicted one, sigma
-{sigma:g}, mean of {seeds} draws. x10: ten copies of the file that share nothing with each other.
+{sigma:g}, mean of {seeds} draws. *limit*: no dispatch reaches more, for whoever computes a row
+computes what all rows share, and the longest row is one worker's. x10: ten copies of the file that
+share nothing with each other.
 
 """
-_COLUMNS = ("file", "rows", "workers", "rows each", "shards", "queue", "stealing",
+_COLUMNS = ("file", "rows", "workers", "rows each", "shards", "queue", "stealing", "limit",
             "computed twice", "shards, noise", "queue, noise", "stealing, noise")  # fmt: skip
 
 
@@ -94,7 +97,20 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for number in args.workers:
                 rows = len(plan.table)
                 head = {"file": path.stem, "copies": copies, "rows": rows, "workers": number}
-                yield {**head, "rows_each": rows / number, **efficiencies(plan, number, args)}
+                limit = limit_of(plan, number, args.decode_weight)
+                yield {
+                    **head, "rows_each": rows / number, "limit": limit,
+                    **efficiencies(plan, number, args),
+                }  # fmt: skip
+
+
+def limit_of(plan: Plan, num_workers: int, decode_weight: float) -> float:
+    """The most of linear that any dispatch of whole rows can reach."""
+    costs = Costs(plan, decode_weight)
+    total = costs.whole(0, len(plan.sequences))
+    in_all = int(costs.shared[1:].min(initial=total))
+    longest = float((plan.prompt_lengths + plan.max_new_tokens * decode_weight).max())
+    return total / (num_workers * max(in_all + (total - in_all) / num_workers, longest))
 
 
 def row(line: dict[str, Any]) -> str:
@@ -103,7 +119,7 @@ def row(line: dict[str, Any]) -> str:
     cells = [name, f"{line['rows']:,}", str(line["workers"]), f"{line['rows_each']:.0f}"]
     for key in ("shards", "queue", "stealing"):
         cells.append(_cell(line[key], key == "stealing"))
-    cells.append(f"{line['computed_twice']:.1%}")
+    cells += [f"{line['limit']:.3f}", f"{line['computed_twice']:.1%}"]
     for key in ("shards_noise", "queue_noise", "stealing_noise"):
         cells.append(_cell(line[key], key == "stealing_noise"))
     return _cells(cells)

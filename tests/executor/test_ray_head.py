@@ -109,7 +109,6 @@ def start_job(head: Head, source: Path, out: Path, *flags: str) -> subprocess.Po
     injected="kill -9 of the Ray head's gcs_server while two actors compute",
     outcome="exit code 1 in seconds with what to type; parts intact; resumed without the cluster",
 )
-@pytest.mark.slow
 def test_a_head_that_dies_ends_the_job_in_a_sentence(
     head: Head, tmp_path: Path, tokenizer_folder: Path
 ) -> None:
