@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 
+import pipeline.run as run_module
 from pipeline.errors import (
     InputError,
     Interrupted,
@@ -347,6 +350,28 @@ def test_a_model_that_fails_the_self_test_gets_the_naive_engine(
     monkeypatch.setattr(partial, "merge", lambda *parts: None)
     engine = make_engine(settings)
     assert engine.name == "naive" and "in full by the naive engine" in engine.notes[0]
+
+
+@pytest.mark.parametrize("engine", ["prefix", "naive"])
+def test_a_process_that_does_many_jobs_keeps_nothing_of_one(
+    tmp_path: Path, model_folder: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that serves nights does. Seen red: all that there was at a job's start, frozen."""
+    models: list[weakref.ref[Any]] = []
+    make = run_module.make_engine
+
+    def watch(settings: JobSettings) -> Any:
+        made = make(settings)
+        models.append(weakref.ref(made.loaded.model))
+        return made
+
+    monkeypatch.setattr(run_module, "make_engine", watch)
+    source = write_prompts(tmp_path / "p.parquet", ["why? who?", "why? when?"])
+    flat = {"model": str(model_folder), "engine": engine, "max_new_tokens": 2}
+    run_job(str(source), tmp_path / "out", JobSettings.from_flat(flat))
+    gc.collect()
+    assert [model() for model in models] == [None]
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_complete_run_that_lost_a_part_makes_it_again(

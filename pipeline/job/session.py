@@ -102,6 +102,7 @@ class Session:
             self._record_failure(engine, error)
             raise
         finally:
+            gc.unfreeze()  # or nothing of it is ever freed, and libraries complain of it at exit
             self._observer.close()
 
     def _header(self) -> str:
