@@ -145,9 +145,12 @@ def _without_texts(settings: JobSettings) -> JobSettings:
     return settings.model_copy(update={"tokens": tokens, "store": StoreSettings()})
 
 
-def plan_job(input: str, settings: JobSettings) -> PlannedJob:
-    """Plan a job and do nothing else; of the model only tokenizer and config are read."""
-    planned = plan_for_a_person(open_job(input, settings))
+def plan_job(input: str, settings: JobSettings, keep_rows: bool = False) -> PlannedJob:
+    """Plan a job and do nothing else; of the model only tokenizer and config are read.
+
+    `keep_rows`: see `plan_rows`; for who runs the job next.
+    """
+    planned = plan_for_a_person(open_job(input, with_absolute_paths(settings)), keep_rows)
     return replace(planned, summary=replace(planned.summary, store=expected_hits(planned)))
 
 

@@ -1,5 +1,7 @@
 """Prepared rows of a large input, kept on disk until the plan is made: a killed plan goes on.
 
+One that only looks, before a job of the same rows, may leave them to it.
+
 ```
  <user's cache>/coppice/plans/<key>/   tokens.bin               token ids, appended
                                        rows-00000.parquet ..    what the plan needs of each row
@@ -76,6 +78,10 @@ class Checkpoint:
     def remove(self) -> None:
         """The files go; what is open or mapped lives until it is closed."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.release()
+
+    def leave(self) -> None:
+        """Leave the folder, with every row saved, to others; its files may still be read here."""
         self._lock.release()
 
     def release(self) -> None:

@@ -171,14 +171,21 @@ def _read_shape(settings: ModelSettings) -> ModelShape | None:
     return read_shape(settings.model, settings.revision)
 
 
-def plan_rows(job: Job) -> PlannedJob:
-    """Read, tokenise and plan every row. Raises InputError for duplicate ids and damaged pages."""
-    return _plan(job, read_rows(job))
+def plan_rows(job: Job, keep_rows: bool = False) -> PlannedJob:
+    """Read, tokenise and plan every row. Raises InputError for duplicate ids and damaged pages.
+
+    `keep_rows`: leave what was tokenised, of a large input, to the next call for the same job.
+    """
+    rows = read_rows(job)
+    with rows.until_failure():
+        planned = _build(job, rows)
+    rows.keep() if keep_rows else rows.forget()
+    return planned
 
 
-def plan_for_a_person(job: Job) -> PlannedJob:
+def plan_for_a_person(job: Job, keep_rows: bool = False) -> PlannedJob:
     """As `plan_rows`, with what a person wants to know before a run: advice and estimated time."""
-    planned = plan_rows(job)
+    planned = plan_rows(job, keep_rows)
     summary, advice = planned.summary, advise(_sample_prompts(planned))
     fields, memory = job.fields, job.settings.plan.plan_memory
     if fields is None and job.source.fields and memory_needed(job.source) <= memory:
@@ -222,15 +229,8 @@ def read_rows(job: Job) -> PreparedRows:
         stages.start("reader", read)
         for batch in batches:
             rows.add(batch)
+        rows.save()
     return rows
-
-
-def _plan(job: Job, rows: PreparedRows) -> PlannedJob:
-    """The plan of rows that are read; only then their checkpoint is forgotten."""
-    with rows.until_failure():
-        planned = _build(job, rows)
-    rows.forget()
-    return planned
 
 
 def _build(job: Job, rows: PreparedRows) -> PlannedJob:

@@ -81,7 +81,7 @@ class PreparedRows:
         self._unsaved.append(frame)
         self.num_rows += len(frame)
         if sum(map(len, self._unsaved)) >= EVERY_ROWS:
-            self._save()
+            self.save()
 
     def tokens(self) -> TokenTable:
         """The token ids of all rows; no more can be added."""
@@ -100,6 +100,27 @@ class PreparedRows:
             if self._checkpoint is not None:
                 self._checkpoint.release()
             raise
+
+    def save(self) -> None:
+        """Commit the rows added since the last time, where there is a checkpoint.
+
+        Raises StorageError.
+        """
+        if self._checkpoint is not None and self._unsaved:
+            state = {
+                "rows": self.num_rows,
+                "largest_id": self.largest_id,
+                "params": [asdict(params) for params in self._params.known],
+                "tenants": list(self._tenants.hashes.known),
+            }
+            self._checkpoint.save(pl.concat(self._unsaved), state)
+        self._unsaved.clear()
+
+    def keep(self) -> None:
+        """Leave the checkpoint to the next call that needs the same rows; all of them are saved."""
+        if self._checkpoint is not None:
+            self._checkpoint.leave()
+            self._checkpoint = None
 
     def forget(self) -> None:
         """Remove the checkpoint: it is not needed any more."""
@@ -127,17 +148,6 @@ class PreparedRows:
 
     def _column(self, *names: str) -> pl.DataFrame:
         return pl.concat([frame.select(names) for frame in self._frames], rechunk=True)
-
-    def _save(self) -> None:
-        if self._checkpoint is not None:
-            state = {
-                "rows": self.num_rows,
-                "largest_id": self.largest_id,
-                "params": [asdict(params) for params in self._params.known],
-                "tenants": list(self._tenants.hashes.known),
-            }
-            self._checkpoint.save(pl.concat(self._unsaved), state)
-        self._unsaved.clear()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state

@@ -45,7 +45,9 @@ def check_input(night: Night) -> dict[str, Any]:
 
 def plan_night(night: Night) -> dict[str, Any]:
     """Rows, tokens and the saving; of a night that was begun as it began. Raises as `plan_job`."""
-    summary = _recorded_plan(night) or plan_job(night.input, night.job).summary.to_json()
+    summary = _recorded_plan(night)
+    if summary is None:
+        summary = plan_job(night.input, night.job, keep_rows=True).summary.to_json()
     estimate = summary["estimate"]
     return {
         "rows": summary["rows"],

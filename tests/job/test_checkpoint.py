@@ -134,6 +134,22 @@ def test_a_damaged_or_other_checkpoint_is_not_used(
         assert prepared[0] == 0
 
 
+def test_a_job_does_not_tokenise_what_a_plan_kept(
+    tmp_path: Path, source: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen red: the rows after the last hundred thousand tokenised again; the folder still held."""
+    job = open_job(str(source), echo_settings(tokenizer_folder))
+    kept = plan_rows(job, keep_rows=True)
+    assert "state.json" in leftovers(tmp_path)
+    prepared = fail_after(monkeypatch, -1, KeyboardInterrupt())
+    assert described(plan_rows(job)) == described(kept) and prepared == []
+    assert leftovers(tmp_path) == []
+    # What was left to another call, and removed by it, can be read to its end.
+    again, table = plan_rows(job).plan.table, kept.plan.table
+    assert all(table[row].tolist() == again[row].tolist() for row in range(ROWS))
+    assert table.read_words(0, ROWS).tolist() == again.read_words(0, ROWS).tolist()
+
+
 def test_an_input_at_fault_leaves_nothing(tmp_path: Path, tokenizer_folder: Path) -> None:
     source = write_prompts(tmp_path / "p.parquet", ["x"] * 40, id=["same"] * 40)
     with pytest.raises(InputError, match="come twice"):

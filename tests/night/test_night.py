@@ -26,7 +26,9 @@ from pipeline.errors import (
     TimeBudgetReached,
     TooManyFailedRows,
 )
+from pipeline.job import checkpoint, prepared_rows
 from pipeline.job.observer import SilentObserver
+from pipeline.job.prepare import Preparation, PreparedBatch
 from pipeline.night import night as night_module
 from pipeline.night import steps
 from pipeline.night.calendar import mark_due
@@ -35,7 +37,7 @@ from pipeline.night.outcome import Ending, NightFailure, NightOutcome, worst
 from pipeline.night.settings import Night
 from pipeline.night.state import read_state
 from pipeline.night.steps import Step
-from pipeline.records import Completion
+from pipeline.records import Completion, PromptBatch
 from pipeline.settings import JobSettings
 from pipeline.storage.lock import FolderLock
 from tests.night.job import DAY, PROMPTS, NightlyJob, before
@@ -89,6 +91,27 @@ def fail_audits(monkeypatch: pytest.MonkeyPatch) -> None:
         return Verdict(**(vars(verdict) | {"verdict": "fail", "reasons": ("1 row is corrupt",)}))
 
     monkeypatch.setattr(steps, "audit_run", audit)
+
+
+def test_a_night_tokenises_its_input_once(
+    job: NightlyJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its plan leaves to its generation what is in the cache. Seen red: every row twice."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for module in (checkpoint, prepared_rows):
+        monkeypatch.setattr(module, "EVERY_ROWS", 3)
+    prepared: list[int] = []
+    whole = Preparation.prepare
+
+    def prepare(self: Preparation, batch: PromptBatch) -> PreparedBatch:
+        prepared.extend(range(batch.row_start, batch.row_start + len(batch.ids)))
+        return whole(self, batch)
+
+    monkeypatch.setattr(Preparation, "prepare", prepare)
+    (ending,) = job.sit()
+    assert outcome(ending).rows == len(PROMPTS)
+    assert prepared == [*range(len(PROMPTS)), 0]  # and a row by the audit
+    assert not list((tmp_path / "cache" / "coppice" / "plans").iterdir())
 
 
 def test_a_night_is_published_and_done_only_once(job: NightlyJob) -> None:
