@@ -18,6 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -112,14 +113,23 @@ def _wait_for_lock(folder: Path) -> FolderLock:
 
 
 def _fill(staging: Path, content: Content) -> None:
-    """Everything that will be published, and the marker; flushed to the disk."""
+    """Everything that will be published, and the marker; flushed to the disk.
+
+    Until then these files are their user's alone; from now on whoever may read the folder may read
+    them, as the umask or the ACLs have it.
+    """
     described = {}
+    staging.mkdir(parents=True)
+    mode = staging.stat().st_mode & 0o666
     for name, source in content.files.items():
         path = staging / name
         path.parent.mkdir(parents=True, exist_ok=True)
         _link_or_copy(source, path)
         described[name] = describe_file(path, name)
+        with suppress(PermissionError):  # linked from another user's run: it stays as he has it
+            path.chmod(mode)
     write_new(staging / MARKER_NAME, marker(content.described, described))
+    (staging / MARKER_NAME).chmod(mode)
     for folder in sorted({path.parent for path in staging.rglob("*")}, reverse=True):
         sync_folder(folder)
 

@@ -73,6 +73,20 @@ def test_parts_are_linked_and_the_marker_describes_all(audited: NightlyJob) -> N
     assert rows.height == marker["rows"] == 4
 
 
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_whoever_may_read_the_folder_may_read_what_is_published(
+    audited: NightlyJob, umask: int, mode: int
+) -> None:
+    """Seen red: files of the run, which are its user's alone, published as they were."""
+    before = os.umask(umask)
+    try:
+        publish(audited)
+    finally:
+        os.umask(before)
+    files = [path for path in (audited.published / DATE).rglob("*") if path.is_file()]
+    assert len(files) == 4 and {path.stat().st_mode & 0o777 for path in files} == {mode}
+
+
 def test_published_again_there_is_nothing_to_do(audited: NightlyJob) -> None:
     publish(audited)
     before = tree(audited.published)
