@@ -21,6 +21,7 @@ from tests.flows.real_server import ROOT, PrefectServer, Process, wait_for
 from tests.flows.receiver import Receiver
 from tests.night.job import DAY, NightlyJob
 
+pytestmark = pytest.mark.timeout(600)  # three processes a test, and the machine may have one core
 CANARY = "canary 5119 dives"
 _SLOW = {"max_rows": 1, "rows_per_part": 2, "max_new_tokens": 60, "ignore_eos": True}
 MakeJob = Callable[..., NightlyJob]
