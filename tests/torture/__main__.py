@@ -58,9 +58,12 @@ def torture(base: Path, kills: int, seed: int) -> dict[str, Any]:
         "power cuts": report(sweep_power_cuts, run, record(run), [None, *range(seed, seed + 3)]),
     }
     luck = random.Random(seed)
-    demo = Job(base, ROOT / "data" / "prompts.parquet", ROOT / "data" / "demo_model", 600, 60)
+    tiny_base, demo_base = base / "kills-tiny", base / "kills-demo"  # both name their runs alike
+    for folder in (tiny_base, demo_base):
+        folder.mkdir()
+    demo = Job(demo_base, ROOT / "data" / "prompts.parquet", ROOT / "data" / "demo_model", 600, 60)
     jobs = {
-        "tiny model": kill_jobs(tiny_job(base, model, 400), server, kills * 3 // 4, luck),
+        "tiny model": kill_jobs(tiny_job(tiny_base, model, 400), server, kills * 3 // 4, luck),
         "demo model": kill_jobs(demo, server, kills // 4, luck),
     }
     return {
