@@ -13,10 +13,10 @@ demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts,
 test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-trust: $(VENV)/.installed-dev  ## the figures of trust: audits, strict mode, tortures, fuzzing; an hour
+trust: $(VENV)/.installed-dev  ## the figures of trust: audits, strict mode, tortures, fuzzing; half an hour
 	$(BIN)/python -m benchmarks.trust
 
-torture: $(VENV)/.installed-dev  ## every file operation fails or kills, and 220 kill -9; half an hour
+torture: $(VENV)/.installed-dev  ## every file operation fails or kills, and 220 kill -9; a quarter of an hour
 	$(BIN)/python -m tests.torture $(if $(JSON),--json $(JSON))
 
 test-slow: $(VENV)/.installed-dev  ## what takes minutes: a million rows, thousands of damaged files

@@ -1,6 +1,6 @@
 """`make torture`: all operations, both codes, hundreds of kills; prints one line of figures.
 
-About half an hour on two cores. Ends with an error at the first thing that is not as it should be.
+About a quarter of an hour on two cores. Ends with an error at the first thing that is not as it should be.
 """
 
 from __future__ import annotations
