@@ -1,6 +1,6 @@
 """`make torture`: all operations, both codes, hundreds of kills; prints one line of figures.
 
-About a quarter of an hour on two cores. Ends with an error at the first thing that is not as it should be.
+A quarter of an hour on two cores. Ends with an error at the first thing that is not right.
 """
 
 from __future__ import annotations
