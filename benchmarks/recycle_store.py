@@ -109,30 +109,34 @@ def match_times(store: KVStore, prompts: int) -> Iterator[float]:
         assert found >= cut, (found, cut)
 
 
-class NoEncoder:
-    """Texts are not looked for here."""
+class NearAgain:
+    """In the place of an encoder: the text "7" gets prompt 7's vector, a little off."""
 
-    name = "none"
+    name = "drawn"
+
+    def __init__(self, vectors: Vectors) -> None:
+        self._vectors = vectors
+        self._draw = np.random.default_rng(3)
 
     def encode(self, texts: Sequence[str]) -> Vectors:
-        """Never called."""
-        raise NotImplementedError
+        """[texts, dimensions], of unit length."""
+        exact = self._vectors[list(map(int, texts))]
+        return unit(exact + 0.02 * self._draw.standard_normal(exact.shape, np.float32))
 
 
 def search_times(prompts: int) -> Iterator[float]:
     """Seconds of finding the nearest of so many vectors; the encoder's own time is not in it."""
     draw = np.random.default_rng(2)
     vectors = unit(draw.standard_normal((prompts, _DIMENSIONS), np.float32))
-    index = EmbeddingIndex(NoEncoder(), vectors)
+    index = EmbeddingIndex(NearAgain(vectors), vectors)
     for key in draw.integers(0, prompts, _SEARCHES).tolist():
-        asked = unit(vectors[[key]] + 0.02 * draw.standard_normal((1, _DIMENSIONS), np.float32))[0]
-        begin = time.perf_counter()
-        found, _ = index.search(asked)
-        yield time.perf_counter() - begin
-        assert found == key
+        found = index.nearest(str(key))
+        assert found.key == key, (found, key)
+        yield found.search_s
 
 
 def unit(vectors: Vectors) -> Vectors:
+    """Each row divided by its length."""
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 

@@ -20,7 +20,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.job import checkpoint, prepared_rows
+from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.recorded import SYSTEM_PROMPT_NAME
 from pipeline.storage import parquet_input
 from tests.test_cli import Shell
@@ -241,8 +241,7 @@ def test_a_checkpoint_holds_no_text(
 ) -> None:
     """Seen red: names of tenants in the cache, files there that others could read."""
     monkeypatch.setattr(parquet_input, "BATCH_ROWS", 2)
-    for module in (checkpoint, prepared_rows):
-        monkeypatch.setattr(module, "EVERY_ROWS", 2)
+    monkeypatch.setattr(Checkpoint, "every_rows", 2)
 
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt

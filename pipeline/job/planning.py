@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from pipeline.engine.machine import cache_folder
 from pipeline.errors import InputError, ModelError
-from pipeline.job import checkpoint
 from pipeline.job.advice import SAMPLE_CHARACTERS, SAMPLE_ROWS, advise
 from pipeline.job.channel import Stages
 from pipeline.job.checkpoint import Checkpoint
@@ -215,7 +214,7 @@ def read_rows(job: Job) -> PreparedRows:
     rows = PreparedRows(
         job.preparation(),
         narrowest_dtype(job.tokenizer.vocabulary_size),
-        Checkpoint.open(job.key()) if job.source.num_rows > checkpoint.EVERY_ROWS else None,
+        Checkpoint.open(job.key()) if job.source.num_rows > Checkpoint.every_rows else None,
     )
     with rows.until_failure(), Stages() as stages:
         batches = stages.channel(_BATCHES_AHEAD)

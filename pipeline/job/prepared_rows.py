@@ -18,7 +18,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.job.checkpoint import EVERY_ROWS, Checkpoint
+from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.prepare import Preparation
 from pipeline.plan.token_table import TokenFile, TokenTable
 from pipeline.records import PromptBatch, Rejected, SamplingParams
@@ -80,7 +80,7 @@ class PreparedRows:
         self._frames.append(frame)
         self._unsaved.append(frame)
         self.num_rows += len(frame)
-        if sum(map(len, self._unsaved)) >= EVERY_ROWS:
+        if sum(map(len, self._unsaved)) >= Checkpoint.every_rows:
             self.save()
 
     def tokens(self) -> TokenTable:

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.job import checkpoint, prepared_rows
+from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.planning import PlannedJob, open_job, plan_rows
-from pipeline.job.prepare import Preparation, PreparedBatch
-from pipeline.records import PromptBatch
 from pipeline.settings import JobSettings
 from pipeline.storage import parquet_input
+from tests.job.preparing import fail_after, watch_prepared
 from tests.tiny_job import echo_settings, write_prompts
 
 ROWS = 90
@@ -29,8 +28,7 @@ def small_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of 5 rows, a checkpoint every 20, a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(parquet_input, "BATCH_ROWS", 5)
-    for module in (checkpoint, prepared_rows):
-        monkeypatch.setattr(module, "EVERY_ROWS", 20)
+    monkeypatch.setattr(Checkpoint, "every_rows", 20)
 
 
 @pytest.fixture
@@ -39,21 +37,6 @@ def source(tmp_path: Path) -> Path:
     tenants = ["a" if i // 7 % 2 else None for i in range(ROWS)]
     limits = [3 + i // 3 % 4 for i in range(ROWS)]
     return write_prompts(tmp_path / "p.parquet", prompts, tenant=tenants, max_new_tokens=limits)
-
-
-def fail_after(monkeypatch: pytest.MonkeyPatch, batches: int, error: BaseException) -> list[int]:
-    """Rows that are prepared from now on; the call after `batches` ones raises."""
-    prepared: list[int] = []
-    whole = Preparation.prepare
-
-    def prepare(self: Preparation, batch: PromptBatch) -> PreparedBatch:
-        if len(prepared) == batches:
-            raise error
-        prepared.append(batch.row_start)
-        return whole(self, batch)
-
-    monkeypatch.setattr(Preparation, "prepare", prepare)
-    return prepared
 
 
 def plan(source: Path, settings: JobSettings) -> PlannedJob:
@@ -85,7 +68,7 @@ def test_an_interrupted_plan_goes_on_where_it_was(
         with pytest.raises(KeyboardInterrupt):
             plan(source, settings)
     saved = batches * 5 // 20 * 20
-    prepared = fail_after(monkeypatch, -1, KeyboardInterrupt())
+    prepared = watch_prepared(monkeypatch)
     assert described(plan(source, settings)) == whole
     assert prepared == list(range(saved, ROWS, 5))
     assert leftovers(tmp_path) == []
@@ -129,7 +112,7 @@ def test_a_damaged_or_other_checkpoint_is_not_used(
             plan(source, settings)
     os.utime(source, (1, 1))  # another file for all that anybody knows
     with pytest.MonkeyPatch.context() as patch:
-        prepared = fail_after(patch, -1, KeyboardInterrupt())
+        prepared = watch_prepared(patch)
         assert described(plan(source, settings)) == whole
         assert prepared[0] == 0
 
@@ -141,7 +124,7 @@ def test_a_job_does_not_tokenise_what_a_plan_kept(
     job = open_job(str(source), echo_settings(tokenizer_folder))
     kept = plan_rows(job, keep_rows=True)
     assert "state.json" in leftovers(tmp_path)
-    prepared = fail_after(monkeypatch, -1, KeyboardInterrupt())
+    prepared = watch_prepared(monkeypatch)
     assert described(plan_rows(job)) == described(kept) and prepared == []
     assert leftovers(tmp_path) == []
     # What was left to another call, and removed by it, can be read to its end.
@@ -161,8 +144,8 @@ def test_two_plans_of_one_input_do_not_share_a_checkpoint(
     source: Path, tokenizer_folder: Path
 ) -> None:
     job = open_job(str(source), echo_settings(tokenizer_folder))
-    held = checkpoint.Checkpoint.open(job.key())
-    assert held is not None and checkpoint.Checkpoint.open(job.key()) is None
+    held = Checkpoint.open(job.key())
+    assert held is not None and Checkpoint.open(job.key()) is None
     assert len(plan_rows(job).ids) == ROWS
     held.tokens.close()
     held.release()
@@ -179,13 +162,13 @@ def test_old_folders_are_dropped(tmp_path: Path, source: Path, tokenizer_folder:
 
 _SLOW = """
 import sys, time
-from pipeline.job import checkpoint, prepared_rows
+from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.planning import open_job, plan_rows
 from pipeline.job.prepare import Preparation
 from pipeline.storage import parquet_input
 from tests.tiny_job import echo_settings
 parquet_input.BATCH_ROWS = 5
-checkpoint.EVERY_ROWS = prepared_rows.EVERY_ROWS = 20
+Checkpoint.every_rows = 20
 whole = Preparation.prepare
 def prepare(self, batch):
     time.sleep(0.02)
@@ -206,6 +189,6 @@ def test_a_killed_process_leaves_a_checkpoint(
             if int(line) == 55:
                 process.send_signal(signal.SIGKILL)
                 break
-    prepared = fail_after(monkeypatch, -1, KeyboardInterrupt())
+    prepared = watch_prepared(monkeypatch)
     assert len(plan(source, echo_settings(tokenizer_folder)).ids) == ROWS
     assert prepared[0] == 40

@@ -26,9 +26,8 @@ from pipeline.errors import (
     TimeBudgetReached,
     TooManyFailedRows,
 )
-from pipeline.job import checkpoint, prepared_rows
+from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.observer import SilentObserver
-from pipeline.job.prepare import Preparation, PreparedBatch
 from pipeline.night import night as night_module
 from pipeline.night import steps
 from pipeline.night.calendar import mark_due
@@ -37,9 +36,11 @@ from pipeline.night.outcome import Ending, NightFailure, NightOutcome, worst
 from pipeline.night.settings import Night
 from pipeline.night.state import read_state
 from pipeline.night.steps import Step
-from pipeline.records import Completion, PromptBatch
+from pipeline.records import Completion
 from pipeline.settings import JobSettings
+from pipeline.storage import parquet_input
 from pipeline.storage.lock import FolderLock
+from tests.job.preparing import watch_prepared
 from tests.night.job import DAY, PROMPTS, NightlyJob, before
 from tests.tiny_job import answers
 
@@ -98,16 +99,9 @@ def test_a_night_tokenises_its_input_once(
 ) -> None:
     """Its plan leaves to its generation what is in the cache. Seen red: every row twice."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for module in (checkpoint, prepared_rows):
-        monkeypatch.setattr(module, "EVERY_ROWS", 3)
-    prepared: list[int] = []
-    whole = Preparation.prepare
-
-    def prepare(self: Preparation, batch: PromptBatch) -> PreparedBatch:
-        prepared.extend(range(batch.row_start, batch.row_start + len(batch.ids)))
-        return whole(self, batch)
-
-    monkeypatch.setattr(Preparation, "prepare", prepare)
+    monkeypatch.setattr(Checkpoint, "every_rows", 1)
+    monkeypatch.setattr(parquet_input, "BATCH_ROWS", 1)
+    prepared = watch_prepared(monkeypatch)
     (ending,) = job.sit()
     assert outcome(ending).rows == len(PROMPTS)
     assert prepared == [*range(len(PROMPTS)), 0]  # and a row by the audit

@@ -19,7 +19,7 @@ import polars as pl
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.job import checkpoint, prepared_rows
+from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.status import read_status
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
@@ -104,8 +104,7 @@ class RunBench:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(self.base / "cache"))
             patch.setattr(parquet_input, "BATCH_ROWS", 5)
-            for module in (checkpoint, prepared_rows):
-                patch.setattr(module, "EVERY_ROWS", 10)
+            patch.setattr(Checkpoint, "every_rows", 10)
             return run_job(str(self.base / "p.parquet"), self.output, self.settings)
 
     def content(self) -> Content:
