@@ -9,25 +9,27 @@ shared in decode, and p * (G - 1) more keys when each row has a copy (engine.md 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import os
 import statistics
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field, TypeAdapter
 
 from pipeline.engine.backend import Backend
 from pipeline.engine.kernels.rules import Segments
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.machine import cache_folder, cpu_description
+from pipeline.engine.machine import cpu_description, private_cache
 from pipeline.engine.model import LoadedModel
 from pipeline.engine.packing import pack_decode
+from pipeline.private_folder import private_folder
 
 _ROWS = 32
 _KEYS = 128  # of each row, or as many as the model's context holds
@@ -36,15 +38,18 @@ _REPEATS = 5
 _ALWAYS_SHARE = 1.0
 
 
+_Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
 @dataclass(frozen=True)
 class CostModel:
     """Seconds; see the module's formula. None is negative."""
 
-    step_s: float
-    token_s: float
-    segment_s: float
-    key_s: float
-    pair_s: float
+    step_s: _Seconds
+    token_s: _Seconds
+    segment_s: _Seconds
+    key_s: _Seconds
+    pair_s: _Seconds
 
     def forward_s(self, tokens: int, segments: int, keys: int, pairs: int) -> float:
         """Expected seconds of one forward."""
@@ -62,24 +67,28 @@ class CostModel:
         return self.segment_s / self.key_s if self.key_s > 0 else _ALWAYS_SHARE
 
 
+_SCHEMA = TypeAdapter(CostModel)
+
+
 def calibrated(loaded: LoadedModel, backend: Backend, cache: Path | None = None) -> CostModel:
     """The cost model of this model on this device: from the cache, else measured and kept.
 
     `cache` is a folder; by default the user's. A cache that cannot be written is no error.
     """
-    path = (cache or cache_folder() / "cost") / f"{_fingerprint(loaded, backend)}.json"
+    name = f"{_fingerprint(loaded, backend)}.json"
     try:
-        return CostModel(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        pass  # absent, or written by another version
-    model = measure(loaded, backend)
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(dataclasses.asdict(model), file)
-        os.replace(file.name, path)
+        path = (private_folder(cache) if cache else private_cache("cost")) / name
     except OSError:
-        pass
+        return measure(loaded, backend)
+    with suppress(OSError, ValueError):  # absent, or written by another version
+        return _SCHEMA.validate_json(path.read_bytes(), strict=True)
+    model = measure(loaded, backend)
+    with (
+        suppress(OSError),
+        tempfile.NamedTemporaryFile("wb", dir=path.parent, delete=False) as file,
+    ):
+        file.write(_SCHEMA.dump_json(model))
+        os.replace(file.name, path)
     return model
 
 

@@ -5,11 +5,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pipeline.private_folder import private_folder
+
 
 def cache_folder() -> Path:
     """The user's own folder for what can be made again. It need not exist."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "coppice"
+
+
+def private_cache(name: str) -> Path:
+    """A folder of the user's cache, made where it is missing; nobody else may write to it.
+
+    Raises NotPrivate if somebody else could have put something there; OSError.
+    """
+    return private_folder(cache_folder() / name)
 
 
 def cpu_description() -> str:

@@ -15,6 +15,7 @@ The files hold token ids, ids of rows and sampling fields, no text; the user alo
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -25,13 +26,15 @@ from typing import Any, BinaryIO, ClassVar
 
 import polars as pl
 
-from pipeline.engine.machine import cache_folder
+from pipeline.engine.machine import private_cache
 from pipeline.errors import RunDirectoryError
+from pipeline.private_folder import NotPrivate, private_folder
 from pipeline.storage.durable import replace_file, write_errors
 from pipeline.storage.lock import FolderLock
 from pipeline.storage.writer import encode_parquet
 
 _STALE_S = 7 * 24 * 3600  # what nobody came back for
+_logger = logging.getLogger("coppice")
 
 
 class Checkpoint:
@@ -44,8 +47,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         """Take the folder, made when absent. Raises RunDirectoryError if it is in use, OSError."""
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._folder = folder
+        self._folder = private_folder(folder)
         self._lock = FolderLock(folder)
         try:
             self.state = self._read_state()
@@ -57,12 +59,15 @@ class Checkpoint:
     @classmethod
     def open(cls, key: str) -> Checkpoint | None:
         """None where it cannot be had: another process has it, or the cache is read-only."""
-        plans = cache_folder() / "plans"
-        _drop_stale(plans)
         try:
+            plans = private_cache("plans")
+            _drop_stale(plans)
             return cls(plans / key)
+        except NotPrivate as error:
+            _logger.warning("the plan is not kept while it is made: %s", error)
         except (RunDirectoryError, OSError):
-            return None
+            pass
+        return None
 
     def frames(self) -> Iterator[pl.DataFrame]:
         """The committed rows, in order."""

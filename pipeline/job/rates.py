@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pipeline.engine.machine import cache_folder, cpu_description
+from pydantic import Field, TypeAdapter
+
+from pipeline.engine.machine import cpu_description, private_cache
 from pipeline.errors import CoppiceError
 from pipeline.job.fingerprint import identify_model
 from pipeline.settings import ModelSettings
@@ -20,12 +21,15 @@ from pipeline.storage.durable import replace_file
 _LEAST_TOKENS = 1000  # of either kind: a shorter run measures its own start
 
 
+_Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
 @dataclass(frozen=True)
 class Rates:
     """Tokens per second of device time, and the day on which they were measured."""
 
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
+    prefill_tokens_per_s: _Rate
+    decode_tokens_per_s: _Rate
     measured_on: str
 
     def estimate(self, prefill_tokens: int, new_tokens: int) -> dict[str, Any]:
@@ -35,6 +39,9 @@ class Rates:
             "decode_s": new_tokens / self.decode_tokens_per_s,
             "measured_on": self.measured_on,
         }
+
+
+_SCHEMA = TypeAdapter(Rates)
 
 
 def remember_rates(
@@ -50,8 +57,8 @@ def remember_rates(
     today = datetime.now(UTC).date().isoformat()
     rates = Rates(prefilled / counters["prefill_s"], generated / counters["decode_s"], today)
     try:
-        replace_file(_place(settings, identity), json.dumps(asdict(rates)).encode())
-    except CoppiceError:
+        replace_file(_place(settings, identity), _SCHEMA.dump_json(rates))
+    except (OSError, CoppiceError):
         pass
 
 
@@ -59,16 +66,16 @@ def recall_rates(settings: ModelSettings) -> Rates | None:
     """What was kept for this model, type and device, or None."""
     try:
         place = _place(settings, identify_model(settings))
-        return Rates(**json.loads(place.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, CoppiceError):
+        return _SCHEMA.validate_json(place.read_bytes(), strict=True)
+    except (OSError, ValueError, CoppiceError):
         return None
 
 
 def _place(settings: ModelSettings, identity: Mapping[str, Any]) -> Path:
-    """Named by all that the rates depend on."""
+    """Named by all that the rates depend on. Raises OSError."""
     parts = (
         identity["model"], identity["revision"], settings.dtype, settings.device, settings.engine,
         cpu_description(), os.cpu_count(),
     )  # fmt: skip
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-    return cache_folder() / "rates" / f"{digest}.json"
+    return private_cache("rates") / f"{digest}.json"

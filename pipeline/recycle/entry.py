@@ -13,6 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from pipeline.private_folder import NotPrivate, check_private
 from pipeline.recycle.head import BadEntry, Head, read_head
 from pipeline.recycle.identity import TokenIds
 from pipeline.storage.durable import write_stream
@@ -52,6 +53,7 @@ def map_entry(path: Path) -> MappedEntry:
     """Map an entry; its KV is not checked yet. Raises BadEntry, OSError."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
+        _check_owner(os.fstat(file), path)
         head, token_ids = read_head(file)
         mapped = mmap.mmap(file, head.file_bytes, access=mmap.ACCESS_COPY)
         inode = os.fstat(file).st_ino
@@ -66,11 +68,18 @@ def map_entry(path: Path) -> MappedEntry:
     return MappedEntry(head, token_ids, kv.view(head.kv_shape), inode)
 
 
+def _check_owner(state: os.stat_result, path: Path) -> None:
+    try:
+        check_private(state, path)
+    except NotPrivate as error:
+        raise BadEntry(str(error)) from error
+
+
 def check_entry(entry: MappedEntry) -> None:
     """Raises BadEntry unless the KV is what was written, and so finite.
 
     The checksum is one against accidents (a flipped bit, a lost block, half a file), not against
-    somebody who can write to the folder: he could write a matching one.
+    somebody who can write to the folder: he could write a matching one, so nobody else may.
     """
     if _checksum(entry.kv.view(-1)) != entry.head.checksum:
         raise BadEntry("its KV is not what was written")

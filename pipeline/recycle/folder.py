@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import UsageError
-from pipeline.storage.durable import is_temp, make_folder, sync_folder
+from pipeline.private_folder import NotPrivate, private_folder
+from pipeline.storage.durable import is_temp, sync_folder
 from pipeline.storage.lock import LOCK_NAME
 
 INDEX_NAME = "index.safetensors"
@@ -28,7 +28,6 @@ _QUARANTINE = "quarantine"
 _SUFFIX = ".safetensors"
 _SHELF = re.compile("[0-9a-f]{2}")
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 class FileState(NamedTuple):
@@ -48,15 +47,21 @@ class StoreFolder:
 
     @classmethod
     def open(cls, path: Path, *, create: bool) -> StoreFolder:
-        """Make it if it is missing and `create`; nobody else may look into it.
+        """Make it if it is missing and `create`; what is there is not changed.
 
-        Raises UsageError where it cannot be made or read, belongs to somebody whom it would not
-        keep others out for, or holds other things than a store.
+        Others may be able to list it, but not to look into its files: token ids are text to
+        whoever has the tokenizer. Raises UsageError where it cannot be made or read, others may
+        write to it, or it holds other things than a store.
         """
         try:
-            if create and not path.exists():
-                make_folder(path)
+            if create or path.exists():
+                private_folder(path)
             names = os.listdir(path)
+        except NotPrivate as error:
+            raise UsageError(
+                f"the KV store {path} is not used, for what others write is no KV of ours: "
+                f"{error}; name a folder of your own"
+            ) from error
         except OSError as error:
             raise UsageError(
                 f"cannot open the KV store {path} ({error.strerror}); name another folder"
@@ -66,7 +71,6 @@ class StoreFolder:
             raise UsageError(
                 f"{path} holds {foreign}, so it is no KV store; name an empty or a new folder"
             )
-        _keep_others_out(path)
         return cls(path)
 
     def entry_path(self, key: str) -> Path:
@@ -150,20 +154,3 @@ class StoreFolder:
 def _is_ours(name: str) -> bool:
     known = (INDEX_NAME, EMBEDDINGS_NAME, _QUARANTINE, LOCK_NAME, "lost+found")
     return name in known or _SHELF.fullmatch(name) is not None or is_temp(Path(name))
-
-
-def _keep_others_out(path: Path) -> None:
-    """Token ids are text to whoever has the tokenizer, and KV that others wrote is no KV of ours.
-
-    Raises UsageError where others may write.
-    """
-    mode = path.stat().st_mode
-    if mode & _OTHERS:
-        try:
-            os.chmod(path, stat.S_IMODE(mode) & ~_OTHERS)
-        except OSError as error:
-            if mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise UsageError(
-                    f"others may write to the KV store {path}, and it is not yours to change; "
-                    "name a folder of your own"
-                ) from error

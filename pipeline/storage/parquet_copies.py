@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.errors import InputError, StorageError
+from pipeline.private_folder import private_folder
 from pipeline.storage.durable import write_whole
 from pipeline.storage.input_files import InputFile, damage_named
 from pipeline.storage.json_lines import write_rows
@@ -44,6 +45,10 @@ class ParquetCopies:
         place = f"{original.filesystem.type_name}:{original.path}"
         copy = self._folder / f"{_short(place)}-{_short(f'{stamp} {_VERSION}')}.parquet"
         file = replace(InputFile.local(copy), name=f"the copy of {original.name}")
+        try:
+            private_folder(self._folder)
+        except OSError as error:
+            raise self._refusal(original, error) from error
         if not _is_whole(file, copy):
             self._make(original, copy)
         return replace(ParquetInput.open(file), origin=original, stamp=stamp)
@@ -59,17 +64,19 @@ class ParquetCopies:
         """Copies of what the original was before are of no use to anybody any more."""
         metadata = {ORIGIN_HASH.decode(): original.content_hash().hex()}
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for old in self._folder.glob(f"{copy.name.partition('-')[0]}-*"):
                 if old != copy:  # that one may be another process's, whole by now
                     old.unlink(missing_ok=True)
             write_whole(copy, lambda sink: write_rows(original, sink, metadata))
         except (OSError, StorageError) as error:
-            raise StorageError(
-                f"cannot keep a Parquet copy of {original.name} in {self._folder} "
-                f"({error.__cause__ or error}); set XDG_CACHE_HOME to a disk with room, "
-                "or convert the file with coppice convert"
-            ) from error
+            raise self._refusal(original, error) from error
+
+    def _refusal(self, original: InputFile, error: Exception) -> StorageError:
+        return StorageError(
+            f"cannot keep a Parquet copy of {original.name} in {self._folder} "
+            f"({error.__cause__ or error}); set XDG_CACHE_HOME to a folder of your own on a disk "
+            "with room, or convert the file with coppice convert"
+        )
 
 
 def _is_whole(file: InputFile, copy: Path) -> bool:

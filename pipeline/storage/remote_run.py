@@ -28,6 +28,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import CoppiceError, RunDirectoryError, StorageError
+from pipeline.private_folder import private_folder
 from pipeline.storage.durable import replace_file
 from pipeline.storage.lock import FolderLock, is_abandoned, is_dead, own_name
 from pipeline.storage.manifest import (
@@ -93,10 +94,16 @@ class RemoteRun(RunDirectory):
         else:
             found = parse_manifest(held.content, folder.url)["fingerprint"]
             check_fingerprint(folder.url, found, fingerprint)
-        _drop_stale(copies)
+        try:
+            _drop_stale(private_folder(copies))
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot keep a working copy of {folder.url} ({error}); set XDG_CACHE_HOME to a "
+                "folder of your own"
+            ) from error
         place = (folder.endpoint, folder.url, run_id_of(fingerprint))
         root = copies / hashlib.sha256(repr(place).encode()).hexdigest()[:24]
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(root)
         try:
             local = RunDirectory.create_or_resume(root, fingerprint, description)
         except RunDirectoryError as error:

@@ -5,6 +5,7 @@ They need a C++ compiler and AVX-512. Without either, the torch kernels compute 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -17,7 +18,8 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from pipeline.engine.machine import cache_folder, cpu_description
+from pipeline.engine.machine import cpu_description, private_cache
+from pipeline.private_folder import NotPrivate, check_private
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "strict.cpp"))
 _HEADERS = (Path(__file__).with_name("exp2.h"),)
@@ -39,11 +41,11 @@ def why_unavailable() -> str | None:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     try:
         library = _library(compiler)
-        if not library.exists():
+        if not _load(library):
             if compiler is None:
                 return "there is no C++ compiler"
             _build(compiler, library)
-        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+            _load(library)
     except subprocess.CalledProcessError as error:
         lines = str(error.stderr).strip().splitlines() or ["no message"]
         return f"they do not compile: {lines[0]}"
@@ -57,18 +59,42 @@ def _library(compiler: str | None) -> Path:
     sources = [path.read_text(encoding="utf-8") for path in (*_SOURCES, *_HEADERS)]
     parts = (*sources, *_FLAGS, *_MACROS, torch.__version__, str(compiler), cpu_description())
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    return cache_folder() / f"native-{digest}.so"
+    return private_cache("kernels") / f"native-{digest}.so"
+
+
+def _load(library: Path) -> bool:
+    """Load the very file that was found to be ours; False where there is none that is."""
+    try:
+        file = _open_ours(library)
+    except (FileNotFoundError, NotPrivate):
+        return False
+    try:
+        ctypes.CDLL(f"/dev/fd/{file}")  # by its path it could be another one by now
+    finally:
+        os.close(file)
+    return True
+
+
+def _open_ours(library: Path) -> int:
+    """A descriptor of the library. Raises NotPrivate if others could have written it, OSError."""
+    file = os.open(library, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        check_private(os.fstat(file), library)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
 
 
 def _build(compiler: str, library: Path) -> None:
     """Compile beside the final place, then rename: another process sees all of it or nothing."""
-    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
     link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built, sources = Path(folder) / library.name, map(str, _SOURCES)
         command = [compiler, *_FLAGS, *_MACROS, *include, *sources, *link, "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_LIMIT_S)
+        built.chmod(0o700)  # whatever the umask says
         os.replace(built, library)
 
 
