@@ -53,7 +53,11 @@ class RunDirectoryError(UsageError):
 
 
 class FolderInUse(RunDirectoryError):
-    """Another process holds it; wait until that one ends."""
+    """Another process holds it; wait until that one ends. `owner`: how a lock calls it."""
+
+    def __init__(self, message: str, owner: str = "another process") -> None:
+        super().__init__(message)
+        self.owner = owner
 
 
 class EngineError(CoppiceError):

@@ -6,12 +6,13 @@ the other is about to take as free. The lock dies with the process that holds it
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.errors import UsageError
@@ -69,12 +70,13 @@ def _wait(
 
 
 def _take(device: str) -> FileLock:
-    folder = Path(os.environ.get(_FOLDER) or Path(tempfile.gettempdir()) / "coppice-locks")
+    named = os.environ.get(_FOLDER)
+    folder = Path(named or Path(tempfile.gettempdir()) / "coppice-locks")
     path = folder / f"{re.sub(r'[^A-Za-z0-9-]+', '-', device)}.lock"
     try:
-        if not folder.is_dir():
-            folder.mkdir(parents=True)
-            folder.chmod(0o1777)  # other users' jobs wait for this one as well
+        _make_shared(folder)
+        if folder.is_symlink() and not named:  # where everybody may write, anybody's
+            raise OSError(errno.ELOOP, f"{folder} is a link")
         lock = FileLock(path, 0o666)
     except OSError as error:
         raise UsageError(
@@ -82,3 +84,12 @@ def _take(device: str) -> FileLock:
             "all its users may write to, or say --busy-device share"
         ) from error
     return lock
+
+
+def _make_shared(folder: Path) -> None:
+    """Other users' jobs wait for this one as well. Raises OSError."""
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # by another job that starts just now
+            folder.mkdir()
+            folder.chmod(0o1777)

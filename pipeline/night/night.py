@@ -36,7 +36,7 @@ from pipeline.night.steps import (
     report_night,
 )
 from pipeline.storage.durable import make_folder, write_errors
-from pipeline.storage.lock import LOCK_NAME, FileLock, HeldElsewhere
+from pipeline.storage.lock import FolderLock
 from pipeline.storage.object_store import is_url
 
 
@@ -122,13 +122,14 @@ def sitting(night: Night) -> Iterator[None]:
         folder = cache_folder() / "nights" / hashlib.sha256(home.encode()).hexdigest()[:24]
     with write_errors(folder):
         make_folder(folder)
-        try:
-            lock = FileLock(folder / LOCK_NAME)
-        except HeldElsewhere as held:
-            raise FolderInUse(
-                f"an earlier night of {night.settings.name} is still going ({held.owner}); that of "
-                f"{night.date} is done after it, by the next sitting or by the same command"
-            ) from held
+    try:
+        lock = FolderLock(folder)
+    except FolderInUse as busy:
+        raise FolderInUse(
+            f"an earlier night of {night.settings.name} is still going ({busy.owner}); that of "
+            f"{night.date} is done after it, by the next sitting or by the same command",
+            busy.owner,
+        ) from busy
     try:
         yield
     finally:

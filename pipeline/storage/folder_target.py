@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -68,14 +69,13 @@ class FolderTarget:
     def publish(self, date: str, content: Content) -> None:
         """Put the content there by one rename, or leave all as it was."""
         above = self._root / _STAGING
-        staging = above / f"{date}-{content.edition}"
+        staging = above / f"{date}-{content.edition}-{secrets.token_hex(4)}"
         with write_errors(self._root):
             make_folder(self._root)
         lock = _wait_for_lock(self._root)
         try:
             with write_errors(self._root / date):
-                if above.exists():
-                    shutil.rmtree(above)
+                shutil.rmtree(above, ignore_errors=True)  # of somebody who died, if it is ours
                 try:
                     _fill(staging, content)
                     self._commit(staging, date, content)
@@ -105,7 +105,7 @@ def _wait_for_lock(folder: Path) -> FolderLock:
     until = time.monotonic() + _WAIT_S
     while True:
         try:
-            return FolderLock(folder)
+            return FolderLock(folder, is_shared=True)
         except FolderInUse:
             if time.monotonic() > until:
                 raise

@@ -209,6 +209,7 @@ class RunDirectory:
 
     def write_part(self, number: int, table: pa.Table, provenance: dict[str, str]) -> Path:
         """Commit a part, as `writer.write_part`. Raises StorageError."""
+        self._check_locked()
         return write_part(self.data, number, table, provenance)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
@@ -314,6 +315,11 @@ class RunDirectory:
     def _check_locked(self) -> None:
         if self._lock is None:
             raise RunDirectoryError(f"{self.name} was opened for reading; resume it to change it")
+        if not self._lock.is_held:
+            raise RunDirectoryError(
+                f"{self.root} was moved away or deleted while the job ran; put it back, or run "
+                "the same command again"
+            )
 
     def _read_footer(self, path: Path) -> PartFooter:
         footer = read_part_footer(path)
