@@ -10,12 +10,10 @@ not the ones of the run any more, the audit is refused.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -37,6 +35,7 @@ from pipeline.errors import InputError, ModelError, RunDirectoryError, UsageErro
 from pipeline.job.device_lock import holding_device
 from pipeline.job.evidence import Arms
 from pipeline.job.fingerprint import fingerprint_fields
+from pipeline.job.gate import describe_bar, seed_of_output
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.planning import Job, open_job, select_rows
 from pipeline.job.recorded import recall_settings
@@ -45,6 +44,7 @@ from pipeline.plan.plan import noise_key
 from pipeline.settings import AuditSettings, JobSettings, StoreSettings
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_place import Place, reading_run
+from pipeline.storage.summaries import AUDIT_SUMMARY
 
 if TYPE_CHECKING:
     from pipeline.engine.model import LoadedModel
@@ -91,6 +91,7 @@ def _audit(
         loaded, baseline = _load_baseline(job)
         tier = _tier(job.settings, loaded)
         inputs = _audit_inputs(job, directory, chosen["row_index"].to_numpy(), loaded)
+        num_chosen = len(chosen)
         chosen, inputs = _replayable(job, chosen, inputs, observer)
         replay_started = time.monotonic()
         audits = _replay(baseline, inputs, tier, _free_rows(inputs, settings, seed), observer)
@@ -110,7 +111,12 @@ def _audit(
     described = describe_similarity(
         None if encoder is None else encoder.name, list(similarity.values())
     )
-    directory.write_json("audit/summary.json", verdict.to_json(seed, described) | seconds)
+    asked = {
+        "bar": describe_bar(settings),
+        "rows_auditable": len(candidates),
+        "rows_left_out": num_chosen - len(chosen),
+    }
+    directory.write_json(AUDIT_SUMMARY.name, verdict.to_json(seed, described) | asked | seconds)
     return verdict
 
 
@@ -175,35 +181,9 @@ def _check_complete(directory: RunDirectory) -> None:
 
     Raises RunDirectoryError for an unfinished run, StorageError for an altered or missing part.
     """
-    rows = directory.planned_rows()
-    if rows is None or not directory.is_sealed:
+    if not directory.is_sealed:
         raise directory.incomplete()
-    directory.check_rows(rows)
-
-
-def seed_of_output(directory: RunDirectory) -> int:
-    """A seed that nobody could choose before the output was committed: 63 bits."""
-    digest = hashlib.sha256("\n".join(directory.part_names()).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def current_verdict(directory: RunDirectory) -> Literal["pass", "fail", "stale"] | None:
-    """What was found about the rows that are committed now; "stale": about others; None: nothing.
-
-    Raises RunDirectoryError if the audit's summary is damaged.
-    """
-    path = directory.root / "audit" / "summary.json"
-    if not path.is_file():
-        return None
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if summary["seed"] != seed_of_output(directory):
-            return "stale"
-        return "pass" if summary["verdict"] == "pass" else "fail"
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunDirectoryError(
-            f"{path} is damaged; run: coppice audit {directory.name}"
-        ) from error
+    directory.check_committed()
 
 
 def _load_baseline(job: Job) -> tuple[LoadedModel, Baseline]:
@@ -320,8 +300,7 @@ def _similarity(
 def describe_audit(output: Place, store: StoreSettings | None = None) -> dict[str, Any]:
     """The content of `audit/summary.json`. Raises RunDirectoryError if there was no audit."""
     with reading_run(output, store or StoreSettings(), parts=False) as directory:
-        path = directory.root / "audit" / "summary.json"
-        if not path.is_file():
-            raise RunDirectoryError(f"{output} was not audited yet; run: coppice audit {output}")
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        summary = AUDIT_SUMMARY.read(directory.root)
+    if summary is None:
+        raise RunDirectoryError(f"{output} was not audited yet; run: coppice audit {output}")
     return summary

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline.errors import RunDirectoryError
 from pipeline.settings import JobSettings
+from pipeline.storage.manifest import MANIFEST_NAME
 from pipeline.storage.run_directory import SYSTEM_PROMPT_NAME, RunDirectory
 
 
@@ -31,7 +34,14 @@ def recall_settings(directory: RunDirectory) -> JobSettings:
     manifest = directory.read_manifest()
     if "settings" not in manifest:
         raise RunDirectoryError(f"{directory.name} does not say how it was made; run the job again")
-    settings = JobSettings.model_validate(manifest["settings"])
+    try:
+        settings = JobSettings.model_validate(manifest["settings"])
+    except ValidationError as error:
+        where = ".".join(str(step)[:80] for step in error.errors()[0]["loc"])
+        raise RunDirectoryError(
+            f"{directory.name}/{MANIFEST_NAME} is damaged (settings.{where}: no such setting or "
+            "value); bring a copy of it back, or move the folder away and run again"
+        ) from error
     if manifest["fingerprint"].get("system_prompt") is None:
         return settings
     try:

@@ -11,7 +11,6 @@ raised; a slow writer holds the engine back through the channel. Knows nothing a
 from __future__ import annotations
 
 import gc
-import json
 import time
 from concurrent.futures import Future
 from dataclasses import asdict, astuple
@@ -41,6 +40,7 @@ from pipeline.job.stopping import StopRequest
 from pipeline.job.watchdog import Watchdog
 from pipeline.plan.summary import tree_frame
 from pipeline.storage.run_directory import PLAN_NAME, RunDirectory
+from pipeline.storage.summaries import PLAN_SUMMARY
 
 _COMPLETIONS_AHEAD = 256
 _SHOW_EVERY_S = 0.5
@@ -118,14 +118,9 @@ class Session:
     def _write_plan(self) -> None:
         """Write the plan once; a resumed job must come to the same one."""
         summary = self._planned.summary
-        known = self._directory.root / "plan" / "summary.json"
-        if known.exists():
-            try:
-                before = json.loads(known.read_text())["plan_hash"]
-            except (ValueError, KeyError) as error:
-                raise StorageError(
-                    f"{known} is damaged; delete it and run the same command again"
-                ) from error
+        known = PLAN_SUMMARY.read(self._directory.root)
+        if known is not None:
+            before = known["plan_hash"]
             if before != summary.plan_hash:
                 raise RunDirectoryError(
                     f"{self._directory.name} was planned differently ({before[:12]}, now "
@@ -138,7 +133,7 @@ class Session:
             frame = frame.filter(pl.col("row_index").is_in(self._planned.rows))
         self._directory.write_frame(PLAN_NAME, frame)
         self._directory.write_frame("plan/tree.parquet", tree_frame(self._planned.plan))
-        self._directory.write_json("plan/summary.json", summary.to_json())
+        self._directory.write_json(PLAN_SUMMARY.name, summary.to_json())
 
     def _answer_rows(self, engine: Engine) -> None:
         """Returns when every answer is committed.

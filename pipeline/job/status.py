@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from pipeline.settings import StoreSettings
+from pipeline.storage.metrics_log import last_metrics
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_place import Place, reading_run
+from pipeline.storage.summaries import AUDIT_SUMMARY
 
 
 def read_status(place: Place, store: StoreSettings | None = None) -> dict[str, Any]:
     """Rows by outcome, and the last rates that a session noted (None before the first note).
 
-    `eta_s` is there only while the job is running. Raises RunDirectoryError if there is no run.
+    `eta_s` is there only while the job is running. Raises RunDirectoryError if there is no run,
+    StorageError if it was complete and is not any more.
     """
     with reading_run(place, store or StoreSettings(), parts=False) as directory:
         return _describe(directory)
@@ -23,11 +23,14 @@ def read_status(place: Place, store: StoreSettings | None = None) -> dict[str, A
 
 def _describe(directory: RunDirectory) -> dict[str, Any]:
     manifest, root = directory.read_manifest(), directory.root
+    if directory.is_sealed:
+        directory.check_committed()
     answered, failed = directory.count_rows()
     planned = directory.planned_rows()  # of a shard these are not all of the input
-    rows = int(manifest["input"]["rows"]) if planned is None else len(planned)
+    rows = manifest.get("input", {}).get("rows", 0) if planned is None else len(planned)
     done = answered + failed
-    last = _last_metrics(root / "metrics.jsonl")
+    last = last_metrics(root)
+    audit = AUDIT_SUMMARY.read(root)
     rows_per_s = last.get("rows_per_s")
     # A session that was killed could not say so itself.
     died = manifest["status"] == "running" and directory.is_abandoned
@@ -43,22 +46,6 @@ def _describe(directory: RunDirectory) -> dict[str, Any]:
         "decode_tokens_per_s": last.get("decode_tokens_per_s"),
         "eta_s": (rows - done) / rows_per_s if status == "running" and rows_per_s else None,
         "at": last.get("at"),
-        "audit": _audit_verdict(root),
+        "audit": audit and audit["verdict"],
         "counters": manifest["counters"],
     }
-
-
-def _last_metrics(path: Path) -> dict[str, Any]:
-    """The last line that is whole; one that is being written, or was cut off, is not."""
-    if not path.exists():
-        return {}
-    for line in reversed(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]):
-        with suppress(ValueError):
-            record: dict[str, Any] = json.loads(line)
-            return record
-    return {}
-
-
-def _audit_verdict(root: Path) -> str | None:
-    path = root / "audit" / "summary.json"
-    return str(json.loads(path.read_text(encoding="utf-8"))["verdict"]) if path.exists() else None

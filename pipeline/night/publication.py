@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import AuditFailed, RunDirectoryError, UsageError
-from pipeline.job.auditing import current_verdict
+from pipeline.job.gate import WHY_NOT, current_verdict
 from pipeline.night.dates import parse_date
 from pipeline.night.settings import check_apart
 from pipeline.report.page import render
-from pipeline.settings import StoreSettings
+from pipeline.settings import AuditSettings, StoreSettings
 from pipeline.storage.folder_target import FolderTarget
 from pipeline.storage.object_store import is_url
 from pipeline.storage.published import Content
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_place import Place, reading_run
 from pipeline.storage.store_target import StoreTarget
+from pipeline.storage.summaries import PLAN_SUMMARY
 
 _PAGES = ("report.html", "report.md")
 
@@ -71,23 +71,23 @@ def edition_of(directory: RunDirectory) -> str:
 
 
 def publish_run(
-    run: Place, target: str, job: str, date: datetime.date, store: StoreSettings
+    run: Place,
+    target: str,
+    job: str,
+    date: datetime.date,
+    store: StoreSettings,
+    bar: AuditSettings | None = None,
 ) -> Published:
-    """Publish a run as `target`/`date`, or find that it is published.
+    """Publish a run as `target`/`date`, or find that it is published. `bar`: see `check_gate`.
 
     Raises AuditFailed; RunDirectoryError for a run that is not complete or not audited as it is
     now, or where the date holds another one; StorageError, with nothing published.
     """
     place, day = open_target(target, store), date.isoformat()
     with reading_run(run, store) as directory:
-        check_gate(directory)
-        held, manifest = place.read(day), directory.read_manifest()
-        published = Published(
-            place.place(day),
-            len(directory.part_names()),
-            int(manifest["counters"]["rows_in"]),
-            True,
-        )
+        check_gate(directory, bar)
+        held, num_rows = place.read(day), sum(directory.count_rows())
+        published = Published(place.place(day), len(directory.part_names()), num_rows, True)
         if held is not None and held.get("edition") == edition_of(directory):
             return Published(published.place, published.parts, published.rows, is_new=False)
         described = _describe(directory, job, day)
@@ -96,7 +96,6 @@ def publish_run(
                 f"{published.place} holds another run ({held.get('run_id')} of "
                 f"{held.get('job')}); move it away to publish {directory.name}"
             )
-        directory.footers()  # a part that was altered is found before a page is made of it
         render(directory)
         files = {name: directory.root / name for name in _PAGES}
         files |= {f"data/{name}": directory.data / name for name in directory.part_names()}
@@ -104,16 +103,22 @@ def publish_run(
     return published
 
 
-def check_gate(directory: RunDirectory) -> None:
-    """Raises RunDirectoryError unless sealed and audited as it is now, AuditFailed."""
+def check_gate(directory: RunDirectory, bar: AuditSettings | None = None) -> None:
+    """Raises RunDirectoryError unless sealed, whole, and audited as it is now; AuditFailed.
+
+    `bar`: what the audit must have been asked to show at least; None: whatever a person asked.
+    StorageError where a row is missing, or a part was altered or is there twice.
+    """
     if not directory.is_sealed:
         raise directory.incomplete()
-    verdict = current_verdict(directory)
+    verdict = current_verdict(directory, bar)
     if verdict == "fail":
         raise AuditFailed(f"the audit of {directory.name} failed, so it is not published")
     if verdict != "pass":
-        why = "was not audited" if verdict is None else "has changed since its audit"
-        raise RunDirectoryError(f"{directory.name} {why}; run: coppice audit {directory.name}")
+        raise RunDirectoryError(
+            f"{directory.name} {WHY_NOT[verdict]}; run: coppice audit {directory.name}"
+        )
+    directory.check_committed()
 
 
 def publish_by_hand(
@@ -138,7 +143,7 @@ def publish_by_hand(
 
 def _describe(directory: RunDirectory, job: str, date: str) -> dict[str, Any]:
     manifest = directory.read_manifest()
-    counters = manifest["counters"]
+    answered, failed = directory.count_rows()  # counters are believed by nobody
     return {
         "job": job,
         "date": date,
@@ -147,24 +152,24 @@ def _describe(directory: RunDirectory, job: str, date: str) -> dict[str, Any]:
         "run_created_at": manifest["created_at"],
         "sessions": len(manifest["sessions"]),
         "plan_hash": _plan_hash(directory),
-        "rows": int(counters["rows_in"]),
-        "rows_failed": int(counters["rows_error"]),
+        "rows": answered + failed,
+        "rows_failed": failed,
         "audit": "pass",
     }
 
 
 def _plan_hash(directory: RunDirectory) -> str:
-    path = directory.root / "plan" / "summary.json"
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["plan_hash"])
-    except (OSError, ValueError, KeyError) as error:
+    summary = PLAN_SUMMARY.read(directory.root)
+    if summary is None:
         raise RunDirectoryError(
-            f"{path} is gone or damaged; run the same job again, which makes it anew"
-        ) from error
+            f"{directory.name}/{PLAN_SUMMARY.name} is gone; run the same job again, which makes "
+            "it anew"
+        )
+    return str(summary["plan_hash"])
 
 
 def _is_earlier(held: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether `held` was published from the same run directory, before its last sessions."""
     same = ("job", "run_id", "run_created_at")
     is_ours = all(held.get(name) == now[name] for name in same)
-    return is_ours and int(held.get("sessions", 0)) < now["sessions"]
+    return is_ours and held.get("sessions", 0) < now["sessions"]

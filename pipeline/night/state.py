@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.job.auditing import current_verdict
+from pipeline.job.gate import current_verdict
 from pipeline.night.publication import edition_of, open_target
 from pipeline.night.settings import Night
 from pipeline.storage.run_directory import RunDirectory
@@ -43,10 +43,12 @@ def read_state(night: Night) -> NightState:
 def _describe(night: Night, directory: RunDirectory) -> NightState:
     if not directory.is_sealed:
         return NightState("begun")
-    counters = directory.read_manifest()["counters"]
-    rows, failed = int(counters["rows_in"]), int(counters["rows_error"])
-    verdict = current_verdict(directory)
+    answered, failed = directory.count_rows()
+    rows = answered + failed
+    verdict = current_verdict(directory, night.job.audit)
     published = _where_published(night, directory)
+    if verdict == "laxer" and published is not None:
+        verdict = "pass"  # by the bar of its day, or a person's; what is published stays
     if failed > night.job.write.allowed_failures(rows):
         return NightState("too many failed", rows, failed)
     if verdict != "pass":

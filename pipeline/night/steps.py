@@ -6,13 +6,12 @@ decides what comes next and whom to tell.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from pipeline.errors import AuditFailed, InputError, RunDirectoryError, TimeBudgetReached
-from pipeline.job.auditing import audit_run, current_verdict
+from pipeline.errors import AuditFailed, InputError, TimeBudgetReached
+from pipeline.job.auditing import audit_run
+from pipeline.job.gate import current_verdict
 from pipeline.job.observer import Observer
 from pipeline.job.planning import open_job
 from pipeline.night.publication import publish_run
@@ -20,6 +19,7 @@ from pipeline.night.settings import Night
 from pipeline.report.page import render
 from pipeline.run import plan_job, run_job, with_absolute_paths
 from pipeline.storage.run_place import holds_run, reading_run
+from pipeline.storage.summaries import AUDIT_SUMMARY, PLAN_SUMMARY
 
 Step = Callable[[], dict[str, Any]]
 Call = Callable[[str, Night, Step], dict[str, Any]]
@@ -79,7 +79,7 @@ def audit_night(night: Night, observer: Observer) -> dict[str, Any]:
     """Audit the run, unless it passed as it is now. Raises AuditFailed below the bar."""
     place, store = night.run_place, night.job.store
     with reading_run(place, store, parts=False) as directory:
-        is_passed = directory.is_sealed and current_verdict(directory) == "pass"
+        is_passed = directory.is_sealed and current_verdict(directory, night.job.audit) == "pass"
     if not is_passed:
         verdict = audit_run(place, night.job.audit, observer, store)
         if not verdict.passed:
@@ -101,7 +101,12 @@ def publish_night(night: Night) -> dict[str, Any]:
     if settings.publish is None:
         return {"published": None, "parts": 0, "rows": 0}
     done = publish_run(
-        night.run_place, settings.publish, settings.name, night.date, night.job.store
+        night.run_place,
+        settings.publish,
+        settings.name,
+        night.date,
+        night.job.store,
+        night.job.audit,
     )
     return {"published": done.place, "parts": done.parts, "rows": done.rows}
 
@@ -110,24 +115,11 @@ def _recorded_plan(night: Night) -> dict[str, Any] | None:
     if not holds_run(night.run_place, night.job.store):
         return None
     with reading_run(night.run_place, night.job.store, parts=False) as directory:
-        return _read_json(directory.root / "plan" / "summary.json")
+        return PLAN_SUMMARY.read(directory.root)
 
 
 def _recorded_audit(night: Night) -> dict[str, Any]:
     with reading_run(night.run_place, night.job.store, parts=False) as directory:
-        summary = _read_json(directory.root / "audit" / "summary.json") or {}
+        summary = AUDIT_SUMMARY.read(directory.root) or {}
     names = ("verdict", "tier", "rows_audited", "rows_exact", "bound_95")
     return {name: summary.get(name) for name in names}
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """None if it is not there. Raises RunDirectoryError if it is damaged."""
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise RunDirectoryError(
-            f"{path} is damaged; delete it and run the same command again"
-        ) from error
-    return value

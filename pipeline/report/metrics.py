@@ -16,6 +16,11 @@ _SIZE_EDGES: Final = (2, 4, 16, 64, 256, 1024)
 _MAX_FAILURES: Final = 20
 _MAX_DIFFERENCES: Final = 500
 _MAX_REASONS: Final = 12
+AUDIT_COLUMNS: Final = (
+    "id", "row_index", "group_id", "reuse_depth",
+    "audit_exact", "audit_class", "audit_first_divergence", "audit_margin",
+)  # fmt: skip
+"""What is shown of `audit/audit.parquet`."""
 _SEVERITY: Final = {"near_tie": 1, "drift": 2, "corrupt": 3}
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, Final
 
-import polars as pl
 from markupsafe import Markup
 
-from pipeline.errors import RunDirectoryError
 from pipeline.report import plots
-from pipeline.report.metrics import RunMetrics, measure
+from pipeline.report.metrics import AUDIT_COLUMNS, RunMetrics, measure
 from pipeline.report.sparks import draw_trend
 from pipeline.report.templates import template
 from pipeline.report.tree import TREE_COLUMNS, TreePicture, picture_of
 from pipeline.report.trend import read_trend
 from pipeline.storage.run_directory import RunDirectory
+from pipeline.storage.run_tables import read_table
+from pipeline.storage.summaries import AUDIT_AGAIN, AUDIT_SUMMARY, PLAN_SUMMARY
 
 _LONGEST_VALUE: Final = 60
 
@@ -25,16 +24,19 @@ _LONGEST_VALUE: Final = 60
 def render(directory: RunDirectory) -> None:
     """Write both files from what the directory holds now; a run that is going on has a report too.
 
-    Raises RunDirectoryError if a JSON file of the directory is damaged.
+    Raises RunDirectoryError if a file of the directory is damaged, StorageError if rows of a
+    complete run are missing, or a part was altered or is there twice.
     """
+    directory.check_committed()
     root = directory.root
-    tree = _read_table(root / "plan" / "tree.parquet", TREE_COLUMNS)
+    remedy = "delete it, and the report goes without"
+    tree = read_table(root / "plan" / "tree.parquet", TREE_COLUMNS, remedy)
     metrics = measure(
         directory.read_manifest(),
-        _read_json(root / "plan" / "summary.json"),
-        _read_json(root / "audit" / "summary.json"),
+        PLAN_SUMMARY.read(root),
+        AUDIT_SUMMARY.read(root),
         directory.scan(),
-        _read_table(root / "audit" / "audit.parquet"),
+        read_table(root / "audit" / "audit.parquet", AUDIT_COLUMNS, AUDIT_AGAIN),
         tree,
         read_trend(directory.nights()),
     )
@@ -100,27 +102,6 @@ def _draw_audit(metrics: RunMetrics) -> Iterator[tuple[str, str, str]]:
             "baseline's two best tokens are apart there.",
             plots.draw_differences(metrics),
         )
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunDirectoryError(f"{path} is damaged ({error}); make it again") from error
-    return value
-
-
-def _read_table(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame | None:
-    if not path.is_file():
-        return None
-    try:
-        return pl.scan_parquet(path).select(columns or pl.all()).collect()
-    except (OSError, pl.exceptions.PolarsError) as error:
-        is_audit = path.parent.name == "audit"
-        remedy = "audit again" if is_audit else "delete it, and the report goes without"
-        raise RunDirectoryError(f"{path} is damaged ({error}); {remedy}") from error
 
 
 def _name_job(manifest: dict[str, Any]) -> tuple[str, str]:

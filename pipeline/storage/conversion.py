@@ -102,6 +102,7 @@ def _write_responses(directory: RunDirectory, file: BinaryIO, folder: Path) -> i
     """
     if not directory.is_sealed:
         raise directory.incomplete()
+    directory.check_committed()
     run_id, is_chat = directory.run_id, _is_chat(directory)
     rows, sizes = array("q"), array("q")
     with TemporaryFile(dir=folder) as waiting:
@@ -127,8 +128,8 @@ def _answers(directory: RunDirectory) -> Iterator[dict[str, Any]]:
 
 def _is_chat(directory: RunDirectory) -> bool:
     """Whether the run took conversations, by its settings and the rules of `find_columns`."""
-    read = directory.read_manifest()["settings"]["read"]
-    if read["messages_column"]:
+    read = directory.read_manifest().get("settings", {}).get("read", {})
+    if read.get("messages_column"):
         return True
     columns = directory.scan().collect_schema().names()
-    return not (read.get("template") or read["prompt_column"] or "prompt" in columns)
+    return not (read.get("template") or read.get("prompt_column") or "prompt" in columns)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -17,6 +18,9 @@ from typing import BinaryIO
 
 from pipeline.errors import StorageError
 
+_AT_A_TIME = 1 << 30
+_CHUNK = 4 << 20
+_NO_RANGES = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 _TEMP_NAME = re.compile(r"\..+\.\d+\.tmp")
 
 
@@ -50,15 +54,37 @@ def write_new(path: Path, content: bytes | memoryview) -> None:
     write_stream(path, [content])
 
 
-def write_stream(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """As `write_new`, of chunks that need not be in memory together."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+def write_stream(path: Path, chunks: Iterable[bytes | memoryview], mode: int = 0o600) -> None:
+    """As `write_new`, of chunks that need not be in memory together. The umask limits `mode`."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         for chunk in chunks:
             write_all(file, chunk)
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def copy_file(source: Path, path: Path, mode: int) -> None:
+    """Copy what `source` is or links to, as `write_stream`; by reference where the disk can."""
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with source.open("rb", buffering=0) as file:
+            _copy(file.fileno(), target)
+        os.fsync(target)
+    finally:
+        os.close(target)
+
+
+def _copy(source: int, target: int) -> None:
+    try:
+        while os.copy_file_range(source, target, _AT_A_TIME):
+            pass
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in _NO_RANGES:
+            raise
+    while chunk := os.read(source, _CHUNK):  # the rest, or all where the kernel cannot
+        write_all(target, chunk)
 
 
 def write_all(file: int, content: bytes | memoryview) -> None:

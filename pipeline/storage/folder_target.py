@@ -6,7 +6,8 @@
 ```
 
 The staging folder is one level deeper than what readers look for: polars and pathlib take a hidden
-folder for any other. Parts are linked where the file system can, else copied. Whoever publishes
+folder for any other. Files are copied, by reference where the file system can: what is published
+shares nothing with its run, and a link of the run is none of ours. Whoever publishes
 holds the lock of TARGET, so what he meets in staging is of somebody who died, and goes.
 """
 
@@ -18,13 +19,11 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from pipeline.errors import FolderInUse, RunDirectoryError
-from pipeline.storage.durable import make_folder, sync_folder, write_errors, write_new, write_stream
+from pipeline.storage.durable import copy_file, make_folder, sync_folder, write_errors, write_stream
 from pipeline.storage.lock import FolderLock
 from pipeline.storage.published import (
     MARKER_NAME,
@@ -35,9 +34,8 @@ from pipeline.storage.published import (
 )
 
 _STAGING: Final = ".staging"
-_NO_LINKS: Final = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 _OCCUPIED: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
-_AT_A_TIME: Final = 4 << 20
+_READABLE: Final = 0o666  # less what the umask takes away
 _WAIT_S = 60.0
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
@@ -115,38 +113,19 @@ def _wait_for_lock(folder: Path) -> FolderLock:
 def _fill(staging: Path, content: Content) -> None:
     """Everything that will be published, and the marker; flushed to the disk.
 
-    Until then these files are their user's alone; from now on whoever may read the folder may read
-    them, as the umask or the ACLs have it.
+    The files of the run are their user's alone; these whoever may read the folder may read, as the
+    umask or the ACLs have it.
     """
     described = {}
     staging.mkdir(parents=True)
-    mode = staging.stat().st_mode & 0o666
     for name, source in content.files.items():
         path = staging / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        _link_or_copy(source, path)
+        copy_file(source, path, _READABLE)
         described[name] = describe_file(path, name)
-        with suppress(PermissionError):  # linked from another user's run: it stays as he has it
-            path.chmod(mode)
-    write_new(staging / MARKER_NAME, marker(content.described, described))
-    (staging / MARKER_NAME).chmod(mode)
+    write_stream(staging / MARKER_NAME, [marker(content.described, described)], _READABLE)
     for folder in sorted({path.parent for path in staging.rglob("*")}, reverse=True):
         sync_folder(folder)
-
-
-def _link_or_copy(source: Path, path: Path) -> None:
-    try:
-        os.link(source, path)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        write_stream(path, _chunks(source))
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(_AT_A_TIME):
-            yield chunk
 
 
 def _exchange(one: Path, other: Path) -> None:

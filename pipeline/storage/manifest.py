@@ -9,15 +9,75 @@ import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final, Literal, NotRequired, Required
+
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from pipeline.errors import RunDirectoryError
+from pipeline.storage.json_file import RECORD, Count, JsonFile, Number
+from pipeline.storage.part_list import Part, PartName
 from pipeline.storage.schema import SCHEMA_VERSION
 
 MANIFEST_NAME = "run.json"
 STORE_FIELDS = frozenset({"parts", "writer"})  # see `remote_run`; in a folder the parts say it all
 _HASHES = ("input", "model", "revision", "tokenizer")
 _SHOWN_CHARACTERS = 32  # of each value, where two fingerprints differ
+
+
+@with_config(RECORD)
+class _Input(TypedDict):
+    argument: str
+    rows: Count
+
+
+@with_config(RECORD)
+class _Engine(TypedDict):
+    name: str
+    notes: list[str]
+
+
+@with_config(RECORD)
+class _Session(TypedDict, total=False):
+    prefilled_tokens: Required[Count]
+    loaded_tokens: Required[Count]
+    generated_tokens: Required[Count]
+    peak_kv_bytes: Required[Count]
+    wall_s: Required[Number]
+    prefill_s: Required[Number]
+    decode_s: Required[Number]
+    load_s: Required[Number]
+    busy_s: Required[Number]
+    span_s: Required[Number]
+
+
+@with_config(RECORD)
+class _Writer(TypedDict):
+    name: str
+    session: str
+
+
+@with_config(RECORD)
+class _Manifest(TypedDict):
+    schema_version: Count
+    run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    created_at: str
+    status: Literal["running", "complete", "stopped", "failed"]
+    fingerprint: dict[str, Any]
+    counters: dict[str, Number]
+    sessions: list[_Session]
+    settings: NotRequired[dict[str, dict[str, Any]]]
+    versions: NotRequired[dict[str, Any]]
+    device: NotRequired[dict[str, Any]]
+    input: NotRequired[_Input]
+    engine: NotRequired[_Engine]
+    parts: NotRequired[dict[PartName, Part]]
+    writer: NotRequired[_Writer]
+
+
+_MANIFEST: Final = JsonFile(
+    _Manifest, MANIFEST_NAME, "bring a copy of it back, or move the folder away and run again"
+)
 
 
 def new_manifest(fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -51,16 +111,16 @@ def read_manifest(root: Path) -> dict[str, Any]:
 def parse_manifest(content: bytes, place: str | Path) -> dict[str, Any]:
     """The content of run.json in `place`. Raises RunDirectoryError as `read_manifest`."""
     try:
-        manifest: dict[str, Any] = json.loads(content)
+        manifest = json.loads(content)
         version, _ = manifest["schema_version"], (manifest["run_id"], manifest["fingerprint"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _no_run(place) from error
-    if version != SCHEMA_VERSION:
+    if type(version) is int and version != SCHEMA_VERSION:
         raise RunDirectoryError(
             f"{place}/{MANIFEST_NAME} has the version {version}, not {SCHEMA_VERSION}; "
             "use the coppice that made it"
         )
-    return manifest
+    return _MANIFEST.parse(content, place)
 
 
 def _no_run(place: str | Path) -> RunDirectoryError:

@@ -105,6 +105,6 @@ def _parse(date: str, read: Callable[[str], bytes], has_page: bool, has_ended: b
         manifest = None
     try:
         audit = json.loads(read(_AUDIT_NAME))
-    except ValueError:
+    except (ValueError, RecursionError):
         audit = None
     return NightFiles(date, manifest, audit, has_page, has_ended)

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
+
+from pipeline.storage.json_file import RECORD, Count
 from pipeline.storage.writer import PART_NAME, PartFooter
+
+PartName = Annotated[str, Field(pattern=f"^{PART_NAME.pattern}$")]
+"""Before it is joined to a path, a name from elsewhere must be one that we make."""
+
+
+@with_config(RECORD)
+class Part(TypedDict):
+    """What run.json says of a part."""
+
+    bytes: Count
+    rows_ok: Count
+    rows_error: Count
 
 
 def part_file(name: str) -> str:
     """Where a part is, from the run's own prefix."""
+    assert PART_NAME.fullmatch(name), name
     return f"data/{name}"
 
 

@@ -7,12 +7,35 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NotRequired
 
-from pipeline.errors import RunDirectoryError, StorageError
+from pydantic import with_config
+from typing_extensions import TypedDict
+
+from pipeline.errors import StorageError
+from pipeline.storage.json_file import RECORD, Count, Digits, JsonFile
 from pipeline.storage.writer import PART_NAME
 
 MARKER_NAME: Final = "published.json"
+
+
+@with_config(RECORD)
+class _File(TypedDict):
+    bytes: Count
+    sha256: Digits
+
+
+@with_config(RECORD)
+class _Marker(TypedDict):
+    edition: str
+    files: dict[str, _File]
+    job: NotRequired[str]
+    run_id: NotRequired[str]
+    run_created_at: NotRequired[str]
+    sessions: NotRequired[Count]
+
+
+_MARKER: Final = JsonFile(_Marker, MARKER_NAME, "move its folder away to publish there")
 
 
 @dataclass(frozen=True)
@@ -51,11 +74,4 @@ def marker(described: dict[str, Any], files: dict[str, dict[str, Any]]) -> bytes
 
 def parse_marker(content: bytes, place: str) -> dict[str, Any]:
     """Raises RunDirectoryError if it is none of ours."""
-    try:
-        held: dict[str, Any] = json.loads(content)
-        _ = held["edition"], held["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunDirectoryError(
-            f"{place}/{MARKER_NAME} is damaged; move {place} away to publish there"
-        ) from error
-    return held
+    return _MARKER.parse(content, place)

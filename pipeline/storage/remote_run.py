@@ -37,6 +37,7 @@ from pipeline.storage.manifest import (
     parse_manifest,
     run_id_of,
 )
+from pipeline.storage.metrics_log import METRICS_NAME
 from pipeline.storage.nights import NightFiles, read_remote_nights
 from pipeline.storage.part_list import describe_parts, is_stored, named_parts, part_file
 from pipeline.storage.remote_folder import RemoteFolder, Stored, SupersededError
@@ -49,7 +50,6 @@ from pipeline.storage.run_directory import (
 )
 from pipeline.storage.writer import PART_NAME
 
-METRICS_NAME: Final = "metrics.jsonl"
 _TREE_NAME: Final = "plan/tree.parquet"
 _PLAN_NAMES: Final = (PLAN_NAME, _TREE_NAME, "plan/summary.json")  # the last one last
 _READ_NAMES: Final = (
@@ -143,6 +143,12 @@ class RemoteRun(RunDirectory):
         return self._has_whole_copy or super().is_whole
 
     @property
+    def has_parts(self) -> bool:
+        """As of a run directory; not where only run.json and its like were fetched."""
+        names = self.read_manifest().get("parts", {})
+        return all((self.data / name).exists() for name in names)
+
+    @property
     def is_abandoned(self) -> bool:
         """Whether the writer was a process of this machine that has ended."""
         return is_dead(self.read_manifest().get("writer", {}).get("name", ""))
@@ -153,7 +159,7 @@ class RemoteRun(RunDirectory):
 
     def count_rows(self) -> tuple[int, int]:
         """(answered, failed) rows of the parts that run.json names."""
-        if "parts" not in self.read_manifest():
+        if self.has_parts:
             return super().count_rows()
         parts = self._parts().values()
         return sum(part["rows_ok"] for part in parts), sum(part["rows_error"] for part in parts)

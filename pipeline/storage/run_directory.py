@@ -7,7 +7,6 @@ own footers are the only record of what is done.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -25,7 +24,6 @@ from pipeline.storage.durable import (
     make_folder,
     replace_file,
     sync_folder,
-    write_all,
     write_errors,
 )
 from pipeline.storage.lock import LOCK_NAME, FolderLock, is_abandoned
@@ -36,7 +34,9 @@ from pipeline.storage.manifest import (
     new_manifest,
     read_manifest,
 )
+from pipeline.storage.metrics_log import append_metrics
 from pipeline.storage.nights import NightFiles, read_nights
+from pipeline.storage.run_tables import read_table
 from pipeline.storage.schema import OUTPUT_FIELDS
 from pipeline.storage.writer import (
     PART_NAME,
@@ -50,7 +50,6 @@ SUCCESS_NAME = "_SUCCESS"
 PLAN_NAME = "plan/plan.parquet"
 SYSTEM_PROMPT_NAME = "system_prompt.txt"
 AUDIT_NAMES = ("audit/summary.json", "audit/audit.parquet")
-_LONGEST_LINE = 1 << 16  # bytes of metrics.jsonl
 
 
 class RunDirectory:
@@ -129,6 +128,11 @@ class RunDirectory:
         """Whether the parts of a sealed run are all there still. Raises StorageError."""
         rows = self.planned_rows()
         return rows is not None and np.array_equal(self.done_rows(), rows)
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether the parts are on this machine."""
+        return True
 
     @property
     def is_abandoned(self) -> bool:
@@ -214,15 +218,7 @@ class RunDirectory:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl. Raises StorageError."""
-        path = self.root / "metrics.jsonl"
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        with write_errors(path):
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            try:
-                _drop_torn_line(file)
-                write_all(file, line.encode())
-            finally:
-                os.close(file)
+        append_metrics(self.root, record)
 
     def nights(self) -> list[NightFiles]:
         """This run and the earlier nights of its job, oldest first; empty if it is no night's."""
@@ -230,17 +226,12 @@ class RunDirectory:
 
     def planned_rows(self) -> NDArray[np.int64] | None:
         """Ascending input rows that this run answers, of all or of its shard; None: no plan yet."""
-        path = self.root / PLAN_NAME
-        if not path.exists():
+        remedy = "delete it and run the same command again"
+        table = read_table(self.root / PLAN_NAME, ["row_index"], remedy)
+        if table is None:
             return None
-        try:
-            rows = pl.read_parquet(path, columns=["row_index"]).to_series()
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise StorageError(
-                f"{path} is damaged ({type(error).__name__}); delete it and run the same command "
-                "again"
-            ) from error
-        return rows.sort().to_numpy().astype(np.int64)
+        rows = table.to_series().cast(pl.Int64, strict=False)
+        return rows.drop_nulls().sort().to_numpy()
 
     def seal(self, rows: NDArray[np.int64]) -> None:
         """Check that these rows are there once each and no other, then mark the run complete.
@@ -254,7 +245,7 @@ class RunDirectory:
         self.write_frame("failed.parquet", failed)
         self.write_text("README.md", render_card(self.read_manifest(), len(rows), failed.height))
         self.update_manifest(status="complete")
-        self.write_text(SUCCESS_NAME, "")
+        self.write_text(SUCCESS_NAME, "".join(f"{name}\n" for name in self.part_names()))
 
     def close(self) -> None:
         """Release the lock, if it is held."""
@@ -288,6 +279,22 @@ class RunDirectory:
             (self.root / SUCCESS_NAME).unlink(missing_ok=True)
             sync_folder(self.root)
 
+    def check_committed(self) -> None:
+        """Whoever shows or copies rows asks this first: nothing is altered, twice, or missing.
+
+        Of a run that is not sealed rows may be missing. Raises StorageError that names the part.
+        """
+        rows = self.planned_rows()
+        if not self.is_sealed:
+            self.done_rows()
+        elif rows is None:
+            raise StorageError(
+                f"{self.name}/{PLAN_NAME} is gone, so nobody knows whether rows are missing; "
+                "run the same command again"
+            )
+        else:
+            self.check_rows(rows)
+
     def check_rows(self, rows: NDArray[np.int64]) -> None:
         """Raises StorageError unless `rows` are there once each and no other, as committed."""
         done, num_rows = self.done_rows(), len(rows)
@@ -295,19 +302,34 @@ class RunDirectory:
         if len(missing):
             raise StorageError(
                 f"{len(missing)} of {num_rows} rows have no answer in {self.name}/data (first: row "
-                f"{missing[0]}); run the same command again"
+                f"{missing[0]}{self._lost_parts()}); run the same command again"
             )
         if len(done) != num_rows:
             raise StorageError(
                 f"{self.name}/data holds {len(done)} rows where {num_rows} were planned; "
                 "move the folder away and run again"
             )
-        num_ids = self.scan().select(pl.col("id").n_unique()).collect().item()
+        columns = self.scan().select("row_index", "id").collect()
+        if not np.array_equal(columns["row_index"].sort().to_numpy(), done):
+            raise StorageError(
+                f"the parts in {self.name}/data hold other rows than their footers say; move the "
+                "folder away and run again"
+            )
+        num_ids = columns["id"].n_unique()
         if num_ids != num_rows:
             raise StorageError(
                 f"{num_rows} rows in {self.name}/data have only {num_ids} different ids; "
                 "make the ids of the input unique and run into a new folder"
             )
+
+    def _lost_parts(self) -> str:
+        """The parts that were there when the run was sealed and are not now, as a clause."""
+        try:
+            sealed = (self.root / SUCCESS_NAME).read_text(errors="replace").split()
+        except OSError:
+            return ""
+        lost = sorted(set(filter(PART_NAME.fullmatch, sealed)) - set(self.part_names()))
+        return f"; {lost[0]} is gone" if lost else ""
 
     def _write(self, name: str, content: bytes | memoryview) -> None:
         replace_file(self._inside(name), content)
@@ -344,15 +366,6 @@ class RunDirectory:
         parts = PurePosixPath(name).parts
         assert parts and parts[0] != "/" and ".." not in parts, name
         return self.root.joinpath(*parts)
-
-
-def _drop_torn_line(file: int) -> None:
-    """Cut off what follows the last whole line: a session that died wrote it."""
-    size = os.fstat(file).st_size
-    tail = os.pread(file, _LONGEST_LINE, max(0, size - _LONGEST_LINE))
-    torn = len(tail) - (tail.rfind(b"\n") + 1)
-    if torn:
-        os.ftruncate(file, size - torn)
 
 
 def _make_folder(folder: Path) -> None:

@@ -11,19 +11,22 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter, with_config
+from typing_extensions import TypedDict
 
 from pipeline.errors import StorageError
 from pipeline.storage.durable import publish, temp_path, write_errors, write_new
-from pipeline.storage.schema import SCHEMA_VERSION
+from pipeline.storage.json_file import RECORD, Count
+from pipeline.storage.schema import OUTPUT_FIELDS, SCHEMA_VERSION
 
-PART_NAME = re.compile(r"part-(\d{5,})-([0-9a-f]{12})\.parquet")
+PART_NAME = re.compile(r"part-([0-9]{5,18})-([0-9a-f]{12})\.parquet")
 _METADATA_KEY = b"coppice"
 _HASH_DIGITS = 12
 
@@ -81,7 +84,7 @@ def read_part_footer(path: Path) -> PartFooter:
         if not digest.startswith(match[2]):
             raise StorageError(f"{path} was altered after it was written; {_REMEDY}")
         described = _read_description(path)
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, RecursionError) as error:
         raise StorageError(f"{path} cannot be read ({error}); {_REMEDY}") from error
     return PartFooter(
         path=path,
@@ -93,6 +96,15 @@ def read_part_footer(path: Path) -> PartFooter:
     )
 
 
+@with_config(RECORD)
+class _Description(TypedDict):
+    rows: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
+    num_ok: Count
+    num_error: Count
+    provenance: dict[str, str]
+
+
+_DESCRIPTION = TypeAdapter(_Description)
 _REMEDY = "delete it and run the same command again: its rows will be computed anew"
 
 
@@ -113,9 +125,18 @@ def _describe(number: int, table: pa.Table, provenance: dict[str, str]) -> str:
 def _read_description(path: Path) -> dict[str, Any]:
     with pq.ParquetFile(path) as file:
         metadata = file.metadata.metadata or {}
+        num_rows, names = file.metadata.num_rows, file.schema_arrow.names
     described: dict[str, Any] = json.loads(metadata[_METADATA_KEY])
     if described["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"schema version {described['schema_version']}, not {SCHEMA_VERSION}")
+    _DESCRIPTION.validate_python(described)
+    held = sum(stop - start for start, stop in described["rows"])
+    is_ordered = all(start < stop for start, stop in described["rows"])
+    if not is_ordered or held != num_rows or held != described["num_ok"] + described["num_error"]:
+        raise ValueError(f"its footer says {held} rows and it holds {num_rows}")
+    lacking = [field.name for field in OUTPUT_FIELDS if field.name not in names]
+    if lacking:
+        raise ValueError(f"it has no column {lacking[0]}")
     return described
 
 

@@ -1,4 +1,4 @@
-"""Locks that are removed, linked, shared, or taken by many at once: one writer, and none refused."""
+"""Locks removed, linked, shared, or taken by many at once: one writer, and none refused."""
 
 from __future__ import annotations
 

@@ -1,0 +1,136 @@
+"""What a run directory says of its plan and of its audit, in one small file each."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal, NotRequired
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
+
+from pipeline.storage.json_file import RECORD, Count, Digits, JsonFile, Number, Seconds
+
+Cosine = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@with_config(RECORD)
+class _Estimate(TypedDict):
+    prefill_s: Seconds
+    decode_s: Seconds
+
+
+@with_config(RECORD)
+class _Plan(TypedDict):
+    plan_hash: Digits
+    rows: Count
+    rows_rejected: Count
+    prompt_tokens: Count
+    unique_tokens: Count
+    saving: Number
+    groups: NotRequired[Count]
+    max_new_tokens: NotRequired[Count]
+    peak_kv_bytes: NotRequired[Count | None]
+    kv_budget_bytes: NotRequired[Count | None]
+    estimate: NotRequired[_Estimate | None]
+
+
+@with_config(RECORD)
+class _Classes(TypedDict):
+    identical: Count
+    near_tie: Count
+    drift: Count
+    corrupt: Count
+
+
+@with_config(RECORD)
+class _FreeRunning(TypedDict):
+    rows: Count
+    exact: Count
+    unexplained: Count
+
+
+@with_config(RECORD)
+class _Similarity(TypedDict):
+    encoder: str | None
+    mean: Cosine
+    min: Cosine
+
+
+@with_config(RECORD)
+class _NoSimilarity(TypedDict):
+    encoder: str | None
+    mean: None
+    min: None
+
+
+@with_config(RECORD)
+class _Strict(TypedDict):
+    rows: Count
+    rows_same_bits: Count
+
+
+@with_config(RECORD)
+class _Faults(TypedDict):
+    planted: Count
+    changed_an_answer: Count
+    caught: Count
+
+
+@with_config(RECORD)
+class _Arm(TypedDict):
+    rows: Count
+    rows_exact: Count
+    kl_max: Number | None
+    gap_p999: Number | None
+
+
+@with_config(ConfigDict(extra="forbid", strict=True))
+class _Arms(TypedDict):
+    again: _Arm
+    batched: _Arm
+    reuse: _Arm
+    product: _Arm
+
+
+@with_config(ConfigDict(extra="forbid"))
+class _NoArms(TypedDict):
+    pass
+
+
+@with_config(RECORD)
+class _Bar(TypedDict):
+    audit_sample: str
+    audit_min_exact: Number
+    audit_free_running: Count
+    audit_arms: Count
+
+
+@with_config(RECORD)
+class _Audit(TypedDict):
+    verdict: Literal["pass", "fail"]
+    reasons: list[str]
+    tier: str
+    rows_audited: Count
+    rows_exact: Count
+    bound_95: Number
+    classes: _Classes
+    groups_total: Count
+    groups_covered: Count
+    free_running: _FreeRunning
+    similarity: _Similarity | _NoSimilarity
+    near_tie_bar: Number
+    hard_bar: Number
+    tokens_checked: Count
+    strict: _Strict
+    arms: _NoArms | _Arms
+    faults: _Faults
+    seed: Count
+    bar: NotRequired[_Bar]  # of what it was asked to show; older audits do not say it
+    rows_auditable: NotRequired[Count]
+    rows_left_out: NotRequired[Count]
+
+
+PLAN_SUMMARY: Final = JsonFile(
+    _Plan, "plan/summary.json", "delete it and run the same command again, which makes it anew"
+)
+AUDIT_AGAIN: Final = "audit the run again by coppice audit"
+AUDIT_SUMMARY: Final = JsonFile(_Audit, "audit/summary.json", AUDIT_AGAIN)
