@@ -86,7 +86,7 @@ class Job:
         settings = self.settings
         template = settings.read.template
         parts = (
-            self.source.stamp(), self.source.num_rows, self.tokenizer.fingerprint,
+            self.source.fingerprint(), self.source.labels, self.tokenizer.fingerprint,
             settings.read, settings.tokens, settings.sampling, settings.plan.on_overlong,
             self.generation_config, None if self.shape is None else self.shape.context_length,
             None if template is None else template.read_bytes(), describe_versions(),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +17,11 @@ from pyarrow import fs
 from pipeline.errors import InputError, NoInput
 from pipeline.settings import StoreSettings
 from pipeline.storage.object_store import SCHEME, explain_read_fault, find_objects, is_url
+from pipeline.storage.selection import Selection, search, select_matches
 
-ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
-"""Of the files that a folder is searched for."""
 _HASHED_AT_A_TIME = 4 << 20
+
+Stamp = tuple[int | str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,16 +55,17 @@ class InputFile:
         """For one read from the start, decompressed where the name ends in .gz. Raises OSError."""
         return self._stream("detect")
 
-    def stamp(self) -> tuple[int, int | str]:
-        """Size and time of the last change: another file, another stamp. Raises OSError."""
+    def stamp(self) -> Stamp:
+        """Another file, another stamp: size and times, of which nobody can set the one of the last
+        change. Raises OSError."""
         if not self.is_local:
             return self._object_stamp()
-        info = self.filesystem.get_file_info(self.path)
-        if info.type != fs.FileType.File:
+        status = os.stat(self.path)
+        if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError("it is not there")
-        return info.size, info.mtime_ns or 0
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
-    def _object_stamp(self) -> tuple[int, str]:
+    def _object_stamp(self) -> Stamp:
         # A store's clock counts whole seconds; the ETag is another one for other content.
         with self.filesystem.open_input_stream(self.path) as stream:
             seen = stream.metadata()
@@ -79,31 +83,54 @@ class InputFile:
         return self.filesystem.open_input_stream(self.path, compression)
 
 
-def find_input_files(
-    argument: str | Path, store: StoreSettings | None = None
-) -> tuple[InputFile, ...]:
-    """The file itself, all files of rows below a folder, or what a glob matches, sorted by name.
+@dataclass(frozen=True, eq=False)
+class FoundFiles:
+    """The files of an input, sorted by name; `summary` says of several which ones, and is empty of
+    one that was named."""
 
-    Hidden files and those that begin with an underscore are somebody's temporary files: left out.
+    files: tuple[InputFile, ...]
+    summary: str = ""
+
+
+def find_input_files(argument: str | Path, store: StoreSettings | None = None) -> FoundFiles:
+    """The file itself, all files of rows below a folder, or what a glob matches, see `selection`.
+
     `store` is how an `s3://` URL is reached. Raises NoInput if there is nothing, InputError.
     """
     if is_url(argument):
-        filesystem, paths = find_objects(str(argument), store or StoreSettings(), ENDINGS)
-        return tuple(InputFile(filesystem, path, f"{SCHEME}://{path}") for path in paths)
+        filesystem, found = find_objects(str(argument), store or StoreSettings())
+        files = [InputFile(filesystem, path, f"{SCHEME}://{path}") for path in found.names]
+        return _summed_up(argument, files, found)
     place = Path(argument)
     with damage_named(place):
         if place.is_file():
-            return (InputFile.local(place),)
+            return FoundFiles((InputFile.local(place),))
         if place.is_dir():
-            named = (p for p in place.rglob("*") if p.name.endswith(ENDINGS))
-            found = [p for p in named if p.is_file() and p.name[0] not in "._"]
-            lacking = f"the folder {place} holds no *.parquet or *.jsonl file; check the path"
+            found = search(place)
+            files = [InputFile.local(place / name) for name in found.names]
+            lacking = f"the folder {place} holds no *.parquet or *.jsonl file"
         else:
-            found = [p for p in map(Path, glob.glob(str(argument), recursive=True)) if p.is_file()]
-            lacking = f"there is no file, folder or match for {place}; check the path"
-    if not found:
-        raise NoInput(lacking)
-    return tuple(map(InputFile.local, sorted(found, key=lambda p: p.as_posix())))
+            matches = glob.glob(str(argument), recursive=True)
+            found = select_matches(
+                str(argument), [m for m in matches if Path(m).is_file()], _beside(argument)
+            )
+            files = [InputFile.local(Path(name)) for name in found.names]
+            lacking = f"there is no file, folder or match for {place}"
+    if not files:
+        raise NoInput(f"{lacking}{' to read' * bool(found.left_out)}; check the path")
+    return _summed_up(argument, files, found)
+
+
+def _beside(pattern: str | Path) -> list[str]:
+    """The files by which a run or a plan is known, where `**` may have matched theirs."""
+    top, deep, _ = str(pattern).partition("**")
+    return glob.glob(f"{top}**", recursive=True) if deep else []
+
+
+def _summed_up(argument: str | Path, files: list[InputFile], found: Selection) -> FoundFiles:
+    files.sort(key=lambda file: file.name)
+    is_plain = len(files) == 1 and not found.left_out
+    return FoundFiles(tuple(files), "" if is_plain else f"{argument}: {found.describe()}")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ from pyarrow import fs
 
 from pipeline.errors import InputError, NoInput
 from pipeline.settings import StoreSettings
+from pipeline.storage.selection import Selection, select, select_matches
 
 SCHEME = "s3"
 CONNECT_S = 4
@@ -104,25 +105,23 @@ def explain_read_fault(error: BaseException) -> str | None:
     return explain_fault(error) if "AWS Error" in str(error) else None
 
 
-def find_objects(
-    url: str, store: StoreSettings, endings: tuple[str, ...]
-) -> tuple[fs.FileSystem, list[str]]:
-    """The object itself, those below a prefix that end so, or what a glob matches, sorted by name.
+def find_objects(url: str, store: StoreSettings) -> tuple[fs.FileSystem, Selection]:
+    """The object itself, those of rows below a prefix, or what a glob matches, see `selection`.
 
     Returns the file system and paths on it. Raises NoInput if there is nothing, InputError.
     """
     try:
         place = ObjectUrl.parse(url)
         filesystem = open_filesystem(store)
-        paths = _find(filesystem, place, endings)
+        found = _find(filesystem, place)
     except ValueError as error:  # pa.ArrowInvalid is one
         raise InputError(f"cannot read from the store: {error}") from None
     except (pa.ArrowException, OSError) as error:
         reason = explain_read_fault(error) or f"{str(error).splitlines()[0][:200]}; try again"
         raise InputError(f"cannot read {url}: {reason}") from error
-    if not paths:
+    if not found.names:
         raise NoInput(f"{_lacking(place, url)}; check the URL")
-    return filesystem, sorted(paths)
+    return filesystem, found
 
 
 def open_filesystem(store: StoreSettings) -> fs.FileSystem:
@@ -146,22 +145,23 @@ def open_filesystem(store: StoreSettings) -> fs.FileSystem:
     )
 
 
-def _find(filesystem: fs.FileSystem, place: ObjectUrl, endings: tuple[str, ...]) -> list[str]:
+def _find(filesystem: fs.FileSystem, place: ObjectUrl) -> Selection:
     if place.key and not place.key.endswith("/"):
         if filesystem.get_file_info(place.path).type == fs.FileType.File:
-            return [place.path]
+            return Selection((place.path,))
         if _WILD.search(place.key):
             return _match(filesystem, place)
-    below = _list(filesystem, place.path)
-    names = ((path, path.rsplit("/", 1)[-1]) for path in below)
-    return [path for path, name in names if name.endswith(endings) and name[0] not in "._"]
+    top = place.path
+    found = select([path[len(top) + 1 :] for path in _list(filesystem, top)])
+    return replace(found, names=tuple(f"{top}/{name}" for name in found.names))
 
 
-def _match(filesystem: fs.FileSystem, place: ObjectUrl) -> list[str]:
+def _match(filesystem: fs.FileSystem, place: ObjectUrl) -> Selection:
     wanted = place.path.split("/")
     fixed = next(i for i, part in enumerate(wanted) if _WILD.search(part))
     below = _list(filesystem, "/".join(wanted[:fixed]))
-    return [path for path in below if _fits(path.split("/")[fixed:], wanted[fixed:])]
+    matches = [path for path in below if _fits(path.split("/")[fixed:], wanted[fixed:])]
+    return select_matches(place.path, matches, below)
 
 
 def _fits(names: list[str], patterns: list[str]) -> bool:

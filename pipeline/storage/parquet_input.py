@@ -12,7 +12,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,19 +22,25 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.storage.input_files import InputFile, damage_named
+from pipeline.storage.input_files import InputFile, Stamp, damage_named
 from pipeline.storage.plain_types import holds_dictionary, plain_schema, plain_table
+from pipeline.storage.row_slices import regroup, rows_at_a_time
 
 BATCH_ROWS = 2048
 ORIGIN_HASH = b"coppice.origin_sha256"
 """In a copy's footer: what its origin held when it was made."""
 _MAGIC = b"PAR1"
+_BLOCK_ROWS = 4096
+_MOST_KEPT_BYTES = 256 << 20  # of a block
+_MOST_GROWTH = 64  # what text that repeats itself grows by, at most
 
 
 @dataclass(frozen=True, eq=False)
 class ParquetInput:
     """An opened file. `schema` is plain (`plain_types`); `group_rows`: [row groups].
 
+    `first_group`: the row groups [first_group[b], first_group[b + 1]) are block b: what is read at
+    once for single rows, many small groups or one. `leaves`: the column chunks of each column.
     `origin`: what the user named and what `stamp` is of; `file` itself, unless that is a copy.
     `constants`: columns that every row has besides those in the file, the last ones of `schema`.
     """
@@ -41,9 +49,16 @@ class ParquetInput:
     schema: pa.Schema
     metadata: pq.FileMetaData
     group_rows: NDArray[np.int64]
-    stamp: tuple[int, int | str]
+    first_group: NDArray[np.int64]
+    leaves: dict[str, list[int]]
+    num_bytes: int
+    stamp: Stamp
     origin: InputFile
     constants: dict[str, pa.Scalar] = field(default_factory=dict)
+
+    @cached_property
+    def _known(self) -> _Known:
+        return _Known(self.stamp)
 
     @classmethod
     def open(cls, file: InputFile) -> ParquetInput:
@@ -52,15 +67,22 @@ class ParquetInput:
             stamp = file.stamp()
             with file.open() as source:
                 _check_magic(file, source)
+                num_bytes = source.size()
                 with pq.ParquetFile(source) as parquet:
                     metadata, schema = parquet.metadata, plain_schema(parquet.schema_arrow)
+            leaves = _leaves(metadata.schema)
         groups = range(metadata.num_row_groups)
         rows = np.array([metadata.row_group(g).num_rows for g in groups], np.int64)
         if rows.sum() != metadata.num_rows or (rows < 0).any():
             raise InputError(
                 f"{file.name} is damaged (row counts disagree); write or copy it again"
             )
-        return cls(file, schema, metadata, rows, stamp, file)
+        return cls(file, schema, metadata, rows, _blocks(rows), leaves, num_bytes, stamp, file)
+
+    @property
+    def block_rows(self) -> NDArray[np.int64]:
+        """Rows of each block."""
+        return np.diff(np.concatenate([[0], np.cumsum(self.group_rows)])[self.first_group])
 
     @property
     def _is_copy(self) -> bool:
@@ -78,6 +100,7 @@ class ParquetInput:
         Raises InputError, also if a copy is of other bytes.
         """
         found = self.origin.content_hash()
+        self._known.content = found
         with self._damage_named():
             if self._is_copy and self.metadata.metadata.get(ORIGIN_HASH) != found.hex().encode():
                 raise self._changed()
@@ -96,20 +119,18 @@ class ParquetInput:
         return groups, rows - first[groups]
 
     def iter_batches(self, columns: Sequence[str], num_rows: int) -> Iterator[pa.Table]:
-        """The first `num_rows` rows, these columns only, plain, up to BATCH_ROWS at a time.
+        """The first `num_rows` rows, these columns only, plain, up to BATCH_ROWS at a time; fewer
+        where rows are large.
 
         Raises InputError where a page is damaged or text is not UTF-8, and after the last batch if
         the file changed meanwhile.
         """
         needed = int(np.searchsorted(np.cumsum(self.group_rows), num_rows)) + 1
-        groups = list(range(min(needed, len(self.group_rows))))
+        groups = range(min(needed, len(self.group_rows)))
         left = num_rows
         with self._open() as file, self._damage_named():
-            stored = [name for name in columns if name not in self.constants]
-            for batch in _iter_batches(file, groups, stored):
-                # Asked for a column `a.b`, Arrow also gives that field of a column `a`.
-                table = self._plain(pa.Table.from_batches([batch]).select(stored))
-                yield table.select(list(columns)).slice(0, left)
+            for table in regroup(self._iter_tables(file, groups, columns), BATCH_ROWS):
+                yield table.slice(0, left)
                 left -= min(left, table.num_rows)
                 if not left:
                     break
@@ -118,18 +139,46 @@ class ParquetInput:
             raise InputError(f"{self.origin.name} ends {left} rows early; write or copy it again")
 
     @contextmanager
-    def open_groups(self) -> Iterator[Callable[[int], pa.Table]]:
-        """A function that reads one row group, all columns, plain; raises InputError on damage."""
+    def open_blocks(self) -> Iterator[Callable[[int], Iterator[pa.Table]]]:
+        """A function that reads one block, all columns, plain, in slices; raises InputError on
+        damage."""
         with self._open() as file:
 
-            def read_group(group: int) -> pa.Table:
+            def read_block(block: int) -> Iterator[pa.Table]:
+                groups = range(self.first_group[block], self.first_group[block + 1])
                 with self._damage_named():
-                    return self._plain(file.read_row_group(group))
+                    yield from self._iter_tables(file, groups, self.schema.names)
 
-            yield read_group
+            yield read_block
+
+    @property
+    def most_kept_bytes(self) -> int:
+        """How large a block may be to be kept in memory: what the file itself takes counts."""
+        return max(_MOST_KEPT_BYTES, self.num_bytes * _MOST_GROWTH)
+
+    def _iter_tables(
+        self, file: _OpenFile, groups: range, columns: Sequence[str]
+    ) -> Iterator[pa.Table]:
+        """Plain tables of these row groups, none of which can decode to too much at once."""
+        stored = [name for name in columns if name not in self.constants]
+        leaves = [leaf for name in stored for leaf in self.leaves[name]]
+        runs: list[tuple[int, list[int]]] = []
+        # Arrow reads a dictionary inside of another type from one row group at a time only.
+        is_alone = any(holds_dictionary(file.types[name]) for name in stored)
+        for group in groups:
+            next(file.parquet.iter_batches(1, [group], stored, use_threads=False), None)
+            rows = rows_at_a_time(file.source, self.metadata, group, leaves, BATCH_ROWS)
+            if is_alone or not runs or runs[-1][0] != rows:
+                runs.append((rows, []))
+            runs[-1][1].append(group)
+        for rows, run in runs:
+            for batch in file.parquet.iter_batches(rows, row_groups=run, columns=stored):
+                # Asked for a column `a.b`, Arrow also gives that field of a column `a`.
+                table = self._plain(pa.Table.from_batches([batch]).select(stored))
+                yield table.select(list(columns))
 
     @contextmanager
-    def _open(self) -> Iterator[pq.ParquetFile]:
+    def _open(self) -> Iterator[_OpenFile]:
         self._check_unchanged()
         with self._damage_named():
             if self._is_copy:
@@ -141,7 +190,8 @@ class ParquetInput:
                     source, metadata=self.metadata, page_checksum_verification=True
                 )
             with parquet:
-                yield parquet
+                types = {field.name: field.type for field in parquet.schema_arrow}
+                yield _OpenFile(source, parquet, types)
         if not self.origin.is_local:
             # A local file that is replaced stays open as it was; of an object the rest is new.
             self._check_unchanged()
@@ -157,9 +207,15 @@ class ParquetInput:
             raise
 
     def _check_unchanged(self) -> None:
+        known = self._known
         with damage_named(self.origin.name):
-            if self.origin.stamp() != self.stamp:
-                raise self._changed()
+            stamp = self.origin.stamp()
+        if stamp == known.stamp:
+            return
+        # Whoever links a file or changes its rights changes a time of it, and not what it holds.
+        if stamp[:2] != self.stamp[:2] or known.content != self.origin.content_hash():
+            raise self._changed()
+        known.stamp = stamp
 
     def _changed(self) -> InputError:
         return InputError(f"{self.origin.name} changed while it was being read; start again")
@@ -174,15 +230,42 @@ class ParquetInput:
         return pa.Table.from_arrays([*table.columns, *constants], names)
 
 
-def _iter_batches(
-    file: pq.ParquetFile, groups: list[int], columns: list[str]
-) -> Iterator[pa.RecordBatch]:
-    """Arrow reads a dictionary inside of another type from one row group at a time only."""
-    runs = [groups]
-    if any(holds_dictionary(file.schema_arrow.field(name).type) for name in columns):
-        runs = [[group] for group in groups]
-    for run in runs:
-        yield from file.iter_batches(BATCH_ROWS, row_groups=run, columns=columns)
+@dataclass
+class _Known:
+    """The last stamp under which the origin held what it did; `content`: its hash, once made."""
+
+    stamp: Stamp
+    content: bytes | None = None
+
+
+class _OpenFile(NamedTuple):
+    """A file that is being read; `types`: of its columns, as they are encoded."""
+
+    source: pa.NativeFile
+    parquet: pq.ParquetFile
+    types: dict[str, pa.DataType]
+
+
+def _blocks(group_rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """First group of each block, and the end: of so many rows, or one group."""
+    cuts, rows = [0], 0
+    for group, more in enumerate(group_rows.tolist()):
+        if rows and rows + more > _BLOCK_ROWS:
+            cuts.append(group)
+            rows = 0
+        rows += more
+    return np.array([*cuts, len(group_rows)], np.int64)
+
+
+def _leaves(schema: pq.ParquetSchema) -> dict[str, list[int]]:
+    """The numbers of the column chunks that each column is stored in, and those named alike."""
+    found: dict[str, list[int]] = {}
+    for number in range(len(schema)):
+        path = schema.column(number).path
+        steps = path.split(".")
+        for end in range(1, len(steps) + 1):
+            found.setdefault(".".join(steps[:end]), []).append(number)
+    return found
 
 
 def _check_magic(file: InputFile, source: pa.NativeFile) -> None:

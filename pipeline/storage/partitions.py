@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -16,6 +15,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from pipeline.errors import InputError
+from pipeline.storage.selection import fixed_parts
 
 _NULL = "__HIVE_DEFAULT_PARTITION__"
 _INT64 = range(-(2**63), 2**63)
@@ -43,9 +43,7 @@ def _folders(argument: str | Path, name: str) -> tuple[str, ...]:
     """Names of the folders below the argument, or below its fixed part, that the file lies in."""
     path, top = PurePosixPath(name), PurePosixPath(argument)
     if not path.is_relative_to(top):
-        parts = top.parts
-        fixed = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-        top = PurePosixPath(*parts[:fixed])
+        top = PurePosixPath(*top.parts[: fixed_parts(str(argument))])
     return path.relative_to(top).parent.parts if path.is_relative_to(top) else ()
 
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from pipeline.errors import InputError, NoInput, UsageError
 from pipeline.records import Message, PromptBatch, Rejected
 from pipeline.settings import ReadSettings, StoreSettings
+from pipeline.storage.block_cache import BlockCache
 from pipeline.storage.cells import BadCell, read_messages, read_sampling, read_text
 from pipeline.storage.columns import ColumnMap, find_columns
-from pipeline.storage.group_cache import GroupCache
 from pipeline.storage.input_files import InputFile, find_input_files
 from pipeline.storage.json_lines import is_json_lines
 from pipeline.storage.parquet_copies import ParquetCopies
@@ -39,8 +39,9 @@ Parser = tuple[Callable[[Any], Content], str]
 class PromptSource:
     """A frozen view of the input. Row i of the job is row i of the files in order.
 
-    `schema` has plain types (`plain_types`). `_first_row[g]` is the row at which row group
-    g of all files together begins: [row groups + 1]. `_field_order`: see `with_field_order`.
+    `schema` has plain types (`plain_types`). `_first_row[b]` is the row at which block
+    b of all files together begins: [blocks + 1]. `summary`: which files it was found in, where that
+    has to be said. `_field_order`: see `with_field_order`.
     """
 
     num_rows: int
@@ -50,12 +51,14 @@ class PromptSource:
     _labels: tuple[str, ...]
     _first_row: NDArray[np.int64]
     _template: PromptTemplate | None = None
+    summary: str = ""
     _field_order: NDArray[np.uint8] | None = None
-    _cache: GroupCache = field(default_factory=lambda: GroupCache(_CACHE_BYTES))
+    _cache: BlockCache = field(default_factory=lambda: BlockCache(_CACHE_BYTES))
 
-    def stamp(self) -> str:
-        """Changes when a file of the input does, without reading it: path, size, time."""
-        return repr([(file.origin.path, file.stamp) for file in self._files])
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What ids of rows without one begin with: a name for each file."""
+        return self._labels
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -98,21 +101,25 @@ class PromptSource:
             return self.schema.empty_table()
         if not 0 <= rows.min() <= rows.max() < self.num_rows:
             raise IndexError(f"rows must lie in [0, {self.num_rows})")
-        group_of_row = np.searchsorted(self._first_row, rows, side="right") - 1
-        # Group by group in file order, and then back into the order asked for.
-        by_group = np.argsort(group_of_row, kind="stable")
-        groups, counts = np.unique(group_of_row, return_counts=True)
-        pieces = []
-        for (group, table), wanted in zip(
-            self._read_groups(groups.tolist()),
-            np.split(by_group, np.cumsum(counts)[:-1]),
-            strict=True,
-        ):
-            taken = table.take(pa.array(rows[wanted] - self._first_row[group]))
+        block_of_row = np.searchsorted(self._first_row, rows, side="right") - 1
+        # Block by block in file order, and then back into the order asked for.
+        by_block = np.argsort(rows, kind="stable")
+        blocks, counts = np.unique(block_of_row, return_counts=True)
+        pieces: list[pa.Table] = []
+        wanted = {
+            block: rows[chosen] - self._first_row[block]
+            for block, chosen in zip(
+                blocks.tolist(), np.split(by_block, np.cumsum(counts)[:-1]), strict=True
+            )
+        }
+        for taken in self._take_from_blocks(wanted):
             pieces.append(taken.select(self.schema.names))  # each file has an order of its own
+        table = pa.concat_tables(pieces)
+        if (by_block[1:] > by_block[:-1]).all():
+            return table
         inverse = np.empty(len(rows), np.int64)
-        inverse[by_group] = np.arange(len(rows))
-        return pa.concat_tables(pieces).take(pa.array(inverse))
+        inverse[by_block] = np.arange(len(rows))
+        return table.take(pa.array(inverse))
 
     def check_carried_columns(self) -> None:
         """Read the columns that planning skips, so that damage shows before the device is used.
@@ -127,11 +134,17 @@ class PromptSource:
                 pass
 
     def fingerprint(self) -> str:
-        """sha256 over the bytes of all files and the number of rows used.
+        """sha256 over the bytes of all files and the number of rows used; read once.
 
-        Of names only what folders say as `key=value` matters.
+        Of names what folders say as `key=value` matters and, of several files, which they are.
         """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(f"rows={self.num_rows}\n".encode())
+        if len(self._files) > 1:
+            digest.update(repr(self._labels).encode(errors="surrogateescape"))
         for file in self._files:
             digest.update(file.content_hash())
         return digest.hexdigest()
@@ -189,17 +202,18 @@ class PromptSource:
             return read_messages, "BadMessages"
         return lambda cell: read_text(str(cell)), "EmptyPrompt"
 
-    def _read_groups(self, groups: Sequence[int]) -> Iterator[tuple[int, pa.Table]]:
-        """Row groups in ascending order, each decoded once and kept while there is room."""
-        first_group = np.cumsum([0] + [len(file.group_rows) for file in self._files])
-        for number, file in enumerate(self._files):
-            low, high = int(first_group[number]), int(first_group[number + 1])
-            here = [group for group in groups if low <= group < high]
-            if not here:
-                continue
-            with file.open_groups() as read_group:
-                for group in here:
-                    yield group, self._cache.get(group, partial(read_group, group - low))
+    def _take_from_blocks(self, wanted: dict[int, NDArray[np.int64]]) -> Iterator[pa.Table]:
+        """These rows, ascending, of these blocks; a block is kept where there is room for it."""
+        first_block = np.cumsum([0] + [len(file.first_group) - 1 for file in self._files])
+        blocks = np.array(sorted(wanted), np.int64)
+        files = np.searchsorted(first_block, blocks, side="right") - 1
+        for number in np.unique(files).tolist():
+            file, low = self._files[number], int(first_block[number])
+            with file.open_blocks() as read_block:
+                for block in blocks[files == number].tolist():
+                    read = partial(read_block, block - low)
+                    most = file.most_kept_bytes
+                    yield from self._cache.take(block, wanted[block], read, most)
 
 
 def open_source(
@@ -219,29 +233,31 @@ def open_source(
     """
     if copies is not None:
         copies.drop_stale()
-    files = _open_files(path, store, copies)
+    found = find_input_files(path, store)
+    files = _open_files(path, found.files, copies)
     schema = files[0].schema
     for file in files[1:]:
         _check_same_schema(files[0], file)
     template = _read_template(settings, schema.names)
     asked = None if template is None else template.columns
     columns = find_columns(schema, settings, files[0].origin.name, asked)
-    group_rows = np.concatenate([file.group_rows for file in files])
-    first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(group_rows)])
+    block_rows = np.concatenate([file.block_rows for file in files])
+    first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(block_rows)])
     num_rows = int(first_row[-1])
     if num_rows == 0:
         raise NoInput(f"{path} holds no rows; check how it was written")
     if settings.limit is not None:
         num_rows = min(num_rows, settings.limit)
     labels = _make_labels([file.origin for file in files])
-    return PromptSource(num_rows, schema, columns, files, labels, first_row, template)
+    return PromptSource(
+        num_rows, schema, columns, files, labels, first_row, template, found.summary
+    )
 
 
 def _open_files(
-    path: str | Path, store: StoreSettings | None, copies: ParquetCopies | None
+    path: str | Path, found: Sequence[InputFile], copies: ParquetCopies | None
 ) -> tuple[ParquetInput, ...]:
     """All files of the input, with the columns that their folders stand for."""
-    found = find_input_files(path, store)
     folders = read_partitions(path, [file.name for file in found])
     opened = []
     for row, file in enumerate(found):
@@ -272,6 +288,8 @@ def find_duplicate_ids(ids: pl.Series, at_most: int = 5) -> list[str]:
 
 
 def _check_same_schema(first: ParquetInput, other: ParquetInput) -> None:
+    if first.schema.equals(other.schema):
+        return
     ours = {f.name: f.type for f in first.schema}
     theirs = {f.name: f.type for f in other.schema}
     for name in [*ours, *theirs]:

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
@@ -110,11 +112,33 @@ def test_a_damaged_or_other_checkpoint_is_not_used(
         fail_after(patch, 9, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             plan(source, settings)
-    os.utime(source, (1, 1))  # another file for all that anybody knows
+    os.utime(source, (1, 1))  # other times, but the same content
     with pytest.MonkeyPatch.context() as patch:
         prepared = watch_prepared(patch)
         assert described(plan(source, settings)) == whole
-        assert prepared[0] == 0
+        assert prepared[0] == 40
+
+
+def test_a_checkpoint_answers_for_no_other_content(
+    source: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen red: replaced under the same size and time, all rows had the old prompts' tokens."""
+    settings = echo_settings(tokenizer_folder)
+    before = plan_rows(open_job(str(source), settings), keep_rows=True)
+    status = source.stat()
+    table = pq.read_table(source)
+    others = [p and p.replace("prompt", "tpmorp") for p in table["prompt"].to_pylist()]
+    names = table.column_names
+    pq.write_table(table.set_column(names.index("prompt"), "prompt", pa.array(others)), source)
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert source.stat().st_size == status.st_size
+    prepared = watch_prepared(monkeypatch)
+    after = plan(source, settings)
+    assert prepared[0] == 0 and len(prepared) == ROWS // 5
+    assert (
+        after.plan.table[0].tolist()
+        == before.plan.table[0].tolist()[:6][::-1] + (before.plan.table[0].tolist()[6:])
+    )
 
 
 def test_a_job_does_not_tokenise_what_a_plan_kept(

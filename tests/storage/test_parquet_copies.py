@@ -18,6 +18,7 @@ import pytest
 from pipeline.errors import InputError, StorageError
 from pipeline.settings import ReadSettings
 from pipeline.storage import json_lines, parquet_copies
+from pipeline.storage.input_files import InputFile
 from pipeline.storage.parquet_copies import ParquetCopies
 from pipeline.storage.reader import PromptSource, open_source
 from tests.storage.disk import FailingDisk
@@ -78,7 +79,6 @@ def test_rows_ids_and_fingerprint_are_those_of_the_original(tmp_path: Path, cach
     assert opened.take(np.array([6, 2])).to_pylist() == [ROWS[6], ROWS[2]]
     digest = hashlib.sha256(b"rows=7\n" + hashlib.sha256(lines.read_bytes()).digest())
     assert opened.fingerprint() == digest.hexdigest()
-    assert "in.jsonl" in opened.stamp() and str(cache) not in opened.stamp()
 
 
 def test_only_the_owner_may_read_a_copy(tmp_path: Path, cache: Path) -> None:
@@ -139,17 +139,24 @@ def test_a_damaged_copy_is_made_again(tmp_path: Path, cache: Path) -> None:
     assert len(prompts(source(lines, cache))) == 7
 
 
-def test_a_copy_of_other_bytes_with_the_same_stamp_never_runs(tmp_path: Path, cache: Path) -> None:
+def test_a_copy_of_other_bytes_with_the_same_stamp_never_runs(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file can be replaced under its old size and time; its hash tells."""
     lines = write(tmp_path / "in.jsonl")
     source(lines, cache)
     before = lines.stat()
     lines.write_bytes(lines.read_bytes().replace(b"p0", b"q0"))
     os.utime(lines, ns=(before.st_atime_ns, before.st_mtime_ns))
-    with pytest.raises(InputError, match=r"in\.jsonl changed"):
-        source(lines, cache).fingerprint()
-    opened = source(lines, cache)
-    assert opened.fingerprint() and prompts(opened)[0] == "q0"
+    assert prompts(source(lines, cache))[0] == "q0"
+    with monkeypatch.context() as patch:  # a file system that keeps no time of the last change
+        patch.setattr(InputFile, "stamp", lambda file: file.path)
+        assert prompts(source(lines, cache))[0] == "q0"
+        lines.write_bytes(lines.read_bytes().replace(b"q0", b"r0"))
+        with pytest.raises(InputError, match=r"in\.jsonl changed"):
+            source(lines, cache).fingerprint()
+        opened = source(lines, cache)
+        assert opened.fingerprint() and prompts(opened)[0] == "r0"
 
 
 @pytest.mark.parametrize(
