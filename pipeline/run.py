@@ -40,7 +40,7 @@ from pipeline.job.planning import (
     select_rows,
 )
 from pipeline.job.rates import recall_rates
-from pipeline.job.recorded import keep_system_prompt, settings_to_show
+from pipeline.job.recorded import keep_system_prompt, settings_to_show, with_recorded_clock
 from pipeline.job.recycling import expected_hits
 from pipeline.job.session import Session
 from pipeline.job.stopping import StopRequest, interruptible
@@ -231,8 +231,9 @@ def _run_or_resume(
     input: str, output: Place, settings: JobSettings, observer: Observer, watchdog: Watchdog
 ) -> RunOutcome:
     stop = StopRequest(settings.write.time_budget)
-    settings = with_absolute_paths(settings)
+    settings = with_recorded_clock(output, with_absolute_paths(settings))
     job = open_job(input, settings)
+    settings = job.settings
     fingerprint = fingerprint_fields(settings, job.source.fingerprint(), job.tokenizer.fingerprint)
     description = describe_job(input, job)
 

@@ -7,6 +7,7 @@ Field names are unique over all sections and equal the command's flags, so that 
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -92,12 +93,22 @@ class ReadSettings(_Section):
 
 
 class TokenSettings(_Section):
-    """How a row becomes text, and text token ids."""
+    """How a row becomes text, and text token ids.
+
+    `clock`: what a chat template that prints the date or time takes for now, on the wall; None:
+    the beginning of the day on which the job begins.
+    """
 
     system_prompt: str | None = None
     chat_template: Path | None = None
+    clock: datetime | None = None
     apply_chat_template: bool = False
     parse_special_tokens: bool = False
+
+    @field_validator("clock")
+    @classmethod
+    def _on_the_wall(cls, value: datetime | None) -> datetime | None:
+        return None if value is None else value.replace(tzinfo=None)
 
 
 class PlanSettings(_Section):

@@ -155,7 +155,7 @@ def reopen_job(directory: RunDirectory, store: StoreSettings | None = None) -> J
     if store is not None:
         settings = settings.model_copy(update={"store": settings.store.overridden_by(store)})
     job = open_job(manifest["input"]["argument"], settings)
-    now = fingerprint_fields(settings, job.source.fingerprint(), job.tokenizer.fingerprint)
+    now = fingerprint_fields(job.settings, job.source.fingerprint(), job.tokenizer.fingerprint)
     before = manifest["fingerprint"]
     if now["input"] != before["input"]:
         raise InputError(

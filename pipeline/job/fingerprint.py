@@ -24,7 +24,10 @@ _PACKAGES = ("kvcoppice", "torch", "transformers", "tokenizers", "polars", "pyar
 
 
 def fingerprint_fields(settings: JobSettings, input_hash: str, tokenizer: str) -> dict[str, Any]:
-    """The fingerprint as plain values; `input_hash` and `tokenizer` are hashes made elsewhere."""
+    """The fingerprint as plain values; `settings` are those of the opened job.
+
+    `input_hash` and `tokenizer` are hashes made elsewhere.
+    """
     return {
         "input": input_hash,
         **settings.read.model_dump(mode="json", exclude={"template"}),
@@ -32,11 +35,12 @@ def fingerprint_fields(settings: JobSettings, input_hash: str, tokenizer: str) -
         **identify_model(settings.model),
         "tokenizer": tokenizer,
         **settings.tokens.model_dump(include={"apply_chat_template", "parse_special_tokens"}),
+        **_some("clock", settings.tokens.model_dump(mode="json")["clock"]),
         "system_prompt": _hash_text(settings.tokens.system_prompt),
         "sampling": settings.sampling.model_dump(mode="json"),
         "dtype": settings.model.dtype,
         "engine": settings.model.engine,
-        **_some("engine_options", settings.model.engine_options),  # runs without any stay as named
+        **_some("engine_options", settings.model.engine_options),
         "fidelity": settings.engine.fidelity,
         "min_prefix_tokens": settings.plan.min_prefix_tokens,
         "on_overlong": settings.plan.on_overlong,
@@ -44,7 +48,8 @@ def fingerprint_fields(settings: JobSettings, input_hash: str, tokenizer: str) -
     }
 
 
-def _some(name: str, value: dict[str, str]) -> dict[str, Any]:
+def _some(name: str, value: dict[str, str] | str | None) -> dict[str, Any]:
+    """Runs without any stay as they are named."""
     return {name: value} if value else {}
 
 

@@ -55,6 +55,8 @@ _SAID = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens")
 class Job:
     """An opened job: input, tokenizer and the model's shape (None only for the echo engine).
 
+    The clock in `settings` is the tokenizer's: None where nothing depends on it.
+
     `fields`: what the order of the template's fields saves, where it was asked for.
     """
 
@@ -154,6 +156,8 @@ def open_job(input: str, settings: JobSettings) -> Job:
     model = settings.model
     check_model_folder(model)
     tokenizer = PromptTokenizer.load(model.model, model.revision, settings.tokens)
+    clocked = settings.tokens.model_copy(update={"clock": tokenizer.clock})
+    settings = settings.model_copy(update={"tokens": clocked})
     shape = _read_shape(model)
     if not settings.read.reorder_fields:
         return Job(settings, source, tokenizer, shape)

@@ -1,7 +1,8 @@
 """The settings of a run, as its directory keeps them for the audit. Knows nothing about rows.
 
 `run.json` is made to be shown: it holds no text of a prompt. The system prompt, which the audit
-needs again, lies beside it in a file that only its owner may read.
+needs again, lies beside it in a file that only its owner may read. What the run took for now is
+recorded too: a resume and an audit have the same prompts, on whatever day.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pipeline.errors import RunDirectoryError
 from pipeline.settings import JobSettings
 from pipeline.storage.manifest import MANIFEST_NAME
 from pipeline.storage.run_directory import SYSTEM_PROMPT_NAME, RunDirectory
+from pipeline.storage.run_place import Place, find_manifest
 
 
 def settings_to_show(settings: JobSettings) -> dict[str, Any]:
@@ -52,4 +54,17 @@ def recall_settings(directory: RunDirectory) -> JobSettings:
             "the run into it"
         ) from error
     tokens = settings.tokens.model_copy(update={"system_prompt": text})
+    return settings.model_copy(update={"tokens": tokens})
+
+
+def with_recorded_clock(output: Place, settings: JobSettings) -> JobSettings:
+    """The settings with the clock of the run in `output`, where there is one and none is said.
+
+    Raises RunDirectoryError, StorageError.
+    """
+    manifest = None if settings.tokens.clock else find_manifest(output, settings.store)
+    if manifest is None or "settings" not in manifest:
+        return settings
+    clock = JobSettings.model_validate(manifest["settings"]).tokens.clock
+    tokens = settings.tokens.model_copy(update={"clock": clock})
     return settings.model_copy(update={"tokens": tokens})

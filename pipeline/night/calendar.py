@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from pipeline.night.settings import Night
@@ -25,23 +24,14 @@ def unfinished_before(night: Night) -> list[Night]:
     One that waits for a person (its audit failed, or too many rows) is not among them.
     """
     days = range(night.settings.catch_up, 0, -1)
-    older = [on_date(night, night.date - datetime.timedelta(days=ago)) for ago in days]
+    dates = [night.date - datetime.timedelta(days=ago) for ago in days]
+    older = [Night.on(date, night.settings, night.job) for date in dates]
     if is_url(night.run_place):
         due = _home(night).names("due/")
         older = [night for night in older if _due_name(night) in due]
     else:
         older = [night for night in older if Path(night.run_place).is_dir()]
     return [night for night in older if read_state(night).is_unfinished]
-
-
-def on_date(night: Night, day: datetime.date) -> Night:
-    """The same job on another date."""
-    return replace(
-        night,
-        date=day,
-        input=night.settings.input_on(day),
-        run_place=night.settings.run_place_on(day),
-    )
 
 
 def mark_due(night: Night) -> None:

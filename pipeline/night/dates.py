@@ -8,6 +8,8 @@ from zoneinfo import ZoneInfo
 from pipeline.errors import UsageError
 from pipeline.night.cron import Cron
 
+_YEARS = range(1970, 9999)
+
 
 def logical_date(scheduled: datetime.datetime, timezone: str) -> datetime.date:
     """The date of an aware `scheduled` start in the job's zone. Raises UsageError."""
@@ -27,11 +29,16 @@ def choose_date(date: str | None, cron: str | None, timezone: str | None) -> dat
 
 
 def parse_date(text: str) -> datetime.date:
-    """Raises UsageError unless it looks like 2026-11-22."""
+    """Raises UsageError unless it looks like 2026-11-22, and nights can be counted around it."""
     try:
-        return datetime.datetime.strptime(text, "%Y-%m-%d").date()
+        day = datetime.datetime.strptime(text, "%Y-%m-%d").date()
     except ValueError:
         raise UsageError(f"{text!r} is not a date; write it like 2026-11-22") from None
+    if day.year not in _YEARS:
+        raise UsageError(
+            f"{text} is no date of a night: it must lie in the years {_YEARS[0]} to {_YEARS[-1]}"
+        )
+    return day
 
 
 def date_of_sitting(

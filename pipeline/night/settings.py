@@ -79,13 +79,24 @@ class NightSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Night:
-    """A nightly job on one logical date: `input` has the date in it, `run_place` ends in it."""
+    """A nightly job on one logical date: `input` has the date in it, `run_place` ends in it.
+
+    It is also what a chat template that prints the date takes for now, whenever the night ends.
+    """
 
     settings: NightSettings
     job: JobSettings
     date: datetime.date
     input: str
     run_place: str
+
+    @classmethod
+    def on(cls, day: datetime.date, settings: NightSettings, job: JobSettings) -> Night:
+        """The night of `day`."""
+        clock = datetime.datetime.combine(day, datetime.time())
+        tokens = job.tokens.model_copy(update={"clock": clock})
+        job = job.model_copy(update={"tokens": tokens})
+        return cls(settings, job, day, settings.input_on(day), settings.run_place_on(day))
 
     @property
     def awaited_folder(self) -> Path | None:
@@ -128,7 +139,9 @@ def _make_night(written: dict[str, Any], day: datetime.date) -> Night:
     job = JobSettings.from_flat(rest)
     if job.plan.num_shards != 1:
         raise UsageError("setting num-shards: a night is one run; leave it out")
-    return Night(settings, job, day, settings.input_on(day), settings.run_place_on(day))
+    if job.tokens.clock is not None:
+        raise UsageError("setting clock: that of a night is its date; leave it out")
+    return Night.on(day, settings, job)
 
 
 def _check_known(keys: dict[str, Any]) -> None:

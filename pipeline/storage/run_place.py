@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.settings import StoreSettings
-from pipeline.storage.manifest import MANIFEST_NAME
+from pipeline.storage.manifest import MANIFEST_NAME, parse_manifest, read_manifest
 from pipeline.storage.object_store import is_url
 from pipeline.storage.remote_folder import RemoteFolder
 from pipeline.storage.remote_run import RemoteRun, check_empty
@@ -23,6 +23,14 @@ def holds_run(place: Place, store: StoreSettings) -> bool:
     if not is_url(place):
         return (Path(place) / MANIFEST_NAME).exists()
     return RemoteFolder(str(place), store).read(MANIFEST_NAME) is not None
+
+
+def find_manifest(place: Place, store: StoreSettings) -> dict[str, Any] | None:
+    """run.json, None if there is no run. Raises RunDirectoryError, UsageError, StorageError."""
+    if not is_url(place):
+        return read_manifest(Path(place)) if holds_run(place, store) else None
+    held = RemoteFolder(str(place), store).read(MANIFEST_NAME)
+    return None if held is None else parse_manifest(held.content, place)
 
 
 def check_free(place: Place, store: StoreSettings) -> None:

@@ -64,6 +64,7 @@ _HELP = {
     "limit": "Only the first N rows.",
     "system_prompt": "A system message put before every row.",
     "chat_template": "A Jinja file instead of the model's own template.",
+    "clock": "What a template that prints the date takes for now (today).",
     "apply_chat_template": "Treat each prompt as one user message.",
     "parse_special_tokens": "Let control tokens in the text be control tokens.",
     "max_new_tokens": "Most tokens of an answer.",
@@ -106,7 +107,7 @@ _HELP = {
 # Fields that a person writes with a unit or as one of two notations: the settings parse the text.
 _WRITTEN_AS_TEXT = {
     "kv_budget", "kv_store_budget", "plan_memory", "time_budget", "stall_timeout", "fail_on_error",
-    "audit_sample",
+    "audit_sample", "clock",
 }  # fmt: skip
 
 Section = TypeVar("Section", bound=BaseModel)

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -66,7 +67,7 @@ class PromptTokenizer:
         self._settings = settings
         self._name = name
         self._control = ControlTokens(self._backend)
-        self._template = find_template(tokenizer, settings.chat_template)
+        self._template = find_template(tokenizer, settings.chat_template, settings.clock)
         if settings.apply_chat_template:
             self._require_template()
         self.vocabulary_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
@@ -78,6 +79,12 @@ class PromptTokenizer:
         """From a folder or a hub id. Raises ModelError if it cannot be loaded (see `loading`),
         UsageError if a chat template is asked for and there is none."""
         return cls(load_tokenizer(model, revision), settings, model)
+
+    @property
+    def clock(self) -> datetime | None:
+        """What the chat template takes for now; None if there is none that asks."""
+        template = self._template
+        return template.clock if template is not None and template.reads_clock else None
 
     def encode_batch(
         self, contents: Sequence[Content | None], most_tokens: int | None = None
@@ -217,12 +224,12 @@ class PromptTokenizer:
             )
 
     def _make_fingerprint(self) -> str:
-        """sha256 over all that decides which ids a prompt becomes."""
+        """sha256 over all that decides which ids a prompt becomes, but the clock."""
         decisive = {
             "tokenizer": self._backend.to_str(),
             "special_tokens": {k: str(v) for k, v in self._tokenizer.special_tokens_map.items()},
             "template": None if self._template is None else self._template.source,
-            "settings": self._settings.model_dump(mode="json", exclude={"chat_template"}),
+            "settings": self._settings.model_dump(mode="json", exclude={"chat_template", "clock"}),
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 

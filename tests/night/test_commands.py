@@ -41,6 +41,19 @@ def test_the_exit_code_is_that_of_the_night(
     assert not job.published.exists()
 
 
+@pytest.mark.parametrize("date", ["1970-01-01", "9998-12-31"])
+def test_the_first_and_the_last_date_are_nights(
+    shell: Shell,  # noqa: F811
+    job: NightlyJob,
+    date: str,
+) -> None:
+    """Seen red: "unexpected OverflowError" for 0001-01-01, which is a wrong call now."""
+    assert shell("night", str(job.file), "--progress", "none", "--date", date) == 2
+    assert f"Failed: {date}: there is no file" in " ".join(shell.out.split())
+    assert shell("night", str(job.file), "--date", "0001-01-01") == 2
+    assert "is no date of a night" in shell.err
+
+
 def test_too_many_failed_rows(shell: Shell, job: NightlyJob) -> None:  # noqa: F811
     job.take_input()
     job.give_input(prompts=["why?", None])

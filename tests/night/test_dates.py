@@ -79,6 +79,9 @@ def test_a_command_that_is_told() -> None:
     for wrong in ("22.11.2026", "2026-02-30", "today", "2026-11-22T02:00"):
         with pytest.raises(UsageError, match="is not a date; write it like 2026-11-22"):
             choose_date(wrong, None, None)
+    for far in ("0001-01-01", "0007-01-01", "1969-12-31", "9999-12-31"):
+        with pytest.raises(UsageError, match="is no date of a night: .* 1970 to 9998"):
+            choose_date(far, None, None)
     with pytest.raises(UsageError, match="leave one out"):
         choose_date("2026-11-22", "0 2 * * *", None)
 

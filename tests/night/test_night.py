@@ -26,6 +26,7 @@ from pipeline.errors import (
     TimeBudgetReached,
     TooManyFailedRows,
 )
+from pipeline.job.auditing import reopen_job
 from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.observer import SilentObserver
 from pipeline.night import night as night_module
@@ -40,6 +41,7 @@ from pipeline.records import Completion
 from pipeline.settings import JobSettings
 from pipeline.storage import parquet_input
 from pipeline.storage.lock import FolderLock
+from pipeline.storage.run_directory import RunDirectory
 from tests.job.preparing import watch_prepared
 from tests.night.job import DAY, PROMPTS, NightlyJob, before
 from tests.tiny_job import answers
@@ -314,6 +316,25 @@ def test_what_a_time_budget_cut_off_is_finished_first(
     endings = job.sit(before(-1))
     assert [ending.date for ending in endings] == [before(1), DAY, before(-1)]
     assert all(outcome(ending).published for ending in endings)
+
+
+def test_a_night_that_ends_after_midnight_has_the_date_that_it_began_with(
+    job: NightlyJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its chat template prints the date. Seen red: "was planned differently", every night."""
+    template = job.folder / "t.jinja"
+    template.write_text(
+        "{{ strftime_now('%d.%m.%Y') }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    job.say(rows_per_part=1, chat_template="t.jinja", apply_chat_template=True, catch_up=3)
+    begin(job, monkeypatch, DAY)
+    job.give_input(before(-1))
+    endings = job.sit(before(-1))
+    assert [outcome(ending).date for ending in endings] == [DAY, before(-1)]
+    for day in (DAY, before(-1)):
+        with RunDirectory.open(job.run_directory(day)) as directory:
+            reopened = reopen_job(directory)
+        assert reopened.tokenizer.render("why?") == f"{day:%d.%m.%Y} why?"
 
 
 def test_the_budget_is_of_the_whole_sitting(

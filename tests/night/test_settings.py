@@ -98,6 +98,7 @@ def test_paths_mean_the_same_from_anywhere(tmp_path: Path, monkeypatch: pytest.M
         ({"publsh": "x"}, "unknown setting 'publsh'; did you mean publish"),
         ({"cron": "0 2 * * *"}, "unknown setting 'cron'; coppice run --help lists them"),
         ({"num_shards": 2}, "setting num-shards: a night is one run"),
+        ({"clock": "2026-11-22"}, "setting clock: that of a night is its date"),
         ({"publish": "out"}, "must not lie in one another"),
         ({"publish": "out/reviews"}, "must not lie in one another"),
         ({"publish": "out/reviews/2026-11-22/x"}, "must not lie in one another"),
