@@ -17,6 +17,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import UsageError
+from pipeline.forms import say_fault
 from pipeline.settings import (
     AuditSettings,
     EngineSettings,
@@ -86,7 +87,7 @@ _HELP = {
     "busy_device": "While another job has the device: wait, fail, share.",
     "rows_per_part": "Rows of one output file; a part is a checkpoint.",
     "preserve_order": "Parts in input order (answers wait in memory).",
-    "fail_on_error": "Rows that may fail: a share like 0.01 or a count.",
+    "fail_on_error": "Rows that may fail: a share like 1% or a count.",
     "time_budget": "Stop by then, resumable: 4h, 90m.",
     "stall_timeout": "End, resumable, if nothing moves so long (30m); 0: never.",
     "executor": "local: here; ray: on a cluster, one worker a device.",
@@ -106,7 +107,7 @@ _HELP = {
 # Fields that a person writes with a unit or as one of two notations: the settings parse the text.
 _WRITTEN_AS_TEXT = {
     "kv_budget", "kv_store_budget", "plan_memory", "time_budget", "stall_timeout", "fail_on_error",
-    "audit_sample",
+    "audit_sample", "audit_min_exact",
 }  # fmt: skip
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -196,10 +197,7 @@ def merge_section(section: type[Section], flags: dict[str, Any]) -> Section:
         said = {name: value for name, value in flags.items() if value not in (None, [])}
         return section(**{name.replace("-", "_"): value for name, value in said.items()})
     except ValidationError as error:
-        first = error.errors()[0]
-        reason = first["msg"].removeprefix("Value error, ")
-        name = str(first["loc"][0]).replace("_", "-")
-        raise UsageError(f"setting {name}: {reason}") from None
+        raise UsageError(say_fault(error, ("storage_options",))) from None
 
 
 def read_config(path: Path) -> dict[str, Any]:

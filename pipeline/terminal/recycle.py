@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.settings import parse_bytes
+from pipeline.forms import parse_size
 from pipeline.terminal import paper
 from pipeline.terminal.progress import format_bytes
 
@@ -110,7 +110,7 @@ def gc(
     from pipeline.terminal.tables import print_json
 
     try:
-        budget_bytes = None if budget is None else parse_bytes(budget)
+        budget_bytes = None if budget is None else parse_size(budget)
     except ValueError as error:
         raise UsageError(f"--budget: {error}") from error
     done = clean_store(directory, budget_bytes, quarantine_days)
