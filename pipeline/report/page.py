@@ -116,7 +116,7 @@ def _read_table(path: Path, columns: Sequence[str] | None = None) -> pl.DataFram
     if not path.is_file():
         return None
     try:
-        return pl.scan_parquet(path).select(columns or pl.all()).collect()
+        return pl.scan_parquet(path, glob=False).select(columns or pl.all()).collect()
     except (OSError, pl.exceptions.PolarsError) as error:
         is_audit = path.parent.name == "audit"
         remedy = "audit again" if is_audit else "delete it, and the report goes without"

@@ -180,7 +180,7 @@ class RunDirectory:
         """All committed parts; our columns and no rows where there is none yet."""
         paths = self._part_paths()
         if paths:
-            return pl.scan_parquet(paths)
+            return pl.scan_parquet(paths, glob=False)  # a name may hold brackets
         empty = pl.from_arrow(pa.schema(OUTPUT_FIELDS).empty_table())
         assert isinstance(empty, pl.DataFrame)
         return empty.lazy()
@@ -233,7 +233,7 @@ class RunDirectory:
         if not path.exists():
             return None
         try:
-            rows = pl.read_parquet(path, columns=["row_index"]).to_series()
+            rows = pl.read_parquet(path, columns=["row_index"], glob=False).to_series()
         except (OSError, pl.exceptions.PolarsError) as error:
             raise StorageError(
                 f"{path} is damaged ({type(error).__name__}); delete it and run the same command "
