@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.scratch import ROOT
+from pipeline.forms import parse_size
 from pipeline.plan.plan import build_plan
 from pipeline.plan.summary import KVLimits, hash_plan, summarise
 from pipeline.plan.token_table import TokenFile, TokenTable, narrowest_dtype
 from pipeline.records import SamplingParams
-from pipeline.settings import parse_bytes
 
 _INSTRUCTION, _DOCUMENT, _OWN = 200, 100, 30
 _GROUPS, _ROWS_A_DOCUMENT = 20, 5
@@ -115,7 +115,7 @@ def draw_plot(lines: list[dict[str, float]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="+", type=int, default=[10**4, 10**5, 10**6, 10**7])
-    parser.add_argument("--sort-memory", type=parse_bytes, default=1 << 30)
+    parser.add_argument("--sort-memory", type=parse_size, default=1 << 30)
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"))
     parser.add_argument("--here", action="store_true", help="in this process; used by itself")
     args = parser.parse_args()

@@ -18,6 +18,7 @@ from pipeline.job.observer import Snapshot
 from pipeline.night.parts import part_table
 from pipeline.night.settings import Night
 from pipeline.terminal.progress import plain_line
+from pipeline.visible import visible
 
 _LOG_EVERY_ROWS_SHARE = 0.1
 _EVERY_S = 10.0
@@ -37,7 +38,7 @@ class PrefectObserver:
 
     def say(self, line: str) -> None:
         """Log the line."""
-        self._logger.info(line)
+        self._logger.info(visible(line))
 
     def show(self, snapshot: Snapshot) -> None:
         """Log the state after every tenth of the rows, and show it every ten seconds."""

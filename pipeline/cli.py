@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import AuditFailed, CoppiceError, UsageError, place_of
+from pipeline.errors import AuditFailed, CoppiceError, OutputLost, UsageError, place_of
 from pipeline.night_cli import app as night_app
 from pipeline.settings import (
     AuditSettings,
@@ -28,9 +28,19 @@ from pipeline.settings import (
     WriteSettings,
 )
 from pipeline.terminal import recycle
-from pipeline.terminal.arguments import Config, Input, Json, LogFormat, Progress, RunFolder
+from pipeline.terminal.arguments import (
+    Config,
+    Input,
+    Json,
+    LogFormat,
+    Progress,
+    RunFolder,
+    check_arguments,
+    describe_wrong_call,
+)
 from pipeline.terminal.logs import log_error, log_to_stderr, make_observer
 from pipeline.terminal.options import merge, merge_section, split_store, takes_settings, to_flat
+from pipeline.terminal.streams import prepare_streams, result_is_kept, say, write_result
 
 app = typer.Typer(
     name="coppice",
@@ -38,7 +48,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its panels clip long flags at 80 columns
+    rich_markup_mode="rich",
 )
 app.add_typer(night_app)
 app.add_typer(recycle.app, name="recycle")
@@ -95,7 +105,8 @@ def run(
         from pipeline.terminal.tables import counter_table, print_table
 
         outcome = run_job(input, output, merge(flags, config), make_observer(progress, log_format))
-        print_table(output, counter_table(outcome.counters))
+        with result_is_kept(output):
+            print_table(output, counter_table(outcome.counters))
 
 
 @app.command()
@@ -140,10 +151,11 @@ def audit(
     settings = merge_section(AuditSettings, flags)
     verdict = audit_run(directory, settings, make_observer(progress, log_format), store)
     summary = describe_audit(directory, store)
-    if json:
-        print_json(summary)
-    else:
-        print_table(directory, audit_table(summary))
+    with result_is_kept(directory):
+        if json:
+            print_json(summary)
+        else:
+            print_table(directory, audit_table(summary))
     if not verdict.passed:
         raise AuditFailed(f"the audit of {directory} failed: {'; '.join(verdict.reasons)}")
 
@@ -154,7 +166,9 @@ def report(directory: RunFolder, *, flags: dict[str, Any]) -> None:
     """Write report.html and report.md."""
     from pipeline.run import report_run
 
-    typer.echo(report_run(directory, merge_section(StoreSettings, flags)))
+    page = report_run(directory, merge_section(StoreSettings, flags))
+    with result_is_kept(page):
+        write_result(page)
 
 
 @app.command()
@@ -189,7 +203,8 @@ def convert(
     from pipeline.storage.conversion import convert as convert_file
 
     rows = convert_file(source, target, merge_section(StoreSettings, flags))
-    typer.echo(f"{rows:,} rows in {target}")
+    with result_is_kept(target):
+        write_result(f"{rows:,} rows in {target}")
 
 
 @app.command()
@@ -217,7 +232,7 @@ def _plan(
     from pipeline.terminal.tables import plan_table, print_json, print_table
 
     planned = plan_job(input, merge(flags, config))
-    typer.echo(planned.job.describe_generation(), err=True)
+    say(planned.job.describe_generation())
     if folder is not None:
         write_plan(planned, folder)
     if html is not None:
@@ -239,7 +254,7 @@ def _print_config(flags: dict[str, Any], config: Path | None) -> None:
     import yaml
 
     settings = merge(flags, config)
-    typer.echo(yaml.safe_dump(to_flat(settings), sort_keys=False), nl=False)
+    write_result(yaml.safe_dump(to_flat(settings), sort_keys=False).rstrip("\n"))
 
 
 def main() -> None:
@@ -247,13 +262,23 @@ def main() -> None:
 
     Anything else is a fault of ours: its message may quote a prompt, so only its place is named.
     """
+    prepare_streams()
     log_to_stderr()
     try:
-        app()
+        check_arguments(sys.argv)
+        sys.exit(app(standalone_mode=False) or 0)
+    except OutputLost as error:
+        if not error.is_unwanted:
+            log_error(error)
+        sys.exit(error.exit_code)
     except CoppiceError as error:
         log_error(error)
         sys.exit(error.exit_code)
     except Exception as error:
+        wrong_call = describe_wrong_call(error)
+        if wrong_call is not None:
+            log_error(wrong_call)
+            sys.exit(wrong_call.exit_code)
         if "--debug" in sys.argv:
             raise
         remedy = "run coppice --debug ... to see the whole traceback"

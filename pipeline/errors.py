@@ -9,6 +9,7 @@ CoppiceError                    1   something failed; the message says what to d
 │   └── RunDirectoryError       2   the output folder is in use or belongs to another job
 │       └── FolderInUse         2   another process holds it; wait until that one ends
 ├── EngineError                 1   the device computed something wrong or ran out of room
+├── OutputLost                  1   stdout takes no more; what was computed is where it belongs
 ├── StorageError                1   a part could not be written, or a committed one was altered
 ├── Stalled                     1   nothing moved for --stall-timeout; the same command resumes
 ├── TooManyFailedRows           3   finished, but more rows failed than --fail-on-error allows
@@ -23,11 +24,19 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 
+from pipeline.visible import visible
+
 
 class CoppiceError(Exception):
-    """Base of all. The message is one sentence for a person: what, where, and the remedy."""
+    """Base of all. The message is one sentence for a person: what, where, and the remedy.
+
+    It may name what others wrote, so nothing of it acts on a terminal, a log or a page.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(visible(message))
 
 
 class UsageError(CoppiceError):
@@ -62,6 +71,14 @@ class FolderInUse(RunDirectoryError):
 
 class EngineError(CoppiceError):
     """The device computed something wrong or ran out of room."""
+
+
+class OutputLost(CoppiceError):
+    """Stdout takes no more. `is_unwanted`: whoever read it has gone, as `head` does."""
+
+    def __init__(self, message: str = "", is_unwanted: bool = False) -> None:
+        super().__init__(message)
+        self.is_unwanted = is_unwanted
 
 
 class StorageError(CoppiceError):

@@ -12,6 +12,7 @@ from pipeline.settings import StoreSettings
 from pipeline.terminal.arguments import LogFormat, Progress, RunFolder
 from pipeline.terminal.logs import make_observer
 from pipeline.terminal.options import merge_section, takes_settings
+from pipeline.terminal.streams import result_is_kept, write_result
 
 app = typer.Typer()
 NightFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of a nightly job.")]
@@ -35,7 +36,10 @@ def publish(
     from pipeline.night.publication import publish_by_hand
 
     done = publish_by_hand(directory, target, date, job, merge_section(StoreSettings, flags))
-    typer.echo(f"{done.rows:,} rows {'' if done.is_new else 'were '}published at {done.place}")
+    with result_is_kept(done.place):
+        write_result(
+            f"{done.rows:,} rows {'' if done.is_new else 'were '}published at {done.place}"
+        )
 
 
 @app.command()
@@ -61,7 +65,8 @@ def night(
 
     day = choose_date(date, cron, timezone)
     endings = run_nights(file, day, make_observer(progress, log_format))
-    print_table(str(file), [(str(ending.date), ending.sentence()) for ending in endings])
+    with result_is_kept(file):
+        print_table(str(file), [(str(ending.date), ending.sentence()) for ending in endings])
     error = worst(endings)
     if error is not None:
         raise error
@@ -87,8 +92,8 @@ def schedule(
 
     planned = make_schedule(file, cron, timezone)
     if print_systemd:
-        typer.echo(systemd_units(planned, datetime.date.today()), nl=False)
+        write_result(systemd_units(planned, datetime.date.today()).rstrip("\n"))
     elif print_cron:
-        typer.echo(crontab(planned), nl=False)
+        write_result(crontab(planned).rstrip("\n"))
     else:
         serve(planned, name)

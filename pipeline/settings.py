@@ -6,10 +6,11 @@ Field names are unique over all sections and equal the command's flags, so that 
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -22,29 +23,20 @@ from pydantic import (
 )
 
 from pipeline.errors import UsageError
+from pipeline.forms import (
+    Duration,
+    RowLimit,
+    Share,
+    Size,
+    parse_duration,
+    rows_of,
+    say_fault,
+    unknown_name,
+)
 from pipeline.records import SamplingParams
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_NUMBER = r"\d+(?:\.\d*)?|\.\d+"
-_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 STORAGE_SECRETS = ("access_key_id", "secret_access_key", "session_token")
 STORAGE_OPTIONS = ("endpoint_url", "region", "anonymous", *STORAGE_SECRETS)
-
-
-def parse_bytes(text: str | int) -> int:
-    """`8GiB`, `500MB`, `1024` -> bytes. Raises ValueError for anything else."""
-    match = re.fullmatch(rf"\s*({_NUMBER})\s*([kmg]i?)?b?\s*", str(text).lower())
-    if match is None:
-        raise ValueError(f"{text!r} is not a size; write it like 8GiB, 500MB or 1048576")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
-
-
-def parse_seconds(text: str | float) -> float:
-    """`4h`, `90m`, `30` -> seconds. Raises ValueError for anything else."""
-    match = re.fullmatch(rf"\s*({_NUMBER})\s*([smhd])?\s*", str(text).lower())
-    if match is None:
-        raise ValueError(f"{text!r} is not a duration; write it like 4h, 90m or 3600")
-    return float(match[1]) * _SECONDS[match[2] or ""]
 
 
 def parse_storage_options(value: object) -> dict[str, str]:
@@ -118,23 +110,30 @@ class PlanSettings(_Section):
     these groups of the file, see `plan/shards.py`."""
 
     min_prefix_tokens: int = Field(default=16, ge=1)
-    plan_memory: int = Field(default=2 << 30, ge=1)
+    plan_memory: Size = Field(default=2 << 30, ge=1)
     num_shards: int = Field(default=1, ge=1, le=10_000)
-    shard: int = Field(default=0, ge=0)
+    shard: int | None = Field(default=None, ge=0)
     on_overlong: Literal["error", "truncate-left", "keep"] = "error"
-
-    @field_validator("plan_memory", mode="before")
-    @classmethod
-    def _bytes(cls, value: str | int) -> int:
-        return parse_bytes(value)
 
     @model_validator(mode="after")
     def _is_a_shard(self) -> Self:
-        if self.shard >= self.num_shards:
+        last = self.num_shards - 1
+        if self.shard is None and last:
             raise ValueError(
-                f"shards are numbered from 0 to num-shards - 1 = {self.num_shards - 1}"
+                f"--num-shards {self.num_shards} cuts the job, so say which part to do: "
+                f"--shard, from 0 to {last}"
+            )
+        if self.shard is not None and self.shard > last:
+            raise ValueError(
+                f"there is no --shard {self.shard} of --num-shards {self.num_shards}; "
+                f"shards are numbered from 0 to {last}"
             )
         return self
+
+    @property
+    def shard_number(self) -> int:
+        """Which of the shards; 0 where there is only one."""
+        return self.shard or 0
 
 
 class SamplingSettings(_Section):
@@ -198,15 +197,10 @@ class EngineSettings(_Section):
 
     max_batch_tokens: int = Field(default=4096, ge=16)
     max_rows: int = Field(default=256, ge=1)
-    kv_budget: int | None = Field(default=None, ge=1)
+    kv_budget: Annotated[Size, Field(ge=1)] | None = None
     kernels: Literal["auto", "torch"] = "auto"
     fidelity: Literal["default", "strict"] = "default"
     busy_device: Literal["wait", "fail", "share"] = "wait"
-
-    @field_validator("kv_budget", mode="before")
-    @classmethod
-    def _bytes(cls, value: str | int | None) -> int | None:
-        return None if value is None else parse_bytes(value)
 
 
 class WriteSettings(_Section):
@@ -217,34 +211,18 @@ class WriteSettings(_Section):
 
     rows_per_part: int = Field(default=1000, ge=1)
     preserve_order: bool = False
-    fail_on_error: str = "0.01"
-    time_budget: float | None = None
-    stall_timeout: float = 1800.0
-
-    @field_validator("time_budget", mode="before")
-    @classmethod
-    def _seconds(cls, value: str | float | None) -> float | None:
-        return None if value is None else parse_seconds(value)
+    fail_on_error: RowLimit = "1%"
+    time_budget: Duration | None = None
+    stall_timeout: Duration = 1800.0
 
     @field_validator("stall_timeout", mode="before")
     @classmethod
     def _seconds_or_never(cls, value: str | float) -> float:
-        return 0.0 if str(value).strip().lower() == "none" else parse_seconds(value)
-
-    @field_validator("fail_on_error", mode="before")
-    @classmethod
-    def _limit(cls, value: object) -> str:
-        text = str(value)
-        if not re.fullmatch(r"\d+|[01]?\.\d+|1\.0*", text):
-            raise ValueError(
-                f"{text!r} is neither a fraction like 0.01 nor a number of rows like 50"
-            )
-        return text
+        return 0.0 if str(value).strip().lower() in ("none", "never") else parse_duration(value)
 
     def allowed_failures(self, num_rows: int) -> int:
-        """The most rows that may fail: a fraction has a dot, a count has none."""
-        limit = self.fail_on_error
-        return int(float(limit) * num_rows) if "." in limit else int(limit)
+        """The most rows that may fail."""
+        return int(rows_of(self.fail_on_error, num_rows))
 
 
 class FleetSettings(_Section):
@@ -265,12 +243,7 @@ class RecycleSettings(_Section):
     """Where KV states are kept from one run to the next. `kv_store_budget` in bytes."""
 
     kv_store: Path | None = None
-    kv_store_budget: int = Field(default=8 << 30, ge=1)
-
-    @field_validator("kv_store_budget", mode="before")
-    @classmethod
-    def _bytes(cls, value: str | int) -> int:
-        return parse_bytes(value)
+    kv_store_budget: Size = Field(default=8 << 30, ge=1)
 
 
 class MonitorSettings(_Section):
@@ -301,25 +274,15 @@ class MonitorSettings(_Section):
 class AuditSettings(_Section):
     """How many rows are audited and what they must show. `audit_sample`: `200` rows or `1%`."""
 
-    audit_sample: str = "1%"
-    audit_min_exact: float = Field(default=1.0, ge=0.0, le=1.0)
+    audit_sample: RowLimit = "1%"
+    audit_min_exact: Share = 1.0
     audit_free_running: int = Field(default=30, ge=0)
     audit_arms: int = Field(default=16, ge=0)
     audit_encoder: str | None = None
 
-    @field_validator("audit_sample", mode="before")
-    @classmethod
-    def _sample(cls, value: object) -> str:
-        text = str(value).strip()
-        if not re.fullmatch(r"\d+|\d+(\.\d+)?%", text):
-            raise ValueError(f"{text!r} is neither a number of rows like 200 nor a share like 1%")
-        return text
-
     def num_rows(self, total: int) -> int:
         """Rows asked for out of `total`; rows that cover prefix groups may come on top."""
-        text = self.audit_sample
-        wanted = -(-total * float(text[:-1]) // 100) if text.endswith("%") else int(text)
-        return min(total, int(wanted))
+        return min(total, math.ceil(rows_of(self.audit_sample, total)))
 
 
 class StoreSettings(_Section):
@@ -382,18 +345,13 @@ class JobSettings(_Section):
         for key, value in flat.items():
             field = key.replace("-", "_")
             if field not in home:
-                raise UsageError(f"unknown setting {key!r}; known are {', '.join(sorted(home))}")
+                raise UsageError(unknown_name(key, home, "coppice run --help lists them"))
             if value is not None:
                 sections[home[field]][field] = value
         try:
             return cls.model_validate(sections)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][-1]).replace("_", "-")
-            reason = first["msg"].removeprefix("Value error, ")
-            is_private = first["loc"][0] == "store" or name == "system-prompt"
-            got = "" if is_private else f" (got {first['input']!r})"
-            raise UsageError(f"setting {name}: {reason}{got}") from None
+            raise UsageError(say_fault(error, ("store", "system_prompt"), _SECTIONS)) from None
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {

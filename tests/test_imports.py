@@ -16,16 +16,17 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "flows").rglob("*.py")])
 
 _FIRST = {
-    "pipeline.records",
-    "pipeline.errors",
-    "pipeline.settings",
-    "pipeline.time_limit",
-    "pipeline.private_folder",
+    f"pipeline.{name}"
+    for name in (
+        "records", "errors", "forms", "settings", "time_limit", "visible", "private_folder",
+    )  # fmt: skip
 }
 # room -> what of `pipeline` it may import besides itself; None: everything
 ROOMS: dict[str, set[str] | None] = {
     "pipeline.records": set(),
-    "pipeline.errors": set(),
+    "pipeline.errors": {"pipeline.visible"},
+    "pipeline.forms": set(),
+    "pipeline.visible": set(),
     "pipeline.time_limit": set(),
     "pipeline.private_folder": set(),
     "pipeline.settings": _FIRST,

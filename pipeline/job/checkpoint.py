@@ -72,7 +72,7 @@ class Checkpoint:
     def frames(self) -> Iterator[pl.DataFrame]:
         """The committed rows, in order."""
         for number in range(self.state.get("parts", 0)):
-            yield pl.read_parquet(self._part(number))
+            yield pl.read_parquet(self._part(number), glob=False)
 
     def save(self, frame: pl.DataFrame, state: dict[str, Any]) -> None:
         """Commit the tokens written so far, these rows, and `state`. Raises StorageError."""
@@ -104,7 +104,7 @@ class Checkpoint:
         try:
             state: dict[str, Any] = json.loads((self._folder / "state.json").read_bytes())
             rows = sum(
-                int(pl.scan_parquet(self._part(n)).select(pl.len()).collect().item())
+                int(pl.scan_parquet(self._part(n), glob=False).select(pl.len()).collect().item())
                 for n in range(state["parts"])
             )
             whole = (self._folder / "tokens.bin").stat().st_size >= state["token_bytes"]

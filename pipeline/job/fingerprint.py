@@ -44,7 +44,7 @@ def fingerprint_fields(settings: JobSettings, input_hash: str, tokenizer: str) -
         "fidelity": settings.engine.fidelity,
         "min_prefix_tokens": settings.plan.min_prefix_tokens,
         "on_overlong": settings.plan.on_overlong,
-        "shard": f"{settings.plan.shard} of {settings.plan.num_shards}",
+        "shard": f"{settings.plan.shard_number} of {settings.plan.num_shards}",
     }
 
 

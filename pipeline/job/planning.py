@@ -284,9 +284,9 @@ def _rows_of_shard(plan: Plan, settings: PlanSettings) -> NDArray[np.int64]:
     rows = np.arange(len(plan.table))
     if settings.num_shards == 1:
         return rows
-    shard = cut_into_shards(plan, settings.num_shards)[settings.shard]
+    shard = cut_into_shards(plan, settings.num_shards)[settings.shard_number]
     is_ours = np.isin(plan.sequence_of_row, shard.sequences)
-    is_ours |= (plan.sequence_of_row < 0) & (rows % settings.num_shards == settings.shard)
+    is_ours |= (plan.sequence_of_row < 0) & (rows % settings.num_shards == settings.shard_number)
     return rows[is_ours]
 
 

@@ -89,6 +89,7 @@ class Session:
                 engine = loading.result()
             gc.freeze()  # the model's objects live on; a full collection over them costs a step
             self._observer.say(self._header())
+            self._observer.say(self._planned.job.describe_generation())
             for note in engine.notes:
                 self._observer.say(note)
             states = recycling(engine, self._planned, self._sequences, self._observer)
@@ -109,11 +110,12 @@ class Session:
         total, unique = self._planned.count_tokens()
         saving = 1.0 - unique / total if total else 0.0
         resumed = f" ({self._rows_before} done before)" if self._rows_before else ""
-        return (
-            f"{len(self._planned.rows)} rows{resumed}, {total} prompt tokens, "
-            f"{unique} to compute ({saving:.1%} saved)\n"
-            f"{self._planned.job.describe_generation()}"
-        )
+        plan = self._planned.job.settings.plan
+        rows = f"{len(self._planned.rows)} rows"
+        if plan.num_shards > 1:
+            of = f"{len(self._planned.rows)} of {len(self._planned.plan.table)} rows"
+            rows = f"shard {plan.shard_number} of {plan.num_shards}: {of}"
+        return f"{rows}{resumed}, {total} prompt tokens, {unique} to compute ({saving:.1%} saved)"
 
     def _write_plan(self) -> None:
         """Write the plan once; a resumed job must come to the same one."""

@@ -138,7 +138,8 @@ class Watchdog:
             cancel(error)
         self.has_fired = True  # after the cancel: who stops because of it must find the error there
         _say_within(
-            _LAST_WORDS_S, lambda: _logger.error("nothing has moved for %s:\n%s", minutes, text)
+            _LAST_WORDS_S,
+            lambda: _logger.error("nothing has moved for %s:", minutes, extra={"stacks": text}),
         )
         if not self._ended.wait(min(_GRACE_S, self._timeout_s)):
             _say_within(_LAST_WORDS_S, lambda: self._take_leave(error))

@@ -8,7 +8,6 @@ means the same whoever starts it.
 from __future__ import annotations
 
 import datetime
-import difflib
 import os
 import re
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UsageError
+from pipeline.forms import say_fault, unknown_name
 from pipeline.settings import JobSettings
 from pipeline.storage.object_store import is_url
 from pipeline.terminal.options import read_config
@@ -114,10 +114,7 @@ def read_night(path: Path, day: datetime.date) -> Night:
     try:
         return _make_night(_with_absolute_paths(written, path.absolute().parent), day)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = "".join(str(part) for part in first["loc"][-1:]).replace("_", "-")
-        reason = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{path}: {f'setting {name}: ' if name else ''}{reason}") from None
+        raise UsageError(f"{path}: {say_fault(error)}") from None
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
@@ -136,9 +133,9 @@ def _make_night(written: dict[str, Any], day: datetime.date) -> Night:
     settings = NightSettings.model_validate({k: v for k, v in own.items() if v is not None})
     if rest.get("model") is None:
         raise UsageError("no model is named; add model: FOLDER or a hub id like org/name")
-    job = JobSettings.from_flat(rest)
-    if job.plan.num_shards != 1:
+    if rest.get("num_shards") not in (None, 1):
         raise UsageError("setting num-shards: a night is one run; leave it out")
+    job = JobSettings.from_flat(rest)
     if job.tokens.clock is not None:
         raise UsageError("setting clock: that of a night is its date; leave it out")
     return Night.on(day, settings, job)
@@ -148,9 +145,8 @@ def _check_known(keys: dict[str, Any]) -> None:
     known = {field for part in JobSettings.model_fields.values() for field in _fields(part)}
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(key, known | set(NightSettings.model_fields), 1)
-            hint = f"did you mean {near[0]}" if near else "coppice run --help lists them"
-            raise UsageError(f"unknown setting {key!r}; {hint}".replace("_", "-"))
+            names = known | set(NightSettings.model_fields)
+            raise UsageError(unknown_name(key, names, "coppice run --help lists them"))
 
 
 def _fields(section: Any) -> set[str]:

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from pipeline.report import formats
+from pipeline.visible import visible
 
 _FORMATS: Final = (
     formats.count, formats.percent, formats.size, formats.duration, formats.decimal, formats.cell
@@ -25,6 +26,7 @@ def template(name: str) -> Template:
         loader=PackageLoader("pipeline", "report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_finalize,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -45,6 +47,13 @@ def template(name: str) -> Template:
         "change": formats.change,
     }
     return environment.get_template(name)
+
+
+def _finalize(value: object) -> object:
+    """What a page shows acts on no reader: ids, columns and messages are anybody's."""
+    if isinstance(value, Markup):
+        return Markup(visible(value, lines=True))
+    return visible(value, lines=True) if isinstance(value, str) else value
 
 
 def _read(name: str) -> str:

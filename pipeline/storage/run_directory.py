@@ -184,7 +184,7 @@ class RunDirectory:
         """All committed parts; our columns and no rows where there is none yet."""
         paths = self._part_paths()
         if paths:
-            return pl.scan_parquet(paths)
+            return pl.scan_parquet(paths, glob=False)  # a name may hold brackets
         empty = pl.from_arrow(pa.schema(OUTPUT_FIELDS).empty_table())
         assert isinstance(empty, pl.DataFrame)
         return empty.lazy()

@@ -15,6 +15,6 @@ def read_table(path: Path, columns: Sequence[str], remedy: str) -> pl.DataFrame 
     if not path.is_file():
         return None
     try:
-        return pl.scan_parquet(path).select(columns).collect()
+        return pl.scan_parquet(path, glob=False).select(columns).collect()
     except (OSError, pl.exceptions.PolarsError) as error:
         raise RunDirectoryError(f"{path} is damaged ({type(error).__name__}); {remedy}") from error

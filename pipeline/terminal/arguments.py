@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipeline.errors import UsageError
 from pipeline.terminal.logs import log_to_stderr
 
 Input = Annotated[
@@ -22,3 +23,24 @@ LogFormat = Annotated[
     Literal["text", "json"],
     typer.Option("--log-format", help="json: one object a line.", callback=log_to_stderr),
 ]
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Raises UsageError for one whose bytes are not UTF-8: no file of ours could name it."""
+    for text in arguments:
+        if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UsageError(f"{text} is not a name in UTF-8; rename it")
+
+
+def describe_wrong_call(error: Exception) -> UsageError | None:
+    """What Typer found wrong with flags and arguments, as an error of ours; None for other errors.
+
+    Typer keeps its errors to itself; what they have in common is that they can be shown.
+    """
+    describe = getattr(error, "format_message", None)
+    if describe is None:
+        return None
+    context = getattr(error, "ctx", None)
+    said = str(describe()).strip() or "no command was given"
+    command = "coppice" if context is None else context.command_path
+    return UsageError(f"{said.rstrip('.')}; {command} --help lists what there is")

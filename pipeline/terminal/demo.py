@@ -9,6 +9,7 @@ from pipeline.job.auditing import audit_run, describe_audit
 from pipeline.run import report_run, run_job
 from pipeline.settings import JobSettings
 from pipeline.terminal.logs import make_observer
+from pipeline.terminal.streams import result_is_kept, write_result
 from pipeline.terminal.tables import audit_table, counter_table, print_table
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -35,14 +36,18 @@ def run_demo(output: Path, progress: str, log_format: str) -> None:
     )
     verdict = audit_run(output, settings.audit, make_observer(progress, log_format))
     page = report_run(output)
-    print_table("Run", counter_table(outcome.counters))
-    print_table("\nAudit against plain full prefill", audit_table(describe_audit(output)))
+    summary = describe_audit(output)
     places = [
         ("answers", f"{output}/data/*.parquet"),
         ("plan", f"{output}/plan/plan.parquet"),
         ("audit", f"{output}/audit/audit.parquet"),
         ("report", str(page)),
     ]
-    print_table("\nWhere to look", places)
+    with result_is_kept(output):
+        print_table("Run", counter_table(outcome.counters))
+        write_result("")
+        print_table("Audit against plain full prefill", audit_table(summary))
+        write_result("")
+        print_table("Where to look", places)
     if not verdict.passed:
         raise AuditFailed(f"the audit of {output} failed: {'; '.join(verdict.reasons)}")

@@ -15,6 +15,7 @@ from pythonjsonlogger.json import JsonFormatter
 from pipeline.errors import CoppiceError
 from pipeline.job.observer import Observer, SilentObserver, Snapshot
 from pipeline.terminal.progress import BarObserver, PlainObserver, plain_line
+from pipeline.visible import visible, visible_json
 
 _logger = logging.getLogger("coppice")
 
@@ -34,7 +35,9 @@ class _Stderr(logging.StreamHandler[TextIO]):
 def log_to_stderr(log_format: str = "text") -> str:
     """Send the log to stderr as `text` or `json`, and return which; the last call counts."""
     handler = _Stderr()
-    handler.setFormatter(_json_formatter() if log_format == "json" else _text_formatter())
+    handler.setFormatter(
+        _json_formatter() if log_format == "json" else _TextFormatter("coppice: %(message)s")
+    )
     for before in [own for own in _logger.handlers if isinstance(own, _Stderr)]:
         _logger.removeHandler(before)
     _logger.addHandler(handler)
@@ -49,12 +52,25 @@ def log_error(error: CoppiceError) -> None:
     _logger.error("%s", error, extra=fields)
 
 
-def _text_formatter() -> logging.Formatter:
-    return logging.Formatter("coppice: %(message)s")
+class _TextFormatter(logging.Formatter):
+    """One line; below it the stacks of threads, where a record brings them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """What others wrote acts on no terminal and begins no line."""
+        stacks = getattr(record, "stacks", "")
+        return "\n".join([visible(super().format(record)), *stacks.splitlines()])
+
+
+class _JsonFormatter(JsonFormatter):
+    """The same as one object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """What others wrote acts on no terminal."""
+        return visible_json(super().format(record))
 
 
 def _json_formatter() -> logging.Formatter:
-    return JsonFormatter(
+    return _JsonFormatter(
         ["levelname", "event", "message"],
         rename_fields={"levelname": "level"},
         defaults={"event": "log"},

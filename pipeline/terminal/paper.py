@@ -13,6 +13,7 @@ from pipeline.terminal.arguments import LogFormat, Progress
 from pipeline.terminal.logs import make_observer
 from pipeline.terminal.options import merge
 from pipeline.terminal.progress import format_bytes
+from pipeline.terminal.streams import write_result
 
 app = typer.Typer()
 
@@ -44,7 +45,7 @@ def build(
     if json:
         print_json(asdict(built))
         return
-    typer.echo(
+    write_result(
         f"{built.stored:,} of {built.prompts:,} prompts stored ({built.refused:,} were there "
         f"already or had no room): {built.tokens:,} tokens, {format_bytes(built.bytes)}, "
         f"{built.seconds:.1f} s"
@@ -99,4 +100,4 @@ def experiment(
         is_quick=quick,
     )
     run_paper(settings, make_observer(progress, log_format).say)
-    typer.echo((output / "summary.md").read_text("utf-8"), nl=False)
+    write_result((output / "summary.md").read_text("utf-8").rstrip("\n"))

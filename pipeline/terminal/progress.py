@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pipeline.job.observer import Snapshot
+from pipeline.terminal.streams import say
+from pipeline.visible import visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -23,7 +25,7 @@ class PlainObserver:
 
     def say(self, line: str) -> None:
         """Print the line."""
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
     def show(self, snapshot: Snapshot) -> None:
         """Print the state unless it was printed a moment ago."""
@@ -54,7 +56,8 @@ class BarObserver:
 
     def say(self, line: str) -> None:
         """Print the line above the bar."""
-        self._console.print(line, highlight=False, markup=False)
+        with suppress(OSError):  # a terminal that has gone ends no job
+            self._console.print(visible(line), highlight=False, markup=False)
 
     def show(self, snapshot: Snapshot) -> None:
         """Move the bar."""

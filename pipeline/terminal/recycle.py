@@ -10,14 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.settings import parse_bytes
+from pipeline.forms import parse_size
 from pipeline.terminal import paper
 from pipeline.terminal.progress import format_bytes
+from pipeline.terminal.streams import write_result
 
 app = typer.Typer(
     help="Look after a store of KV states that jobs share across runs.",
     no_args_is_help=True,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 app.add_typer(paper.app)
 _SHOWN_BAD = 10
@@ -46,7 +47,7 @@ def list_entries(
         return
     print_columns(str(directory), _COLUMNS, [_entry_row(entry) for entry in entries[:limit]])
     if len(entries) > limit:
-        typer.echo(f"and {len(entries) - limit:,} more; --limit shows them, --json shows all")
+        write_result(f"and {len(entries) - limit:,} more; --limit shows them, --json shows all")
 
 
 @app.command()
@@ -84,9 +85,9 @@ def verify(directory: Store, json: Json = False) -> None:
     if json:
         print_json(found._asdict())
     else:
-        typer.echo(f"{found.entries:,} entries checked, {format_bytes(found.bytes)}")
+        write_result(f"{found.entries:,} entries checked, {format_bytes(found.bytes)}")
         for key, why in found.bad[:_SHOWN_BAD]:
-            typer.echo(f"{key[:12]}  {why}")
+            write_result(f"{key[:12]}  {why}")
     if found.bad:
         raise StorageError(
             f"{len(found.bad):,} entries of {directory} were bad and lie in its quarantine now; "
@@ -110,14 +111,14 @@ def gc(
     from pipeline.terminal.tables import print_json
 
     try:
-        budget_bytes = None if budget is None else parse_bytes(budget)
+        budget_bytes = None if budget is None else parse_size(budget)
     except ValueError as error:
         raise UsageError(f"--budget: {error}") from error
     done = clean_store(directory, budget_bytes, quarantine_days)
     if json:
         print_json(done._asdict())
         return
-    typer.echo(
+    write_result(
         f"{done.evicted:,} entries evicted, {done.temps:,} temporary files and "
         f"{done.quarantined:,} from the quarantine removed; "
         f"{done.entries:,} entries left, {format_bytes(done.bytes)}"

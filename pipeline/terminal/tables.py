@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.terminal.progress import format_bytes, format_duration
+from pipeline.terminal.streams import writing
+from pipeline.visible import visible, visible_json
 
 Rows = Sequence[tuple[str, str]]
 _SHOWN_IDS = 64
@@ -22,23 +23,25 @@ _SHOWN_GROUPS = 3
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    """One JSON object on stdout and nothing else."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    """One JSON object on stdout and nothing else. Raises OutputLost, as all that print here."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    writing(lambda out: out.write(visible_json(text) + "\n"))
 
 
 def print_table(title: str, rows: Rows) -> None:
     """Two columns on stdout: what, and how much."""
-    Console().print(_make_table(title, rows), highlight=False)
+    table = _make_table(title, rows)
+    writing(lambda out: Console(file=out).print(table, highlight=False))
 
 
 def print_columns(title: str, names: Mapping[str, bool], rows: Sequence[Sequence[str]]) -> None:
     """A table with a line of names on stdout. `names`: of the columns, and which are numbers."""
-    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+    table = Table(title=Text(visible(title)), title_justify="left", box=None, pad_edge=False)
     for name, is_number in names.items():
         table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*map(Text, row))
-    Console().print(table, highlight=False)
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    writing(lambda out: Console(file=out).print(table, highlight=False))
 
 
 def watch_status(title: str, read: Callable[[], Mapping[str, Any]], every_s: float = 2.0) -> None:
@@ -58,12 +61,16 @@ def watch_status(title: str, read: Callable[[], Mapping[str, Any]], every_s: flo
 def _make_table(title: str, rows: Rows) -> Table:
     """Texts, so that no name and no path is taken for markup."""
     table = Table(
-        title=Text(title), title_justify="left", show_header=False, box=None, pad_edge=False
+        title=Text(visible(title)),
+        title_justify="left",
+        show_header=False,
+        box=None,
+        pad_edge=False,
     )
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(Text(name), Text(value))
+        table.add_row(Text(visible(name)), Text(visible(value, lines=True)))
     return table
 
 

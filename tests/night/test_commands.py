@@ -107,4 +107,4 @@ def test_a_wrong_file_is_not_served(shell: Shell, tmp_path: Path) -> None:  # no
     file = tmp_path / "nightly.yaml"
     file.write_text("name: reviews\n")
     assert shell("schedule", str(file), "--cron", "0 2 * * *", "--timezone", "UTC") == 2
-    assert "Field required" in shell.err
+    assert "setting input: must be given" in shell.err

@@ -75,13 +75,13 @@ def test_paths_mean_the_same_from_anywhere(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"name": None}, "setting name: Field required"),
-        ({"input": None}, "setting input: Field required"),
-        ({"output": None}, "setting output: Field required"),
+        ({"name": None}, "setting name: must be given"),
+        ({"input": None}, "setting input: must be given"),
+        ({"output": None}, "setting output: must be given"),
         ({"model": None}, "no model is named"),
         ({"name": "a/b"}, "setting name: "),
         ({"name": ".."}, "setting name: "),
-        ({"name": 7}, "setting name: Input should be a valid string"),
+        ({"name": 7}, "setting name: must be a text"),
         ({"input": ["a"]}, "setting input: "),
         ({"input": ""}, "setting input: "),
         ({"input": "in/{dat}/x"}, r"setting input: \{dat\} is not known; write \{date\}"),
