@@ -30,7 +30,7 @@ from pipeline.errors import (
     TimeBudgetReached,
     TooManyFailedRows,
 )
-from pipeline.job.answers import AnswerWriter
+from pipeline.job.answers import AnswerWriter, stop_check
 from pipeline.job.channel import Stages
 from pipeline.job.observer import Observer, Snapshot
 from pipeline.job.outcome import RunOutcome, count_committed
@@ -112,7 +112,7 @@ class Session:
         return (
             f"{len(self._planned.rows)} rows{resumed}, {total} prompt tokens, "
             f"{unique} to compute ({saving:.1%} saved)\n"
-            f"{self._planned.job.describe_generation()}"
+            f"{self._planned.job.describe()}"
         )
 
     def _write_plan(self) -> None:
@@ -148,7 +148,7 @@ class Session:
         control = RunControl(
             self._stop.should_drain,
             lambda: self._stop.should_abort() or self._watchdog.has_fired,
-            self._planned.job.tokenizer.is_stopped,
+            stop_check(self._planned.job.tokenizer),
         )
         stages = Stages()
         with self._watchdog.following(lambda: self._pulse(engine), stages.cancel), stages:
