@@ -148,8 +148,9 @@ def _plain(
     A field that Parquet cannot hold, of objects without fields or too deep, is JSON text.
     """
     kind = pa.struct([])
+    bad: set[int] | None = set() if keeps_refused else None
     for batch in _read_batches(source):
-        kind = _widen_by(source, kind, batch, keeps_refused)
+        kind = _widen_by(source, kind, batch, bad)
     as_json = [field.name for field in kind if not _is_storable(field.type)]
     types = {field.name: field.type for field in kind}
     types |= dict.fromkeys(as_json, pa.string())
@@ -157,13 +158,15 @@ def _plain(
     kinds = {name: pa.json_() if name in as_json else types[name] for name in types}
     schema = pa.schema(kinds)
 
-    def make_table(batch: list[Line], may_mend: bool = keeps_refused) -> pa.Table:
-        lines = with_json_text(batch, as_json) if as_json else batch
+    def make_table(batch: list[Line]) -> pa.Table:
+        lines = batch
+        if bad and not bad.isdisjoint(number for number, _ in batch):
+            lines = without_misfits(source.name, batch)
+        if as_json:
+            lines = with_json_text(lines, as_json)
         try:
             rows = pa.array([line for _, line in lines], stored)
         except MISFITS as error:
-            if may_mend:
-                return make_table(without_misfits(source.name, batch), False)
             raise _blame(
                 source, lines, lambda name, value: pa.array([value], types[name])
             ) from error
@@ -173,14 +176,19 @@ def _plain(
 
 
 def _widen_by(
-    source: InputFile, kind: pa.StructType, batch: list[Line], may_mend: bool
+    source: InputFile, kind: pa.StructType, batch: list[Line], bad: set[int] | None
 ) -> pa.StructType:
-    """The type that holds all lines before, which `kind` holds, and those of `batch`."""
+    """The type that holds all lines before, which `kind` holds, and those of `batch`.
+
+    `bad`: takes the numbers of lines that no column holds; None: these are refused.
+    """
     try:
         return _widen(kind, pa.array([line for _, line in batch]).type)
     except MISFITS as error:
-        if may_mend:
-            return _widen_by(source, kind, without_misfits(source.name, batch), False)
+        if bad is not None:
+            mended = without_misfits(source.name, batch)
+            bad |= {number for number, line in mended if REFUSED_COLUMN in line}
+            return _widen_by(source, kind, mended, None)
         types = {field.name: field.type for field in kind}
 
         def widen(name: str, value: object) -> None:
