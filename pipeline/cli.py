@@ -172,7 +172,7 @@ def report(directory: RunFolder, *, flags: dict[str, Any]) -> None:
 
 
 @app.command()
-@takes_settings(*_READ)
+@takes_settings(*_JOB, WriteSettings)
 def validate(
     input: Input,
     config: Config = None,
@@ -180,15 +180,19 @@ def validate(
     *,
     flags: dict[str, Any],
 ) -> None:
-    """Check every row; show the first prompt as the model will see it."""
+    """Check every row; show the first prompt as the model will see it. Exit code as of a run."""
+    from pipeline.job.outcome import check_failures
     from pipeline.run import validate_input
     from pipeline.terminal.tables import print_json, print_table, validation_table
 
-    found = validate_input(input, merge(flags, config))
+    settings = merge(flags, config)
+    found = validate_input(input, settings)
     if json:
         print_json(found)
     else:
         print_table(input, validation_table(found))
+    remedy = "see the reasons above"
+    check_failures(settings.write, found["rows_rejected"], found["rows"], remedy)
 
 
 @app.command()
@@ -232,7 +236,7 @@ def _plan(
     from pipeline.terminal.tables import plan_table, print_json, print_table
 
     planned = plan_job(input, merge(flags, config))
-    say(planned.job.describe_generation())
+    say(planned.job.describe())
     if folder is not None:
         write_plan(planned, folder)
     if html is not None:

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -51,8 +50,6 @@ from pipeline.storage.durable import replace_file
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_place import Place, check_free, holds_run, reading_run, take_run
 from pipeline.storage.writer import encode_parquet
-
-_EXAMPLES = 5
 
 
 def make_engine(settings: JobSettings) -> Engine:
@@ -182,15 +179,12 @@ def validate_input(input: str, settings: JobSettings) -> dict[str, Any]:
     Raises InputError for what no job could start with: columns, types, damaged pages, double ids.
     """
     planned = plan_rows(open_job(input, settings))
-    reasons = Counter(rejected.error_type for rejected in planned.rejected.values())
+    rejections = planned.summary.rejections or {"reasons": {}, "examples": []}
     found: dict[str, Any] = {
         "rows": len(planned.ids),
         "rows_rejected": len(planned.rejected),
-        "reasons": dict(reasons.most_common()),
-        "examples": [
-            {"id": planned.ids[row], "error_type": bad.error_type, "message": bad.message}
-            for row, bad in sorted(planned.rejected.items())[:_EXAMPLES]
-        ],
+        **rejections,
+        "notes": planned.job.source.columns.describe(),
         "first": None,
     }
     runs = np.flatnonzero(planned.plan.sequence_of_row >= 0)

@@ -18,7 +18,13 @@ FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "flows").rglob("*.p
 _FIRST = {
     f"pipeline.{name}"
     for name in (
-        "records", "errors", "forms", "settings", "time_limit", "visible", "private_folder",
+        "records",
+        "errors",
+        "forms",
+        "settings",
+        "time_limit",
+        "visible",
+        "private_folder",
     )  # fmt: skip
 }
 # room -> what of `pipeline` it may import besides itself; None: everything

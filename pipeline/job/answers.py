@@ -11,17 +11,22 @@ A greedy prompt that many rows share runs once; the rows that did not run name t
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.engine.base import StopCheck
 from pipeline.job.planning import PlannedJob
+from pipeline.job.row_faults import call_by_halves, is_row_fault, sentence
 from pipeline.records import Completion, Rejected, Timing
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.schema import OUTPUT_FIELDS, carry_columns
+from pipeline.tokens.tokenizer import PromptTokenizer
 
 
 class Answered(NamedTuple):
@@ -129,7 +134,8 @@ class _RowsOfSequence:
 
 def answers_table(planned: PlannedJob, answered: list[Answered]) -> pa.Table:
     """The output columns of these rows, then every column that the input brought."""
-    texts = _decode(planned, answered)
+    texts, faults = _decode(planned, answered)
+    answered = [_as_decoded(item, faults) for item in answered]
     rows = [_output_row(planned, item, texts) for item in answered]
     results = pa.Table.from_pylist(rows, schema=pa.schema(OUTPUT_FIELDS))
     source = planned.job.source
@@ -137,18 +143,54 @@ def answers_table(planned: PlannedJob, answered: list[Answered]) -> pa.Table:
     return carry_columns(results, inputs, source.columns.id)
 
 
-def _decode(planned: PlannedJob, answered: list[Answered]) -> dict[int, str]:
-    """Text by sequence, cut before the stop string that ended it."""
+def _decode(
+    planned: PlannedJob, answered: list[Answered]
+) -> tuple[dict[int, str], dict[int, BaseException]]:
+    """Text by sequence, cut before the stop string that ended it; or why there is none."""
     completions = {c.sequence: c for a in answered if (c := _answer(a.outcome)) is not None}
     tokenizer = planned.job.tokenizer
-    decoded = tokenizer.decode_batch([c.token_ids for c in completions.values()])
+    sequences = list(completions)
+    token_ids = [completions[sequence].token_ids for sequence in sequences]
     plan = planned.plan
-    return {
-        sequence: tokenizer.cut_at_stop(
-            text, plan.params[int(plan.sequences.params[sequence])].stop
-        )
-        for sequence, text in zip(completions, decoded, strict=True)
-    }
+    texts: dict[int, str] = {}
+    faults: dict[int, BaseException] = {}
+    for start, decoded in call_by_halves(tokenizer.decode_batch, token_ids):
+        if isinstance(decoded, BaseException):
+            faults[sequences[start]] = decoded
+            continue
+        for sequence, text in zip(sequences[start:], decoded, strict=False):
+            stop = plan.params[int(plan.sequences.params[sequence])].stop
+            texts[sequence] = tokenizer.cut_at_stop(text, stop)
+    return texts, faults
+
+
+def _as_decoded(item: Answered, faults: dict[int, BaseException]) -> Answered:
+    """An error where the answer has no text."""
+    outcome = item.outcome
+    if isinstance(outcome, Rejected) or outcome.sequence not in faults:
+        return item
+    message = sentence("the answer cannot be turned into text", faults[outcome.sequence])
+    failed = replace(outcome, finish_reason="error", error_type="BadAnswer", error_message=message)
+    return Answered(item.row, failed)
+
+
+def stop_check(tokenizer: PromptTokenizer) -> StopCheck:
+    """Whether an answer holds a stop string, for an engine here or elsewhere.
+
+    One that has no text ends there: it becomes an error when it is written.
+    """
+    return partial(_is_stopped, tokenizer)
+
+
+def _is_stopped(
+    tokenizer: PromptTokenizer, token_ids: Sequence[int], stop: tuple[str, ...]
+) -> bool:
+    try:
+        return tokenizer.is_stopped(token_ids, stop)
+    except BaseException as error:
+        if not is_row_fault(error):
+            raise
+        return True
 
 
 def _copied(completion: Completion, prompt_tokens: int) -> Completion:

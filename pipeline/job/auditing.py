@@ -36,6 +36,7 @@ from pipeline.job.device_lock import holding_device
 from pipeline.job.evidence import Arms
 from pipeline.job.fingerprint import fingerprint_fields
 from pipeline.job.gate import describe_bar, seed_of_output
+from pipeline.job.noise_names import noise_name
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.planning import Job, open_job, select_rows
 from pipeline.job.recorded import recall_settings
@@ -223,13 +224,14 @@ def _audit_inputs(
     for answer, row_id, prompt, params in zip(
         written.iter_rows(named=True), batch.ids, prompts, prepared.params, strict=True
     ):
+        name = noise_name(job.source.columns, row_id, answer["row_index"], prompt)
         row = AuditInput(
             row_index=answer["row_index"],
             prompt=prompt.tolist(),
             output=answer["completion_token_ids"],
             params=params,
             finish_reason=answer["finish_reason"],
-            noise_key=0 if params.is_greedy else noise_key(params.seed, row_id),
+            noise_key=0 if params.is_greedy else noise_key(params.seed, name),
             eos_token_ids=frozenset(loaded.shape.eos_token_ids),
             is_stopped=job.tokenizer.is_stopped,
         )

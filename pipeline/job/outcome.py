@@ -26,18 +26,22 @@ class RunOutcome:
 
     def check_failures(self, settings: WriteSettings) -> None:
         """Raises TooManyFailedRows if more rows failed than the settings allow."""
-        rows = int(self.counters["rows_in"])
-        allowed = settings.allowed_failures(rows)
-        if self.rows_failed > allowed:
-            raise TooManyFailedRows(
-                f"{self.rows_failed} of {rows} rows failed, {allowed} are allowed by "
-                f"--fail-on-error; failed.parquet in {self.directory} names them"
-            )
+        remedy = f"failed.parquet in {self.directory} names them"
+        check_failures(settings, self.rows_failed, int(self.counters["rows_in"]), remedy)
 
     @classmethod
     def of_sealed(cls, directory: RunDirectory) -> RunOutcome:
         """What a complete run directory has to say."""
         return cls(directory.name, directory.read_manifest()["counters"], was_complete=True)
+
+
+def check_failures(settings: WriteSettings, failed: int, rows: int, remedy: str) -> None:
+    """Raises TooManyFailedRows if more of the rows failed than the settings allow."""
+    allowed = settings.allowed_failures(rows)
+    if failed > allowed:
+        raise TooManyFailedRows(
+            f"{failed} of {rows} rows failed, {allowed} are allowed by --fail-on-error; {remedy}"
+        )
 
 
 def count_committed(directory: RunDirectory) -> dict[str, int]:

@@ -26,9 +26,11 @@ from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.field_ordering import FieldSaving, memory_needed, order_fields
 from pipeline.job.fingerprint import describe_versions
 from pipeline.job.model_folder import check_model_folder
+from pipeline.job.noise_names import noise_names
 from pipeline.job.prepare import Limits, Preparation
 from pipeline.job.prepared_rows import PreparedRows
 from pipeline.job.rates import recall_rates
+from pipeline.job.rejections import describe_rejected
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.shards import cut_into_shards
 from pipeline.plan.summary import KVLimits, PlanSummary, plan_frame, summarise
@@ -37,7 +39,6 @@ from pipeline.records import PromptBatch, Rejected
 from pipeline.settings import JobSettings, ModelSettings, PlanSettings
 from pipeline.storage.parquet_copies import ParquetCopies
 from pipeline.storage.reader import PromptSource, find_duplicate_ids, open_source
-from pipeline.storage.schema import output_schema
 from pipeline.tokens.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -76,6 +77,10 @@ class Job:
         said = {name: value for name, value in self.generation_config.items() if name in _SAID}
         shown = ", ".join(f"{name}={value}" for name, value in said.items())
         return f"generation defaults of the model: {shown or 'none'}"
+
+    def describe(self) -> str:
+        """What a person should know before it runs, a line each."""
+        return "\n".join([self.describe_generation(), *self.source.columns.describe()])
 
     def preparation(self) -> Preparation:
         """The rules by which this job's rows become token ids and parameters."""
@@ -152,7 +157,6 @@ def open_job(input: str, settings: JobSettings) -> Job:
     """
     copies = ParquetCopies(cache_folder() / "inputs")
     source = open_source(input, settings.read, settings.store, copies)
-    output_schema(source.schema, source.columns.id)  # refuses names that would collide
     model = settings.model
     check_model_folder(model)
     tokenizer = PromptTokenizer.load(model.model, model.revision, settings.tokens)
@@ -244,19 +248,22 @@ def _build(job: Job, rows: PreparedRows) -> PlannedJob:
     settings = job.settings.plan
     plan = build_plan(
         table,
-        ids,
+        noise_names(job.source.columns, ids, table),
         params,
         columns["params"].to_numpy(),
         columns["tenant"].to_numpy(),
         settings.min_prefix_tokens,
         _sort_bytes(settings.plan_memory, len(table)),
     )
-    summary = summarise(plan, ids, _kv_limits(job))
+    rejected = rows.rejected()
+    summary = replace(
+        summarise(plan, ids, _kv_limits(job)), rejections=describe_rejected(rejected, ids)
+    )
     return PlannedJob(
         job,
         plan,
         ids,
-        rows.rejected(),
+        rejected,
         _rows_of_shard(plan, settings),
         summary,
         columns["tenant"].to_numpy(),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.job.row_faults import call_by_halves, sentence
 from pipeline.records import PromptBatch, Rejected, SamplingParams
 from pipeline.settings import SamplingSettings, resolve_sampling
 from pipeline.tokens.tokenizer import PromptTokenizer
@@ -83,6 +84,9 @@ class Preparation:
                 )
             except (ValueError, TypeError) as error:
                 return Rejected(row, "BadSamplingParams", str(error))
+            except Exception as error:
+                reason = sentence("the sampling parameters cannot be used", error)
+                return Rejected(row, "BadSamplingParams", reason)
         return self._resolved[key]
 
     def _encode(
@@ -95,14 +99,23 @@ class Preparation:
         ]
         limits = self._limits
         most = limits.context_length if limits.on_overlong == "error" else None
-        encoded = self._tokenizer.encode_batch(contents, most)
-        for index, least in encoded.overlong.items():
-            row = batch.row_start + index
-            rejected[row] = _overlong(row, f"at least {least}", limits.context_length)
-        for index, reason in encoded.errors.items():
-            row = batch.row_start + index
-            rejected[row] = Rejected(row, "BadPrompt", reason)
-        return encoded.flat, encoded.lengths
+        flat, lengths = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
+        encode = self._tokenizer.encode_batch
+        for start, encoded in call_by_halves(lambda some: encode(some, most), contents):
+            first = batch.row_start + start
+            if isinstance(encoded, BaseException):
+                reason = sentence("the prompt cannot be tokenised", encoded)
+                rejected[first] = Rejected(first, "BadPrompt", reason)
+                lengths.append(np.zeros(1, np.int64))
+                continue
+            for index, least in encoded.overlong.items():
+                row = first + index
+                rejected[row] = _overlong(row, f"at least {least}", limits.context_length)
+            for index, reason in encoded.errors.items():
+                rejected[first + index] = Rejected(first + index, "BadPrompt", reason)
+            flat.append(encoded.flat)
+            lengths.append(encoded.lengths)
+        return np.concatenate(flat), np.concatenate(lengths)
 
     def _fit(
         self,
@@ -115,7 +128,7 @@ class Preparation:
         context = self._limits.context_length
         if context is None:
             return {}
-        most = np.array([p.max_new_tokens for p in params], np.int64)
+        most = np.array([min(p.max_new_tokens, context) for p in params], np.int64)
         changed = {}
         for index in np.flatnonzero((lengths > 0) & (lengths + most > context)).tolist():
             length, chosen = int(lengths[index]), params[index]

@@ -29,7 +29,7 @@ from pipeline.errors import (
     TimeBudgetReached,
     TooManyFailedRows,
 )
-from pipeline.job.answers import AnswerWriter
+from pipeline.job.answers import AnswerWriter, stop_check
 from pipeline.job.channel import Stages
 from pipeline.job.observer import Observer, Snapshot
 from pipeline.job.outcome import RunOutcome, count_committed
@@ -89,7 +89,7 @@ class Session:
                 engine = loading.result()
             gc.freeze()  # the model's objects live on; a full collection over them costs a step
             self._observer.say(self._header())
-            self._observer.say(self._planned.job.describe_generation())
+            self._observer.say(self._planned.job.describe())
             for note in engine.notes:
                 self._observer.say(note)
             states = recycling(engine, self._planned, self._sequences, self._observer)
@@ -145,7 +145,7 @@ class Session:
         control = RunControl(
             self._stop.should_drain,
             lambda: self._stop.should_abort() or self._watchdog.has_fired,
-            self._planned.job.tokenizer.is_stopped,
+            stop_check(self._planned.job.tokenizer),
         )
         stages = Stages()
         with self._watchdog.following(lambda: self._pulse(engine), stages.cancel), stages:

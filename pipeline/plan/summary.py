@@ -36,8 +36,8 @@ class PlanSummary:
     the file has them, followed for `rows`. `rows_at_once`: the most neighbouring sequences whose KV
     fits the budget; `estimate` (device seconds, from rates measured here) and `advice`: where
     somebody asks for a plan alone; `store`: of those tokens U that a KV store has, where there is
-    one; `fields`: where a template lists some. Bytes are None where the
-    model's shape is not known.
+    one; `fields`: where a template lists some; `rejections`: why rows cannot run, where some are.
+    Bytes are None where the model's shape is not known.
     """
 
     rows: int
@@ -64,6 +64,7 @@ class PlanSummary:
     advice: dict[str, Any] | None = None
     fields: dict[str, Any] | None = None
     store: dict[str, Any] | None = None
+    rejections: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A mapping of plain values."""

@@ -1,4 +1,4 @@
-"""Prompts to keep or to ask, from CSV or Parquet: id, text, kind, answer. Knows no tokens."""
+"""Prompts to keep or to ask, from CSV or Parquet: id, prompt, kind, answer. Knows no tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class KeptPrompt:
 
 
 def read_kept_prompts(path: Path) -> list[KeptPrompt]:
-    """The rows of a CSV file (columns id, text; also kind, answer), or of a job's Parquet file.
+    """The rows of a CSV file (columns id, prompt; also kind, answer), or of a job's Parquet file.
+
+    `text` is another name of `prompt`.
 
     Raises InputError: missing, no such columns, empty texts, ids that repeat. NoInput: no rows.
     """
@@ -48,10 +50,12 @@ def _read_csv(path: Path) -> Iterator[KeptPrompt]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             rows = csv.DictReader(stream, strict=True)
-            missing = [name for name in ("id", "text") if name not in (rows.fieldnames or ())]
-            if missing:
+            names = rows.fieldnames or ()
+            text = next((name for name in ("prompt", "text") if name in names), None)
+            if "id" not in names or text is None:
+                missing = "id" if "id" not in names else "prompt"
                 raise InputError(
-                    f"{path} has no column {missing[0]!r}; the header must name id and text"
+                    f"{path} has no column {missing!r}; the header must name id and prompt"
                 )
             for row in rows:
                 if None in row or None in row.values():
@@ -59,7 +63,7 @@ def _read_csv(path: Path) -> Iterator[KeptPrompt]:
                         f"{path}: line {rows.line_num} has more or fewer cells than the header; "
                         "put texts with commas between double quotes"
                     )
-                yield KeptPrompt(row["id"], row["text"], row.get("kind", ""), row.get("answer", ""))
+                yield KeptPrompt(row["id"], row[text], row.get("kind", ""), row.get("answer", ""))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; check the path") from None
     except UnicodeDecodeError:

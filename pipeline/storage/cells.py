@@ -6,9 +6,18 @@ Knows nothing about files or columns. No message quotes what a cell holds: it ma
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from decimal import Decimal
 
 from pipeline.records import Message
+from pipeline.storage.request_fields import (
+    BESIDE,
+    LIMITS,
+    OBEYED,
+    REFUSED,
+    describe_unsupported,
+    is_neutral,
+)
 
 
 class BadCell(ValueError):
@@ -16,16 +25,19 @@ class BadCell(ValueError):
 
 
 def read_text(cell: str) -> str:
-    """The prompt as it is; white space counts. Raises BadCell if it is empty."""
+    """The prompt as it is; white space counts. Raises BadCell if it is empty or not text."""
     if not cell:
         raise BadCell("the prompt is empty")
+    _check_unicode(cell)
     return cell
 
 
 def read_messages(cell: object) -> list[Message]:
     """A list of {role, content} dicts, or that as JSON text, as plain messages.
 
-    Further string fields are kept for the chat template, null ones dropped. Raises BadCell.
+    Content may be parts of text, which become its lines. Further fields of text are kept for the
+    chat template, null ones dropped, and those of other types too, unless a template could mean
+    them. Raises BadCell.
     """
     turns = _read_json(cell) if isinstance(cell, str) else cell
     if not isinstance(turns, list):
@@ -38,66 +50,125 @@ def read_messages(cell: object) -> list[Message]:
 def _read_message(number: int, turn: object) -> Message:
     if not isinstance(turn, dict):
         raise BadCell(f"message {number} is not a {{role, content}} object")
-    message = {str(field): value for field, value in turn.items() if value is not None}
+    said = {str(field): value for field, value in turn.items() if value is not None}
+    for field in ("role", "content"):
+        if field not in said:
+            raise BadCell(f"message {number} has no {field}")
+    if isinstance(said["content"], list):
+        said["content"] = _join_parts(number, said["content"])
+    message = {field: value for field, value in said.items() if isinstance(value, str)}
     for field in ("role", "content"):
         if field not in message:
-            raise BadCell(f"message {number} has no {field}")
-    for field, value in message.items():
-        if not isinstance(value, str):
-            place = field if field in ("role", "content") else "a further field"
-            raise BadCell(f"message {number} has {place} of type {type(value).__name__}, not text")
-        _check_unicode(value)
+            kind = type(said[field]).__name__
+            raise BadCell(f"message {number} has {field} of type {kind}, not text")
+    meant = [f for f in _MEANT if said.get(f) and f not in message]
+    if meant:
+        raise BadCell(f"message {number} has {', '.join(meant)}, which coppice cannot use")
+    _check_unicode(*message, *message.values())
     return message
 
 
-def read_sampling(cell: object) -> dict[str, object]:
-    """Sampling fields from a struct or a JSON object; null fields are left out.
+def _join_parts(number: int, parts: list[object]) -> str:
+    """As vLLM does for templates that take text: a line for each part."""
+    texts = []
+    for part in parts:
+        fields = part if isinstance(part, dict) else {}
+        kind, text = fields.get("type", "text"), fields.get("text")
+        if kind not in _TEXT_PARTS or not isinstance(text, str):
+            known = f" ({kind})" if kind in _OTHER_PARTS else ""
+            raise BadCell(f"message {number} has a part that is no text{known}")
+        texts.append(text)
+    return "\n".join(texts)
 
-    Names and types are checked here, ranges by `SamplingParams`. Raises BadCell.
-    """
+
+_MEANT = ("tool_calls", "function_call", "audio", "images", "videos", "documents")
+TURN_FIELDS = ("role", "content", *_MEANT)
+"""Fields of a message that are used, or refused where they say something."""
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_OTHER_PARTS = (
+    "image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url",
+    "file", "input_file", "refusal", "thinking", "tool_use", "tool_result",
+)  # fmt: skip
+
+
+def read_sampling(cell: object) -> dict[str, object]:
+    """Sampling fields from a struct or a JSON object, as `read_fields` has them. Raises BadCell."""
     fields = _read_json(cell) if isinstance(cell, str) else cell
     if not isinstance(fields, dict):
         raise BadCell("sampling_params is not an object")
-    return {
-        name: _read_sampling_field(name, value)
-        for name, value in fields.items()
-        if value is not None
-    }
+    return read_fields(fields)
 
 
-def _read_sampling_field(name: str, value: object) -> object:
-    if name not in _SAMPLING_TYPES:
-        known = ", ".join(_SAMPLING_TYPES)
-        raise BadCell(f"sampling_params has an unknown field; known are {known}")
-    wanted, fits = _SAMPLING_TYPES[name]
-    if not fits(value):
-        raise BadCell(f"{name} in sampling_params must be {wanted}, not {type(value).__name__}")
-    if name == "stop":
-        return (value,) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
+def read_fields(fields: Mapping[str, object]) -> dict[str, object]:
+    """Fields of a request as those of `SamplingParams`; null and neutral ones are left out.
+
+    Names and types are checked here, ranges by `SamplingParams`. Raises BadCell, which names all
+    fields that cannot be done and does not quote a name that is not a known one.
+    """
+    said = {name: value for name, value in fields.items() if value is not None}
+    refused = [name for name in said if name in REFUSED and not is_neutral(name, said[name])]
+    num_unknown = len(said.keys() - OBEYED.keys() - REFUSED - BESIDE)
+    if refused or num_unknown:
+        raise BadCell(f"the row {describe_unsupported(refused, num_unknown)}")
+    chosen: dict[str, object] = {}
+    for name in filter(OBEYED.__contains__, said):
+        value = _read_field(name, said[name])
+        if chosen.setdefault(OBEYED[name], value) != value:
+            both = " and ".join(limit for limit in LIMITS if limit in said)
+            raise BadCell(f"{both} mean the same and differ; leave one of them")
+    return chosen
+
+
+def _read_field(name: str, value: object) -> object:
+    wanted, read = _READERS[OBEYED[name]]
+    try:
+        return read(value)
+    except BadCell:
+        raise
+    except (TypeError, ValueError, OverflowError):
+        raise BadCell(f"{name} must be {wanted}, not {type(value).__name__}") from None
+
+
+def _number(value: object) -> float:
+    """Of a decimal, which databases write, the float."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise TypeError
+    return float(value)
+
+
+def _integer(value: object) -> int:
+    """Also a float that is whole: a column of integers with a gap is one of floats to pandas."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise TypeError
+    whole = int(value)
+    if whole != value or whole not in _INT64:
+        raise ValueError
+    return whole
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
     return value
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_integer(value) or isinstance(value, float)
-
-
-def _is_stop(value: object) -> bool:
+def _stops(value: object) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
-    return isinstance(stops, list) and all(isinstance(stop, str) and stop for stop in stops)
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise TypeError
+    _check_unicode(*stops)
+    return tuple(stops)
 
 
-_SAMPLING_TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "max_new_tokens": ("an integer", _is_integer),
-    "temperature": ("a number", _is_number),
-    "top_p": ("a number", _is_number),
-    "top_k": ("an integer", _is_integer),
-    "seed": ("an integer", _is_integer),
-    "stop": ("a non-empty string or a list of them", _is_stop),
-    "ignore_eos": ("a boolean", lambda value: isinstance(value, bool)),
+_INT64 = range(-(2**63), 2**63)
+_READERS: Mapping[str, tuple[str, Callable[[object], object]]] = {
+    "max_new_tokens": ("a whole number of 64 bits", _integer),
+    "temperature": ("a number", _number),
+    "top_p": ("a number", _number),
+    "top_k": ("a whole number of 64 bits", _integer),
+    "seed": ("a whole number of 64 bits", _integer),
+    "stop": ("a text that is not empty, or a list of them", _stops),
+    "ignore_eos": ("true or false", _boolean),
 }
 
 
@@ -109,9 +180,9 @@ def _read_json(text: str) -> object:
     return value
 
 
-def _check_unicode(text: str) -> None:
+def _check_unicode(*texts: str) -> None:
     # JSON can spell half a surrogate pair; no tokenizer can encode it and no Parquet file hold it.
     try:
-        text.encode()
+        "".join(texts).encode()
     except UnicodeEncodeError:
-        raise BadCell("a message holds half a surrogate pair, which is not text") from None
+        raise BadCell("a text holds half a surrogate pair, which is not text") from None

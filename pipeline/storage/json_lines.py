@@ -4,8 +4,9 @@
  lines ─► types of all lines, merged (plain objects only) ─► lines again ─► row groups of a batch
 ```
 
-Plain objects are read twice, since the last line may widen the type of the first. Every line that
-cannot be a row is named by its number, none is quoted.
+Plain objects are read twice, since the last line may widen the type of the first. What is no JSON
+object is refused by its line's number. A line that says what no row can say is refused too, or kept
+as a row with the reason in `REFUSED_COLUMN`: one row shall not stop a job. None is quoted.
 """
 
 from __future__ import annotations
@@ -21,8 +22,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
+from pipeline.storage.columns import REFUSED_COLUMN
 from pipeline.storage.input_files import InputFile, damage_named
-from pipeline.storage.openai_batch import BadRequest, is_request, row_of_request
+from pipeline.storage.openai_batch import TEXT_URL, BadRequest, is_request, row_of_request
+from pipeline.storage.refused_lines import (
+    MISFITS,
+    Line,
+    RefusedLines,
+    is_text_value,
+    with_json_text,
+    without_misfits,
+)
 
 _ENDINGS = (".jsonl", ".jsonl.gz")
 _ROWS_AT_A_TIME = 4096
@@ -30,7 +40,6 @@ _BYTES_AT_A_TIME = 8 << 20  # of lines; parsed they take some ten times that
 _LONGEST_LINE = 1 << 30
 _DEEPEST = 30  # lists in lists; each is three levels of a Parquet schema
 _READ_AT_A_TIME = 1 << 20
-_MISFITS = (pa.ArrowException, TypeError, OverflowError, UnicodeError)
 _REQUEST_SCHEMA = pa.schema(
     {
         "custom_id": pa.large_string(),
@@ -39,11 +48,9 @@ _REQUEST_SCHEMA = pa.schema(
         "max_new_tokens": pa.int64(),
         "sampling_params": pa.large_string(),
         "model": pa.large_string(),
+        REFUSED_COLUMN: pa.large_string(),
     }
 )
-
-Line = tuple[int, dict[str, Any]]
-"""Number from 1, object."""
 
 
 def is_json_lines(name: str) -> bool:
@@ -51,41 +58,65 @@ def is_json_lines(name: str) -> bool:
     return name.endswith(_ENDINGS)
 
 
-def write_rows(source: InputFile, sink: BinaryIO, metadata: Mapping[str, str] | None = None) -> int:
+def write_rows(
+    source: InputFile,
+    sink: BinaryIO,
+    metadata: Mapping[str, str] | None = None,
+    keeps_refused: bool = False,
+) -> int:
     """Write a row for each line of `source` as Parquet, and `metadata` into its footer.
 
-    Returns the rows. Raises InputError naming line or field, and where the file changes meanwhile.
+    `keeps_refused`: whether lines that no row can say are rows with a reason, unless all of them
+    are so. Returns the rows. Raises InputError naming line or field, and where the file changes
+    meanwhile.
     """
     with damage_named(source.name):
         stamp = source.stamp()
     first = next(_read_lines(source), None)
     if first is None:
         raise InputError(f"{source.name} holds no line; check how it was written")
-    schema, make_table = _requests(source, first) if is_request(first[1]) else _plain(source)
-    rows = 0
+    read = _requests if is_request(first[1]) else _plain
+    schema, make_table = read(source, first[1], keeps_refused)
+    rows, refused = 0, RefusedLines()
     with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
         for batch in _read_batches(source):
-            writer.write_table(make_table(batch))
+            table = make_table(batch)
+            writer.write_table(table)
             rows += len(batch)
+            refused.count(table)
         writer.add_key_value_metadata(metadata or {})
     with damage_named(source.name):
         if source.stamp() != stamp:
             raise InputError(f"{source.name} changed while it was being read; start again")
+    refused.check(rows)
     return rows
 
 
 _MakeTable = Callable[[list[Line]], pa.Table]
 
 
-def _requests(source: InputFile, first: Line) -> tuple[pa.Schema, _MakeTable]:
+def _requests(
+    source: InputFile, first: dict[str, Any], keeps_refused: bool
+) -> tuple[pa.Schema, _MakeTable]:
     """All lines must be of the first one's kind, chat or text."""
-    content = "prompt" if "prompt" in _row(source, *first) else "messages"
-    names = [n for n in _REQUEST_SCHEMA.names if n == content or n not in ("prompt", "messages")]
-    schema = pa.schema([_REQUEST_SCHEMA.field(name) for name in names])
+    content, other = "messages", "prompt"
+    if first.get("url") == TEXT_URL:
+        content, other = other, content
+    left_out = {other} if keeps_refused else {other, REFUSED_COLUMN}
+    schema = pa.schema([field for field in _REQUEST_SCHEMA if field.name not in left_out])
+
+    def make_row(number: int, line: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return _row_of_kind(source, number, line, content)
+        except InputError as error:
+            if not keeps_refused:
+                raise
+            name = line.get("custom_id")
+            is_name = isinstance(name, str) and is_text_value(name)
+            return {"custom_id": name if is_name else None, REFUSED_COLUMN: str(error)}
 
     def make_table(batch: list[Line]) -> pa.Table:
-        rows = [_row_of_kind(source, number, line, content) for number, line in batch]
-        return pa.Table.from_pylist(rows, schema)
+        return pa.Table.from_pylist([make_row(*line) for line in batch], schema)
 
     return schema, make_table
 
@@ -109,33 +140,55 @@ def _row_of_kind(
     return row
 
 
-def _plain(source: InputFile) -> tuple[pa.Schema, _MakeTable]:
-    """Objects of any fields; a field that a line lacks is null there."""
+def _plain(
+    source: InputFile, _: dict[str, Any], keeps_refused: bool
+) -> tuple[pa.Schema, _MakeTable]:
+    """Objects of any fields; a field that a line lacks is null there.
+
+    A field that Parquet cannot hold, of objects without fields or too deep, is JSON text.
+    """
     kind = pa.struct([])
+    bad: set[int] | None = set() if keeps_refused else None
     for batch in _read_batches(source):
-        kind = _widen_by(source, kind, batch)
-    for field in kind:
-        if not _is_storable(field.type):
-            raise _misfit(source, "the lines", field.name, "objects without fields, or too deep")
+        kind = _widen_by(source, kind, batch, bad)
+    as_json = [field.name for field in kind if not _is_storable(field.type)]
     types = {field.name: field.type for field in kind}
+    types |= dict.fromkeys(as_json, pa.string())
+    stored = pa.struct(types)
+    kinds = {name: pa.json_() if name in as_json else types[name] for name in types}
+    schema = pa.schema(kinds)
 
     def make_table(batch: list[Line]) -> pa.Table:
+        lines = batch
+        if bad and not bad.isdisjoint(number for number, _ in batch):
+            lines = without_misfits(source.name, batch)
+        if as_json:
+            lines = with_json_text(lines, as_json)
         try:
-            rows = pa.array([line for _, line in batch], kind)
-        except _MISFITS as error:
+            rows = pa.array([line for _, line in lines], stored)
+        except MISFITS as error:
             raise _blame(
-                source, batch, lambda name, value: pa.array([value], types[name])
+                source, lines, lambda name, value: pa.array([value], types[name])
             ) from error
-        return pa.Table.from_struct_array(rows)
+        return pa.Table.from_struct_array(rows).cast(schema)
 
-    return pa.schema(list(kind)), make_table
+    return schema, make_table
 
 
-def _widen_by(source: InputFile, kind: pa.StructType, batch: list[Line]) -> pa.StructType:
-    """The type that holds all lines before, which `kind` holds, and those of `batch`."""
+def _widen_by(
+    source: InputFile, kind: pa.StructType, batch: list[Line], bad: set[int] | None
+) -> pa.StructType:
+    """The type that holds all lines before, which `kind` holds, and those of `batch`.
+
+    `bad`: takes the numbers of lines that no column holds; None: these are refused.
+    """
     try:
         return _widen(kind, pa.array([line for _, line in batch]).type)
-    except _MISFITS as error:
+    except MISFITS as error:
+        if bad is not None:
+            mended = without_misfits(source.name, batch)
+            bad |= {number for number, line in mended if REFUSED_COLUMN in line}
+            return _widen_by(source, kind, mended, None)
         types = {field.name: field.type for field in kind}
 
         def widen(name: str, value: object) -> None:
@@ -158,7 +211,7 @@ def _blame(
         for name, value in line.items():
             try:
                 take(name, value)
-            except _MISFITS as error:
+            except MISFITS as error:
                 return _misfit(source, f"line {number}", name, type(error).__name__)
     return InputError(
         f"the lines of {source.name} do not fit into columns; give each field one type"
@@ -216,6 +269,11 @@ def _read_texts(source: InputFile) -> Iterator[tuple[int, bytes]]:
 def _object(source: InputFile, number: int, text: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text.removeprefix(codecs.BOM_UTF8), parse_constant=_no_number)
+    except _NoNumber as error:
+        raise InputError(
+            f"line {number} of {source.name} holds {error}, which JSON does not have; "
+            "write null instead"
+        ) from None
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         value = None
     if not isinstance(value, dict):
@@ -223,5 +281,9 @@ def _object(source: InputFile, number: int, text: bytes) -> dict[str, Any]:
     return value
 
 
+class _NoNumber(Exception):
+    """NaN or Infinity, which Python and JavaScript write."""
+
+
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+    raise _NoNumber(name)

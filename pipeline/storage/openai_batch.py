@@ -9,30 +9,26 @@ temperature of text) is the run's to reject: one row shall not keep a file from 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.storage.request_fields import (
+    BESIDE,
+    LIMITS,
+    OBEYED,
+    REFUSED,
+    describe_unsupported,
+    is_neutral,
+)
+
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
-_SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
-_LIMITS = ("max_completion_tokens", "max_tokens")
+_API_NAME = re.compile(r"[a-z][a-z_]{0,39}")
 ANSWER_COLUMNS = (
     "id", "row_index", "status", "error_type", "error_message", "generated_text", "finish_reason",
     "prompt_tokens", "completion_tokens", "cached_tokens",
 )  # fmt: skip
 """What a response is made of, besides `model`."""
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "stream": (False,),
-    "logprobs": (False, 0),
-    "echo": (False,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "response_format": ({"type": "text"},),
-}
-_BESIDE = ("metadata", "user", "store", "service_tier")  # change no answer
 
 
 class BadRequest(ValueError):
@@ -63,16 +59,13 @@ def row_of_request(line: Mapping[str, Any]) -> dict[str, Any]:
         raise BadRequest("prompt must be one text, not a list or token ids")
     if not isinstance(said.get("model", ""), str):
         raise BadRequest("model must be text")
-    known = {content, "model", *_SAMPLING, *_LIMITS, *_BESIDE}
-    for name, value in said.items():
-        if name not in known and value not in _NEUTRAL.get(name, ()):
-            raise BadRequest(f"body asks for {name}, which coppice cannot do; remove it")
-    limits = [said[name] for name in _LIMITS if name in said]
+    _check_supported(said, content)
+    limits = [said[name] for name in LIMITS if name in said]
     if any(type(limit) is not int or abs(limit) >= 2**31 for limit in limits):
         raise BadRequest("max_tokens must be a whole number")
     if len(set(limits)) > 1:
         raise BadRequest("max_tokens and max_completion_tokens differ")
-    sampling = {name: said[name] for name in _SAMPLING if name in said}
+    sampling = {name: said[name] for name in OBEYED if name in said and name not in LIMITS}
     text = said[content] if content == "prompt" else _json(said[content])
     try:
         f"{custom_id}{text}{said.get('model')}{_json(sampling)}".encode()
@@ -85,6 +78,19 @@ def row_of_request(line: Mapping[str, Any]) -> dict[str, Any]:
         "sampling_params": _json(sampling) if sampling else None,
         "model": said.get("model"),
     }
+
+
+def _check_supported(said: Mapping[str, Any], content: str) -> None:
+    """Raises BadRequest with all fields that would change the answer, or that nobody knows."""
+    known = {content, "model", *OBEYED, *BESIDE}
+    bad = [
+        name
+        for name, value in said.items()
+        if name not in known and not (name in REFUSED and is_neutral(name, value))
+    ]
+    named = [name for name in bad if _API_NAME.fullmatch(name)]
+    if bad:
+        raise BadRequest(f"body {describe_unsupported(named, len(bad) - len(named))}")
 
 
 def request_of_row(row: Mapping[str, Any]) -> dict[str, Any]:

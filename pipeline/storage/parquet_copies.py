@@ -24,7 +24,7 @@ from pipeline.storage.input_files import InputFile, damage_named
 from pipeline.storage.json_lines import write_rows
 from pipeline.storage.parquet_input import ORIGIN_HASH, ParquetInput
 
-_VERSION = 1  # another one where the same lines would become other rows
+_VERSION = 2  # another one where the same lines would become other rows
 _STALE_S = 3 * 24 * 3600  # what nobody came back for
 _DIGITS = 24
 
@@ -67,7 +67,7 @@ class ParquetCopies:
             for old in self._folder.glob(f"{copy.name.partition('-')[0]}-*"):
                 if old != copy:  # that one may be another process's, whole by now
                     old.unlink(missing_ok=True)
-            write_whole(copy, lambda sink: write_rows(original, sink, metadata))
+            write_whole(copy, lambda sink: write_rows(original, sink, metadata, keeps_refused=True))
         except (OSError, StorageError) as error:
             raise self._refusal(original, error) from error
 

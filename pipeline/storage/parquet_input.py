@@ -85,14 +85,22 @@ class ParquetInput:
         return np.diff(np.concatenate([[0], np.cumsum(self.group_rows)])[self.first_group])
 
     @property
-    def _is_copy(self) -> bool:
+    def is_copy(self) -> bool:
+        """Whether the rows are read from a copy that we made of the origin."""
         return self.origin is not self.file
 
+    def with_types(self, types: dict[str, pa.DataType]) -> ParquetInput:
+        """With these columns read as other types, which hold their values."""
+        fields = [pa.field(f.name, types[f.name]) for f in self.schema]
+        constants = {name: value.cast(types[name]) for name, value in self.constants.items()}
+        return replace(self, schema=pa.schema(fields), constants=constants)
+
     def with_constants(self, values: dict[str, pa.Scalar]) -> ParquetInput:
-        """With those of these columns that the file does not have itself."""
+        """With those of these columns that it does not have yet."""
         constants = {name: v for name, v in values.items() if name not in self.schema.names}
         fields = [pa.field(name, value.type) for name, value in constants.items()]
-        return replace(self, schema=pa.schema([*self.schema, *fields]), constants=constants)
+        schema = pa.schema([*self.schema, *fields])
+        return replace(self, schema=schema, constants=self.constants | constants)
 
     def content_hash(self) -> bytes:
         """sha256 of the origin's bytes, and of constants where there are some.
@@ -102,7 +110,7 @@ class ParquetInput:
         found = self.origin.content_hash()
         self._known.content = found
         with self._damage_named():
-            if self._is_copy and self.metadata.metadata.get(ORIGIN_HASH) != found.hex().encode():
+            if self.is_copy and self.metadata.metadata.get(ORIGIN_HASH) != found.hex().encode():
                 raise self._changed()
         if not self.constants:
             return found
@@ -112,7 +120,7 @@ class ParquetInput:
     def places(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Row group, and row in it, of rows `[start, stop)`; a copy's origin is one group."""
         rows = np.arange(start, stop)
-        if self._is_copy:
+        if self.is_copy:
             return np.zeros_like(rows), rows
         first = np.concatenate([[0], np.cumsum(self.group_rows)])
         groups = np.searchsorted(first, rows, side="right") - 1
@@ -181,7 +189,7 @@ class ParquetInput:
     def _open(self) -> Iterator[_OpenFile]:
         self._check_unchanged()
         with self._damage_named():
-            if self._is_copy:
+            if self.is_copy:
                 os.utime(self.file.path)  # copies that nobody uses are removed
             source = self.file.open()
         with source:
@@ -202,7 +210,7 @@ class ParquetInput:
             with damage_named(self.file.name):
                 yield
         except InputError:
-            if self._is_copy:
+            if self.is_copy:
                 Path(self.file.path).unlink(missing_ok=True)  # the same command makes it anew
             raise
 

@@ -5,6 +5,7 @@ Dictionaries and views are decoded and offsets have 64 bits, which cannot overfl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+_FIXED_OFFSET = re.compile(r"[+-]\d\d:?\d\d|Z")
 _MOST_DIGITS = 38  # of a decimal of 128 bits
 
 
@@ -24,7 +26,7 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     """See the module; a list view inside of another type stays, since Arrow cannot cast it."""
     if pa.types.is_dictionary(kind):
         return plain_type(kind.value_type)
-    if is_text(kind):
+    if is_text(kind) and not isinstance(kind, pa.JsonType):
         return pa.large_string()
     if pa.types.is_binary_view(kind):
         return pa.large_binary()
@@ -33,8 +35,23 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     return _rebuild(kind, plain_type)
 
 
+def carried_type(kind: pa.DataType) -> pa.DataType:
+    """A plain type as the output has it: times with a fixed offset are the same instants in UTC.
+
+    Polars, which counts what a run has written, knows no time zone without a name.
+    """
+    if pa.types.is_timestamp(kind) and kind.tz and _FIXED_OFFSET.fullmatch(kind.tz):
+        return pa.timestamp(kind.unit, "UTC")
+    return _rebuild(kind, carried_type)
+
+
 def _python_type(kind: pa.DataType) -> pa.DataType:
-    """A plain type whose values Python's own types can hold: it has no nanoseconds."""
+    """A plain type whose values Python's own types can hold: it has no nanoseconds.
+
+    Bytes are text here: many tables have texts without the mark that says so.
+    """
+    if _is_binary(kind):
+        return pa.large_string()
     if pa.types.is_timestamp(kind) and kind.unit == "ns":
         return pa.timestamp("us", kind.tz)
     if pa.types.is_duration(kind) and kind.unit == "ns":
@@ -67,18 +84,38 @@ def plain_table(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 
-def python_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """The rows of a plain table as dicts; of times the nanoseconds are cut off."""
-    schema = pa.schema([pa.field(f.name, _python_type(f.type)) for f in table.schema])
-    rows: list[dict[str, Any]] = table.cast(schema, safe=False).to_pylist()
+def python_rows(table: pa.Table) -> list[dict[str, Any] | None]:
+    """The rows of a plain table as dicts; None: Python's types cannot hold one of its values.
+
+    Of times the nanoseconds are cut off, and bytes in UTF-8 are text.
+    """
+    try:
+        rows: list[dict[str, Any] | None] = pa.table(
+            {f.name: _python_column(table.column(f.name)) for f in table.schema}
+        ).to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError):
+        if table.num_rows == 1:
+            return [None]
+        return [row for at in range(table.num_rows) for row in python_rows(table.slice(at, 1))]
     return rows
 
 
-def can_be_carried(kind: pa.DataType) -> bool:
-    """Whether a plain type can be read by polars, which counts what a run has written."""
-    if _is_list_view(kind) or pa.types.is_decimal256(kind):
-        return False
-    return all(can_be_carried(kind.field(n).type) for n in range(kind.num_fields))
+def _python_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    kind = _python_type(column.type)
+    return column.cast(options=pc.CastOptions(kind, allow_time_truncate=True))
+
+
+def text_of(column: pa.ChunkedArray) -> list[str | None]:
+    """Scalars as text, as Arrow writes them, or a UUID as everybody does; None: null or no text."""
+    if isinstance(column.type, pa.UuidType):
+        return [None if value is None else str(value) for value in column.to_pylist()]
+    try:
+        texts: list[str | None] = column.cast(pa.large_string()).to_pylist()
+    except (pa.ArrowException, UnicodeError):
+        if len(column) == 1:
+            return [None]
+        return [text for at in range(len(column)) for text in text_of(column.slice(at, 1))]
+    return texts
 
 
 def holds_dictionary(kind: pa.DataType) -> bool:
@@ -88,9 +125,19 @@ def holds_dictionary(kind: pa.DataType) -> bool:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a type is text, in any layout but a dictionary."""
+    """Whether a type is text, in any layout but a dictionary, or text that is marked as JSON."""
+    if isinstance(kind, pa.JsonType):
+        kind = kind.storage_type
     return bool(
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
     )
 
 

@@ -8,40 +8,38 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import InputError, NoInput, UsageError
-from pipeline.records import Message, PromptBatch, Rejected
+from pipeline.errors import NoInput, UsageError
+from pipeline.records import PromptBatch
 from pipeline.settings import ReadSettings, StoreSettings
 from pipeline.storage.block_cache import BlockCache
-from pipeline.storage.cells import BadCell, read_messages, read_sampling, read_text
-from pipeline.storage.columns import ColumnMap, find_columns
+from pipeline.storage.carriage import check_carriage, check_types_carried
+from pipeline.storage.columns import REFUSED_COLUMN, ColumnMap, find_columns
+from pipeline.storage.common_schema import with_one_schema
 from pipeline.storage.input_files import InputFile, find_input_files
 from pipeline.storage.json_lines import is_json_lines
 from pipeline.storage.parquet_copies import ParquetCopies
 from pipeline.storage.parquet_input import ParquetInput
 from pipeline.storage.partitions import read_partitions
-from pipeline.storage.plain_types import python_rows
+from pipeline.storage.prompt_rows import RowReader
 from pipeline.storage.prompt_template import PromptTemplate
 
 _CACHE_BYTES = 256 << 20
-Content = str | list[Message]
-# What turns a cell, or the cells of a template, into content; and the error where it fails.
-Parser = tuple[Callable[[Any], Content], str]
 
 
 @dataclass(frozen=True, eq=False)
 class PromptSource:
     """A frozen view of the input. Row i of the job is row i of the files in order.
 
-    `schema` has plain types (`plain_types`). `_first_row[b]` is the row at which block
-    b of all files together begins: [blocks + 1]. `summary`: which files it was found in, where that
-    has to be said. `_field_order`: see `with_field_order`.
+    `schema`: the columns that the output carries, with plain types (`plain_types`).
+    `_first_row[b]` is the row at which block b of all files together begins: [blocks + 1].
+    `summary`: which files it was found in, where that has to be said. `_field_order`: see
+    `with_field_order`.
     """
 
     num_rows: int
@@ -80,16 +78,17 @@ class PromptSource:
 
         Batches that end before `first_row` are left out; it must be where a batch begins.
 
-        Raises InputError on a damaged page or a row without an id.
+        Raises InputError on a damaged page.
         """
+        reader = RowReader(self.columns, self._template)
         for file, label, start, stop in self._file_ranges():
             row = start
             for table in file.iter_batches(self.columns.names, stop - start):
+                end = row + table.num_rows
                 if row >= first_row:
-                    ids = self._read_ids(table, file, label, row - start)
-                    contents = self._contents(table, row)
-                    yield _make_batch(table, self.columns, ids, row, contents, self._parser())
-                row += table.num_rows
+                    make_ids = self._make_ids(file, label, row - start, end - start)
+                    yield reader.read(table, row, make_ids, self._orders(row, end))
+                row = end
 
     def take(self, row_indices: NDArray[np.int64]) -> pa.Table:
         """All columns of these rows, in the order given: a table of `schema`, [len(row_indices)].
@@ -124,14 +123,16 @@ class PromptSource:
     def check_carried_columns(self) -> None:
         """Read the columns that planning skips, so that damage shows before the device is used.
 
-        Raises InputError on a damaged page or text that is not UTF-8.
+        Raises InputError on a damaged page, text that is not UTF-8, and a file whose first row
+        does not come back from the output.
         """
         carried = [name for name in self.schema.names if name not in self.columns.names]
         if not carried:
             return
         for file, _, start, stop in self._file_ranges():
-            for _table in file.iter_batches(carried, stop - start):
-                pass
+            for place, table in enumerate(file.iter_batches(carried, stop - start)):
+                if place == 0:
+                    check_carriage(table.slice(0, 1), self.columns.id, file.origin.name)
 
     def fingerprint(self) -> str:
         """sha256 over the bytes of all files and the number of rows used; read once.
@@ -158,49 +159,23 @@ class PromptSource:
                 yield file, label, start, stop
             start = stop
 
-    def _read_ids(
-        self, table: pa.Table, file: ParquetInput, label: str, row_in_file: int
-    ) -> list[str]:
-        if self.columns.id is None:
-            groups, rows = file.places(row_in_file, row_in_file + table.num_rows)
+    def _make_ids(
+        self, file: ParquetInput, label: str, start: int, stop: int
+    ) -> Callable[[], list[str]]:
+        """A function that names rows `[start, stop)` of the file by their place in it."""
+
+        def make_ids() -> list[str]:
+            groups, rows = file.places(start, stop)
             places = zip(groups.tolist(), rows.tolist(), strict=True)
             return [f"{label}:{group}:{row}" for group, row in places]
-        column = table.column(self.columns.id)
-        if column.null_count:
-            row = row_in_file + column.is_null().to_pylist().index(True)
-            raise InputError(
-                f"row {row} of {file.origin.name} has no id; "
-                f"fill or drop the column {self.columns.id!r}"
-            )
-        try:
-            ids: list[str] = column.cast(pa.large_string()).to_pylist()
-        except (pa.ArrowException, UnicodeError) as error:
-            raise InputError(
-                f"column {self.columns.id!r} of {file.origin.name} has the type {column.type}, "
-                "which does not turn into text; convert it"
-            ) from error
-        return ids
 
-    def _contents(self, table: pa.Table, row_start: int) -> list[Any]:
-        """What each row's prompt is made of: a cell, or what `PromptTemplate.render` takes."""
-        if self._template is None:
-            cells: list[Any] = table.column(
-                self.columns.prompt or self.columns.messages
-            ).to_pylist()
-            return cells
-        rows = python_rows(table.select(list(self._template.columns)))
-        if self._field_order is None:
-            return [(row,) for row in rows]
-        order = self._field_order[row_start : row_start + len(rows)].tolist()
-        return list(zip(rows, order, strict=True))
+        return make_ids
 
-    def _parser(self) -> Parser:
-        template = self._template
-        if template is not None:
-            return lambda cells: read_text(template.render(*cells)), "TemplateError"
-        if self.columns.messages is not None:
-            return read_messages, "BadMessages"
-        return lambda cell: read_text(str(cell)), "EmptyPrompt"
+    def _orders(self, start: int, stop: int) -> list[list[int]] | None:
+        order: list[list[int]] | None = None
+        if self._field_order is not None:
+            order = self._field_order[start:stop].tolist()
+        return order
 
     def _take_from_blocks(self, wanted: dict[int, NDArray[np.int64]]) -> Iterator[pa.Table]:
         """These rows, ascending, of these blocks; a block is kept where there is room for it."""
@@ -234,10 +209,8 @@ def open_source(
     if copies is not None:
         copies.drop_stale()
     found = find_input_files(path, store)
-    files = _open_files(path, found.files, copies)
+    files = with_one_schema(_open_files(path, found.files, copies))
     schema = files[0].schema
-    for file in files[1:]:
-        _check_same_schema(files[0], file)
     template = _read_template(settings, schema.names)
     asked = None if template is None else template.columns
     columns = find_columns(schema, settings, files[0].origin.name, asked)
@@ -249,6 +222,8 @@ def open_source(
     if settings.limit is not None:
         num_rows = min(num_rows, settings.limit)
     labels = _make_labels([file.origin for file in files])
+    schema = pa.schema([field for field in schema if field.name != REFUSED_COLUMN])
+    check_types_carried(schema, columns.id, files[0].origin.name)
     return PromptSource(
         num_rows, schema, columns, files, labels, first_row, template, found.summary
     )
@@ -287,20 +262,6 @@ def find_duplicate_ids(ids: pl.Series, at_most: int = 5) -> list[str]:
     return found
 
 
-def _check_same_schema(first: ParquetInput, other: ParquetInput) -> None:
-    if first.schema.equals(other.schema):
-        return
-    ours = {f.name: f.type for f in first.schema}
-    theirs = {f.name: f.type for f in other.schema}
-    for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
-            here, there = ours.get(name, "absent"), theirs.get(name, "absent")
-            raise InputError(
-                f"column {name!r} is {here} in {first.origin.name} but {there} in "
-                f"{other.origin.name}; bring the files to one schema or run them one by one"
-            )
-
-
 def _make_labels(files: Sequence[InputFile]) -> tuple[str, ...]:
     """Base names for ids; where two are equal, paths from the folder that all files share."""
     names = tuple(file.base_name for file in files)
@@ -308,49 +269,3 @@ def _make_labels(files: Sequence[InputFile]) -> tuple[str, ...]:
         return names
     top = os.path.commonpath([os.path.dirname(file.path) for file in files])
     return tuple(os.path.relpath(file.path, top) for file in files)
-
-
-def _make_batch(
-    table: pa.Table,
-    columns: ColumnMap,
-    ids: list[str],
-    row_start: int,
-    raw: list[Any],
-    parser: Parser,
-) -> PromptBatch:
-    def cells(name: str | None) -> list[object]:
-        return [None] * len(ids) if name is None else table.column(name).to_pylist()
-
-    contents: list[str | list[Message] | None] = []
-    overrides: list[dict[str, object]] = []
-    rejected: list[Rejected] = []
-    rows = zip(
-        raw,
-        cells(columns.sampling_params),
-        cells(columns.max_new_tokens),
-        strict=True,
-    )
-    for row, (content, sampling, max_new_tokens) in enumerate(rows, row_start):
-        parsed, override, fault = _read_row(content, sampling, *parser)
-        if max_new_tokens is not None:
-            override["max_new_tokens"] = max_new_tokens
-        if fault is not None:
-            rejected.append(Rejected(row, *fault))
-        contents.append(parsed)
-        overrides.append(override)
-    tenants: list[str | None] = cells(columns.tenant)  # type: ignore[assignment]
-    return PromptBatch(row_start, ids, contents, overrides, tenants, tuple(rejected))
-
-
-def _read_row(
-    content: object, sampling: object, parse: Callable[[Any], Content], error_type: str
-) -> tuple[str | list[Message] | None, dict[str, object], tuple[str, str] | None]:
-    """Content, overrides and, if the row cannot run, (error_type, message) with content None."""
-    if content is None:
-        return None, {}, ("NullPrompt", "the prompt is null")
-    try:
-        parsed = parse(content)
-        error_type = "BadSamplingParams"
-        return parsed, {} if sampling is None else read_sampling(sampling), None
-    except BadCell as error:
-        return None, {}, (error_type, str(error))

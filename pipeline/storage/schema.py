@@ -7,6 +7,7 @@ from collections import Counter
 import pyarrow as pa
 
 from pipeline.errors import InputError
+from pipeline.storage.plain_types import carried_type, is_text
 
 SCHEMA_VERSION = 2
 
@@ -43,14 +44,14 @@ def carried_name(name: str) -> str:
 
 
 def output_schema(input_schema: pa.Schema, id_column: str | None) -> pa.Schema:
-    """Our columns, then every input column; an id column named `id` is ours already.
+    """Our columns, then every input column; an id column of text named `id` is ours already.
 
     Raises InputError where two input columns would end up with one name.
     """
     carried = [
-        pa.field(carried_name(field.name), field.type)
+        pa.field(carried_name(field.name), carried_type(field.type))
         for field in input_schema
-        if not _is_ours(field.name, id_column)
+        if not _is_ours(field, id_column)
     ]
     twice = [name for name, count in Counter(f.name for f in carried).items() if count > 1]
     if twice:
@@ -69,11 +70,15 @@ def carry_columns(results: pa.Table, inputs: pa.Table, id_column: str | None) ->
     """
     schema = output_schema(inputs.schema, id_column)
     ours = results.select([field.name for field in OUTPUT_FIELDS])
-    theirs = [inputs.column(n) for n in inputs.column_names if not _is_ours(n, id_column)]
+    theirs = [
+        inputs.column(place).cast(carried_type(field.type))
+        for place, field in enumerate(inputs.schema)
+        if not _is_ours(field, id_column)
+    ]
     return pa.Table.from_arrays(
         [*ours.cast(pa.schema(OUTPUT_FIELDS)).columns, *theirs], schema=schema
     )
 
 
-def _is_ours(name: str, id_column: str | None) -> bool:
-    return name == "id" and name == id_column
+def _is_ours(field: pa.Field, id_column: str | None) -> bool:
+    return bool(field.name == "id" == id_column and is_text(field.type))

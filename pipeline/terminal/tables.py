@@ -84,6 +84,7 @@ def plan_table(summary: Mapping[str, Any]) -> Rows:
     rejected = f", {summary['rows_rejected']:,} cannot run" if summary["rows_rejected"] else ""
     rows = [
         ("rows", f"{summary['rows']:,}{rejected}"),
+        *(_rejections(summary["rejections"]) if summary["rejections"] else ()),
         ("distinct prompts", f"{summary['distinct_prompts']:,}"),
         ("sequences to run", f"{summary['sequences']:,}"),
         ("prompt tokens T", f"{summary['prompt_tokens']:,}"),
@@ -217,11 +218,19 @@ def status_table(state: Mapping[str, Any]) -> Rows:
     return rows
 
 
+def _rejections(found: Mapping[str, Any]) -> Rows:
+    """Why rows cannot run: reasons with counts, and examples."""
+    return [
+        *((f"  {reason}", f"{count:,}") for reason, count in found["reasons"].items()),
+        *((f"  e.g. {e['id']}", f"{e['error_type']}: {e['message']}") for e in found["examples"]),
+    ]
+
+
 def validation_table(found: Mapping[str, Any]) -> Rows:
     """What `validate_input` found as a table."""
     rows = [("rows", f"{found['rows']:,}"), ("cannot run", f"{found['rows_rejected']:,}")]
-    rows += [(f"  {reason}", f"{count:,}") for reason, count in found["reasons"].items()]
-    rows += [(f"  e.g. {e['id']}", f"{e['error_type']}: {e['message']}") for e in found["examples"]]
+    rows += _rejections(found)
+    rows += [("note", note) for note in found["notes"]]
     if found["first"] is not None:
         ids = found["first"]["token_ids"]
         shown = " ".join(map(str, ids[:_SHOWN_IDS])) + (" ..." if len(ids) > _SHOWN_IDS else "")

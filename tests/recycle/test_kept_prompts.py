@@ -50,7 +50,7 @@ def test_the_files_are_what_the_script_writes(tmp_path: Path) -> None:
 
 BAD = {
     "holds no prompts": b"id,text\n",
-    "no column 'text'": b"id,prompt\na,b\n",
+    "no column 'prompt'": b"id,question\na,b\n",
     "no column 'id'": b"",
     "more or fewer cells": b"id,text\na,b,c\n",
     "is empty": b"id,text\na,  \n",
@@ -77,6 +77,13 @@ def test_a_file_that_cannot_work_is_refused(tmp_path: Path, reason: str) -> None
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot read"):
         read_kept_prompts(tmp_path / "p.csv")
+
+
+@pytest.mark.parametrize("column", ["prompt", "text"])
+def test_csv_names_its_texts_as_a_job_does(tmp_path: Path, column: str) -> None:
+    """Seen red: `run` wants `prompt`, and `recycle build` wanted `text`."""
+    (tmp_path / "p.csv").write_text(f"id,{column}\na,hello\n")
+    assert [(p.id, p.text) for p in read_kept_prompts(tmp_path / "p.csv")] == [("a", "hello")]
 
 
 def test_parquet_of_a_job_is_read_too(tmp_path: Path) -> None:

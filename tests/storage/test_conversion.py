@@ -137,10 +137,8 @@ def test_plain_lines_keep_their_columns(tmp_path: Path) -> None:
         (['{"t": [{"c": "x"}]}', '{"t": [{"c": ["y"]}]}'], "field 't' .* does not fit"),
         ([json.dumps({"id": 2**70})], "field 'id' .* does not fit"),
         ([json.dumps({"id": "\ud800"})], "field 'id' .* does not fit"),
-        (['{"id": "a", "sampling_params": {}}'], "does not fit into a column"),
-        (['{"id": "a", "more": [{"empty": {}}]}'], "field 'more' .* does not fit into a column"),
-        ([f'{{"id": "a", "more": {"[" * 32}{"]" * 32}}}'], "field 'more' .* too deep"),
-        (['{"id": 1, "temperature": NaN}'], "line 1 of .* is not a JSON object"),
+        (['{"id": 1, "temperature": NaN}'], "line 1 of .* holds NaN, which JSON does not have"),
+        (['{"id": 1, "x": [-Infinity]}'], "line 1 of .* holds -Infinity"),
         (['{"custom_id": "a", "body": null}'], "line 1 of .*body an object"),
     ],
 )
@@ -166,7 +164,7 @@ def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:
 
 
 def test_what_a_row_says_wrongly_is_left_to_the_run(tmp_path: Path) -> None:
-    parts = [{"role": "user", "content": [{"type": "text", "text": "t"}]}]
+    parts = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]
     lines = [request("a", messages=[]), request("b", temperature="hot"), request("c", stop=5)]
     lines += [request("d", messages=parts), request("e", max_tokens=-1), request("f")]
     source = write_lines(tmp_path / "in.jsonl", *lines)

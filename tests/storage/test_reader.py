@@ -290,16 +290,12 @@ def test_refusals_of_columns(tmp_path: Path) -> None:
     assert rows(source(path, messages_column="prompt")).contents == [CHAT]
     write(path, messages=[[{"role": "user", "text": "hi"}]])
     assert "'messages'" in refused(path)
-    write(path, prompt=["p"], max_new_tokens=[1.5])
+    write(path, prompt=["p"], max_new_tokens=["1"])
     assert "'max_new_tokens'" in refused(path)
     write(path, prompt=["p"], tenant=[1])
     assert "'tenant'" in refused(path)
     write(path, prompt=["p"], id=[[1]])
     assert "'id'" in refused(path)
-    write(path, prompt=["p", "q"], id=["a", None])
-    assert "row 1 of" in refused(path)
-    write(path, prompt=["p"], id=[b"\xff"])
-    assert "does not turn into text" in refused(path)
     pq.write_table(pa.Table.from_arrays([pa.array(["p"])] * 2, names=["prompt"] * 2), path)
     assert "twice" in refused(path)
 

@@ -13,7 +13,9 @@ NAMES = [field.name for field in OUTPUT_FIELDS]
 
 
 def test_input_columns_are_carried_and_renamed_only_where_taken() -> None:
-    inputs = pa.table({"id": [7, 8], "prompt": ["a", "b"], "status": ["x", "y"], "n": [1.5, None]})
+    inputs = pa.table(
+        {"id": ["r3", "r1"], "prompt": ["a", "b"], "status": ["x", "y"], "n": [1.5, None]}
+    )
     table = carry_columns(answers([3, 1]), inputs, id_column="id")
     assert table.column_names == [*NAMES, "prompt", "input_status", "n"]
     assert table.column("id").to_pylist() == ["r3", "r1"]
@@ -24,6 +26,15 @@ def test_input_columns_are_carried_and_renamed_only_where_taken() -> None:
 def test_an_id_column_of_another_name_is_carried_too() -> None:
     inputs = pa.schema([("id", pa.int64()), ("custom_id", pa.string())])
     assert output_schema(inputs, "custom_id").names == [*NAMES, "input_id", "custom_id"]
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.uuid(), pa.date32()])
+def test_an_id_that_is_no_text_is_carried_with_its_type(kind: pa.DataType) -> None:
+    """Seen red: whole numbers came back as text alone, so that joins found nothing."""
+    inputs = pa.table({"id": pa.nulls(2, kind)})
+    table = carry_columns(answers([3, 1]), inputs, id_column="id")
+    assert table.column_names == [*NAMES, "input_id"]
+    assert table.schema.field("input_id").type == kind
 
 
 def test_two_columns_that_would_get_one_name_are_refused() -> None:

@@ -1,0 +1,52 @@
+"""One row that a library fails on, whatever it raises, is told from the rows beside it.
+
+A batch goes through in one call. Only if that fails it is halved, until the row to blame is alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from pipeline.errors import CoppiceError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def is_row_fault(error: BaseException) -> bool:
+    """Whether a row may be to blame, and not the whole job or who stops it.
+
+    A panic of Rust is no Exception, and has no name that could be imported.
+    """
+    if type(error).__module__ == "pyo3_runtime":
+        return True
+    return isinstance(error, Exception) and not isinstance(error, CoppiceError)
+
+
+def call_by_halves(
+    call: Callable[[Sequence[Item]], Result], items: Sequence[Item]
+) -> Iterator[tuple[int, Result | BaseException]]:
+    """(first place, what `call` makes of the items from there on), until all are through.
+
+    Where it fails on one item alone, the error stands for the result.
+    """
+    stack = [(0, len(items))]
+    while stack:
+        low, high = stack.pop()
+        try:
+            result: Result | BaseException = call(items[low:high])
+        except BaseException as error:
+            if not is_row_fault(error):
+                raise
+            if high - low > 1:
+                middle = (low + high) // 2
+                stack += [(middle, high), (low, middle)]
+                continue
+            result = error
+        yield low, result
+
+
+def sentence(what: str, error: BaseException) -> str:
+    """Without what the error says, which may quote the row."""
+    return f"{what} ({type(error).__name__})"

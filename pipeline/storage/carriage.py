@@ -1,0 +1,56 @@
+"""Whether the output can carry an input's columns: written and read back before anything runs.
+
+A type that the writer or polars, which counts what a run has written, cannot take would else be
+found out when all rows are answered, and again at each resume.
+"""
+
+from __future__ import annotations
+
+import io
+
+import polars as pl
+import pyarrow as pa
+
+from pipeline.errors import InputError
+from pipeline.storage.schema import OUTPUT_FIELDS, carry_columns, output_schema
+from pipeline.storage.writer import encode_parquet
+
+
+def check_carriage(inputs: pa.Table, id_column: str | None, name: str) -> None:
+    """Raises InputError naming the first column of `inputs` that does not come back.
+
+    Also where two columns would be written under one name. `name`: the file to blame.
+    """
+    output_schema(inputs.schema, id_column)
+    if _comes_back(inputs, id_column):
+        return
+    for field in inputs.schema:
+        if not _comes_back(inputs.select([field.name]), id_column):
+            raise InputError(
+                f"column {field.name!r} of {name} has the type {field.type}, which the output "
+                "cannot carry; cast or drop it"
+            )
+    raise InputError(f"the columns of {name} cannot be carried together; drop those that are odd")
+
+
+def check_types_carried(schema: pa.Schema, id_column: str | None, name: str) -> None:
+    """`check_carriage` of no row, and of one that is null."""
+    check_carriage(schema.empty_table(), id_column, name)
+    nulls = [pa.nulls(1, field.type) for field in schema]
+    check_carriage(pa.Table.from_arrays(nulls, schema=schema), id_column, name)
+
+
+def _comes_back(inputs: pa.Table, id_column: str | None) -> bool:
+    """Through the writer and the reader of parts, and as failed rows once more."""
+    row = {"id": "", "row_index": 0, "status": "error"}
+    results = pa.Table.from_pylist([row] * inputs.num_rows, schema=pa.schema(OUTPUT_FIELDS))
+    try:
+        part = encode_parquet(carry_columns(results, inputs, id_column))
+        rows = pl.scan_parquet(io.BytesIO(part))
+        failed = rows.filter(pl.col("status") == "error").sort("row_index").collect()
+        encode_parquet(failed.to_arrow())
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # a panic of Rust is no Exception
+        return False
+    return bool(failed.height == inputs.num_rows)

@@ -1,0 +1,127 @@
+"""The fields of a request, with the meaning that OpenAI and vLLM give them. Knows no rows' cells.
+
+```
+ obeyed    temperature, max_tokens, ...      become fields of SamplingParams
+ refused   n, tools, response_format, ...    change the answer: refused, but for a neutral value
+ beside    user, metadata, store, ...        change no answer: left out
+```
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+
+LIMITS = ("max_new_tokens", "max_completion_tokens", "max_tokens", "max_output_tokens")
+"""All of them mean `max_new_tokens`."""
+_SAME = ("temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
+OBEYED: Mapping[str, str] = dict.fromkeys(LIMITS, "max_new_tokens") | {n: n for n in _SAME}
+"""Field of a request -> field of SamplingParams."""
+BESIDE = frozenset(
+    (
+        "metadata", "user", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+        "prompt_cache_retention", "parallel_tool_calls", "priority", "request_id", "cache_salt",
+        "stream_options", "timeout", "detokenize", "return_token_ids",
+        "return_tokens_as_token_ids",
+    )
+)  # fmt: skip
+"""Change no answer. (`parallel_tool_calls` says how tools are called, and tools are refused.)"""
+_TRUE, _FALSE, _ZERO, _ONE = (True,), (False,), (0,), (1,)
+_EMPTY: tuple[object, ...] = ([], {}, "")
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "add_generation_prompt": _TRUE,
+    "add_special_tokens": _TRUE,
+    "allowed_token_ids": _EMPTY,
+    "audio": _EMPTY,
+    "bad_words": _EMPTY,
+    "beam_width": _ONE,
+    "best_of": _ONE,
+    "chat_template": _EMPTY,
+    "chat_template_kwargs": _EMPTY,
+    "continue_final_message": _FALSE,
+    "documents": _EMPTY,
+    "early_stopping": _FALSE,
+    "echo": _FALSE,
+    "frequency_penalty": _ZERO,
+    "function_call": ("none", "auto"),
+    "functions": _EMPTY,
+    "guided_choice": _EMPTY,
+    "guided_grammar": _EMPTY,
+    "guided_json": _EMPTY,
+    "guided_regex": _EMPTY,
+    "include_stop_str_in_output": _FALSE,
+    "length_penalty": _ONE,
+    "logit_bias": _EMPTY,
+    "logits_processors": _EMPTY,
+    "logprobs": (False, 0),
+    "min_new_tokens": _ZERO,
+    "min_p": _ZERO,
+    "min_tokens": _ZERO,
+    "modalities": (["text"],),
+    "n": _ONE,
+    "no_repeat_ngram_size": _ZERO,
+    "num_beams": _ONE,
+    "prediction": _EMPTY,
+    "presence_penalty": _ZERO,
+    "prompt_logprobs": _ZERO,
+    "reasoning_effort": ("none",),
+    "repetition_penalty": _ONE,
+    "response_format": ({"type": "text"}, *_EMPTY),
+    "skip_special_tokens": _TRUE,
+    "spaces_between_special_tokens": _TRUE,
+    "stop_token_ids": _EMPTY,
+    "stream": _FALSE,
+    "structured_outputs": _EMPTY,
+    "suffix": _EMPTY,
+    "thinking": ({"type": "disabled"}, *_EMPTY),
+    "tool_choice": ("none", "auto"),
+    "tools": _EMPTY,
+    "top_logprobs": _ZERO,
+    "truncate_prompt_tokens": (),
+    "typical_p": _ONE,
+    "use_beam_search": _FALSE,
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+REFUSED = frozenset(_NEUTRAL)
+"""Change the answer in a way that coppice cannot do."""
+AMBIGUOUS = frozenset(
+    (
+        "audio", "documents", "echo", "functions", "modalities", "n", "prediction", "stream",
+        "suffix", "thinking", "verbosity",
+    )
+)  # fmt: skip
+"""Names that a column of a table may have without being a field of a request."""
+
+
+def is_neutral(name: str, value: object) -> bool:
+    """Whether a field of `REFUSED` says what holds anyway; true is not taken for 1.
+
+    Objects and lists may be JSON text, as a column of a table has them.
+    """
+    said = _without_nulls(_parsed(value))
+    return said is None or any(
+        said == usual and isinstance(said, bool) == isinstance(usual, bool)
+        for usual in _NEUTRAL[name]
+    )
+
+
+def _parsed(value: object) -> object:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def _without_nulls(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: inner for name, inner in value.items() if inner is not None}
+    return value
+
+
+def describe_unsupported(names: Iterable[str], num_unknown: int = 0) -> str:
+    """One sentence that names all of them; of fields that nobody knows only the number."""
+    listed = sorted(names)
+    others = f"{num_unknown} field{'s' if num_unknown > 1 else ''} that coppice does not know"
+    said = ", ".join([*listed, *([others] if num_unknown else [])])
+    return f"asks for {said}, which coppice cannot do; remove what is not needed"
