@@ -568,7 +568,7 @@ def test_a_missing_library_says_what_to_install(
     command: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, "boto3", None)
-    with pytest.raises(UsageError, match=r"needs boto3; pip install 'kvcoppice\[s3\]'"):
+    with pytest.raises(UsageError, match=r"needs boto3; .*pip install -e '\.\[s3\]'"):
         run_job(prompts, out, settings) if command == "run" else read_status(out)
 
 
