@@ -36,7 +36,7 @@ NIGHT_HELP = {
     "name": "Name of the job; run directories lie in OUTPUT/NAME.",
     "input": "Where a night's prompts are; {date} or {date:%Y/%m/%d} in it is the night's date.",
     "output": "Folder or s3:// URL of the run directories.",
-    "publish": "Folder or s3:// URL that gets what passed the audit; without it nothing is published.",
+    "publish": "Folder or s3:// URL that gets what passed the audit; nowhere if left out.",
     "on_no_input": "Whether a night without input failed or is skipped.",
     "catch_up": "Unfinished nights of so many days before are done first; 0: none.",
 }
