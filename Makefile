@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= coppice-demo
 
-.PHONY: demo test trust test-slow test-vllm torture fuzz faults check format lint types bench bench-peers paper demo-model report-demo wheel clean
+.PHONY: demo test test-fast trust test-slow attacks test-vllm torture fuzz faults check format format-check lint types docs bench bench-peers paper demo-model wheel clean
 
 demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts, audit it, report
 	$(BIN)/coppice demo -o $(DEMO)
@@ -13,14 +13,22 @@ demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts,
 test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# By measured durations: what is left out starts processes, servers or clusters, or compiles.
+FAST ?= @FAST@
+test-fast: $(VENV)/.installed-dev  ## under a minute: most of what can break without a process being started
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(FAST)
+
 trust: $(VENV)/.installed-dev  ## the figures of trust: audits, strict mode, tortures, fuzzing; half an hour
 	$(BIN)/python -m benchmarks.trust
 
-torture: $(VENV)/.installed-dev  ## every file operation fails or kills, and 220 kill -9; a quarter of an hour
+torture: $(VENV)/.installed-dev  ## every file operation fails or kills, and 220 kill -9; about 40 minutes
 	$(BIN)/python -m tests.torture $(if $(JSON),--json $(JSON))
 
 test-slow: $(VENV)/.installed-dev  ## what takes minutes: a million rows, thousands of damaged files
 	$(BIN)/python -m pytest -m slow
+
+attacks: $(VENV)/.installed-dev  ## hostile inputs, the slow ones as well
+	$(BIN)/python -m pytest tests/attacks -m "slow or not slow"
 
 fuzz: $(VENV)/.installed-dev  ## read 20,000 damaged Parquet files and count what comes of them
 	$(BIN)/python -m tests.storage.fuzz 20000
@@ -32,7 +40,7 @@ test-vllm: $(VENV)/.installed-dev  ## the engine on vLLM, on its build for CPUs
 faults: $(VENV)/.installed-dev  ## write docs/faults.md from the tests
 	$(BIN)/python -m tests.faults > docs/faults.md
 
-check: $(VENV)/.installed-dev format-check lint types test  ## all that must be green before a commit
+check: $(VENV)/.installed-dev format-check lint types docs test  ## all that must be green before a commit
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
@@ -43,10 +51,13 @@ format-check: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
-types: $(VENV)/.installed-dev
+types: $(VENV)/.installed-dev  ## of the product, its tests and its benchmarks
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed  ## the figures of the README; about 20 minutes, nothing else running
+docs: $(VENV)/.installed-dev  ## the site into site/; fails on a link that leads nowhere
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+bench: $(VENV)/.installed  ## the figures of docs/figures.md; about 20 minutes, nothing else running
 	$(BIN)/python -m benchmarks.main_job
 
 # Their environments are made below .bench, unless COPPICE_BENCH_VLLM / _OPENVINO name some.
@@ -70,7 +81,7 @@ wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info $(DEMO)
+	rm -rf $(VENV) build dist site *.egg-info $(DEMO)
 
 # constraints.txt pins versions that were installed together from scratch. A torch that fits and is
 # already there is kept; otherwise pip's own configuration decides between a CPU and a CUDA build.
@@ -80,5 +91,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[encoder,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[encoder,dev,docs]'
 	touch $@

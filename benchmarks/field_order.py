@@ -23,7 +23,7 @@ _KINDS = (3, 20, 200, 2000, 0.2, 0.3, 1.0, 1.0, 50, 0.1)  # values; below 2, a s
 
 def _ratios(tables: int) -> np.ndarray:
     random = np.random.default_rng(0)
-    ratios = []
+    ratios: list[float] = []
     while len(ratios) < tables:
         rows, costs = random_table(random)
         most, table = most_by_enumeration(rows, costs), to_table(rows, costs)

@@ -63,8 +63,8 @@ def main() -> None:
     print(f"prefill {counters.prefill_s:.2f} s, decode {counters.decode_s:.2f} s; best product")
     print(f"{best / 1e9:.0f} GFLOP/s, so the limit is {work.flop(model) / best:.2f} s")
     for name, spent in seconds.most_common(16):
-        rate = f"{flop[name] / spent / 1e9:6.0f} GFLOP/s" if flop[name] else ""
-        print(f"{name:44} {spent:7.3f} s {calls[name]:7,} calls {rate}")
+        speed = f"{flop[name] / spent / 1e9:6.0f} GFLOP/s" if flop[name] else ""
+        print(f"{name:44} {spent:7.3f} s {calls[name]:7,} calls {speed}")
     rate = model.flop_per_pair * work.pairs / attention / 1e9 if attention else 0.0
     print(f"attention over the pairs counted: {rate:.0f} GFLOP/s")
 

@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -57,7 +58,8 @@ def prompt(row: int) -> TokenIds:
 @contextmanager
 def unflushed() -> Iterator[None]:
     """While a store is filled, nothing is flushed: 100,000 times would take an hour of waiting."""
-    real, os.fsync = os.fsync, lambda file: None
+    real = os.fsync
+    os.fsync = lambda fd: None
     try:
         yield
     finally:
@@ -148,7 +150,7 @@ def measure_deep(folder: Path, tokens: int, repeats: int) -> dict[str, float]:
     ids = [np.full(tokens, row, np.uint32) for row in range(repeats)]
     size = kv.numel() * 4
     with KVStore.open(folder, DEEP, _BUDGET) as store:
-        put_s = [timed(lambda ids=i: store.put(ids, 0, kv)) for i in ids]
+        put_s = [timed(partial(store.put, row, 0, kv)) for row in ids]
     place, root = StoreFolder(folder), DEEP.root("", "")
     files = [(place.entry_path(entry_key(root, row, 0)), row) for row in ids]
     arena = torch.zeros_like(kv)
@@ -160,15 +162,15 @@ def measure_deep(folder: Path, tokens: int, repeats: int) -> dict[str, float]:
 
     for path, row in files:
         forget(path)
-        note("read_cold", lambda path=path: read(path, buffer))
-        note("read_cached", lambda path=path: read(path, buffer))
+        note("read_cold", partial(read, path, buffer))
+        note("read_cached", partial(read, path, buffer))
         with KVStore.open(folder, DEEP, _BUDGET) as store:
-            note("load_first", lambda row=row: load(store, row, arena))
-            note("load_again", lambda row=row: load(store, row, arena))
+            note("load_first", partial(load, store, row, arena))
+            note("load_again", partial(load, store, row, arena))
         assert torch.equal(arena, kv)
         forget(path)
         with KVStore.open(folder, DEEP, _BUDGET) as store:
-            note("load_cold", lambda row=row: load(store, row, arena))
+            note("load_cold", partial(load, store, row, arena))
     found = {f"{name}_bytes_per_s": size / median(values) for name, values in seconds.items()}
     return {
         "tokens": tokens,

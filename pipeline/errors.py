@@ -113,6 +113,11 @@ class Interrupted(CoppiceError):
     exit_code = 130
 
 
+def install_extra(extra: str) -> str:
+    """How to get an optional part of coppice, for a message. It is on no package index yet."""
+    return f"in a checkout of coppice run: pip install -e '.[{extra}]'"
+
+
 def place_of(error: BaseException) -> str:
     """Type and place of a fault of ours. Its message is left out: it may quote a prompt."""
     last = traceback.extract_tb(error.__traceback__)[-1]

@@ -24,7 +24,7 @@ import numpy as np
 
 from pipeline.engine.base import Engine
 from pipeline.engine.machine import cache_folder
-from pipeline.errors import EngineError, ModelError, UsageError
+from pipeline.errors import EngineError, ModelError, UsageError, install_extra
 from pipeline.job.device_lock import holding_device
 from pipeline.job.fingerprint import describe_versions, fingerprint_fields, identify_model
 from pipeline.job.metrics_export import exporting
@@ -110,7 +110,7 @@ def make_executor(settings: JobSettings) -> Engine:
         from pipeline.executor.ray_crew import RayCrew
     except ModuleNotFoundError as error:
         raise UsageError(
-            "--executor ray needs Ray on every machine; run: pip install 'kvcoppice[ray]'"
+            f"--executor ray needs Ray on every machine; {install_extra('ray')}"
         ) from error
     from pipeline.executor.fleet import Fleet
 

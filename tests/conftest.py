@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from pipeline.settings import JobSettings
 from tests.tiny_job import echo_settings, write_model, write_tokenizer
 from tests.torture.victim import Server
+
+# A busy machine is slow now and then, and that is no fault of what is tested.
+hypothesis.settings.register_profile("coppice", deadline=None)
+hypothesis.settings.load_profile("coppice")
 
 
 @pytest.fixture(scope="session", autouse=True)

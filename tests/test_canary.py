@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.job.checkpoint import Checkpoint
-from pipeline.job.recorded import SYSTEM_PROMPT_NAME
 from pipeline.storage import parquet_input
+from pipeline.storage.run_directory import SYSTEM_PROMPT_NAME
 from tests.test_cli import Shell
 from tests.tiny_job import FailingEngine, use_engine, write_model, write_prompts
 
@@ -134,8 +134,8 @@ def test_a_job_tells_its_text_to_its_output_alone(
 ) -> None:
     """Seen red: the system prompt in run.json and report.html."""
     out = places / "out"
-    job = ("--model", str(model), "--engine", "echo", "--apply-chat-template", "--system-prompt")
-    job = (*job, SYSTEM, "--max-new-tokens", "60", "--config", str(places / "job.yaml"))
+    said = ("--model", str(model), "--engine", "echo", "--apply-chat-template", "--system-prompt")
+    job = (*said, SYSTEM, "--max-new-tokens", "60", "--config", str(places / "job.yaml"))
     (places / "job.yaml").write_text("fail-on-error: 9\n")
     words = echoed(TEXTS)
     for command in (
@@ -165,8 +165,8 @@ def test_a_job_tells_its_text_to_its_output_alone(
 )
 def test_an_audit_tells_no_text(places: Path, shell: Shell, model: Path, source: Path) -> None:
     out = places / "out"
-    job = ("--model", str(model), "--apply-chat-template", "--system-prompt", SYSTEM)
-    job = (*job, "--max-new-tokens", "12", "--ignore-eos", "--fail-on-error", "9")
+    said = ("--model", str(model), "--apply-chat-template", "--system-prompt", SYSTEM)
+    job = (*said, "--max-new-tokens", "12", "--ignore-eos", "--fail-on-error", "9")
     watched = ("--log-format", "json", "--metrics-file", str(places / "job.prom"))
     assert shell("run", str(source), "-o", str(out), *job, *watched) == 0
     answers = pl.read_parquet(out / "data" / "*.parquet")["generated_text"].drop_nulls()

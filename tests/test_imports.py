@@ -1,4 +1,4 @@
-"""Who may import whom (architecture.md), read from the source itself."""
+"""Who may import whom (ARCHITECTURE.md), read from the source itself."""
 
 from __future__ import annotations
 

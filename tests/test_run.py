@@ -212,7 +212,7 @@ def test_prompts_at_the_limit_of_the_context(
 ) -> None:
     source = write_prompts(tmp_path / "p.parquet", ["b" * (length - 1) + "a"])
     flat = {"model": str(model_folder), "engine": "echo", "on_overlong": rule}
-    flat |= {"max_new_tokens": 8, "fail_on_error": "1"}
+    flat |= {"max_new_tokens": "8", "fail_on_error": "1"}
     run_job(str(source), tmp_path / "out", JobSettings.from_flat(flat))
     row = answers(tmp_path / "out").row(0, named=True)
     assert (row["status"], row["prompt_tokens"], row["completion_tokens"]) == expected
@@ -361,7 +361,7 @@ def test_a_process_that_does_many_jobs_keeps_nothing_of_one(
     make = run_module.make_engine
 
     def watch(settings: JobSettings) -> Any:
-        made = make(settings)
+        made: Any = make(settings)
         models.append(weakref.ref(made.loaded.model))
         return made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def write_prompts(path: Path, prompts: list[str | None], **columns: list[Any]) -> Path:
+def write_prompts(path: Path, prompts: Sequence[str | None], **columns: list[Any]) -> Path:
     """A Parquet file with ids r0, r1, ... unless `columns` brings others."""
     ids = {"id": [f"r{i}" for i in range(len(prompts))]}
     pq.write_table(pa.table({**ids, "prompt": prompts, **columns}), path)

@@ -1,6 +1,6 @@
 """How alike two texts are, by sentence embeddings. Describes differences; never decides a verdict.
 
-Bits flipped in the KV cache leave embeddings almost unchanged (design: trust.md §1), so cosine can
+Bits flipped in the KV cache leave embeddings almost unchanged (ARCHITECTURE.md), so cosine can
 be no gate. An encoder is a luxury: finding one never waits on the network, and a folder that wants
 to run code or holds pickled weights is refused.
 """

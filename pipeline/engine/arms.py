@@ -1,4 +1,4 @@
-"""The same rows computed in other ways, and how far each is from plain full prefill (trust.md §2).
+"""The same rows computed in other ways, and how far each is from plain full prefill.
 
 | arm | prefixes | rows at a time |
 |---|---|---|
@@ -8,7 +8,8 @@
 | product | shared | all |
 
 Every arm is given the tokens that the row was answered with, so that all positions can be compared;
-left to themselves, two arms that part once say different things from there on.
+left to themselves, two arms that part once say different things from there on. What each of them
+is for stands in docs/audits.md.
 """
 
 from __future__ import annotations

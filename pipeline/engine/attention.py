@@ -1,7 +1,7 @@
 """The attention function that transformers calls in each layer. Knows slots, not prompts.
 
 Registered under a name that triggers none of transformers' special paths, so masks are never made
-and causality is ours: a forward without our `packed_batch` is refused (engine.md §3).
+and causality is ours: a forward without our `packed_batch` is refused (ARCHITECTURE.md).
 """
 
 from __future__ import annotations

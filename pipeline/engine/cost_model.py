@@ -4,7 +4,7 @@
 
 `keys` counts a segment's keys once whatever the number of its queries, `pairs` every query's own
 keys. The decision that rests on it: a span of `p` tokens above G rows costs one segment when it is
-shared in decode, and p * (G - 1) more keys when each row has a copy (engine.md §2.6).
+shared in decode, and p * (G - 1) more keys when each row has a copy.
 """
 
 from __future__ import annotations

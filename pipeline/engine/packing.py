@@ -10,7 +10,7 @@ A *piece* is a run of new tokens of one node or row. Its queries see, in this or
 ```
 
 Pieces come in depth-first order, so all queries below one node lie side by side: one segment
-serves them all (engine.md §2.4). A decoding row is a piece of one token.
+serves them all (ARCHITECTURE.md, Packed forwards). A decoding row is a piece of one token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engine with a fault of the kind that reuse can have, planted on purpose (trust.md §2).
+"""The engine with a fault of the kind that reuse can have, planted on purpose (docs/audits.md).
 
 What it writes goes through the audit like any other answer; an audit that lets it pass proves
 nothing. The faults, all at one prompt position `at` of a shared prefix:

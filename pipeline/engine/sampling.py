@@ -1,7 +1,7 @@
 """From logits to the next token. Knows rows by a noise key, not by their place in a batch.
 
 The noise of a row at a position depends only on (seed, row id, position): neither batch order nor
-resume can change an answer, and an audit can repeat it (trust.md §2).
+resume can change an answer, and an audit can repeat it (ARCHITECTURE.md, Trust).
 """
 
 from __future__ import annotations

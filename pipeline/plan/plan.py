@@ -9,7 +9,7 @@ From input rows to device work:
 A *sequence* is what the engine runs once; every row points at the sequence that answers it. A
 *group node* is a node below which at least two sequences lie and whose span (its edge plus the
 short edges just above it) has `min_prefix_tokens` or more: it gets a KV range of its own that all
-rows below attend to. Shorter shared edges are computed once too, and then copied (engine.md §2).
+rows below attend to. Shorter shared edges are computed once too, and then copied (ARCHITECTURE.md).
 """
 
 from __future__ import annotations

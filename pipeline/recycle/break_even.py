@@ -1,7 +1,7 @@
 """From which depth on loading a stored prefix beats computing it. Pure arithmetic, and its probe.
 
 Loading costs a fixed time for each entry and then so much per byte; computing costs so much per
-token. Below the depth k* at which the two are equal the store is not used (recycling.md).
+token. Below the depth k* at which the two are equal the store is not used (docs/recycling.md).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import RunDirectoryError, StorageError, UsageError
+from pipeline.errors import RunDirectoryError, StorageError, UsageError, install_extra
 from pipeline.settings import StoreSettings
 from pipeline.storage.durable import publish, temp_path, write_errors, write_stream
 from pipeline.storage.object_store import (
@@ -198,7 +198,7 @@ def _connect(store: StoreSettings, endpoint: str | None, url: str) -> Any:
         from botocore import UNSIGNED
         from botocore.config import Config
     except ImportError:
-        raise UsageError(f"{url} needs boto3; pip install 'kvcoppice[s3]'") from None
+        raise UsageError(f"{url} needs boto3; {install_extra('s3')}") from None
     options = store.storage_options
     config = Config(
         connect_timeout=CONNECT_S,

@@ -23,7 +23,7 @@ def demo_folder() -> Path:
     for folder in (_PACKAGE / "demo", _PACKAGE.parent / "data"):
         if (folder / "prompts.parquet").is_file():
             return folder
-    raise UsageError("the demo's model and prompts are not installed; reinstall kvcoppice")
+    raise UsageError("the demo's model and prompts are not installed; install coppice again")
 
 
 def run_demo(output: Path, progress: str, log_format: str) -> None:

@@ -73,9 +73,9 @@ def test_an_arm_that_is_wrong_is_far_away() -> None:
 
 def test_strict_mode_keeps_the_bits_of_a_row_and_the_default_does_not() -> None:
     rows = forced_rows()
-    for fidelity, keeps in (("strict", True), ("default", False)):
-        engine = PrefixEngine(load_tiny(), EngineSettings(fidelity=fidelity))
-        assert all(same_bits_alone(engine, rows)) == keeps
+    for settings in (EngineSettings(fidelity="strict"), EngineSettings()):
+        engine = PrefixEngine(load_tiny(), settings)
+        assert all(same_bits_alone(engine, rows)) == (settings.fidelity == "strict")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -96,7 +96,7 @@ def test_a_planted_fault_changes_answers(fault: Fault, dtype: torch.dtype) -> No
 
 def test_one_bit_is_flipped_in_one_value_only() -> None:
     engine = PrefixEngine(load_tiny(), EngineSettings())
-    before: list[np.ndarray] = []
+    before: list[torch.Tensor] = []
 
     def arena_after(fault: Fault | None) -> np.ndarray:
         seen: list[np.ndarray] = []

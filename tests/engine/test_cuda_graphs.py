@@ -64,7 +64,9 @@ class ToyModel:
         self.arena[1][:, batch.slots] = value.transpose(0, 1)
         items = torch.cat([batch.work.large, batch.work.small])[:, :5].numpy()
         rules = AttentionRules(0.5)
-        out = attend_reference(query, *self.arena, batch.position_ids[0], items, rules)
+        out = attend_reference(
+            query, self.arena[0], self.arena[1], batch.position_ids[0], items, rules
+        )
         return out.flatten(1) @ self.head
 
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def generate(engine: PrefixEngine | NaiveEngine, plan: Plan) -> dict[int, Comple
     return {c.sequence: c for c in engine.generate(plan, every, RunControl())}
 
 
-def worst_difference(loaded: LoadedModel, plan: Plan, kernels: str) -> float:
+def worst_difference(loaded: LoadedModel, plan: Plan, kernels: Literal["auto", "torch"]) -> float:
     """Of any logit that chose a token from eager attention's, as a share of the largest one."""
     settings = EngineSettings(max_batch_tokens=64, max_rows=7, kernels=kernels)
     engine = PrefixEngine(loaded, settings)
@@ -72,7 +73,9 @@ def use_plain_torch(loaded: LoadedModel) -> None:
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 @every_family
-def test_every_logit_equals_eager_attention(family: Family, kernels: str) -> None:
+def test_every_logit_equals_eager_attention(
+    family: Family, kernels: Literal["auto", "torch"]
+) -> None:
     loaded = families.load(family)
     assert worst_difference(loaded, random_plan(), kernels) < family.bound
 
@@ -88,7 +91,9 @@ def test_tokens_equal_the_naive_engine(family: Family) -> None:
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 @every_family
-def test_bfloat16_passes_the_test_at_load(family: Family, kernels: str) -> None:
+def test_bfloat16_passes_the_test_at_load(
+    family: Family, kernels: Literal["auto", "torch"]
+) -> None:
     loaded = families.load(family, torch.bfloat16)
     assert self_test(PrefixEngine(loaded, EngineSettings(kernels=kernels))) >= 0.0
 
@@ -122,7 +127,9 @@ def test_a_wrong_rule_is_seen(
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
-def test_the_test_at_load_crosses_a_window(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_test_at_load_crosses_a_window(
+    kernels: Literal["auto", "torch"], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The usual prompts have 40 tokens; this window is wider."""
     mistral = BY_ID["mistral, window"]
     mistral = replace(mistral, options=mistral.options | {"sliding_window": 100})

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -174,12 +175,12 @@ def run(
     budget_tokens: int | None = None,
     control: RunControl = CONTROL,
     kernels: str = "auto",
-    **limits: int,
+    **limits: Any,
 ) -> tuple[dict[int, Completion], PrefixEngine]:
     """All sequences of the plan; `limits` are rows and tokens of a batch."""
     loaded = tiny.load_tiny()
     budget = budget_tokens and budget_tokens * loaded.shape.kv_bytes_per_token()
-    chosen = "torch" if kernels == "torch" else "auto"
+    chosen: Literal["auto", "torch"] = "torch" if kernels == "torch" else "auto"
     engine = PrefixEngine(loaded, EngineSettings(kv_budget=budget, kernels=chosen, **limits))
     if kernels == "recorded":
         forward = TransformersForward(loaded.model, pack_weights=False)

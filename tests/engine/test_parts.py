@@ -106,7 +106,7 @@ def test_top_k_and_top_p_keep_what_they_say(params: SamplingParams, allowed: set
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_self_test_passes_for_supported_families(
-    family: str, dtype: torch.dtype, kernels: str
+    family: str, dtype: torch.dtype, kernels: Literal["auto", "torch"]
 ) -> None:
     engine = PrefixEngine(tiny.load_tiny(family, dtype), EngineSettings(kernels=kernels))
     assert 0.0 <= self_test(engine) < self_test_module._TOLERANCE[dtype]

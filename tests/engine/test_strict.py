@@ -188,7 +188,8 @@ def test_the_demo_model_keeps_its_bits() -> None:
     params = (SamplingParams(max_new_tokens=6, ignore_eos=True),)
     plan = tiny.plan_of(prompts, params)
     alone = bits_alone(engine_for(loaded), plan)
-    for limits in ({}, {"max_rows": 3, "max_batch_tokens": 48}):
+    every: list[dict[str, Any]] = [{}, {"max_rows": 3, "max_batch_tokens": 48}]
+    for limits in every:
         assert num_unequal(bits(engine_for(loaded, **limits), plan), alone) == 0
 
 

@@ -82,7 +82,7 @@ def test_options_are_read_as_yaml_and_ours_are_refused() -> None:
 @pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed")
 def test_without_vllm_the_job_says_what_to_install(tmp_path: Path) -> None:
     settings = JobSettings(model=MODEL)
-    with pytest.raises(UsageError, match=r"install kvcoppice\[vllm\]"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[vllm\]'"):
         run_job(str(ROOT / "data" / "prompts.parquet"), tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()
 

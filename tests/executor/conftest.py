@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import run as run_module
+from pipeline.errors import install_extra
 from tests.executor import ray_engines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,7 @@ def ray_environment() -> Iterator[dict[str, str]]:
     """What a cluster of the tests needs: a folder so short that its sockets fit, and a token of its
     own, without which Ray would leave one in the user's home."""
     if importlib.util.find_spec("ray") is None:
-        pytest.skip("ray is not installed: pip install 'kvcoppice[ray]'")
+        pytest.skip(f"ray is not installed; {install_extra('ray')}")
     short = tempfile.mkdtemp(prefix="cr", dir="/tmp")
     token = secrets.token_hex(32)
     yield {

@@ -154,7 +154,7 @@ def test_pieces_come_longest_first_and_tile_the_plan(
 def test_a_group_within_the_fair_share_is_never_cut(drawn: Drawn, num_workers: int) -> None:
     plan = make_plan(drawn, [0])
     total = Costs(plan).whole(0, len(plan.sequences))
-    home = {}
+    home: dict[int, int] = {}
     for piece in all_pieces(Dispatch(plan, num_workers)):
         home |= dict.fromkeys(piece.positions.tolist(), piece.number)
     for top in np.flatnonzero(plan.tree.parent < 0).tolist():

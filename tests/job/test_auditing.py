@@ -13,9 +13,10 @@ import pytest
 from pipeline.audit.similarity import Encoder
 from pipeline.engine import arms
 from pipeline.errors import InputError, ModelError, RunDirectoryError, StorageError
-from pipeline.job.auditing import audit_run, describe_audit, seed_of_output, select_rows
+from pipeline.job.auditing import audit_run, describe_audit, seed_of_output
 from pipeline.job.evidence import Arms
-from pipeline.run import open_job, run_job
+from pipeline.job.planning import open_job, select_rows
+from pipeline.run import run_job
 from pipeline.settings import AuditSettings, JobSettings
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.writer import write_part

@@ -52,9 +52,9 @@ def test_the_same_fields_in_an_order_that_shares_more(folder: Path) -> None:
     for before, after in zip(prompts(given), prompts(ordered), strict=True):
         assert before != after
         assert Counter(before.split("\n")) == Counter(after.split("\n"))
-    before, after = (plan_rows(job).summary for job in (given, ordered))
-    assert before.prompt_tokens == after.prompt_tokens
-    assert after.saving > 3 * before.saving > 0
+    first, second = (plan_rows(job).summary for job in (given, ordered))
+    assert first.prompt_tokens == second.prompt_tokens
+    assert second.saving > 3 * first.saving > 0
 
 
 def test_a_plan_says_what_another_order_would_save(folder: Path) -> None:

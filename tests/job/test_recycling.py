@@ -194,8 +194,8 @@ def test_a_damaged_store_costs_time_and_nothing_else(
 
 def test_two_jobs_use_one_store_and_one_of_them_writes(nights: Nights) -> None:
     nights.run(PROMPTS)
+    from pipeline.job.planning import open_job
     from pipeline.job.recycling import identify_states
-    from pipeline.run import open_job
 
     job = open_job(str(nights.root / "p1.parquet"), nights.settings())
     identity = identify_states(job.settings, job.tokenizer.fingerprint, "float32")

@@ -26,7 +26,7 @@ from pipeline.errors import (
     TimeBudgetReached,
     TooManyFailedRows,
 )
-from pipeline.job.auditing import reopen_job
+from pipeline.job.auditing import audit_run, reopen_job
 from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.observer import SilentObserver
 from pipeline.night import night as night_module
@@ -71,7 +71,7 @@ def act_after(patch: pytest.MonkeyPatch, after: int, act: Callable[[], object]) 
                     act()
                 yield completion
 
-        engine.generate = generate_and_act  # type: ignore[method-assign]
+        engine.generate = generate_and_act  # type: ignore[method-assign,assignment]
         return engine
 
     patch.setattr(run_module, "make_engine", make)
@@ -83,7 +83,7 @@ def fall() -> None:
 
 def fail_audits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers that full prefill does not confirm."""
-    real = steps.audit_run
+    real = audit_run
 
     def audit(place: Any, *rest: Any) -> Verdict:
         for part in (Path(place) / "audit").glob("*"):

@@ -272,7 +272,7 @@ def test_where_folders_cannot_be_exchanged_the_earlier_state_stays(
         def renameat2(self, *_: Any) -> int:
             return -1
 
-    monkeypatch.setattr(folder_target.ctypes, "CDLL", lambda *_, **__: Libc())
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: Libc())
     with pytest.raises(RunDirectoryError, match="move it away"):
         publish(audited)
     assert tree(audited.published) == before and hidden(audited.published) == []

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.night import units
 from pipeline.night.dates import date_of_sitting
 from pipeline.night.units import Schedule, crontab, make_schedule, serve, systemd_units
 from tests.night.job import DAY
@@ -145,8 +144,10 @@ def test_what_cannot_be_written_in_a_line_is_refused(tmp_path: Path) -> None:
 def test_without_printing_prefect_serves(
     schedule: Schedule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    called = []
-    monkeypatch.setattr(units.os, "execv", lambda path, words: called.append((path, words)))
+    called: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(
+        "pipeline.night.units.os.execv", lambda path, words: called.append((path, words))
+    )
     serve(schedule, "nightly")
     ((path, words),) = called
     assert path == sys.executable

@@ -59,7 +59,7 @@ def to_table(rows: Rows, costs: Costs) -> FieldTable:
 def random_table(random: np.random.Generator) -> tuple[Rows, Costs]:
     """3 to 7 rows of 2 to 4 fields: even or skewed values, fields that follow from another."""
     num_rows, num_fields = random.integers(3, 8), random.integers(2, 5)
-    kinds = random.choice([1, 2, 2, 3, 3, num_rows], num_fields)
+    kinds = random.choice([1, 2, 2, 3, 3, int(num_rows)], num_fields)
     skew = random.choice([0.0, 1.2])
     values = random.integers(0, 100, (num_rows, num_fields)) % kinds
     if skew:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipeline.plan.caching import computed_by_blocks, computed_in_given_order
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.records import SamplingParams
-from tests.plan.trie_oracle import Drawn, drawn_rows
+from tests.plan.trie_oracle import Drawn, Rows, drawn_rows
 
 
 def make_plan(drawn: Drawn) -> Plan:
@@ -47,7 +47,7 @@ def test_a_cache_that_holds_all_computes_each_token_once(drawn: Drawn) -> None:
 def test_a_small_cache_forgets_what_was_not_used_for_longest() -> None:
     """A row of another group between two of one costs the group's prefix again."""
     first, other = (1, 1, 1, 1), (2, 2, 2, 2)
-    rows = [(*first, 5), (*other, 5), (*first, 6), (*first, 7)]
+    rows: Rows = [(*first, 5), (*other, 5), (*first, 6), (*first, 7)]
     plan = make_plan(Drawn(rows, [0] * 4))
     assert computed_in_given_order(plan, 20) == (5 + 5 + 1 + 1, 20)
     assert computed_in_given_order(plan, 5) == (5 + 5 + 5 + 1, 20)

@@ -12,7 +12,7 @@ from tests.plan.field_oracle import (
 )
 
 
-def test_at_least_95_percent_of_the_optimum_on_every_small_table():
+def test_at_least_95_percent_of_the_optimum_on_every_small_table() -> None:
     """Seen red with the paper's score, what a value saves alone: 0.875 on the worst table."""
     random = np.random.default_rng(0)
     ratios = []
@@ -28,7 +28,7 @@ def test_at_least_95_percent_of_the_optimum_on_every_small_table():
     assert np.mean(ratios) >= 0.999
 
 
-def test_every_row_has_every_field_once_and_shares_what_a_trie_says():
+def test_every_row_has_every_field_once_and_shares_what_a_trie_says() -> None:
     random = np.random.default_rng(1)
     for _ in range(100):
         rows, costs = random_table(random)
@@ -39,7 +39,7 @@ def test_every_row_has_every_field_once_and_shares_what_a_trie_says():
             assert table.shared(some) == shared_by_trie(rows, costs, some.tolist())
 
 
-def test_never_worse_than_given_and_the_same_every_time():
+def test_never_worse_than_given_and_the_same_every_time() -> None:
     random = np.random.default_rng(2)
     codes = tuple(random.integers(0, n, 3000).astype(np.int32) for n in (3, 40, 2900, 700))
     costs = tuple(random.integers(1, 90, int(code.max()) + 1) for code in codes)
@@ -49,7 +49,7 @@ def test_never_worse_than_given_and_the_same_every_time():
     assert table.shared(given_order(table)) < table.shared(order) < table.most_shared()
 
 
-def test_a_column_that_varies_goes_last_and_one_that_follows_goes_with_its_own():
+def test_a_column_that_varies_goes_last_and_one_that_follows_goes_with_its_own() -> None:
     """Ids first, as files have them; a city follows from its code."""
     ids = np.arange(600, dtype=np.int32)
     code = (ids * 7 % 20).astype(np.int32)
@@ -62,12 +62,12 @@ def test_a_column_that_varies_goes_last_and_one_that_follows_goes_with_its_own()
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])
-def test_one_row_shares_nothing_and_two_equal_ones_all(num_rows):
+def test_one_row_shares_nothing_and_two_equal_ones_all(num_rows: int) -> None:
     table = to_table(((0, 1),) * num_rows, [[5, 6], [7, 8]])
     assert table.shared(best_order(table)) == (num_rows - 1) * 13
 
 
-def test_a_hundred_thousand_rows_take_seconds():
+def test_a_hundred_thousand_rows_take_seconds() -> None:
     random = np.random.default_rng(3)
     kinds = (100_000, 40_000, 5000, 300, 20, 3)
     codes = tuple(random.integers(0, n, 100_000).astype(np.int32) for n in kinds)

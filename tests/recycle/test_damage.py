@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.recycle import entry, upkeep
-from pipeline.recycle.head import Head
+from pipeline.recycle.head import BadEntry, Head
 from pipeline.recycle.store import KVStore
 from tests.recycle.oracle import (
     BUDGET,
@@ -179,7 +179,7 @@ def test_what_may_not_be_opened_is_a_miss(
         return real(path, *rest)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(entry.os, "open", fail)
+        patch.setattr("pipeline.recycle.entry.os.open", fail)
         for _ in range(3):
             assert store.load(as_ids(OTHER), 0, 3) is None
     assert len(caplog.records) == 1
@@ -335,7 +335,7 @@ def test_a_header_is_ours_to_the_byte(tmp_path: Path) -> None:
     entry.map_entry(tmp_path / "e")
     text = (tmp_path / "e").read_bytes()
     (tmp_path / "e").write_bytes(text.replace(b'"schema":"1"', b'"schema":"2"'))
-    with pytest.raises(entry.BadEntry, match="header"):
+    with pytest.raises(BadEntry, match="header"):
         entry.map_entry(tmp_path / "e")
 
 

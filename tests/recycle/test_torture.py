@@ -85,6 +85,6 @@ def test_the_power_cut_finds_what_is_planted(
 def test_the_errors_find_what_is_planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry under its final name before it is whole."""
     monkeypatch.setattr(store, "temp_path", lambda path: path)
-    monkeypatch.setattr(store.Path, "unlink", lambda path, missing_ok=False: None)
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
     with pytest.raises(AssertionError):
         torture.sweep_errors(tmp_path, errno.ENOSPC, False, torture.ALL, torture.LARGE)

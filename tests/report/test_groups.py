@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline.report.groups import Others, measure_groups
+from pipeline.report.groups import Group, Others, measure_groups
 from tests.report.run_sample import audited_rows, make_run, output_rows, tree_nodes
 
 
@@ -23,7 +23,7 @@ def test_every_row_is_in_one_line() -> None:
     rows = output_rows()
     table = measure_groups(with_every_column(rows), tree_nodes(), audited_rows())
     assert table.ungrouped is not None and table.smaller is None
-    lines = [*table.largest, table.ungrouped]
+    lines: list[Group | Others] = [*table.largest, table.ungrouped]
     assert sum(line.rows for line in lines) == 1203
     assert sum(line.saved_tokens for line in lines) == rows["cached_tokens"].sum()
     assert sum(line.failed for line in lines) == table.ungrouped.failed == 3

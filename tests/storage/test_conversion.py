@@ -91,7 +91,13 @@ def test_what_would_change_the_answer_is_refused(body: dict[str, Any], said: str
 
 
 def test_what_means_as_usual_is_dropped() -> None:
-    usual = {"n": 1, "stream": False, "presence_penalty": 0, "user": "u", "logit_bias": {}}
+    usual: dict[str, Any] = {
+        "n": 1,
+        "stream": False,
+        "presence_penalty": 0,
+        "user": "u",
+        "logit_bias": {},
+    }
     assert row_of_request(request(**usual)) == row_of_request(request())
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache" / "inputs"
 
 
-def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+def write(path: Path, rows: Sequence[object] = ROWS) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

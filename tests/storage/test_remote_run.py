@@ -218,9 +218,9 @@ def test_another_machine_goes_on_from_what_is_committed(
 def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Input rows in the order in which parts with them were written."""
     rows: list[int] = []
-    from pipeline.storage import run_directory
+    from pipeline.storage import run_directory, writer
 
-    real = run_directory.write_part
+    real = writer.write_part
 
     def write_part(folder: Path, number: int, table: Any, provenance: Any) -> Path:
         rows.extend(table.column("row_index").to_pylist())
@@ -331,7 +331,8 @@ def assert_whole(store: Store, url: str) -> None:
 
 
 def test_of_two_that_begin_at_once_one_goes_on(store: Store, out: str, cache: Path) -> None:
-    ready, ends = threading.Barrier(2), []
+    ready = threading.Barrier(2)
+    ends: list[RemoteRun | RunDirectoryError] = []
 
     def begin(copies: Path) -> None:
         folder = RemoteFolder(out, StoreSettings())
@@ -568,7 +569,7 @@ def test_a_missing_library_says_what_to_install(
     command: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, "boto3", None)
-    with pytest.raises(UsageError, match=r"needs boto3; pip install 'kvcoppice\[s3\]'"):
+    with pytest.raises(UsageError, match=r"needs boto3; .*pip install -e '\.\[s3\]'"):
         run_job(prompts, out, settings) if command == "run" else read_status(out)
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import StorageError
-from pipeline.storage import writer
+from pipeline.storage import durable, writer
 from pipeline.storage.writer import read_part_footer, write_part
 from tests.storage.disk import CODES, FailingDisk
 from tests.storage.tables import answers
@@ -82,7 +82,7 @@ def test_a_disk_that_keeps_something_else_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seen red: what is no Parquet at all escaped as an error of pyarrow's."""
-    real = writer.write_new
+    real = durable.write_new
     monkeypatch.setattr(writer, "write_new", lambda path, content: real(path, bytes(len(content))))
     with pytest.raises(StorageError, match="reads back differently"):
         write_part(tmp_path, 0, answers([0]), PROVENANCE)

@@ -1,7 +1,8 @@
 """Attention over a part of the keys, with the log-sum-exp that lets parts be merged exactly.
 
 Two kernels of one signature: `*_reference` is plain torch for every device and dtype; the other one
-takes the fused CPU kernel of torch where it exists. `merge` joins partial results (engine.md §2.4).
+takes the fused CPU kernel of torch where it exists. `merge` joins partial results
+(ARCHITECTURE.md, Attention over a tree).
 """
 
 from __future__ import annotations
