@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import run as run_module
 from tests.executor import ray_engines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,9 +60,8 @@ def cluster(
 
 
 @pytest.fixture
-def workers(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder, empty, while jobs get watched workers."""
-    monkeypatch.setattr(run_module, "make_worker_engine", ray_engines.make_watched)
+def workers(cluster: Path) -> Iterator[Path]:
+    """The folder, empty, for jobs with watched workers (`make_engine=make_watched`)."""
     yield cluster
     for path in cluster.iterdir():
         path.unlink()
