@@ -20,8 +20,8 @@ from benchmarks.peers.answering import answer_batches
 from benchmarks.prompts import Prompts, plan_prompts
 from benchmarks.transformers_arms import ContinuousArm, GenerateArm
 from pipeline.engine.base import RunControl
+from pipeline.engine.load import make_engine
 from pipeline.engine.model import read_shape
-from pipeline.run import make_engine
 from pipeline.settings import JobSettings
 
 

@@ -72,9 +72,9 @@ def run(path: Path, shape: str, workers: int) -> dict[str, Any]:
     """One measurement in this process."""
     import ray
 
+    from pipeline.engine.load import make_engine
     from pipeline.executor.fleet import Fleet
     from pipeline.executor.ray_crew import RayCrew
-    from pipeline.run import make_engine
 
     ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
     folder = str(model_folder(shape, "bfloat16"))

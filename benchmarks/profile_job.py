@@ -20,7 +20,7 @@ from benchmarks.prompts import plan_prompts
 from benchmarks.setup import add_options, setup_of
 from benchmarks.shapes import SHAPES
 from pipeline.engine.base import RunControl
-from pipeline.run import make_engine
+from pipeline.engine.load import make_engine
 from pipeline.settings import JobSettings
 
 _PRODUCT, _ATTENTION = "mkldnn::_linear_pointwise", "coppice::tree_attention"

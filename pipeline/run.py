@@ -15,16 +15,17 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.engine.base import Engine
+from pipeline.engine.base import Engine, EngineFactory
+from pipeline.engine.load import make_engine
 from pipeline.engine.machine import cache_folder
-from pipeline.errors import EngineError, ModelError, UsageError, install_extra
+from pipeline.errors import ModelError, UsageError, install_extra
 from pipeline.job.device_lock import holding_device
 from pipeline.job.fingerprint import describe_versions, fingerprint_fields, identify_model
 from pipeline.job.metrics_export import exporting
@@ -52,54 +53,7 @@ from pipeline.storage.run_place import Place, check_free, holds_run, reading_run
 from pipeline.storage.writer import encode_parquet
 
 
-def make_engine(settings: JobSettings) -> Engine:
-    """The engine that the settings name, with its model loaded.
-
-    A model that fails the self-test of the prefix engine gets the naive one, which says so. Raises
-    ModelError, and UsageError where strict mode cannot be had.
-    """
-    is_strict = settings.engine.fidelity == "strict"
-    if is_strict and settings.model.engine != "prefix":
-        raise UsageError(
-            "--fidelity strict is a promise of the prefix engine alone; "
-            f"leave it out with --engine {settings.model.engine}"
-        )
-    if settings.model.engine == "echo":
-        from pipeline.engine.echo_engine import EchoEngine
-
-        return EchoEngine()
-    if settings.model.engine == "vllm":
-        from pipeline.engine.vllm_engine import VllmEngine
-
-        return VllmEngine(settings.model, settings.engine)
-    from pipeline.engine.model import load_model
-    from pipeline.engine.naive_engine import NaiveEngine
-
-    loaded = load_model(settings.model)
-    if settings.model.engine == "naive":
-        return NaiveEngine(loaded)
-    from pipeline.engine.cost_model import calibrated
-    from pipeline.engine.prefix_engine import PrefixEngine
-    from pipeline.engine.self_test import self_test
-    from pipeline.engine.strict_probe import strict_probe
-
-    engine = PrefixEngine(loaded, settings.engine)
-    try:
-        worst = self_test(engine)
-    except EngineError as error:
-        if is_strict:
-            raise UsageError(f"--fidelity strict: {error}; leave it out") from error
-        naive = NaiveEngine(loaded)
-        naive.notes.append(f"{error}; so each row is computed in full by the naive engine")
-        return naive
-    engine.notes.append(f"self-test passed: within {worst:.1e} of the model's own largest logit")
-    if is_strict:
-        engine.notes.append(f"strict: the same bits in {strict_probe(engine)} of as many ways")
-    engine.cost_model = calibrated(loaded, engine.backend)
-    return engine
-
-
-def make_executor(settings: JobSettings) -> Engine:
+def make_executor(settings: JobSettings, make_engine: EngineFactory) -> Engine:
     """Whatever computes the job's sequences: an engine here, or one that has workers elsewhere.
 
     Raises what `make_engine` raises, and UsageError without a cluster.
@@ -116,8 +70,8 @@ def make_executor(settings: JobSettings) -> Engine:
 
     rates = recall_rates(settings.model)
     weight = 1.0 if rates is None else rates.prefill_tokens_per_s / rates.decode_tokens_per_s
-    identity = identify_model(settings.model)
-    crew = RayCrew(_without_texts(settings), partial(make_worker_engine, identity), weight)
+    make = partial(make_worker_engine, make_engine, identify_model(settings.model))
+    crew = RayCrew(_without_texts(settings), make, weight)
     try:
         return Fleet(crew, weight)
     except BaseException:
@@ -125,7 +79,9 @@ def make_executor(settings: JobSettings) -> Engine:
         raise
 
 
-def make_worker_engine(identity: dict[str, Any], settings: JobSettings) -> Engine:
+def make_worker_engine(
+    make_engine: EngineFactory, identity: dict[str, Any], settings: JobSettings
+) -> Engine:
     """The engine of a worker, on its own machine. Raises ModelError if the model there is another
     one than the driver's, by `identify_model`."""
     if identify_model(settings.model) != identity:
@@ -200,13 +156,28 @@ def validate_input(input: str, settings: JobSettings) -> dict[str, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a job has around it while it runs."""
+
+    observer: Observer
+    watchdog: Watchdog
+    stop: StopRequest
+    make_engine: EngineFactory
+
+
 @interruptible()
 def run_job(
-    input: str, output: Place, settings: JobSettings, observer: Observer | None = None
+    input: str,
+    output: Place,
+    settings: JobSettings,
+    observer: Observer | None = None,
+    make_engine: EngineFactory = make_engine,
 ) -> RunOutcome:
     """Do the job, or what is left of it; the same call again resumes.
 
-    `input` and `output` may lie below `s3://`; `settings.store` says how to get there.
+    `input` and `output` may lie below `s3://`; `settings.store` says how to get there. Workers on a
+    cluster get `make_engine` by its name.
 
     Raises UsageError and its kin before anything ran; EngineError, StorageError, Interrupted,
     TimeBudgetReached or Stalled with every committed part intact; TooManyFailedRows after the job
@@ -218,14 +189,16 @@ def run_job(
         exporting(observer, settings.monitor, output) as watched,
         Watchdog(settings.write.stall_timeout, watched).watching() as watchdog,
     ):
-        return _run_or_resume(input, output, settings, watched, watchdog)
+        stop = StopRequest(settings.write.time_budget)
+        around = _Surroundings(watched, watchdog, stop, make_engine)
+        return _run_or_resume(input, output, with_absolute_paths(settings), around)
 
 
 def _run_or_resume(
-    input: str, output: Place, settings: JobSettings, observer: Observer, watchdog: Watchdog
+    input: str, output: Place, settings: JobSettings, around: _Surroundings
 ) -> RunOutcome:
-    stop = StopRequest(settings.write.time_budget)
-    settings = with_recorded_clock(output, with_absolute_paths(settings))
+    observer = around.observer
+    settings = with_recorded_clock(output, settings)
     job = open_job(input, settings)
     settings = job.settings
     fingerprint = fingerprint_fields(settings, job.source.fingerprint(), job.tokenizer.fingerprint)
@@ -250,17 +223,23 @@ def _run_or_resume(
                 rows = directory.read_manifest()["counters"]["rows_in"]
                 directory.unseal(with_audit=len(directory.done_rows()) != rows)
             keep_system_prompt(directory, settings)
-            with loading_engine(settings, observer, stop) as loading:
-                planned = plan_rows(job)
-                return Session(planned, directory, observer, stop, watchdog).run(loading)
+            with loading_engine(settings, around) as loading:
+                return _sit(plan_rows(job), directory, loading, around)
     check_free(output, settings.store)
-    with loading_engine(settings, observer, stop) as loading:
+    with loading_engine(settings, around) as loading:
         planned = plan_rows(job)
-        with watchdog.excused():
+        with around.watchdog.excused():
             loading.result()
         with take() as directory:
             keep_system_prompt(directory, settings)
-            return Session(planned, directory, observer, stop, watchdog).run(loading)
+            return _sit(planned, directory, loading, around)
+
+
+def _sit(
+    planned: PlannedJob, directory: RunDirectory, loading: Future[Engine], around: _Surroundings
+) -> RunOutcome:
+    session = Session(planned, directory, around.observer, around.stop, around.watchdog)
+    return session.run(loading)
 
 
 def report_run(output: Place, store: StoreSettings | None = None) -> str:
@@ -273,9 +252,7 @@ def report_run(output: Place, store: StoreSettings | None = None) -> str:
 
 
 @contextmanager
-def loading_engine(
-    settings: JobSettings, observer: Observer, stop: StopRequest
-) -> Iterator[Future[Engine]]:
+def loading_engine(settings: JobSettings, around: _Surroundings) -> Iterator[Future[Engine]]:
     """Wait for the device and load the model, in another thread while this one reads and plans.
 
     The device is held until the end of the context.
@@ -285,9 +262,10 @@ def loading_engine(
 
     def load() -> Engine:
         if settings.fleet.executor == "local":  # a cluster lends its devices itself
-            held.enter_context(holding_device(settings, observer, stop.check_budget, given_up))
-        executor = make_executor(settings)
-        held.callback(getattr(executor, "close", lambda: None))
+            check = around.stop.check_budget
+            held.enter_context(holding_device(settings, around.observer, check, given_up))
+        executor = make_executor(settings, around.make_engine)
+        held.callback(executor.close)
         return executor
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="model")

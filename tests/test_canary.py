@@ -13,6 +13,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.job.checkpoint import Checkpoint
+from pipeline.run import run_job
 from pipeline.storage import parquet_input
 from pipeline.storage.run_directory import SYSTEM_PROMPT_NAME
 from tests.test_cli import Shell
-from tests.tiny_job import FailingEngine, use_engine, write_model, write_prompts
+from tests.tiny_job import FailingEngine, on, write_model, write_prompts
 
 PROMPT, SYSTEM, VALUE, COLUMN, TENANT, STOP = (
     f"canary{word}sings" for word in ("prompt", "system", "value", "column", "tenant", "stop")
@@ -216,7 +218,8 @@ def test_a_crash_inside_tells_no_text(
                 open_files.append(read(path))
         raise RuntimeError(f"the prompt was {PROMPT}")
 
-    use_engine(monkeypatch, FailingEngine(1, crash))
+    crashing = partial(run_job, make_engine=on(FailingEngine(1, crash)))
+    monkeypatch.setattr("pipeline.run.run_job", crashing)  # what the command looks up
     job = ("--model", str(model), "--engine", "echo", "-o", str(places / "out"))
     assert shell("run", str(source), *job, "--progress", "plain") == 1
     assert "unexpected RuntimeError in test_canary.py" in shell.err

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import run as run_module
+from pipeline.engine.base import EngineFactory
+from pipeline.engine.load import make_engine
 from pipeline.errors import InputError, RunDirectoryError
 from pipeline.job.planning import Job, open_job, plan_rows
 from pipeline.job.prepare import Preparation, PreparedBatch
@@ -19,7 +21,7 @@ from pipeline.records import PromptBatch
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
 from pipeline.storage import parquet_input
-from tests.tiny_job import FailingEngine, answers, use_engine, write_prompts
+from tests.tiny_job import FailingEngine, answers, on, write_prompts
 
 ROWS = 60
 Act = Callable[[Path], object]
@@ -54,16 +56,19 @@ def source(tmp_path: Path) -> Path:
     return write_prompts(tmp_path / "in.parquet", [f"p{i:03}" for i in range(ROWS)])
 
 
-def act_after_opening(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+def act_after_opening(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> EngineFactory:
     def open_and_act(input: str, settings: JobSettings) -> Job:
         job = open_job(input, settings)
         act()
         return job
 
     monkeypatch.setattr(run_module, "open_job", open_and_act)
+    return make_engine
 
 
-def act_between_batches(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+def act_between_batches(
+    monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]
+) -> EngineFactory:
     whole = Preparation.prepare
 
     def prepare(self: Preparation, batch: PromptBatch) -> PreparedBatch:
@@ -72,10 +77,11 @@ def act_between_batches(monkeypatch: pytest.MonkeyPatch, act: Callable[[], objec
         return whole(self, batch)
 
     monkeypatch.setattr(Preparation, "prepare", prepare)
+    return make_engine
 
 
-def act_while_answering(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    use_engine(monkeypatch, FailingEngine(20, act))
+def act_while_answering(_: pytest.MonkeyPatch, act: Callable[[], object]) -> EngineFactory:
+    return on(FailingEngine(20, act))
 
 
 PHASES = [act_after_opening, act_between_batches, act_while_answering]
@@ -89,14 +95,18 @@ PHASES = [act_after_opening, act_between_batches, act_while_answering]
 @pytest.mark.parametrize("change", ACTS)
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_file_that_changes_ends_the_job_and_its_return_resumes_it(
-    tmp_path: Path, source: Path, settings: JobSettings, phase: Callable[..., None], change: str
+    tmp_path: Path,
+    source: Path,
+    settings: JobSettings,
+    phase: Callable[..., EngineFactory],
+    change: str,
 ) -> None:
     """Seen red: a change between two batches that no later read would have met."""
     before, out = source.read_bytes(), tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        phase(patch, lambda: ACTS[change](source))
+        engines = phase(patch, lambda: ACTS[change](source))
         with pytest.raises(InputError, match=r"in\.parquet") as caught:
-            run_job(str(source), out, settings)
+            run_job(str(source), out, settings, make_engine=engines)
     assert caught.value.exit_code == 2
     assert out.exists() is (phase is act_while_answering)
     if out.exists():

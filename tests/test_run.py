@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-import pipeline.run as run_module
+from pipeline.engine.load import make_engine
 from pipeline.errors import (
     InputError,
     Interrupted,
@@ -340,7 +340,7 @@ def test_a_model_that_fails_the_self_test_gets_the_naive_engine(
 ) -> None:
     """Wrong merging must never reach an answer: the run goes on without reuse, and says why."""
     from pipeline.engine.kernels import partial
-    from pipeline.run import make_engine
+    from pipeline.engine.load import make_engine
     from tests.engine import tiny
 
     tiny.build_model("llama").save_pretrained(tmp_path)
@@ -358,17 +358,15 @@ def test_a_process_that_does_many_jobs_keeps_nothing_of_one(
 ) -> None:
     """As one that serves nights does. Seen red: all that there was at a job's start, frozen."""
     models: list[weakref.ref[Any]] = []
-    make = run_module.make_engine
 
     def watch(settings: JobSettings) -> Any:
-        made: Any = make(settings)
+        made: Any = make_engine(settings)
         models.append(weakref.ref(made.loaded.model))
         return made
 
-    monkeypatch.setattr(run_module, "make_engine", watch)
     source = write_prompts(tmp_path / "p.parquet", ["why? who?", "why? when?"])
     flat = {"model": str(model_folder), "engine": engine, "max_new_tokens": 2}
-    run_job(str(source), tmp_path / "out", JobSettings.from_flat(flat))
+    run_job(str(source), tmp_path / "out", JobSettings.from_flat(flat), make_engine=watch)
     gc.collect()
     assert [model() for model in models] == [None]
     assert gc.get_freeze_count() == 0

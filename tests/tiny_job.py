@@ -11,12 +11,10 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pipeline import run as run_module
-from pipeline.engine.base import RunControl
+from pipeline.engine.base import NO_HOOKS, Engine, EngineFactory, EngineHooks, RunControl
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion
@@ -93,7 +91,11 @@ class FailingEngine(EchoEngine):
         self._act = act
 
     def generate(
-        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        self,
+        plan: Plan,
+        sequences: NDArray[np.int64],
+        control: RunControl,
+        hooks: EngineHooks = NO_HOOKS,
     ) -> Iterator[Completion]:
         for number, completion in enumerate(super().generate(plan, sequences, control)):
             if number == self._after:
@@ -101,6 +103,6 @@ class FailingEngine(EchoEngine):
             yield completion
 
 
-def use_engine(monkeypatch: pytest.MonkeyPatch, engine: EchoEngine) -> None:
-    """Let jobs run on this engine object."""
-    monkeypatch.setattr(run_module, "make_engine", lambda settings: engine)
+def on(engine: Engine) -> EngineFactory:
+    """Makes this engine, for `run_job(..., make_engine=on(engine))`."""
+    return lambda settings: engine

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.engine.base import Deviation, RunControl
+from pipeline.engine.base import Deviation, EngineHooks, RunControl
 from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.engine.sampling import sample_next_token
@@ -60,12 +60,9 @@ def compare_arms(
         ("reuse", True, 1),
         ("product", True, settings.max_rows),
     ):
-        engine.settings = settings.model_copy(update={"max_rows": max_rows})
-        try:
-            logits = forced_logits(engine, rows, share)
-        finally:
-            engine.settings = settings
-        yield name, _deviations(rows, baseline, logits)
+        changed = settings.model_copy(update={"max_rows": max_rows})
+        arm = PrefixEngine(engine.loaded, changed, engine.backend, engine.cost_model)
+        yield name, _deviations(rows, baseline, forced_logits(arm, rows, share))
 
 
 def same_bits_alone(engine: PrefixEngine, rows: Sequence[ForcedRow]) -> list[bool]:
@@ -93,17 +90,14 @@ def forced_logits(engine: PrefixEngine, rows: Sequence[ForcedRow], share: bool) 
             if position == len(seen[row_of[sequence]]):  # a row that was preempted comes again
                 seen[row_of[sequence]].append(row_logits.clone())
 
-    engine.logits_probe = record
-    engine.teacher = lambda sequences, positions: [
-        rows[row_of[sequence]].output[position]
-        for sequence, position in zip(sequences, positions, strict=True)
-    ]
-    try:
-        for done in engine.generate(plan, np.arange(len(plan.sequences)), RunControl()):
-            if done.error_type:
-                raise EngineError(f"a row of the audit cannot run: {done.error_message}")
-    finally:
-        engine.logits_probe = engine.teacher = None
+    def given(sequences: list[int], positions: list[int]) -> list[int]:
+        pairs = zip(sequences, positions, strict=True)
+        return [rows[row_of[sequence]].output[position] for sequence, position in pairs]
+
+    every, hooks = np.arange(len(plan.sequences)), EngineHooks(record, given)
+    for done in engine.generate(plan, every, RunControl(), hooks):
+        if done.error_type:
+            raise EngineError(f"a row of the audit cannot run: {done.error_message}")
     return [torch.stack(logits) for logits in seen]
 
 

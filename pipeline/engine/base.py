@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import EngineError
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, SamplingParams
+from pipeline.settings import JobSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,23 +111,109 @@ class KVStates(Protocol):
         ...
 
 
+OnLogits = Callable[[list[int], list[int], "Tensor"], None]
+"""Called with (sequences, output positions, logits [rows, V]) of every token that is chosen."""
+
+ForceTokens = Callable[[list[int], list[int]], list[int]]
+"""Called with (sequences, output positions); its tokens are taken instead of the chosen ones."""
+
+
+@dataclass(frozen=True)
+class EngineHooks:
+    """What a caller sees of one `generate` call and puts into it; None: nothing.
+
+    An engine that does not know a hook refuses it, see `EngineCapabilities.check`.
+    """
+
+    on_logits: OnLogits | None = None
+    force_tokens: ForceTokens | None = None
+    kv_states: KVStates | None = None
+    """States of earlier runs to load, and where those of this run are kept."""
+
+
+NO_HOOKS: Final = EngineHooks()
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """The form of the KV that an engine hands out and takes back; `dtype` as torch names it."""
+
+    dtype: str
+    bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class EngineCapabilities:
+    """What an engine can do. Callers ask this, never the engine's name or type."""
+
+    computes_once: bool = False
+    """It computes each distinct prompt token once, so its counts must be those of the plan."""
+    replays_noise: bool = True
+    """Sampled answers follow from the plan's noise keys, so that an audit can draw them again."""
+    measures_rates: bool = False
+    """Its counters hold the times of prefill and decode on one device of this machine."""
+    shows_logits: bool = False
+    """It calls `on_logits` and `force_tokens`."""
+    kv: KVFormat | None = None
+    """The form of what it exchanges with `kv_states`; None: it exchanges none."""
+
+    def check(self, hooks: EngineHooks) -> None:
+        """Raises EngineError for a hook that the engine would leave out in silence."""
+        unknown = {
+            "on_logits": hooks.on_logits is not None and not self.shows_logits,
+            "force_tokens": hooks.force_tokens is not None and not self.shows_logits,
+            "kv_states": hooks.kv_states is not None and self.kv is None,
+        }
+        for name in (name for name, is_unknown in unknown.items() if is_unknown):
+            raise EngineError(f"this engine does not know the hook {name}")
+
+    @staticmethod
+    def recorded(engine: dict[str, Any]) -> EngineCapabilities:
+        """Of the engine that a run directory names; those of older runs name nothing else."""
+        name, known = engine.get("name"), engine.get("capabilities")
+        if known is None:
+            return EngineCapabilities(name == "prefix", name != "vllm")
+        return EngineCapabilities(known["computes_once"], known["replays_noise"])
+
+
 class Engine(Protocol):
-    """Runs sequences of a plan. One engine object owns one device and one model."""
+    """Runs sequences of a plan. One engine object owns one device and one model.
+
+    Nothing of it is assigned from outside: what it is made of its constructor takes, what concerns
+    one call `generate` takes.
+    """
 
     name: str
     counters: EngineCounters
     notes: list[str]
     """What a person should know about this engine: self-test, fallbacks."""
 
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """What it can do; the same for its whole life."""
+        ...
+
     def generate(
-        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        self,
+        plan: Plan,
+        sequences: NDArray[np.int64],
+        control: RunControl,
+        hooks: EngineHooks = NO_HOOKS,
     ) -> Iterator[Completion]:
         """Yield one completion for each of `sequences` (ascending indices into `plan.sequences`).
 
-        Completions come as they finish. `counters` is reset at the start. A sequence that cannot
+        Completions come as they finish. `counters` is new from the call on. A sequence that cannot
         run yields a completion with an error; only a fault of the engine itself raises EngineError.
         """
         ...
+
+    def close(self) -> None:
+        """Give back what is not this process's own memory, in bounded time; twice is once."""
+        ...
+
+
+EngineFactory = Callable[[JobSettings], Engine]
+"""Makes the engine that the settings name, with its model loaded. Raises ModelError, UsageError."""
 
 
 class Replay(NamedTuple):

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.base import EngineCounters, Replay, RunControl, one_at_a_time
+from pipeline.engine.base import (
+    NO_HOOKS,
+    EngineCapabilities,
+    EngineCounters,
+    EngineHooks,
+    Replay,
+    RunControl,
+    one_at_a_time,
+)
 from pipeline.engine.model import LoadedModel, own_attention
 from pipeline.engine.sampling import sample_next_token, truncated_cdf, uniform_noise
 from pipeline.plan.plan import Plan
@@ -24,19 +33,34 @@ class NaiveEngine:
     """`Engine` and `Baseline` at once, with transformers' own attention and cache."""
 
     name = "naive"
+    capabilities = EngineCapabilities()
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self.loaded = loaded
+    def __init__(self, loaded: LoadedModel, notes: Sequence[str] = ()) -> None:
+        """`notes`: why this engine runs, where another one was asked for."""
+        self.loaded: Final = loaded
         self.counters = EngineCounters()
-        self.notes: list[str] = []
+        self.notes = [*notes]
         self._eos = frozenset(loaded.shape.eos_token_ids)
 
     def generate(
-        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        self,
+        plan: Plan,
+        sequences: NDArray[np.int64],
+        control: RunControl,
+        hooks: EngineHooks = NO_HOOKS,
     ) -> Iterator[Completion]:
         """See `Engine.generate`. One sequence after the other; each prompt is computed in full."""
-        self.counters = counters = EngineCounters()
-        start = time.perf_counter()
+        self.capabilities.check(hooks)
+        self.counters = EngineCounters()
+        return self._completions(plan, sequences, control)
+
+    def close(self) -> None:
+        """See `Engine.close`: it holds memory alone."""
+
+    def _completions(
+        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+    ) -> Iterator[Completion]:
+        counters, start = self.counters, time.perf_counter()
         for sequence in one_at_a_time(sequences, control):
             prompt = plan.prompt_token_ids(sequence).astype(np.int64).tolist()
             params = plan.params[int(plan.sequences.params[sequence])]

@@ -53,11 +53,9 @@ def write_with_fault(
     plan = build_plan(table, [str(place) for place in places], params, places)
     backend = engine.backend
     if fault is not None:
-        engine.backend = replace(backend, forward=FaultyForward(backend.forward, fault, at))
-    try:
-        done = list(engine.generate(plan, np.arange(len(plan.sequences)), RunControl()))
-    finally:
-        engine.backend = backend
+        backend = replace(backend, forward=FaultyForward(backend.forward, fault, at))
+    writer = PrefixEngine(engine.loaded, engine.settings, backend, engine.cost_model)
+    done = list(writer.generate(plan, np.arange(len(plan.sequences)), RunControl()))
     return sorted(done, key=lambda completion: int(plan.sequences.row[completion.sequence]))
 
 

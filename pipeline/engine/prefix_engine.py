@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.backend import choose_backend
-from pipeline.engine.base import EngineCounters, KVStates, RunControl
+from pipeline.engine.backend import Backend, choose_backend
+from pipeline.engine.base import (
+    NO_HOOKS,
+    EngineCapabilities,
+    EngineCounters,
+    EngineHooks,
+    KVFormat,
+    KVStates,
+    RunControl,
+)
 from pipeline.engine.cost_model import CostModel
 from pipeline.engine.cuda_graphs import DecodeStep, NextTokens, decode_runner
 from pipeline.engine.decode_view import DecodeView, own_slots
@@ -40,12 +50,6 @@ from pipeline.settings import EngineSettings
 _MOST_KV_FAULTS = 3
 _logger = logging.getLogger("coppice")
 
-LogitsProbe = Callable[[list[int], list[int], Tensor], None]
-"""Called with (sequences, output positions, logits [rows, V]) of every token that is chosen."""
-
-Teacher = Callable[[list[int], list[int]], list[int]]
-"""Called with (sequences, output positions); its tokens are taken instead of the chosen ones."""
-
 
 class PrefixEngine:
     """Runs a plan with KV reuse. Raises ModelError for a model whose KV cannot be shared, and
@@ -53,27 +57,42 @@ class PrefixEngine:
 
     name = "prefix"
 
-    def __init__(self, loaded: LoadedModel, settings: EngineSettings) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        settings: EngineSettings,
+        backend: Backend | None = None,
+        cost_model: CostModel | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """`backend` None: the one that suits model and settings. `cost_model`: where it is known it
+        decides which spans rows share in decode, not the plan's rule. `notes`: more of them."""
         reason = why_unsupported(loaded.model.config)
         if reason:
             raise ModelError(f"{loaded.source}: {reason}")
-        self.loaded = loaded
-        self.settings = settings
-        self.counters = EngineCounters()
         if loaded.device.type == "cpu":
             keep_freed_pages()
         choose = choose_strict_backend if settings.fidelity == "strict" else choose_backend
-        self.backend = choose(loaded, settings.kernels)
-        self.notes: list[str] = [self.backend.note] if self.backend.note else []
-        self.logits_probe: LogitsProbe | None = None
-        self.teacher: Teacher | None = None
-        self.kv_states: KVStates | None = None
-        """States of earlier runs to load, and where those of this run are kept."""
-        self.cost_model: CostModel | None = None
-        """Where it is known, it decides which spans rows share in decode, not the plan's rule."""
+        self.loaded: Final = loaded
+        self.settings: Final = settings
+        self.backend: Final = backend or choose(loaded, settings.kernels)
+        self.cost_model: Final = cost_model
+        self.counters = EngineCounters()
+        self.notes = [*([self.backend.note] if self.backend.note else []), *notes]
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """See `Engine.capabilities`."""
+        dtype = str(self.loaded.model.dtype).removeprefix("torch.")
+        kv = KVFormat(dtype, self.loaded.shape.kv_bytes_per_token(dtype))
+        return EngineCapabilities(computes_once=True, measures_rates=True, shows_logits=True, kv=kv)
 
     def generate(
-        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        self,
+        plan: Plan,
+        sequences: NDArray[np.int64],
+        control: RunControl,
+        hooks: EngineHooks = NO_HOOKS,
     ) -> Iterator[Completion]:
         """See `Engine.generate`.
 
@@ -81,15 +100,23 @@ class PrefixEngine:
         again. Raises EngineError if that happens again and again.
         """
         self.counters = EngineCounters()
+        return self._completions(plan, sequences, control, hooks)
+
+    def close(self) -> None:
+        """See `Engine.close`: it holds memory alone."""
+
+    def _completions(
+        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl, hooks: EngineHooks
+    ) -> Iterator[Completion]:
         if self.cost_model is not None:
             below = plan.count_below(sequences)
             plan = cut_by_cost(plan, below, self.cost_model.break_even_tokens)
-        needed = kv_tokens_if_all_at_once(plan, sequences)
+        work = _Work(plan, control, hooks, kv_tokens_if_all_at_once(plan, sequences))
         left, history = sequences, History()
         while len(left):
             yielded = []
             try:
-                for completion in _Run(self, plan, left, history, control, needed).completions():
+                for completion in _Run(self, work, left, history).completions():
                     yielded.append(completion.sequence)
                     yield completion
                 return
@@ -104,39 +131,43 @@ class PrefixEngine:
                 left = np.setdiff1d(left, [*yielded, *history.forgotten])
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What `generate` was called with; `most_tokens`: slots that it can use at most."""
+
+    plan: Plan
+    control: RunControl
+    hooks: EngineHooks
+    most_tokens: int
+
+
 class _Run:
-    """The state of one `generate` call."""
+    """One try at the work of a `generate` call."""
 
     def __init__(
-        self,
-        engine: PrefixEngine,
-        plan: Plan,
-        sequences: NDArray[np.int64],
-        history: History,
-        control: RunControl,
-        needed_tokens: int,
+        self, engine: PrefixEngine, work: _Work, sequences: NDArray[np.int64], history: History
     ) -> None:
         loaded, settings = engine.loaded, engine.settings
         self.backend = engine.backend
         self.device = loaded.device
-        self.probe = engine.logits_probe
-        self.teacher = engine.teacher
+        self.hooks = work.hooks
         self.counters = engine.counters
-        self.plan = plan
-        self.control = control
+        self.plan = work.plan
+        self.control = work.control
         self.max_batch_tokens = settings.max_batch_tokens
         self.max_decode_rows = settings.max_rows
         weight = next(loaded.model.parameters())
         shape = (loaded.shape.num_layers, loaded.shape.num_kv_heads, loaded.shape.head_dim)
         bytes_per_token = loaded.shape.kv_bytes_per_token(str(weight.dtype).removeprefix("torch."))
-        capacity = kv_capacity(settings.kv_budget, bytes_per_token, needed_tokens, self.device)
+        capacity = kv_capacity(settings.kv_budget, bytes_per_token, work.most_tokens, self.device)
         self.cache = reserve_kv(shape, capacity, like=weight)
         self.runner = decode_runner(engine.backend, self.cache, self.device)
         self.guard = KVGuard(self.cache)
-        self.states = engine.kv_states
+        self.states = work.hooks.kv_states
         self.scheduler = Scheduler(
-            plan, sequences, self.cache, settings.max_rows, history, self.guard.release, self.states
-        )
+            self.plan, sequences, self.cache, settings.max_rows,
+            history, self.guard.release, self.states,
+        )  # fmt: skip
         self.eos = frozenset(loaded.shape.eos_token_ids)
         self.start_s = time.perf_counter()
         self.first_step_s: float | None = None
@@ -360,16 +391,16 @@ class _Run:
         positions = np.array([len(r.token_ids) for r in rows], np.int64)
         sequences = [r.sequence for r in rows]
         keys = self.plan.sequences.noise_key[sequences]
-        if self.probe is not None:
-            self.probe(sequences, positions.tolist(), logits)
+        if self.hooks.on_logits is not None:
+            self.hooks.on_logits(sequences, positions.tolist(), logits)
         params = [r.params for r in rows]
         greedy = greedy or self.backend.likeliest(logits)
         chosen = sample_next_token(logits, params, keys, positions, greedy)
         self._count_busy(begin)
         now = self._now()
         ids, finite = chosen.token_ids.tolist(), chosen.is_finite.tolist()
-        if self.teacher is not None:
-            ids = self.teacher(sequences, positions.tolist())
+        if self.hooks.force_tokens is not None:
+            ids = self.hooks.force_tokens(sequences, positions.tolist())
         for row, token_id, is_finite in zip(rows, ids, finite, strict=True):
             if not row.token_ids:
                 row.first_token_s = now

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.engine.base import RunControl
+from pipeline.engine.base import EngineHooks, RunControl
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.engine.support import has_experts
 from pipeline.errors import EngineError, UsageError
@@ -38,11 +38,8 @@ def self_test(engine: PrefixEngine) -> float:
     def record(sequences: list[int], positions: list[int], logits: Tensor) -> None:
         seen.update(zip(zip(sequences, positions, strict=True), logits.clone(), strict=True))
 
-    engine.logits_probe = record
-    try:
-        done = list(engine.generate(plan, np.arange(len(plan.sequences)), RunControl()))
-    finally:
-        engine.logits_probe = None
+    every, hooks = np.arange(len(plan.sequences)), EngineHooks(on_logits=record)
+    done = list(engine.generate(plan, every, RunControl(), hooks))
     for failed in (completion for completion in done if completion.error_type):
         if failed.error_type != "KVBudgetExceeded":
             raise EngineError(f"self-test: {failed.error_message}")

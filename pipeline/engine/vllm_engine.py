@@ -21,7 +21,13 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from pipeline.engine.base import EngineCounters, RunControl
+from pipeline.engine.base import (
+    NO_HOOKS,
+    EngineCapabilities,
+    EngineCounters,
+    EngineHooks,
+    RunControl,
+)
 from pipeline.engine.model import read_shape
 from pipeline.errors import EngineError, ModelError, UsageError, install_extra
 from pipeline.plan.plan import Plan
@@ -43,6 +49,7 @@ class VllmEngine:
     """`Engine` on vLLM's own scheduler, KV cache and kernels."""
 
     name = "vllm"
+    capabilities = EngineCapabilities(replays_noise=False)
 
     def __init__(self, model: ModelSettings, settings: EngineSettings) -> None:
         """Load the model. Raises UsageError where vLLM is not installed, ModelError."""
@@ -55,10 +62,23 @@ class VllmEngine:
         self.notes.append(f"vLLM {_version()} shares prefixes in blocks of {block_size} tokens")
 
     def generate(
-        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        self,
+        plan: Plan,
+        sequences: NDArray[np.int64],
+        control: RunControl,
+        hooks: EngineHooks = NO_HOOKS,
     ) -> Iterator[Completion]:
         """See `Engine.generate`. Raises EngineError if vLLM itself fails."""
+        self.capabilities.check(hooks)
         self.counters = EngineCounters()
+        return self._completions(plan, sequences, control)
+
+    def close(self) -> None:
+        """See `Engine.close`: vLLM runs in this process and lets go with it."""
+
+    def _completions(
+        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+    ) -> Iterator[Completion]:
         started = time.monotonic()
         salts = _salts(plan)
         waiting = iter(sequences.tolist())

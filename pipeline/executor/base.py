@@ -11,17 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
-from pipeline.engine.base import Engine, EngineCounters, StopCheck
+from pipeline.engine.base import EngineCapabilities, EngineCounters, StopCheck
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion
-
-
-class Executor(Engine, Protocol):
-    """An engine that has workers elsewhere."""
-
-    def close(self) -> None:
-        """Let the workers go. Comes back in bounded time also where they do not answer."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -83,6 +75,7 @@ class Hello:
     """A worker whose engine is loaded, or why it is not."""
 
     engine: str = ""
+    capabilities: EngineCapabilities = EngineCapabilities()
     notes: tuple[str, ...] = ()
     failure: Failure | None = None
 

@@ -20,7 +20,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.base import EngineCounters, RunControl
+from pipeline.engine.base import (
+    NO_HOOKS,
+    EngineCapabilities,
+    EngineCounters,
+    EngineHooks,
+    RunControl,
+)
 from pipeline.errors import EngineError
 from pipeline.executor.base import Answers, Assignment, Crew, Event, Order, Report, summed
 from pipeline.executor.dispatch import Dispatch, Piece
@@ -34,7 +40,7 @@ _PIECES_AHEAD = 2  # one on the device and one for the moment at which it ends
 
 
 class Fleet:
-    """An `Executor` over a crew. Raises what keeps the first worker from loading its engine."""
+    """An `Engine` over a crew. Raises what keeps the first worker from loading its engine."""
 
     def __init__(self, crew: Crew, decode_weight: float = 1.0) -> None:
         """`decode_weight`: predicted cost of a new token, in prefilled tokens."""
@@ -45,16 +51,28 @@ class Fleet:
         self.name = self.staff.engine
         self.notes = self.staff.notes
 
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """What the workers can do, but for what would have to cross the network."""
+        known = self.staff.capabilities
+        return EngineCapabilities(known.computes_once, known.replays_noise)
+
     def generate(
-        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        self,
+        plan: Plan,
+        sequences: NDArray[np.int64],
+        control: RunControl,
+        hooks: EngineHooks = NO_HOOKS,
     ) -> Iterator[Completion]:
         """See `Engine.generate`. Raises EngineError where no worker is left or none gets on."""
+        self.capabilities.check(hooks)
         self.counters = EngineCounters()
-        if len(sequences):
-            yield from _Sitting(self, plan, sequences, control).completions()
+        if not len(sequences):
+            return iter(())
+        return _Sitting(self, plan, sequences, control).completions()
 
     def close(self) -> None:
-        """See `Executor.close`."""
+        """Let the workers go, in bounded time also where they do not answer."""
         self.crew.close()
 
 

@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,13 @@ import psutil
 import ray
 from ray import exceptions
 
-from pipeline.engine.base import Engine
+from pipeline.engine.base import EngineFactory
 from pipeline.errors import EngineError, UsageError
 from pipeline.executor.base import Event, Hello, Lost, Order, Report
 from pipeline.executor.staff import RESUME
 from pipeline.executor.worker import Worker
 from pipeline.settings import FleetSettings, JobSettings
 
-MakeEngine = Callable[[JobSettings], Engine]
 _CONNECT_S = 5.0
 _HEAD_EVERY_S = 2.0
 _HEAD_SILENT_S = 20.0
@@ -55,7 +54,7 @@ class Share:
 class RayCrew:
     """A `Crew` of actors. Raises UsageError where there is no cluster, or too small a one."""
 
-    def __init__(self, settings: JobSettings, make: MakeEngine, decode_weight: float) -> None:
+    def __init__(self, settings: JobSettings, make: EngineFactory, decode_weight: float) -> None:
         """`make` builds a worker's engine, on its machine; by reference, so it must be importable
         there."""
         self._is_ours = not ray.is_initialized()
@@ -144,7 +143,7 @@ class _Actor(Worker):
     """A worker that fits itself to its share of a machine before it loads torch."""
 
     def __init__(
-        self, make: MakeEngine, settings: JobSettings, decode_weight: float, share: Share
+        self, make: EngineFactory, settings: JobSettings, decode_weight: float, share: Share
     ) -> None:
         if not share.gpus:
             os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(share.cpus))

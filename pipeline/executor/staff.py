@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 
 from pipeline import errors
+from pipeline.engine.base import EngineCapabilities
 from pipeline.errors import CoppiceError, EngineError
 from pipeline.executor.base import Crew, Failure, Hello, Lost
 
@@ -26,6 +27,7 @@ class Staff:
     def __init__(self, crew: Crew) -> None:
         self.ready: set[int] = set()
         self.engine = ""
+        self.capabilities = EngineCapabilities()
         self.notes = crew.notes
         self._crew = crew
         self._starting: set[int] = set()
@@ -53,7 +55,7 @@ class Staff:
             self.replace(worker, f"it has the {event.engine} engine, the others {self.engine}")
         else:
             self.notes = self.notes if self.engine else [*self.notes, *event.notes]
-            self.engine = event.engine
+            self.engine, self.capabilities = event.engine, event.capabilities
             self._starting.discard(worker)
             self.ready.add(worker)
 

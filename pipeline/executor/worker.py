@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -53,7 +53,8 @@ class Worker:
         except Exception as error:
             return Hello(failure=describe_failure(error))
         threading.Thread(target=self._work, name="engine", daemon=True).start()
-        return Hello(self._engine.name, tuple(self._engine.notes))
+        engine = self._engine
+        return Hello(engine.name, engine.capabilities, tuple(engine.notes))
 
     def step(self, order: Order) -> Report:
         """Take an order; tell what happened since the last one, waiting a little for news."""
@@ -96,22 +97,22 @@ class Worker:
         """The engine's thread."""
         try:
             while True:
-                self._compute(self._next())
+                self._compute(*self._next())
         except Exception as error:
             with self._changed:
                 self._outbox.failure = describe_failure(error)
                 self._changed.notify_all()
 
-    def _next(self) -> _Run:
+    def _next(self) -> tuple[_Run, Iterator[Completion]]:
+        """Counts of the engine are those of the piece from here on."""
         with self._changed:
             self._changed.wait_for(lambda: self._backlog)
-            self._engine.counters = EngineCounters()
-            self._running = _Run(self._backlog.popleft())
-            return self._running
+            self._running = run = _Run(self._backlog.popleft())
+            everything = np.arange(len(run.plan.sequences))
+            return run, self._engine.generate(run.plan, everything, self._control(run))
 
-    def _compute(self, run: _Run) -> None:
-        everything = np.arange(len(run.plan.sequences))
-        for completion in self._engine.generate(run.plan, everything, self._control(run)):
+    def _compute(self, run: _Run, completions: Iterator[Completion]) -> None:
+        for completion in completions:
             self._add(run, completion)
         needed = prefill_tokens(run.plan, np.flatnonzero(run.is_answered))
         with self._changed:

@@ -30,7 +30,7 @@ from pipeline.audit.verdict import (
     describe_similarity,
     judge,
 )
-from pipeline.engine.base import Baseline
+from pipeline.engine.base import Baseline, EngineCapabilities
 from pipeline.errors import InputError, ModelError, RunDirectoryError, UsageError
 from pipeline.job.device_lock import holding_device
 from pipeline.job.evidence import Arms
@@ -83,6 +83,7 @@ def _audit(
     if job.settings.model.engine == "echo":
         raise UsageError("the echo engine has no model to compare with; run with --engine prefix")
     _check_complete(directory)
+    ran = EngineCapabilities.recorded(directory.read_manifest().get("engine", {}))
     encoder = Encoder.load(settings.audit_encoder)
     candidates = candidate_rows(directory.scan())
     seed = seed_of_output(directory)
@@ -93,13 +94,13 @@ def _audit(
         tier = _tier(job.settings, loaded)
         inputs = _audit_inputs(job, directory, chosen["row_index"].to_numpy(), loaded)
         num_chosen = len(chosen)
-        chosen, inputs = _replayable(job, chosen, inputs, observer)
+        chosen, inputs = _replayable(ran, chosen, inputs, observer)
         replay_started = time.monotonic()
         audits = _replay(baseline, inputs, tier, _free_rows(inputs, settings, seed), observer)
         seconds = {"replay_seconds": time.monotonic() - replay_started}
         similarity = _similarity(job, encoder, inputs, audits)
         evidence, kl = NO_EVIDENCE, {}
-        if settings.audit_arms and inputs and _shared_prefixes(directory):
+        if settings.audit_arms and inputs and ran.computes_once:
             observer.say(f"computing up to {settings.audit_arms} of them in other ways as well")
             arms = Arms(loaded, baseline, job.settings.engine, tier)
             some = np.random.default_rng(seed).permutation(len(inputs))[: settings.audit_arms]
@@ -137,11 +138,6 @@ def _choose(
 
     size = settings.num_rows(len(candidates))
     return choose_rows(candidates, size, seed, None if encoder is None else embed)
-
-
-def _shared_prefixes(directory: RunDirectory) -> bool:
-    """Whether the prefix engine ran, and not the naive one in its place."""
-    return bool(directory.read_manifest().get("engine", {}).get("name") == "prefix")
 
 
 def reopen_job(directory: RunDirectory, store: StoreSettings | None = None) -> Job:
@@ -240,23 +236,23 @@ def _audit_inputs(
 
 
 def _replayable(
-    job: Job, chosen: pl.DataFrame, inputs: list[_Audited], observer: Observer
+    ran: EngineCapabilities, chosen: pl.DataFrame, inputs: list[_Audited], observer: Observer
 ) -> tuple[pl.DataFrame, list[_Audited]]:
     """Those rows whose answer follows from prompt and parameters alone.
 
     Raises UsageError if there is none among them.
     """
-    if job.settings.model.engine != "vllm":
+    if ran.replays_noise:
         return chosen, inputs
     greedy = [item for item in inputs if item.row.params.is_greedy]
     if inputs and not greedy:
         raise UsageError(
-            "vLLM drew every audited answer with noise of its own, which nothing can replay; "
+            "the engine drew every audited answer with noise of its own, which nothing can replay; "
             "run some rows with temperature 0 to have something to compare"
         )
     if len(greedy) < len(inputs):
         left_out = len(inputs) - len(greedy)
-        observer.say(f"{left_out} of them are left out: vLLM drew them with noise of its own")
+        observer.say(f"{left_out} of them are left out: the engine drew them with noise of its own")
     rows = [item.row.row_index for item in greedy]
     return chosen.filter(pl.col("row_index").is_in(rows)), greedy
 

@@ -26,8 +26,7 @@ from pipeline.plan.plan import Plan
 from pipeline.settings import JobSettings
 
 if TYPE_CHECKING:
-    from pipeline.engine.base import Engine
-    from pipeline.engine.prefix_engine import PrefixEngine
+    from pipeline.engine.base import Engine, KVStates
     from pipeline.recycle.identity import Identity
     from pipeline.recycle.store import KVStore
 
@@ -89,44 +88,41 @@ def identify_states(settings: JobSettings, tokenizer: str, dtype: str) -> Identi
 @contextmanager
 def recycling(
     engine: Engine, planned: PlannedJob, sequences: NDArray[np.int64], observer: Observer
-) -> Iterator[None]:
-    """Meanwhile the engine loads what `--kv-store` has, and what is worth it is kept there.
+) -> Iterator[KVStates | None]:
+    """States for the engine to load from `--kv-store` and keep there; None, and why is said, where
+    it goes without.
 
-    Raises UsageError where the folder cannot be a store. Engines without KV of their own go
-    without, which is said.
+    Raises UsageError where the folder cannot be a store.
     """
     settings = planned.job.settings
     folder = settings.recycle.kv_store
     if folder is None:
-        yield
+        yield None
         return
-    if not isinstance(engine, _has_states()):
+    kv = engine.capabilities.kv
+    if kv is None:
         on_ray = settings.fleet.executor == "ray"
         who = "a worker on Ray" if on_ray else f"the {engine.name} engine"
         observer.say(f"--kv-store is left out: {who} keeps no KV of prefixes")
-        yield
+        yield None
         return
     from pipeline.recycle.states import StoredStates
     from pipeline.recycle.store import KVStore
 
-    dtype = str(engine.loaded.model.dtype).removeprefix("torch.")
-    identity = identify_states(settings, planned.job.tokenizer.fingerprint, dtype)
-    per_token = engine.loaded.shape.kv_bytes_per_token(dtype)
-    least = least_depth(settings, identity, per_token)
+    identity = identify_states(settings, planned.job.tokenizer.fingerprint, kv.dtype)
+    least = least_depth(settings, identity, kv.bytes_per_token)
     if least is None:
         observer.say("--kv-store is left out: here computing a prefix is faster than loading it")
-        yield
+        yield None
         return
     budget = settings.recycle.kv_store_budget
     with KVStore.open(folder, identity, budget) as store:
-        wanted = nodes_to_keep(planned.plan, sequences, least, budget // per_token)
+        wanted = nodes_to_keep(planned.plan, sequences, least, budget // kv.bytes_per_token)
         wanted &= store.is_writer
         states = StoredStates(store, PlannedPrompts(planned), wanted, least)
-        engine.kv_states = states
         try:
-            yield
+            yield states
         finally:
-            engine.kv_states = None
             states.close()
         observer.say(
             f"KV store: {engine.counters.loaded_tokens} prompt tokens loaded, "
@@ -187,9 +183,3 @@ def least_depth(settings: JobSettings, identity: Identity, bytes_per_token: int)
     except (OSError, UsageError):
         return 1  # the store says itself what is wrong with its folder
     return break_even_tokens(cost, bytes_per_token, rates.prefill_tokens_per_s)
-
-
-def _has_states() -> type[PrefixEngine]:
-    from pipeline.engine.prefix_engine import PrefixEngine
-
-    return PrefixEngine

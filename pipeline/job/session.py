@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 import numpy as np
 import polars as pl
 
-from pipeline.engine.base import Engine, RunControl
+from pipeline.engine.base import Engine, EngineHooks, RunControl
 from pipeline.errors import (
     CoppiceError,
     EngineError,
@@ -92,9 +92,9 @@ class Session:
             self._observer.say(self._planned.job.describe())
             for note in engine.notes:
                 self._observer.say(note)
-            states = recycling(engine, self._planned, self._sequences, self._observer)
-            with self._stop.listening(), states:
-                self._answer_rows(engine)
+            recycled = recycling(engine, self._planned, self._sequences, self._observer)
+            with self._stop.listening(), recycled as states:
+                self._answer_rows(engine, EngineHooks(kv_states=states))
             self._check_prefilled(engine)
             return self._complete(engine)
         except TooManyFailedRows:
@@ -137,7 +137,7 @@ class Session:
         self._directory.write_frame("plan/tree.parquet", tree_frame(self._planned.plan))
         self._directory.write_json(PLAN_SUMMARY.name, summary.to_json())
 
-    def _answer_rows(self, engine: Engine) -> None:
+    def _answer_rows(self, engine: Engine, hooks: EngineHooks) -> None:
         """Returns when every answer is committed.
 
         Raises Interrupted, TimeBudgetReached or Stalled.
@@ -160,7 +160,8 @@ class Session:
 
             stages.start("writer", write)
             stages.start("ticker", lambda: self._tick(stages, engine))
-            for completion in engine.generate(self._planned.plan, self._sequences, control):
+            plan, sequences = self._planned.plan, self._sequences
+            for completion in engine.generate(plan, sequences, control, hooks):
                 completions.put(completion)
             if self._stop.should_abort():
                 raise self._stop.reason(self._rows_left)
@@ -215,7 +216,7 @@ class Session:
         only what an executor knows to have been computed on several devices."""
         rejected = np.isin(list(self._planned.rejected), self._planned.rows).sum()
         failed_in_engine = self._writer.counts.failed > rejected
-        if engine.name != "prefix" or self._rows_before or failed_in_engine:
+        if not engine.capabilities.computes_once or self._rows_before or failed_in_engine:
             return
         if engine.counters.lost_workers:
             return  # what they had computed nobody knows
@@ -243,8 +244,7 @@ class Session:
             )
         self._note(self._snapshot(engine))
         self._directory.seal(self._planned.rows)
-        fleet = self._planned.job.settings.fleet
-        if engine.name == "prefix" and fleet.executor == "local":  # rates of this machine
+        if engine.capabilities.measures_rates:
             identity = self._directory.read_manifest()["fingerprint"]
             remember_rates(self._planned.job.settings.model, identity, asdict(engine.counters))
         outcome = RunOutcome(self._directory.name, counters)
@@ -285,6 +285,7 @@ class Session:
         sums |= count_committed(self._directory)
         sums["rows_in"] = len(self._planned.rows)
         sums["prompt_tokens"], sums["unique_tokens"] = self._planned.count_tokens()
-        named = {"name": engine.name, "notes": engine.notes}
+        capabilities = asdict(engine.capabilities)
+        named = {"name": engine.name, "notes": engine.notes, "capabilities": capabilities}
         self._directory.update_manifest(sessions=sessions, counters=sums, engine=named)
         return sums

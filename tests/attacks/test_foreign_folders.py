@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import private_folder as private_module
 from pipeline.engine import machine
 from pipeline.engine.kernels import native
 from pipeline.errors import UsageError
@@ -32,7 +31,7 @@ def open_umask() -> Iterator[None]:
 @pytest.fixture
 def as_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything on the disk is somebody else's from now on."""
-    monkeypatch.setattr(private_module.os, "geteuid", lambda: STRANGER)
+    monkeypatch.setattr("os.geteuid", lambda: STRANGER)
 
 
 @pytest.fixture
@@ -73,10 +72,10 @@ def test_a_kernel_of_another_user_is_not_loaded(
 ) -> None:
     """Seen red: with a shared HOME another user's `native-*.so` was loaded."""
     loaded = []
-    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: loaded.append(path))
+    monkeypatch.setattr("ctypes.CDLL", lambda path: loaded.append(path))
     monkeypatch.setattr(native, "_build", lambda compiler, library: library.write_bytes(b"ours"))
     folder = private_folder(cache / "kernels")
-    monkeypatch.setattr(private_module.os, "geteuid", lambda: STRANGER)
+    monkeypatch.setattr("os.geteuid", lambda: STRANGER)
     native.why_unavailable.cache_clear()
     try:
         why = native.why_unavailable()

@@ -20,7 +20,7 @@ from pipeline.errors import InputError
 from pipeline.job.planning import open_job, plan_rows
 from pipeline.job.prepare import Preparation
 from pipeline.run import run_job, validate_input
-from pipeline.settings import JobSettings
+from pipeline.settings import JobSettings, resolve_sampling
 from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.tiny_job import answers, echo_settings, write_tokenizer
 
@@ -306,7 +306,7 @@ def test_parameters_on_which_the_settings_fail_are_their_rows_error(
 ) -> None:
     from pipeline.job import prepare
 
-    whole = prepare.resolve_sampling
+    whole = resolve_sampling
 
     def resolve(settings: Any, config: Any, override: dict[str, object]) -> Any:
         if override.get("top_k") == 7:

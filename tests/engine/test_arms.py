@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +13,15 @@ from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.planted_faults import FAULTS, Fault, FaultyForward, write_with_fault
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.settings import EngineSettings
-from tests.engine.tiny import FAMILIES, GREEDY, SAMPLED, VOCABULARY, load_tiny, random_prompts
+from tests.engine.tiny import (
+    FAMILIES,
+    GREEDY,
+    SAMPLED,
+    VOCABULARY,
+    load_tiny,
+    random_prompts,
+    with_backend,
+)
 
 SHARED = [5 + (7 * i) % 80 for i in range(40)]
 PROMPTS = [[*SHARED, *own] for own in ([9, 8], [50, 51, 52], [60], [33, 34, 9, 70])]
@@ -41,7 +48,6 @@ def test_every_arm_says_what_full_prefill_says(family: str, budget: int | None) 
     engine = PrefixEngine(load_tiny(family), EngineSettings(kv_budget=budget, max_rows=5))
     arms = dict(compare_arms(engine, forced_rows()))
     assert tuple(arms) == ARMS and engine.settings.max_rows == 5
-    assert engine.logits_probe is None and engine.teacher is None
     for name, rows in arms.items():
         assert [len(row.kl) for row in rows] == [len(row.output) for row in forced_rows()]
         worst = max(float(row.gap.max()) for row in rows)
@@ -66,8 +72,7 @@ def test_an_arm_that_is_wrong_is_far_away() -> None:
     engine = PrefixEngine(load_tiny(), EngineSettings())
     rows = [ForcedRow(prompt, [4, 5, 6], GREEDY, 0) for prompt in PROMPTS]
     spoilt = FaultyForward(engine.backend.forward, "position", 20)
-    engine.backend = replace(engine.backend, forward=spoilt)
-    arms = dict(compare_arms(engine, rows))
+    arms = dict(compare_arms(with_backend(engine, forward=spoilt), rows))
     assert all(row.kl.max() > 1e-3 for row in arms["product"])
 
 
@@ -99,8 +104,6 @@ def test_one_bit_is_flipped_in_one_value_only() -> None:
     before: list[torch.Tensor] = []
 
     def arena_after(fault: Fault | None) -> np.ndarray:
-        seen: list[np.ndarray] = []
-        engine.logits_probe = lambda *_: seen.append(0)  # type: ignore[arg-type]
         real = engine.backend.forward
 
         def forward(batch, cache, keep):  # type: ignore[no-untyped-def]
@@ -108,9 +111,7 @@ def test_one_bit_is_flipped_in_one_value_only() -> None:
             return real(batch, cache, keep)
 
         forward.name = "watched"  # type: ignore[attr-defined]
-        object.__setattr__(engine.backend, "forward", forward)
-        write_with_fault(engine, PROMPTS[:1], 1, fault, 5)
-        object.__setattr__(engine.backend, "forward", real)
+        write_with_fault(with_backend(engine, forward=forward), PROMPTS[:1], 1, fault, 5)
         return before[-1].numpy().view(np.int32).copy()
 
     clean, spoilt = arena_after(None), arena_after("bit flip")

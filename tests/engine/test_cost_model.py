@@ -49,7 +49,8 @@ def test_the_cut_changes_the_cost_not_the_answer(segment_s: float) -> None:
     every = np.arange(len(plan.sequences))
     engine = PrefixEngine(tiny.load_tiny(), EngineSettings())
     expected = {c.sequence: c.token_ids for c in engine.generate(plan, every, RunControl())}
-    engine.cost_model = replace(EVEN, segment_s=segment_s)
+    costs = replace(EVEN, segment_s=segment_s)
+    engine = PrefixEngine(engine.loaded, engine.settings, cost_model=costs)
     done = {c.sequence: c.token_ids for c in engine.generate(plan, every, RunControl())}
     assert done == expected
     assert engine.counters.prefilled_tokens == plan.tree.unique_tokens

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pipeline.engine import attention, native_forward, support
-from pipeline.engine.base import RunControl
+from pipeline.engine.base import NO_HOOKS, EngineHooks, RunControl
 from pipeline.engine.kernels import partial
 from pipeline.engine.kernels.rules import AttentionRules
 from pipeline.engine.model import LoadedModel, load_model, read_shape
@@ -40,17 +40,19 @@ def random_plan(rows: int = 24) -> Plan:
     return tiny.plan_of(prompts, PARAMS, [draw.choice([0, 0, 1, 2]) for _ in prompts])
 
 
-def generate(engine: PrefixEngine | NaiveEngine, plan: Plan) -> dict[int, Completion]:
+def generate(
+    engine: PrefixEngine | NaiveEngine, plan: Plan, hooks: EngineHooks = NO_HOOKS
+) -> dict[int, Completion]:
     every = np.arange(len(plan.sequences))
-    return {c.sequence: c for c in engine.generate(plan, every, RunControl())}
+    return {c.sequence: c for c in engine.generate(plan, every, RunControl(), hooks)}
 
 
 def worst_difference(loaded: LoadedModel, plan: Plan, kernels: Literal["auto", "torch"]) -> float:
     """Of any logit that chose a token from eager attention's, as a share of the largest one."""
     settings = EngineSettings(max_batch_tokens=64, max_rows=7, kernels=kernels)
     engine = PrefixEngine(loaded, settings)
-    seen = tiny.watch_logits(engine)
-    done = generate(engine, plan)
+    hooks, seen = tiny.watch_logits()
+    done = generate(engine, plan, hooks)
     assert len(done) == len(plan.sequences)
     use_plain_torch(loaded)
     differences, largest = [], []

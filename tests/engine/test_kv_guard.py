@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +21,14 @@ from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.errors import EngineError
 from pipeline.plan.plan import Plan
 from pipeline.settings import EngineSettings
-from tests.engine.tiny import LONGER, SAMPLED, load_tiny, plan_of, random_prompts
+from tests.engine.tiny import (
+    LONGER,
+    SAMPLED,
+    load_tiny,
+    plan_of,
+    random_prompts,
+    with_backend,
+)
 
 SHARED = [5 + (7 * i) % 80 for i in range(40)]
 
@@ -56,8 +62,7 @@ def answers(engine: PrefixEngine, plan: Plan) -> dict[int, tuple[int, ...]]:
 
 def flipping(engine: PrefixEngine, at: set[int]) -> PrefixEngine:
     forward = FlippingForward(engine.backend.forward, at)
-    engine.backend = replace(engine.backend, forward=forward)
-    return engine
+    return with_backend(engine, forward=forward)
 
 
 def engine_of(max_rows: int = 256, budget: int | None = None) -> PrefixEngine:

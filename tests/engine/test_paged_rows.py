@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from pipeline.engine import cuda_graphs, kv_guard, live, scheduler
 from pipeline.engine.backend import Backend
-from pipeline.engine.base import RunControl
+from pipeline.engine.base import EngineHooks, RunControl
 from pipeline.engine.decode_view import DecodeView
 from pipeline.engine.forward import Forward, TransformersForward
 from pipeline.engine.kernels.rules import AttentionRules, Segments, attend_reference
@@ -184,7 +183,8 @@ def run(
     engine = PrefixEngine(loaded, EngineSettings(kv_budget=budget, kernels=chosen, **limits))
     if kernels == "recorded":
         forward = TransformersForward(loaded.model, pack_weights=False)
-        engine.backend = Backend(forward, ItemsByReference(4, 2, torch.device("cpu")))
+        backend = Backend(forward, ItemsByReference(4, 2, torch.device("cpu")))
+        engine = PrefixEngine(loaded, engine.settings, backend)
     return collect(engine, plan, control), engine
 
 
@@ -197,8 +197,8 @@ def collect(engine: PrefixEngine, plan: Plan, control: RunControl) -> dict[int, 
         assert len(pairs) == len(sequences) and not pairs & sampled, "a token was sampled twice"
         sampled.update(pairs)
 
-    engine.logits_probe = note
-    done = list(engine.generate(plan, np.arange(len(plan.sequences)), control))
+    every = np.arange(len(plan.sequences))
+    done = list(engine.generate(plan, every, control, EngineHooks(on_logits=note)))
     assert len({c.sequence for c in done}) == len(done)
     return {c.sequence: c for c in done}
 
@@ -365,8 +365,8 @@ def test_logits_after_a_preemption_equal_plain_attention(
     loaded = tiny.load_tiny()
     budget = int(tokens_alone(plan).max()) * loaded.shape.kv_bytes_per_token()
     engine = PrefixEngine(loaded, EngineSettings(kv_budget=budget))
-    seen = tiny.watch_logits(engine)
-    done = list(engine.generate(plan, np.arange(len(plan.sequences)), CONTROL))
+    hooks, seen = tiny.watch_logits()
+    done = list(engine.generate(plan, np.arange(len(plan.sequences)), CONTROL, hooks))
     assert len(watch.preempted) >= 4
     loaded.model.set_attn_implementation("eager")
     for completion in done:
@@ -415,7 +415,7 @@ def test_preemption_and_memory_that_ends_go_together(most_tokens: int, watch: Wa
     budget = int(tokens_alone(plan).max() * 1.5) * loaded.shape.kv_bytes_per_token()
     engine = PrefixEngine(loaded, EngineSettings(kv_budget=budget))
     forward = FullMemory(engine.backend.forward, most_tokens)
-    engine.backend = replace(engine.backend, forward=forward)
+    engine = tiny.with_backend(engine, forward=forward)
     assert_same(plan, collect(engine, plan, CONTROL), free)
     assert forward.refused and engine.counters.prefilled_tokens == plan.tree.unique_tokens
 
@@ -447,7 +447,7 @@ def test_a_node_whose_prefill_failed_is_computed_for_the_rows_after_it(
     free, _ = run(plan)
     engine = PrefixEngine(tiny.load_tiny(), EngineSettings(max_rows=2))
     forward = NoMemory(engine.backend.forward)
-    engine.backend = replace(engine.backend, forward=forward)
+    engine = tiny.with_backend(engine, forward=forward)
     done = {}
     for completion in engine.generate(plan, np.arange(6), RunControl()):
         forward.is_full = False  # once the first rows are lost

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine import kv_cache, kv_guard
-from pipeline.engine.base import RunControl
+from pipeline.engine.base import NO_HOOKS, EngineHooks, RunControl
 from pipeline.engine.forward import Forward
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.naive_engine import NaiveEngine
@@ -28,10 +27,13 @@ ALL = (tiny.GREEDY, tiny.LONGER, tiny.SAMPLED)
 
 
 def run(
-    engine: PrefixEngine | NaiveEngine, plan: Plan, control: RunControl | None = None
+    engine: PrefixEngine | NaiveEngine,
+    plan: Plan,
+    control: RunControl | None = None,
+    hooks: EngineHooks = NO_HOOKS,
 ) -> dict[int, Completion]:
     every = np.arange(len(plan.sequences))
-    done = list(engine.generate(plan, every, control or RunControl()))
+    done = list(engine.generate(plan, every, control or RunControl(), hooks))
     assert len({c.sequence for c in done}) == len(done)
     return {c.sequence: c for c in done}
 
@@ -63,8 +65,8 @@ def test_every_logit_equals_plain_attention(
     loaded = tiny.load_tiny(family)
     settings = EngineSettings(max_batch_tokens=max_batch_tokens, max_rows=max_rows, kernels=kernels)
     engine = PrefixEngine(loaded, settings)
-    seen = tiny.watch_logits(engine)
-    done = run(engine, plan)
+    hooks, seen = tiny.watch_logits()
+    done = run(engine, plan, hooks=hooks)
     assert len(done) == len(plan.sequences)
     loaded.model.set_attn_implementation("eager")
     for sequence, completion in done.items():
@@ -172,8 +174,7 @@ def test_nan_logits_fail_their_row_and_leave_the_neighbours() -> None:
             if sequence == 1 and position == 2:
                 logits[i] = float("nan")
 
-    engine.logits_probe = poison
-    done = run(engine, plan)
+    done = run(engine, plan, hooks=EngineHooks(on_logits=poison))
     assert (done[1].finish_reason, done[1].error_type) == ("error", "NonFiniteLogits")
     assert done[0].token_ids == clean[0].token_ids
     assert done[2].token_ids == clean[2].token_ids
@@ -244,8 +245,7 @@ class FullMemory:
 def engine_with(most_tokens: int) -> tuple[PrefixEngine, FullMemory]:
     engine = PrefixEngine(tiny.load_tiny(), EngineSettings())
     forward = FullMemory(engine.backend.forward, most_tokens)
-    engine.backend = replace(engine.backend, forward=forward)
-    return engine, forward
+    return tiny.with_backend(engine, forward=forward), forward
 
 
 @pytest.mark.fault(
@@ -294,8 +294,7 @@ def test_memory_that_ends_while_rows_decode_costs_only_rows() -> None:
         if max(at) == 2:
             forward.most_tokens = 0
 
-    engine.logits_probe = tighten
-    done = run(engine, plan)
+    done = run(engine, plan, hooks=EngineHooks(on_logits=tighten))
     assert len(done) == len(plan.sequences)
     assert "OutOfMemory" in {c.error_type for c in done.values()}
 
@@ -303,12 +302,11 @@ def test_memory_that_ends_while_rows_decode_costs_only_rows() -> None:
 def test_a_fault_that_is_not_memory_is_not_hidden() -> None:
     engine, _ = engine_with(10**9)
 
-    def spoil(*_: object) -> None:
+    def fail(*_: object) -> None:
         torch.zeros(2) @ torch.zeros(3)
 
-    engine.logits_probe = spoil
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
-        run(engine, random_plan(4, 4))
+        run(engine, random_plan(4, 4), hooks=EngineHooks(on_logits=fail))
 
 
 @pytest.mark.fault(

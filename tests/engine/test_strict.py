@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from pipeline.engine.kernels.strict_torch_kernel import StrictTorchKernel
 from pipeline.engine.kernels.strict_work import StrictWork
 from pipeline.engine.kernels.torch_kernel import TorchKernel
 from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.load import make_engine
 from pipeline.engine.model import LoadedModel, load_model
 from pipeline.engine.packing import PackedBatch
 from pipeline.engine.prefix_engine import PrefixEngine
@@ -33,7 +33,6 @@ from pipeline.engine.tiled_forward import TiledForward
 from pipeline.errors import UsageError
 from pipeline.plan.plan import Plan
 from pipeline.records import SamplingParams
-from pipeline.run import make_engine
 from pipeline.settings import EngineSettings, JobSettings, ModelSettings
 from tests.engine import families, tiny
 from tests.engine.attention_cases import Tree, random_layer, trees
@@ -88,9 +87,9 @@ def engine_for(loaded: LoadedModel, fidelity: str = "strict", **limits: Any) -> 
 
 
 def bits(engine: PrefixEngine, plan: Plan, sequences: list[int] | None = None) -> Bits:
-    seen = tiny.watch_logits(engine)
+    hooks, seen = tiny.watch_logits()
     chosen = np.array(range(len(plan.sequences)) if sequences is None else sequences, np.int64)
-    done = list(engine.generate(plan, chosen, RunControl()))
+    done = list(engine.generate(plan, chosen, RunControl(), hooks))
     assert all(c.error_type in (None, "KVBudgetExceeded") for c in done)
     return seen
 
@@ -328,7 +327,7 @@ def test_the_probe_catches_a_forward_that_does_not(fault: dict[str, float], says
 def test_the_probe_catches_attention_that_splits_its_softmax(compiled: bool) -> None:
     engine = engine_for(load("llama, grouped heads"))
     kernel = NativeKernel(4, 2) if compiled else TorchKernel(torch.device("cpu"))
-    engine.backend = replace(engine.backend, kernel=SplitBySegment(kernel))
+    engine = tiny.with_backend(engine, kernel=SplitBySegment(kernel))
     with pytest.raises(UsageError, match="bits of this model's logits are not the same"):
         strict_probe(engine)
 

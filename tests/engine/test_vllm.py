@@ -22,7 +22,7 @@ from pipeline.plan.token_table import TokenTable
 from pipeline.records import SamplingParams
 from pipeline.run import run_job
 from pipeline.settings import AuditSettings, EngineSettings, JobSettings, ModelSettings
-from tests.tiny_job import answers
+from tests.tiny_job import answers, on
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_MODEL = ROOT / "data" / "demo_model"
@@ -190,12 +190,11 @@ def test_a_job_on_vllm_resumes_and_passes_the_same_audit(
     table = pq.read_table(ROOT / "data" / "prompts.parquet", columns=["id", "prompt"]).slice(0, 40)
     heat = [{"temperature": 0.0}] * 39 + [{"temperature": 1.0}]
     pq.write_table(table.append_column("sampling_params", pa.array(heat)), source)
-    monkeypatch.setattr("pipeline.run.make_engine", lambda settings: engine)
     flat = {**MODEL.model_dump(), "max_new_tokens": 8, "stop": ["e"], "time_budget": "0s"}
     with pytest.raises(Exception, match="time budget"):
-        run_job(str(source), tmp_path / "out", JobSettings.from_flat(flat))
+        run_job(str(source), tmp_path / "out", JobSettings.from_flat(flat), make_engine=on(engine))
     whole = JobSettings.from_flat(flat | {"time_budget": None})
-    outcome = run_job(str(source), tmp_path / "out", whole)
+    outcome = run_job(str(source), tmp_path / "out", whole, make_engine=on(engine))
     assert outcome.counters["rows_ok"] == 40
     written = answers(tmp_path / "out")
     assert not any("e" in text for text in written["generated_text"])

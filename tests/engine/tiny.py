@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from pipeline.engine.base import EngineHooks
 from pipeline.engine.model import LoadedModel, ModelShape
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.plan.plan import Plan, build_plan
@@ -100,10 +102,20 @@ def plan_of(
     return build_plan(table, ids, params, chosen, min_prefix_tokens=min_prefix_tokens)
 
 
-def watch_logits(engine: PrefixEngine) -> dict[tuple[int, int], torch.Tensor]:
-    """What fills with the logits [V] of every chosen token, by (sequence, output position)."""
-    seen: dict[tuple[int, int], torch.Tensor] = {}
-    engine.logits_probe = lambda rows, at, logits: seen.update(
-        zip(zip(rows, at, strict=True), logits.clone(), strict=True)
-    )
-    return seen
+Logits = dict[tuple[int, int], torch.Tensor]
+
+
+def watch_logits() -> tuple[EngineHooks, Logits]:
+    """Hooks, and what they fill with the logits [V] of every chosen token, by (sequence, output
+    position)."""
+    seen: Logits = {}
+
+    def note(rows: list[int], at: list[int], logits: torch.Tensor) -> None:
+        seen.update(zip(zip(rows, at, strict=True), logits.clone(), strict=True))
+
+    return EngineHooks(on_logits=note), seen
+
+
+def with_backend(engine: PrefixEngine, **changes: Any) -> PrefixEngine:
+    """The same engine but for these fields of its backend."""
+    return PrefixEngine(engine.loaded, engine.settings, replace(engine.backend, **changes))

@@ -98,9 +98,9 @@ def test_the_engine_on_this_kernel_gives_the_tokens_of_the_plain_model() -> None
     prompts = [[*shared, 5, 6], [*shared, 7], [*shared[:9], 8, 9, 10], [11, 12], [*shared, 5]]
     params = SamplingParams(max_new_tokens=3), SamplingParams(max_new_tokens=3, temperature=0.8)
     plan = tiny.plan_of(prompts, params, [0, 1, 0, 1, 0])
-    engine = PrefixEngine(loaded, EngineSettings(max_batch_tokens=24))
     forward = TransformersForward(loaded.model, pack_weights=False)
-    engine.backend = Backend(forward, TritonKernel(4, 2, CPU))
+    backend = Backend(forward, TritonKernel(4, 2, CPU))
+    engine = PrefixEngine(loaded, EngineSettings(max_batch_tokens=24), backend)
     ours, plain = (
         {c.sequence: c.token_ids for c in e.generate(plan, np.arange(5), RunControl())}
         for e in (engine, NaiveEngine(loaded))

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import run as run_module
 from pipeline.errors import install_extra
 from tests.executor import ray_engines
 
@@ -62,9 +61,8 @@ def cluster(
 
 
 @pytest.fixture
-def workers(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder, empty, while jobs get watched workers."""
-    monkeypatch.setattr(run_module, "make_worker_engine", ray_engines.make_watched)
+def workers(cluster: Path) -> Iterator[Path]:
+    """The folder, empty, for jobs with watched workers (`make_engine=make_watched`)."""
     yield cluster
     for path in cluster.iterdir():
         path.unlink()

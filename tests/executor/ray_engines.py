@@ -11,15 +11,14 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.base import Engine, RunControl
+from pipeline.engine.base import NO_HOOKS, Engine, EngineHooks, RunControl
+from pipeline.engine.load import make_engine
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion
-from pipeline.run import make_worker_engine
 from pipeline.settings import JobSettings
 
 FOLDER = "COPPICE_TEST_WORKERS"
@@ -29,15 +28,18 @@ def folder() -> Path:
     return Path(os.environ[FOLDER])
 
 
-def make_watched(identity: dict[str, Any], settings: JobSettings) -> Engine:
+def make_watched(settings: JobSettings) -> Engine:
     """The engine that a job gets, with eyes and ears: `<pid>.worker` appears in the folder, each
     answer waits for as many seconds as `pace` says, and a prompt that is in `poison` kills."""
-    engine = make_worker_engine(identity, settings)
+    engine = make_engine(settings)
     folder().joinpath(f"{os.getpid()}.worker").touch()
     generate = engine.generate
 
     def watched(
-        plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        plan: Plan,
+        sequences: NDArray[np.int64],
+        control: RunControl,
+        hooks: EngineHooks = NO_HOOKS,
     ) -> Iterator[Completion]:
         poison = _read("poison")
         for completion in generate(plan, sequences, control):

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.engine import prefix_engine
-from pipeline.engine.base import Engine, RunControl
+from pipeline.engine.base import NO_HOOKS, Engine, EngineHooks, RunControl
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.engine.scheduler import Scheduler
@@ -137,7 +137,11 @@ class Gated(EchoEngine):
         self._gate = gate
 
     def generate(
-        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        self,
+        plan: Plan,
+        sequences: NDArray[np.int64],
+        control: RunControl,
+        hooks: EngineHooks = NO_HOOKS,
     ) -> Iterator[Completion]:
         for number, completion in enumerate(super().generate(plan, sequences, control)):
             if number == self._gate.at:
@@ -193,7 +197,11 @@ def test_a_slow_worker_ends_with_the_fast_one(fleet_of: Callable[..., Fleet]) ->
             self._worker = worker
 
         def generate(
-            self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+            self,
+            plan: Plan,
+            sequences: NDArray[np.int64],
+            control: RunControl,
+            hooks: EngineHooks = NO_HOOKS,
         ) -> Iterator[Completion]:
             if self._worker:
                 other_began.set()
@@ -258,7 +266,11 @@ class Dying(EchoEngine):
         self._poison, self._die = poison, die
 
     def generate(
-        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        self,
+        plan: Plan,
+        sequences: NDArray[np.int64],
+        control: RunControl,
+        hooks: EngineHooks = NO_HOOKS,
     ) -> Iterator[Completion]:
         for completion in super().generate(plan, sequences, control):
             if int(plan.prompt_token_ids(completion.sequence)[0]) == self._poison:
@@ -289,7 +301,11 @@ def test_a_row_that_no_worker_survives_becomes_an_error(fleet_of: Callable[..., 
 
     class Picky(EchoEngine):
         def generate(
-            self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+            self,
+            plan: Plan,
+            sequences: NDArray[np.int64],
+            control: RunControl,
+            hooks: EngineHooks = NO_HOOKS,
         ) -> Iterator[Completion]:
             for completion in super().generate(plan, sequences, control):
                 if plan.prompt_token_ids(completion.sequence).tolist() == bad:
@@ -310,7 +326,11 @@ def test_what_fails_everywhere_ends_the_job(fleet_of: Callable[..., Fleet]) -> N
 
     class Broken(EchoEngine):
         def generate(
-            self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+            self,
+            plan: Plan,
+            sequences: NDArray[np.int64],
+            control: RunControl,
+            hooks: EngineHooks = NO_HOOKS,
         ) -> Iterator[Completion]:
             raise EngineError("this machine's memory is not sound")
             yield

@@ -23,6 +23,7 @@ from pipeline.job import stopping
 from pipeline.job.auditing import audit_run
 from pipeline.run import run_job
 from pipeline.settings import AuditSettings, FleetSettings, JobSettings
+from tests.executor.ray_engines import make_watched
 from tests.tiny_job import answers, write_prompts
 
 ROWS = 240
@@ -113,7 +114,7 @@ def test_two_workers_answer_as_one_and_count_every_token(
     """The session itself holds prefilled and cached tokens against the plan; the audit is the one
     of any run."""
     out = tmp_path / "out"
-    outcome = run_job(str(source), out, settings_of(engine="prefix"))
+    outcome = run_job(str(source), out, settings_of(engine="prefix"), make_engine=make_watched)
     assert same(answers(out), expected["prefix"])
     session, manifest = counters(out), json.loads((out / "run.json").read_text())
     assert session["prefilled_tokens"] == (
@@ -153,7 +154,7 @@ def test_killed_workers_cost_no_row(
         caplog.at_level(logging.WARNING, "coppice"),
         meanwhile(lambda: len(pids(workers)) == 2, lambda: kill_all(pids(workers)[:victims])),
     ):
-        run_job(str(source), out, settings_of(engine=engine))
+        run_job(str(source), out, settings_of(engine=engine), make_engine=make_watched)
     assert same(answers(out), expected[engine])
     assert counters(out)["lost_workers"] == victims
     assert "its process or its machine died" in caplog.text
@@ -178,7 +179,7 @@ def test_a_row_that_kills_its_workers_becomes_an_error(
     ids = tokenizer.encode_batch([PROMPTS[77]]).flat.tolist()
     (workers / "poison").write_text(" ".join(map(str, ids)))
     out = tmp_path / "out"
-    run_job(str(source), out, settings)
+    run_job(str(source), out, settings, make_engine=make_watched)
     rows = answers(out)
     failed = rows.filter(pl.col("status") == "error")
     assert failed["row_index"].to_list() == [77]
@@ -208,11 +209,11 @@ def test_an_interrupted_job_goes_on_elsewhere(
         ),
         pytest.raises(Interrupted, match="same command"),
     ):
-        run_job(str(source), out, settings_of(first, rows_per_part=5))
+        run_job(str(source), out, settings_of(first, rows_per_part=5), make_engine=make_watched)
     before = answers(out).height
     assert 0 < before < ROWS
     (workers / "pace").unlink()
-    run_job(str(source), out, settings_of(second, rows_per_part=5))
+    run_job(str(source), out, settings_of(second, rows_per_part=5), make_engine=make_watched)
     assert same(answers(out), expected["echo"])
     ends = [s["end"] for s in json.loads((out / "run.json").read_text())["sessions"]]
     assert ends == ["Interrupted", "complete"]
@@ -231,7 +232,7 @@ def test_a_spent_budget_drains_the_workers(
     monkeypatch.setattr(stopping.StopRequest, "should_abort", lambda self: False)
     out = tmp_path / "out"
     with pytest.raises(TimeBudgetReached):
-        run_job(str(source), out, settings_of(time_budget="1h"))
+        run_job(str(source), out, settings_of(time_budget="1h"), make_engine=make_watched)
     assert 0 < answers(out).height < ROWS
     assert not [t for t in threading.enumerate() if t.name in ("writer", "ticker")]
 
@@ -249,7 +250,7 @@ def test_a_second_signal_does_not_wait_for_workers(
 
     begin = time.monotonic()
     with meanwhile(lambda: bool(pids(workers)), signal_twice), pytest.raises(Interrupted):
-        run_job(str(source), out, settings_of())
+        run_job(str(source), out, settings_of(), make_engine=make_watched)
     assert time.monotonic() - begin < 40, "240 rows at 5 s each were waited for"
 
 
@@ -266,14 +267,14 @@ def test_another_model_on_a_workers_machine_is_refused(
 
     monkeypatch.setattr(run_module, "identify_model", lambda model: {"model": "of the driver"})
     with pytest.raises(ModelError, match="not the model of the machine that began"):
-        run_job(str(source), tmp_path / "out", settings_of())
+        run_job(str(source), tmp_path / "out", settings_of(), make_engine=make_watched)
 
 
 def test_more_workers_than_the_cluster_has_are_refused(
     cluster: Path, source: Path, tmp_path: Path, settings_of: Settings
 ) -> None:
     with pytest.raises(UsageError, match="0 GPUs and 2 CPUs.*--num-workers"):
-        run_job(str(source), tmp_path / "out", settings_of(num_workers=3))
+        run_job(str(source), tmp_path / "out", settings_of(num_workers=3), make_engine=make_watched)
 
 
 def test_each_worker_computes_with_its_share_of_the_cpus(cluster: Path) -> None:

@@ -31,10 +31,11 @@ ray.shutdown(wait_for_processes=True)
 """
 # The command, with workers that can be told to be slow and a shorter patience than Ray's minute.
 _COMMAND = """
+from functools import partial
 from pipeline import cli, run
 from pipeline.executor import ray_crew
 from tests.executor import ray_engines
-run.make_worker_engine = ray_engines.make_watched
+run.run_job = partial(run.run_job, make_engine=ray_engines.make_watched)
 ray_crew._HEAD_SILENT_S = 4.0
 cli.main()
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -12,7 +13,6 @@ import pytest
 
 from flows.audit import audit
 from flows.generate import generate
-from pipeline import run as run_module
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.errors import AuditFailed, EngineError, InputError, UsageError
 from pipeline.run import run_job
@@ -128,7 +128,7 @@ def test_a_retry_goes_on_where_the_first_try_stopped(
             raise EngineError("the device fell over")
         return EchoEngine()
 
-    monkeypatch.setattr(run_module, "make_engine", make_engine)
+    monkeypatch.setattr("flows.generate.run_job", partial(run_job, make_engine=make_engine))
     assert generate(*job)["rows_ok"] == 2
     assert len(tries) == 2
 

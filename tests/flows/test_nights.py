@@ -14,12 +14,12 @@ from typing import Any
 import psutil
 import pytest
 
-import pipeline.run as run_module
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.run import run_job
 from tests.flows.real_server import ROOT, PrefectServer, Process, wait_for
 from tests.flows.receiver import Receiver
 from tests.night.job import DAY, NightlyJob
+from tests.tiny_job import on
 
 pytestmark = pytest.mark.timeout(600)  # three processes a test, and the machine may have one core
 CANARY = "canary 5119 dives"
@@ -151,14 +151,11 @@ def tell(server: PrefectServer, name: str, url: str) -> str:
     outcome="the flow fails, nothing is published, the other webhook is told and gets no text",
 )
 def test_a_failed_audit_publishes_nothing_and_somebody_is_told(
-    server: PrefectServer, served: Process, make_job: MakeJob, receiver: Receiver,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    server: PrefectServer, served: Process, make_job: MakeJob, receiver: Receiver
+) -> None:
     job = make_job("wrong")
     night = job.night()
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "make_engine", lambda settings: EchoEngine())
-        run_job(night.input, night.run_place, night.job)
+    run_job(night.input, night.run_place, night.job, make_engine=on(EchoEngine()))
     for _ in range(3):  # on SQLite a busy server loses an event now and then, see docs/nights.md
         state = server.ended(run := begin(server, job))
         assert (state["type"], state["name"]) == ("FAILED", "Failed")

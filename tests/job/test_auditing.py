@@ -13,8 +13,9 @@ import pytest
 from pipeline.audit.similarity import Encoder
 from pipeline.engine import arms
 from pipeline.errors import InputError, ModelError, RunDirectoryError, StorageError
-from pipeline.job.auditing import audit_run, describe_audit, seed_of_output
+from pipeline.job.auditing import audit_run, describe_audit
 from pipeline.job.evidence import Arms
+from pipeline.job.gate import seed_of_output
 from pipeline.job.planning import open_job, select_rows
 from pipeline.run import run_job
 from pipeline.settings import AuditSettings, JobSettings

@@ -17,7 +17,7 @@ from pipeline.run import run_job
 from pipeline.settings import JobSettings
 from pipeline.storage.manifest import read_manifest
 from pipeline.storage.run_directory import RunDirectory
-from tests.tiny_job import FailingEngine, answers, echo_settings, use_engine, write_prompts
+from tests.tiny_job import FailingEngine, answers, echo_settings, on, write_prompts
 
 EVENING = datetime.datetime(2026, 11, 22, 23, 59)
 MORNING = datetime.datetime(2026, 11, 23, 0, 1)
@@ -70,27 +70,25 @@ def echoed(output: Path) -> set[str]:
     return {text[::-1][:10] for text in answers(output)["generated_text"].to_list()}
 
 
-def fail_after_two_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def fail_after_two_rows() -> FailingEngine:
     def fail() -> None:
         raise EngineError("the device fell over")
 
-    use_engine(monkeypatch, FailingEngine(2, fail))
+    return FailingEngine(2, fail)
 
 
 def test_a_run_that_is_resumed_after_midnight_keeps_its_date(
-    tmp_path: Path, tokenizer_folder: Path, prompts: Path, at: OnDay,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    tmp_path: Path, tokenizer_folder: Path, prompts: Path, at: OnDay
+) -> None:
     """Seen red: "was planned differently", at every resume."""
     settings, output = dated(tmp_path, tokenizer_folder), tmp_path / "out"
     at(EVENING)
-    fail_after_two_rows(monkeypatch)
     with pytest.raises(EngineError):
-        run_job(str(prompts), output, settings)
+        run_job(str(prompts), output, settings, make_engine=on(fail_after_two_rows()))
     assert read_manifest(output)["settings"]["tokens"]["clock"] == "2026-11-22T00:00:00"
     at(MORNING)
-    use_engine(monkeypatch, EchoEngine())
-    assert run_job(str(prompts), output, settings).counters["rows_ok"] == 4
+    echo = on(EchoEngine())
+    assert run_job(str(prompts), output, settings, make_engine=echo).counters["rows_ok"] == 4
     assert echoed(output) == {"2026.11.22"}
     assert run_job(str(prompts), output, settings).was_complete
 

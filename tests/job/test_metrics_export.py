@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline.errors import EngineError, UsageError
 from pipeline.run import run_job
 from pipeline.settings import JobSettings, MonitorSettings
-from tests.tiny_job import FailingEngine, answers, echo_settings, use_engine, write_prompts
+from tests.tiny_job import FailingEngine, answers, echo_settings, on, write_prompts
 
 
 def free_port() -> int:
@@ -50,9 +50,9 @@ def test_a_running_job_is_asked_over_http_and_leaves_its_port(
 ) -> None:
     port = free_port()
     heard: list[dict[str, float]] = []
-    use_engine(monkeypatch, FailingEngine(10, lambda: heard.append(parse(ask(port)))))
+    engine = FailingEngine(10, lambda: heard.append(parse(ask(port))))
     job = echo_settings(tokenizer_folder, metrics_port=str(port), fail_on_error="1")
-    outcome = run_job(source, tmp_path / "out", job)
+    outcome = run_job(source, tmp_path / "out", job, make_engine=on(engine))
     assert len(heard) == 1 and {"state waiting", "state running"} & heard[0].keys()
     assert outcome.rows_failed == 1
     with pytest.raises(urllib.error.URLError):
@@ -80,10 +80,15 @@ def test_a_job_that_fails_says_so_in_the_file(
     def fall() -> None:
         raise EngineError("the device fell over")
 
-    use_engine(monkeypatch, FailingEngine(10, fall))
+    engine = FailingEngine(10, fall)
     file = tmp_path / "coppice.prom"
     with pytest.raises(EngineError):
-        run_job(source, tmp_path / "out", echo_settings(tokenizer_folder, metrics_file=str(file)))
+        run_job(
+            source,
+            tmp_path / "out",
+            echo_settings(tokenizer_folder, metrics_file=str(file)),
+            make_engine=on(engine),
+        )
     assert "state failed" in parse(file.read_text())
 
 
@@ -129,10 +134,10 @@ def test_a_file_that_cannot_be_written_later_stops_no_job(
             file.unlink()
         folder.rmdir()
 
-    use_engine(monkeypatch, FailingEngine(3, lose))
+    engine = FailingEngine(3, lose)
     monkeypatch.setattr(logging.getLogger("coppice"), "propagate", True)
     job = echo_settings(tokenizer_folder, metrics_file=str(folder / "m.prom"), fail_on_error="1")
-    run_job(source, tmp_path / "out", job)
+    run_job(source, tmp_path / "out", job, make_engine=on(engine))
     assert len(answers(tmp_path / "out")) == 21
     assert any("the job goes on" in record.getMessage() for record in caplog.records)
 

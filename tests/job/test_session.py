@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline import run as run_module
-from pipeline.engine.base import RunControl
+from pipeline.engine.base import NO_HOOKS, EngineCapabilities, EngineHooks, RunControl
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.errors import (
     EngineError,
@@ -31,7 +30,7 @@ from pipeline.plan.plan import Plan
 from pipeline.records import Completion
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
-from tests.tiny_job import PROMPTS, FailingEngine, answers, echo_settings, use_engine, write_prompts
+from tests.tiny_job import PROMPTS, FailingEngine, answers, echo_settings, on, write_prompts
 
 
 @pytest.mark.parametrize("preserve_order", [False, True])
@@ -51,20 +50,19 @@ def test_a_crash_loses_no_committed_row_and_the_same_call_resumes(
             time.sleep(0.01)
         raise EngineError("the device fell over")
 
-    use_engine(monkeypatch, FailingEngine(30, crash))
+    engine = FailingEngine(30, crash)
     with pytest.raises(EngineError, match="fell over"):
-        run_job(str(source), tmp_path / "out", settings)
+        run_job(str(source), tmp_path / "out", settings, make_engine=on(engine))
     manifest = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (manifest["status"], manifest["sessions"][0]["end"]) == ("failed", "EngineError")
-    engine = EchoEngine()
-    use_engine(monkeypatch, engine)
-    outcome = run_job(str(source), tmp_path / "out", settings)
+    echo = EchoEngine()
+    outcome = run_job(str(source), tmp_path / "out", settings, make_engine=on(echo))
     rows = answers(tmp_path / "out")
     assert rows["row_index"].to_list() == list(range(60))
     assert rows["generated_text"].to_list() == [f"prompt {i % 37}"[::-1] for i in range(60)]
     assert outcome.counters["rows_ok"] == 60
     if not preserve_order:
-        assert engine.counters.num_forwards < 37
+        assert echo.counters.num_forwards < 37
 
 
 def test_a_plan_that_differs_on_resume_is_refused(
@@ -75,13 +73,13 @@ def test_a_plan_that_differs_on_resume_is_refused(
     def crash() -> None:
         raise EngineError("stop")
 
-    use_engine(monkeypatch, FailingEngine(0, crash))
+    engine = FailingEngine(0, crash)
     with pytest.raises(EngineError):
-        run_job(str(source), tmp_path / "out", settings)
+        run_job(str(source), tmp_path / "out", settings, make_engine=on(engine))
     summary = tmp_path / "out" / "plan" / "summary.json"
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"plan_hash": "0" * 64}))
     with pytest.raises(RunDirectoryError, match="planned differently"):
-        run_job(str(source), tmp_path / "out", settings)
+        run_job(str(source), tmp_path / "out", settings, make_engine=on(engine))
 
 
 def test_a_row_that_fails_in_the_engine_is_written_with_its_reason(
@@ -89,7 +87,11 @@ def test_a_row_that_fails_in_the_engine_is_written_with_its_reason(
 ) -> None:
     class OneBad(EchoEngine):
         def generate(
-            self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+            self,
+            plan: Plan,
+            sequences: NDArray[np.int64],
+            control: RunControl,
+            hooks: EngineHooks = NO_HOOKS,
         ) -> Iterator[Completion]:
             for done in super().generate(plan, sequences, control):
                 if done.sequence:
@@ -99,8 +101,8 @@ def test_a_row_that_fails_in_the_engine_is_written_with_its_reason(
                     yield failed
 
     source = write_prompts(tmp_path / "p.parquet", ["a", "b"])
-    use_engine(monkeypatch, OneBad())
-    run_job(str(source), tmp_path / "out", settings)
+    engine = OneBad()
+    run_job(str(source), tmp_path / "out", settings, make_engine=on(engine))
     rows = answers(tmp_path / "out")
     assert rows["error_type"].to_list() == ["OutOfMemory", None]
     assert rows["attempts"].to_list() == [1, 1]
@@ -111,14 +113,19 @@ def test_a_spent_time_budget_commits_and_resumes(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_prompts(tmp_path / "p.parquet", PROMPTS)
-    use_engine(monkeypatch, FailingEngine(1, lambda: time.sleep(1.2)))
+    engine = FailingEngine(1, lambda: time.sleep(1.2))
     with pytest.raises(TimeBudgetReached, match="the same command"):
-        run_job(str(source), tmp_path / "out", echo_settings(tokenizer_folder, time_budget=1.2))
+        run_job(
+            str(source),
+            tmp_path / "out",
+            echo_settings(tokenizer_folder, time_budget=1.2),
+            make_engine=on(engine),
+        )
     assert 0 < answers(tmp_path / "out").height < 6
     manifest = json.loads((tmp_path / "out" / "run.json").read_text())
     assert manifest["status"] == "stopped"
-    use_engine(monkeypatch, EchoEngine())
-    run_job(str(source), tmp_path / "out", echo_settings(tokenizer_folder))
+    echo = on(EchoEngine())
+    run_job(str(source), tmp_path / "out", echo_settings(tokenizer_folder), make_engine=echo)
     assert answers(tmp_path / "out")["row_index"].to_list() == list(range(6))
 
 
@@ -133,9 +140,9 @@ def test_the_first_signal_drains_and_commits(
 ) -> None:
     source = write_prompts(tmp_path / "p.parquet", PROMPTS)
     before = signal.getsignal(number)
-    use_engine(monkeypatch, FailingEngine(1, lambda: os.kill(os.getpid(), number)))
+    engine = FailingEngine(1, lambda: os.kill(os.getpid(), number))
     with pytest.raises(Interrupted, match="rows are left"):
-        run_job(str(source), tmp_path / "out", settings)
+        run_job(str(source), tmp_path / "out", settings, make_engine=on(engine))
     assert answers(tmp_path / "out").height > 0
     assert signal.getsignal(number) is before
 
@@ -148,9 +155,11 @@ def test_the_second_signal_aborts(
         os.kill(os.getpid(), signal.SIGINT)
 
     source = write_prompts(tmp_path / "p.parquet", PROMPTS)
-    use_engine(monkeypatch, FailingEngine(1, interrupt_twice))
+    engine = FailingEngine(1, interrupt_twice)
     with pytest.raises(Interrupted):
-        run_job(str(source), tmp_path / "out", echo_settings(tokenizer_folder))
+        run_job(
+            str(source), tmp_path / "out", echo_settings(tokenizer_folder), make_engine=on(engine)
+        )
     assert not list((tmp_path / "out" / "data").iterdir())
 
 
@@ -175,16 +184,20 @@ def test_an_error_of_the_writer_stops_the_engine_and_is_the_one_raised(
 
     class Endless(EchoEngine):
         def generate(
-            self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+            self,
+            plan: Plan,
+            sequences: NDArray[np.int64],
+            control: RunControl,
+            hooks: EngineHooks = NO_HOOKS,
         ) -> Iterator[Completion]:
             while True:
                 yield from super().generate(plan, sequences, control)
 
     source = write_prompts(tmp_path / "p.parquet", PROMPTS)
     monkeypatch.setattr("pipeline.storage.run_directory.write_part", no_space)
-    use_engine(monkeypatch, Endless())
+    engine = Endless()
     with pytest.raises(StorageError, match="no space left"):
-        run_job(str(source), tmp_path / "out", settings)
+        run_job(str(source), tmp_path / "out", settings, make_engine=on(engine))
     assert not [t for t in threading.enumerate() if t.name in ("writer", "ticker", "reader")]
 
 
@@ -194,10 +207,9 @@ def test_a_model_that_does_not_load_is_reported(
     def fail(settings: JobSettings) -> EchoEngine:
         raise EngineError("no device")
 
-    monkeypatch.setattr(run_module, "make_engine", fail)
     source = write_prompts(tmp_path / "p.parquet", PROMPTS)
     with pytest.raises(EngineError, match="no device"):
-        run_job(str(source), tmp_path / "out", settings)
+        run_job(str(source), tmp_path / "out", settings, make_engine=fail)
 
 
 def test_the_observer_sees_the_last_row(tmp_path: Path, settings: JobSettings) -> None:
@@ -222,10 +234,10 @@ def test_an_engine_that_computes_a_token_twice_is_found_out(
     tmp_path: Path, settings: JobSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Wasteful(EchoEngine):
-        name = "prefix"
+        capabilities = EngineCapabilities(computes_once=True)
 
     source = write_prompts(tmp_path / "p.parquet", PROMPTS)
-    use_engine(monkeypatch, Wasteful())
+    engine = Wasteful()
     with pytest.raises(EngineError, match="prompt tokens were prefilled where the plan says"):
-        run_job(str(source), tmp_path / "out", settings)
+        run_job(str(source), tmp_path / "out", settings, make_engine=on(engine))
     assert not (tmp_path / "out" / "_SUCCESS").exists()

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline import run as run_module
-from pipeline.engine.base import RunControl
+from pipeline.engine.base import NO_HOOKS, EngineHooks, RunControl
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.errors import Stalled
 from pipeline.job.observer import SilentObserver
@@ -24,7 +23,7 @@ from pipeline.plan.plan import Plan
 from pipeline.records import Completion
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
-from tests.tiny_job import PROMPTS, FailingEngine, answers, echo_settings, use_engine, write_prompts
+from tests.tiny_job import PROMPTS, FailingEngine, answers, echo_settings, on, write_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +51,11 @@ class Looping(EchoEngine):
     """Answers three prompts, then does nothing for ever, but asks whether it should stop."""
 
     def generate(
-        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        self,
+        plan: Plan,
+        sequences: NDArray[np.int64],
+        control: RunControl,
+        hooks: EngineHooks = NO_HOOKS,
     ) -> Iterator[Completion]:
         for number, completion in enumerate(super().generate(plan, sequences, control)):
             while number == 3 and not control.should_abort():
@@ -69,20 +72,19 @@ def test_a_job_whose_threads_come_back_raises_and_goes_on_later(
     """In the process of a library's caller: an error, a free lock, and no thread left behind."""
     source = write_prompts(tmp_path / "p.parquet", [*PROMPTS])
     settings = echo_settings(tokenizer_folder, rows_per_part=2, stall_timeout="1s")
-    use_engine(monkeypatch, Looping())
+    engine = Looping()
     with (
         caplog.at_level(logging.ERROR, "coppice"),
         pytest.raises(Stalled, match="--stall-timeout") as caught,
     ):
-        run_job(str(source), tmp_path / "out", settings)
+        run_job(str(source), tmp_path / "out", settings, make_engine=on(engine))
     assert caught.value.exit_code == 1 and "same command" in str(caught.value)
     assert "thread writer" in caplog.text and "test_watchdog.py" in caplog.text
     assert read_status(tmp_path / "out")["status"] == "failed"
     assert not [t for t in threading.enumerate() if t.name in ("writer", "ticker", "watchdog")]
     committed = answers(tmp_path / "out").height
     assert committed >= 2
-    use_engine(monkeypatch, EchoEngine())
-    run_job(str(source), tmp_path / "out", settings)
+    run_job(str(source), tmp_path / "out", settings, make_engine=on(EchoEngine()))
     assert answers(tmp_path / "out")["row_index"].to_list() == list(range(6))
 
 
@@ -100,11 +102,10 @@ def test_a_model_that_loads_slowly_is_no_stall(
         time.sleep(3.0 if timeout == "1s" else 0.1)
         return EchoEngine()
 
-    monkeypatch.setattr(run_module, "make_engine", load)
     source = write_prompts(tmp_path / "p.parquet", [*PROMPTS])
     settings = echo_settings(tokenizer_folder, stall_timeout=timeout)
-    assert run_job(str(source), tmp_path / "out", settings).counters["rows_ok"] == 6
-    assert not exits
+    done = run_job(str(source), tmp_path / "out", settings, make_engine=load)
+    assert done.counters["rows_ok"] == 6 and not exits
 
 
 def test_steps_without_an_answer_are_movement(
@@ -119,10 +120,12 @@ def test_steps_without_an_answer_are_movement(
             engine.counters.generated_tokens += 1
 
     engine._act = decode
-    use_engine(monkeypatch, engine)
     source = write_prompts(tmp_path / "p.parquet", [*PROMPTS])
     settings = echo_settings(tokenizer_folder, stall_timeout="1.5s")
-    assert run_job(str(source), tmp_path / "out", settings).counters["rows_ok"] == 6
+    assert (
+        run_job(str(source), tmp_path / "out", settings, make_engine=on(engine)).counters["rows_ok"]
+        == 6
+    )
 
 
 def test_planning_that_computes_is_movement(exits: list[int]) -> None:

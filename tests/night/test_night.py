@@ -8,14 +8,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline import run as run_module
 from pipeline.audit.verdict import Verdict
 from pipeline.engine.base import Engine
+from pipeline.engine.load import make_engine
 from pipeline.errors import (
     AuditFailed,
     EngineError,
@@ -38,6 +39,7 @@ from pipeline.night.settings import Night
 from pipeline.night.state import read_state
 from pipeline.night.steps import Step
 from pipeline.records import Completion
+from pipeline.run import run_job
 from pipeline.settings import JobSettings
 from pipeline.storage import parquet_input
 from pipeline.storage.lock import FolderLock
@@ -59,10 +61,9 @@ def error_of(ending: Ending) -> Exception:
 
 def act_after(patch: pytest.MonkeyPatch, after: int, act: Callable[[], object]) -> None:
     """Do that when so many rows are answered."""
-    real = run_module.make_engine
 
     def make(settings: JobSettings) -> Engine:
-        engine = real(settings)
+        engine = make_engine(settings)
         generate = engine.generate
 
         def generate_and_act(*arguments: Any) -> Iterator[Completion]:
@@ -74,7 +75,7 @@ def act_after(patch: pytest.MonkeyPatch, after: int, act: Callable[[], object]) 
         engine.generate = generate_and_act  # type: ignore[method-assign,assignment]
         return engine
 
-    patch.setattr(run_module, "make_engine", make)
+    patch.setattr(steps, "run_job", partial(run_job, make_engine=make))
 
 
 def fall() -> None:

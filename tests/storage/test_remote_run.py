@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 from botocore.client import BaseClient
 
+from pipeline.engine.base import Engine
 from pipeline.errors import RunDirectoryError, StorageError, UsageError
 from pipeline.job.status import read_status
 from pipeline.run import report_run, run_job
@@ -25,7 +26,7 @@ from pipeline.storage.remote_run import RemoteRun
 from pipeline.storage.run_directory import RunDirectory
 from tests.storage.buckets import KEY_ID, SECRET, FailingStore, Store
 from tests.storage.tables import answers
-from tests.tiny_job import PROMPTS, FailingEngine, use_engine, write_prompts
+from tests.tiny_job import PROMPTS, FailingEngine, on, write_prompts
 from tests.tiny_job import answers as local_answers
 
 FINGERPRINT = {"input": "abc", "temperature": 0.0}
@@ -147,9 +148,9 @@ def test_a_sealed_run_has_nothing_left_to_do_and_its_parts_stay_where_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_job(prompts, out, settings)
-    use_engine(monkeypatch, FailingEngine(0, lambda: pytest.fail("nothing is left to compute")))
+    idle = FailingEngine(0, lambda: pytest.fail("nothing is left to compute"))
     asked = FailingStore(monkeypatch)
-    assert run_job(prompts, out, settings).was_complete
+    assert run_job(prompts, out, settings, make_engine=on(idle)).was_complete
     assert not [call for call in asked.calls if "data/" in call or call.startswith("Put")]
     assert not any(cache.iterdir())
 
@@ -182,13 +183,10 @@ def after_a_commit(store: Store, out: str, act: Callable[[], object]) -> Failing
     return FailingEngine(3, wait)
 
 
-def interrupt(
-    store: Store, prompts: str, out: str, settings: JobSettings, patch: pytest.MonkeyPatch
-) -> None:
-    with patch.context() as inner:
-        use_engine(inner, after_a_commit(store, out, kill))
-        with pytest.raises(Killed):
-            run_job(prompts, out, settings)
+def interrupt(store: Store, prompts: str, out: str, settings: JobSettings) -> None:
+    dying = after_a_commit(store, out, kill)
+    with pytest.raises(Killed):
+        run_job(prompts, out, settings, make_engine=on(dying))
 
 
 def test_another_machine_goes_on_from_what_is_committed(
@@ -199,7 +197,7 @@ def test_another_machine_goes_on_from_what_is_committed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    interrupt(store, prompts, out, settings, monkeypatch)
+    interrupt(store, prompts, out, settings)
     before = set(manifest_in(store, out)["parts"])
     assert before and "_SUCCESS" not in names_in(store, out)
     use_machine(monkeypatch, tmp_path / "another")
@@ -239,11 +237,10 @@ def test_a_bucket_that_vanishes_loses_no_work(
     computed: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with monkeypatch.context() as inner:
-        use_engine(inner, after_a_commit(store, out, lambda: store.remove_bucket(bucket)))
-        said = "(no such bucket; check|was removed while the job ran).*same command again"
-        with pytest.raises(StorageError, match=said):
-            run_job(prompts, out, settings)
+    losing = after_a_commit(store, out, lambda: store.remove_bucket(bucket))
+    said = "(no such bucket; check|was removed while the job ran).*same command again"
+    with pytest.raises(StorageError, match=said):
+        run_job(prompts, out, settings, make_engine=on(losing))
     with pytest.raises(StorageError, match="no such bucket"):
         run_job(prompts, out, settings)
     store.client.create_bucket(Bucket=bucket)
@@ -260,12 +257,11 @@ def test_credentials_that_are_revoked_in_the_middle_lose_no_work(
     computed: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with monkeypatch.context() as inner:
-        revoked = store.revoked()
-        use_engine(inner, after_a_commit(store, out, revoked.__enter__))
-        with pytest.raises(StorageError, match="refuses the credentials; check AWS_"):
-            run_job(prompts, out, settings)
-        revoked.__exit__(None, None, None)
+    revoked = store.revoked()
+    losing = after_a_commit(store, out, revoked.__enter__)
+    with pytest.raises(StorageError, match="refuses the credentials; check AWS_"):
+        run_job(prompts, out, settings, make_engine=on(losing))
+    revoked.__exit__(None, None, None)
     run_job(prompts, out, settings)
     assert rows_in(store, out)["row_index"].to_list() == list(range(7))
     assert sorted(computed) == list(range(7))
@@ -475,16 +471,15 @@ def test_a_foreign_parquet_file_among_the_parts_is_refused(
 
 
 def test_a_prefix_with_something_else_in_it_is_refused_before_anything_is_computed(
-    store: Store,
-    bucket: str,
-    prompts: str,
-    settings: JobSettings,
-    monkeypatch: pytest.MonkeyPatch,
+    store: Store, bucket: str, prompts: str, settings: JobSettings
 ) -> None:
     store.put(bucket, "out/notes.txt", b"mine")
-    monkeypatch.setattr("pipeline.run.make_engine", lambda _: pytest.fail("must not load"))
+
+    def load(_: JobSettings) -> Engine:
+        pytest.fail("must not load")
+
     with pytest.raises(RunDirectoryError, match="not empty and holds no run"):
-        run_job(prompts, f"s3://{bucket}/out", settings)
+        run_job(prompts, f"s3://{bucket}/out", settings, make_engine=load)
     assert store.keys(bucket) == ["out/notes.txt"]
 
 
@@ -610,7 +605,7 @@ def test_status_report_and_responses_are_those_of_a_folder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     url = f"s3://{bucket}/run"
-    interrupt(store, prompts, url, settings, monkeypatch)
+    interrupt(store, prompts, url, settings)
     with monkeypatch.context() as inner:
         asked = FailingStore(inner)
         state = read_status(url)
@@ -680,7 +675,7 @@ def test_secrets_are_in_no_file(
     }
     chosen = settings.model_copy(update={"store": StoreSettings(storage_options=options)})
     store.put(bucket, "in/p.parquet", Path(prompts).read_bytes())
-    interrupt(store, f"s3://{bucket}/in/", f"s3://{bucket}/run", chosen, monkeypatch)
+    interrupt(store, f"s3://{bucket}/in/", f"s3://{bucket}/run", chosen)
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 5
     run_job(f"s3://{bucket}/in/", f"s3://{bucket}/run", chosen)

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
@@ -15,10 +16,12 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline import run as run_module
-from pipeline.engine.base import RunControl
+from pipeline.engine.base import NO_HOOKS, EngineHooks, RunControl
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion
+from pipeline.run import run_job
+from tests.tiny_job import on
 from tests.torture.job import ROWS, RunBench, check_run
 from tests.torture.victim import Server, run_command
 
@@ -33,7 +36,11 @@ class StuckEngine(EchoEngine):
         self._call = call
 
     def generate(
-        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        self,
+        plan: Plan,
+        sequences: NDArray[np.int64],
+        control: RunControl,
+        hooks: EngineHooks = NO_HOOKS,
     ) -> Iterator[Completion]:
         """As its base, until it is stuck."""
         for number, completion in enumerate(super().generate(plan, sequences, control)):
@@ -54,7 +61,7 @@ def _wait_for_a_lock() -> None:
 
 
 def _stuck_device(call: Callable[[], object]) -> None:
-    run_module.make_engine = lambda settings: StuckEngine(call)
+    run_module.run_job = partial(run_job, make_engine=on(StuckEngine(call)))
 
 
 def _stuck_disk(number: int) -> None:

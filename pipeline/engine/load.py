@@ -1,0 +1,61 @@
+"""Makes the engine that the settings name. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.engine.base import Engine
+from pipeline.errors import EngineError, UsageError
+from pipeline.settings import EngineSettings, JobSettings
+
+if TYPE_CHECKING:
+    from pipeline.engine.model import LoadedModel
+
+
+def make_engine(settings: JobSettings) -> Engine:
+    """See `EngineFactory`. A model that fails the prefix engine's self-test gets the naive one,
+    which says so. Raises UsageError also where strict mode cannot be had."""
+    chosen = settings.model.engine
+    if settings.engine.fidelity == "strict" and chosen != "prefix":
+        raise UsageError(
+            "--fidelity strict is a promise of the prefix engine alone; "
+            f"leave it out with --engine {chosen}"
+        )
+    if chosen == "echo":
+        from pipeline.engine.echo_engine import EchoEngine
+
+        return EchoEngine()
+    if chosen == "vllm":
+        from pipeline.engine.vllm_engine import VllmEngine
+
+        return VllmEngine(settings.model, settings.engine)
+    from pipeline.engine.model import load_model
+    from pipeline.engine.naive_engine import NaiveEngine
+
+    loaded = load_model(settings.model)
+    return NaiveEngine(loaded) if chosen == "naive" else _tested(loaded, settings.engine)
+
+
+def _tested(loaded: LoadedModel, settings: EngineSettings) -> Engine:
+    """The prefix engine, or the naive one where the self-test shows that reuse is unsound."""
+    from pipeline.engine.cost_model import calibrated
+    from pipeline.engine.naive_engine import NaiveEngine
+    from pipeline.engine.prefix_engine import PrefixEngine
+    from pipeline.engine.self_test import self_test
+    from pipeline.engine.strict_probe import strict_probe
+
+    is_strict = settings.fidelity == "strict"
+    engine = PrefixEngine(loaded, settings)
+    try:
+        worst = self_test(engine)
+    except EngineError as error:
+        if is_strict:
+            raise UsageError(f"--fidelity strict: {error}; leave it out") from error
+        return NaiveEngine(
+            loaded, [f"{error}; so each row is computed in full by the naive engine"]
+        )
+    notes = [f"self-test passed: within {worst:.1e} of the model's own largest logit"]
+    if is_strict:
+        notes.append(f"strict: the same bits in {strict_probe(engine)} of as many ways")
+    cost_model = calibrated(loaded, engine.backend)
+    return PrefixEngine(loaded, settings, engine.backend, cost_model, notes)
