@@ -157,7 +157,7 @@ def reopen_job(directory: RunDirectory, store: StoreSettings | None = None) -> J
     job = open_job(manifest["input"]["argument"], settings)
     now = fingerprint_fields(settings, job.source.fingerprint(), job.tokenizer.fingerprint)
     before = manifest["fingerprint"]
-    if now["input"] != before["input"]:
+    if now["input"] != before.get("input"):
         raise InputError(
             f"{manifest['input']['argument']} has changed since the run in {directory.name}; "
             "bring the old file back, or run the new one into another folder"

@@ -61,7 +61,7 @@ class _Writer(TypedDict):
 class _Manifest(TypedDict):
     schema_version: Count
     run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-    created_at: str
+    created_at: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.+Z-]{8,30}$")]
     status: Literal["running", "complete", "stopped", "failed"]
     fingerprint: dict[str, Any]
     counters: dict[str, Number]
