@@ -150,7 +150,7 @@ def reopen_job(directory: RunDirectory, store: StoreSettings | None = None) -> J
     """
     manifest = directory.read_manifest()
     settings = recall_settings(directory)
-    if "input" not in manifest:
+    if "argument" not in manifest.get("input", {}):
         raise RunDirectoryError(f"{directory.name} does not say how it was made; run the job again")
     if store is not None:
         settings = settings.model_copy(update={"store": settings.store.overridden_by(store)})
