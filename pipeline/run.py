@@ -220,8 +220,9 @@ def _run_or_resume(
                     outcome.check_failures(settings.write)
                     return outcome
                 observer.say(f"{output} was complete, but files are missing; they are made again")
-                rows = directory.read_manifest()["counters"]["rows_in"]
-                directory.unseal(with_audit=len(directory.done_rows()) != rows)
+                rows = directory.planned_rows()
+                is_whole = rows is not None and np.array_equal(directory.done_rows(), rows)
+                directory.unseal(with_audit=not is_whole)
             keep_system_prompt(directory, settings)
             with loading_engine(settings, around) as loading:
                 return _sit(plan_rows(job), directory, loading, around)

@@ -147,14 +147,14 @@ def reopen_job(directory: RunDirectory, store: StoreSettings | None = None) -> J
     """
     manifest = directory.read_manifest()
     settings = recall_settings(directory)
-    if "input" not in manifest:
+    if "argument" not in manifest.get("input", {}):
         raise RunDirectoryError(f"{directory.name} does not say how it was made; run the job again")
     if store is not None:
         settings = settings.model_copy(update={"store": settings.store.overridden_by(store)})
     job = open_job(manifest["input"]["argument"], settings)
     now = fingerprint_fields(job.settings, job.source.fingerprint(), job.tokenizer.fingerprint)
     before = manifest["fingerprint"]
-    if now["input"] != before["input"]:
+    if now["input"] != before.get("input"):
         raise InputError(
             f"{manifest['input']['argument']} has changed since the run in {directory.name}; "
             "bring the old file back, or run the new one into another folder"

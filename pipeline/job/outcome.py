@@ -32,7 +32,10 @@ class RunOutcome:
     @classmethod
     def of_sealed(cls, directory: RunDirectory) -> RunOutcome:
         """What a complete run directory has to say."""
-        return cls(directory.name, directory.read_manifest()["counters"], was_complete=True)
+        answered, failed = directory.count_rows()  # what is there, whatever run.json says
+        rows = {"rows_ok": answered, "rows_error": failed, "rows_in": answered + failed}
+        counters = directory.read_manifest()["counters"] | rows
+        return cls(directory.name, counters, was_complete=True)
 
 
 def check_failures(settings: WriteSettings, failed: int, rows: int, remedy: str) -> None:

@@ -280,8 +280,8 @@ class Session:
             "end": end,
         }
         sessions = [*self._sessions, session]
-        sums: dict[str, float] = {name: sum(s[name] for s in sessions) for name in _SUMMED}
-        sums["peak_kv_bytes"] = max(s["peak_kv_bytes"] for s in sessions)
+        sums: dict[str, float] = {name: sum(s.get(name, 0) for s in sessions) for name in _SUMMED}
+        sums["peak_kv_bytes"] = max(s.get("peak_kv_bytes", 0) for s in sessions)
         sums |= count_committed(self._directory)
         sums["rows_in"] = len(self._planned.rows)
         sums["prompt_tokens"], sums["unique_tokens"] = self._planned.count_tokens()

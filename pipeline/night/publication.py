@@ -111,6 +111,7 @@ def check_gate(directory: RunDirectory, bar: AuditSettings | None = None) -> Non
     """
     if not directory.is_sealed:
         raise directory.incomplete()
+    directory.check_committed()
     verdict = current_verdict(directory, bar)
     if verdict == "fail":
         raise AuditFailed(f"the audit of {directory.name} failed, so it is not published")
@@ -118,7 +119,6 @@ def check_gate(directory: RunDirectory, bar: AuditSettings | None = None) -> Non
         raise RunDirectoryError(
             f"{directory.name} {WHY_NOT[verdict]}; run: coppice audit {directory.name}"
         )
-    directory.check_committed()
 
 
 def publish_by_hand(

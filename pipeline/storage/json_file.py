@@ -47,7 +47,7 @@ class JsonFile:
     def parse(self, content: bytes | str, place: str | Path) -> dict[str, Any]:
         """The content of the file in `place`. Raises RunDirectoryError."""
         try:
-            value: dict[str, Any] = json.loads(content)
+            value: dict[str, Any] = json.loads(content, parse_constant=_refuse)
             self._schema.validate_python(value)
         except ValidationError as error:
             raise self._damage(place, _explain(error)) from error
@@ -57,6 +57,10 @@ class JsonFile:
 
     def _damage(self, place: str | Path, why: str) -> RunDirectoryError:
         return RunDirectoryError(f"{place}/{self.name} is damaged ({why}); {self._remedy}")
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _explain(error: ValidationError) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NotRequired, Required
+from typing import Annotated, Any, Final, Literal, NotRequired
 
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
@@ -27,7 +27,7 @@ _SHOWN_CHARACTERS = 32  # of each value, where two fingerprints differ
 
 @with_config(RECORD)
 class _Input(TypedDict):
-    argument: str
+    argument: NotRequired[str]
     rows: Count
 
 
@@ -39,16 +39,16 @@ class _Engine(TypedDict):
 
 @with_config(RECORD)
 class _Session(TypedDict, total=False):
-    prefilled_tokens: Required[Count]
-    loaded_tokens: Required[Count]
-    generated_tokens: Required[Count]
-    peak_kv_bytes: Required[Count]
-    wall_s: Required[Number]
-    prefill_s: Required[Number]
-    decode_s: Required[Number]
-    load_s: Required[Number]
-    busy_s: Required[Number]
-    span_s: Required[Number]
+    prefilled_tokens: Count
+    loaded_tokens: Count
+    generated_tokens: Count
+    peak_kv_bytes: Count
+    wall_s: Number
+    prefill_s: Number
+    decode_s: Number
+    load_s: Number
+    busy_s: Number
+    span_s: Number
 
 
 @with_config(RECORD)
@@ -61,7 +61,7 @@ class _Writer(TypedDict):
 class _Manifest(TypedDict):
     schema_version: Count
     run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-    created_at: str
+    created_at: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.+Z-]{8,30}$")]
     status: Literal["running", "complete", "stopped", "failed"]
     fingerprint: dict[str, Any]
     counters: dict[str, Number]

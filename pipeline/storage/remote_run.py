@@ -164,6 +164,20 @@ class RemoteRun(RunDirectory):
         parts = self._parts().values()
         return sum(part["rows_ok"] for part in parts), sum(part["rows_error"] for part in parts)
 
+    def check_committed(self) -> None:
+        """As of a run directory; where the parts are not here, by what run.json says of them."""
+        if self.has_parts:
+            super().check_committed()
+            return
+        self._check_stored(self._folder.names("data/"))
+        rows, named = self.planned_rows(), sum(self.count_rows())
+        if self.is_sealed and (rows is None or named != len(rows)):
+            planned = "nobody knows how many" if rows is None else len(rows)
+            raise StorageError(
+                f"the parts that {self.name}/{MANIFEST_NAME} names hold {named} rows where "
+                f"{planned} were planned; run the same command again"
+            )
+
     def part_names(self) -> list[str]:
         """As of a run directory, of the parts that run.json names."""
         if "parts" not in self.read_manifest():

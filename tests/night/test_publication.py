@@ -23,7 +23,7 @@ from pipeline.storage.published import Content
 from pipeline.storage.run_directory import RunDirectory
 from tests.night.job import DAY, NightlyJob
 from tests.night.publisher import content, publish_and_die
-from tests.torture.disk import CODES, KILLED, FailingDisk, WatchedDisk, When
+from tests.torture.disk import CODES, KILLED, WRITES, FailingDisk, WatchedDisk, When
 from tests.torture.victim import Server
 
 DATE = DAY.isoformat()
@@ -59,11 +59,12 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_parts_are_linked_and_the_marker_describes_all(audited: NightlyJob) -> None:
+def test_parts_are_copied_and_the_marker_describes_all(audited: NightlyJob) -> None:
     done = publish(audited)
     assert done == Published(str(audited.published / DATE), 1, 4, is_new=True)
     (part,) = (audited.run_directory() / "data").iterdir()
-    assert (audited.published / DATE / "data" / part.name).samefile(part)
+    copy = audited.published / DATE / "data" / part.name
+    assert not copy.samefile(part) and copy.read_bytes() == part.read_bytes()
     marker = json.loads((audited.published / DATE / "published.json").read_text())
     assert marker["files"][f"data/{part.name}"]["sha256"].startswith(part.stem.split("-")[-1])
     for name, described in marker["files"].items():
@@ -93,13 +94,13 @@ def test_published_again_there_is_nothing_to_do(audited: NightlyJob) -> None:
     assert not publish(audited).is_new and tree(audited.published) == before
 
 
-def test_where_links_cannot_be_made_files_are_copied(
+def test_where_the_kernel_cannot_copy_files_are_read_and_written(
     audited: NightlyJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(errno.EXDEV, "another disk")
 
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "copy_file_range", refuse)
     publish(audited)
     (part,) = (audited.run_directory() / "data").iterdir()
     copy = audited.published / DATE / "data" / part.name
@@ -132,7 +133,7 @@ def test_the_gate(
     elif harm == "failed audit":
         summary.write_text(json.dumps(found | {"verdict": "fail"}))
     elif harm == "stale audit":
-        part.rename(part.with_name("part-00000-0123456789ab.parquet"))
+        summary.write_text(json.dumps(found | {"seed": found["seed"] ^ 1}))
     elif harm == "damaged audit":
         summary.write_text("{")
     else:
@@ -204,7 +205,7 @@ def test_a_publication_that_is_killed_at_any_moment(
     assert len(disk.operations) > 15
     num_left = 0
     for number, operation in enumerate(disk.operations):
-        moments: list[When] = ["before", "halfway"] if "write" in operation.name else ["before"]
+        moments: list[When] = ["before", "halfway"] if operation.name in WRITES else ["before"]
         for when in moments:
             shutil.rmtree(target, ignore_errors=True)
             victim = server.start(publish_and_die, tmp_path, target, number, when)

@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple
 import pytest
 
 PATH_CALLS = ("open", "mkdir", "unlink", "rmdir", "replace", "rename", "link", "truncate")
-FILE_CALLS = ("write", "pwrite", "fsync", "ftruncate")
+FILE_CALLS = ("write", "pwrite", "fsync", "ftruncate", "copy_file_range")
+WRITES = ("write", "pwrite", "copy_file_range")
 CODES = (errno.ENOSPC, errno.EIO)
 When = Literal["before", "halfway", "after"]
 
@@ -85,7 +86,7 @@ class FailingDisk(WatchedDisk):
         is_hit |= self._lasts and number > self._fail_at and needs_room(operation)
         if not is_hit:
             return call()
-        if operation.name in ("write", "pwrite"):
+        if operation.name in WRITES:
             write_half(self.real[operation.name], operation)
         raise OSError(self._code, os.strerror(self._code))
 
@@ -104,7 +105,7 @@ class DeadlyDisk(WatchedDisk):
         try:
             if self._when == "after":
                 call()
-            if self._when == "halfway" and operation.name in ("write", "pwrite"):
+            if self._when == "halfway" and operation.name in WRITES:
                 write_half(self.real[operation.name], operation)
         finally:
             os._exit(KILLED)
@@ -116,11 +117,15 @@ KILLED = 137
 def needs_room(operation: Operation) -> bool:
     """Whether a full disk refuses it."""
     creates = operation.name == "open" and bool(operation.arguments[1] & os.O_CREAT)
-    return creates or operation.name in ("write", "pwrite", "mkdir", "link")
+    return creates or operation.name in (*WRITES, "mkdir", "link")
 
 
 def write_half(write: Callable[..., int], operation: Operation) -> None:
     """Write the first half of what the call was given."""
+    if operation.name == "copy_file_range":
+        source, target, _ = operation.arguments
+        write(source, target, os.fstat(source).st_size // 2)
+        return
     file, content, *rest = operation.arguments
     write(file, bytes(content)[: len(content) // 2], *rest)
 
@@ -139,7 +144,8 @@ class _Raw(io.FileIO):
 
 def _place_of(name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
     """The absolute path that a call works on; the second one where there are two."""
-    target = arguments[1] if name in ("replace", "rename", "link") else arguments[0]
+    two = ("replace", "rename", "link", "copy_file_range")
+    target = arguments[1] if name in two else arguments[0]
     if isinstance(target, int):
         return os.readlink(f"/proc/self/fd/{target}")
     folder = options.get("dir_fd")
