@@ -27,6 +27,7 @@ from pipeline.engine.base import Engine
 from pipeline.engine.machine import cache_folder
 from pipeline.errors import EngineError, ModelError, UsageError
 from pipeline.job.device_lock import holding_device
+from pipeline.job.early_checks import check_early
 from pipeline.job.fingerprint import describe_versions, fingerprint_fields, identify_model
 from pipeline.job.metrics_export import exporting
 from pipeline.job.observer import Observer, SilentObserver
@@ -39,6 +40,7 @@ from pipeline.job.planning import (
     plan_rows,
     select_rows,
 )
+from pipeline.job.planning_watch import PlanningWatch
 from pipeline.job.rates import recall_rates
 from pipeline.job.recorded import keep_system_prompt, settings_to_show
 from pipeline.job.recycling import expected_hits
@@ -49,7 +51,7 @@ from pipeline.plan.summary import largest_nodes, tree_frame
 from pipeline.settings import JobSettings, StoreSettings
 from pipeline.storage.durable import replace_file
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.run_place import Place, check_free, holds_run, reading_run, take_run
+from pipeline.storage.run_place import Place, holds_run, reading_run, take_run
 from pipeline.storage.writer import encode_parquet
 
 _EXAMPLES = 5
@@ -145,12 +147,15 @@ def _without_texts(settings: JobSettings) -> JobSettings:
     return settings.model_copy(update={"tokens": tokens, "store": StoreSettings()})
 
 
-def plan_job(input: str, settings: JobSettings, keep_rows: bool = False) -> PlannedJob:
+def plan_job(
+    input: str, settings: JobSettings, keep_rows: bool = False, observer: Observer | None = None
+) -> PlannedJob:
     """Plan a job and do nothing else; of the model only tokenizer and config are read.
 
     `keep_rows`: see `plan_rows`; for who runs the job next.
     """
-    planned = plan_for_a_person(open_job(input, with_absolute_paths(settings)), keep_rows)
+    watch = (observer or SilentObserver()).show_planning
+    planned = plan_for_a_person(open_job(input, with_absolute_paths(settings)), keep_rows, watch)
     return replace(planned, summary=replace(planned.summary, store=expected_hits(planned)))
 
 
@@ -176,12 +181,15 @@ def write_plan_page(planned: PlannedJob, title: str, path: Path) -> None:
     replace_file(path.absolute(), page.encode())
 
 
-def validate_input(input: str, settings: JobSettings) -> dict[str, Any]:
+def validate_input(
+    input: str, settings: JobSettings, observer: Observer | None = None
+) -> dict[str, Any]:
     """Check every row as a job would, and show the first that can run as the model will see it.
 
     Raises InputError for what no job could start with: columns, types, damaged pages, double ids.
     """
-    planned = plan_rows(open_job(input, settings))
+    watch = (observer or SilentObserver()).show_planning
+    planned = plan_rows(open_job(input, settings), watch=watch)
     reasons = Counter(rejected.error_type for rejected in planned.rejected.values())
     found: dict[str, Any] = {
         "rows": len(planned.ids),
@@ -230,8 +238,17 @@ def run_job(
 def _run_or_resume(
     input: str, output: Place, settings: JobSettings, observer: Observer, watchdog: Watchdog
 ) -> RunOutcome:
-    stop = StopRequest(settings.write.time_budget)
+    watch = PlanningWatch(observer, output)
+    with watch.noting():
+        return _plan_and_run(input, output, settings, watch, watchdog)
+
+
+def _plan_and_run(
+    input: str, output: Place, settings: JobSettings, watch: PlanningWatch, watchdog: Watchdog
+) -> RunOutcome:
+    stop, observer = StopRequest(settings.write.time_budget), watch.observer
     settings = with_absolute_paths(settings)
+    check_early(output, settings)
     job = open_job(input, settings)
     fingerprint = fingerprint_fields(settings, job.source.fingerprint(), job.tokenizer.fingerprint)
     description = describe_job(input, job)
@@ -256,15 +273,16 @@ def _run_or_resume(
                 directory.unseal(with_audit=len(directory.done_rows()) != rows)
             keep_system_prompt(directory, settings)
             with loading_engine(settings, observer, stop) as loading:
-                planned = plan_rows(job)
+                planned = plan_rows(job, watch=watch.until_failure(loading))
+                watch.finish()
                 return Session(planned, directory, observer, stop, watchdog).run(loading)
-    check_free(output, settings.store)
     with loading_engine(settings, observer, stop) as loading:
-        planned = plan_rows(job)
+        planned = plan_rows(job, watch=watch.until_failure(loading))
         with watchdog.excused():
             loading.result()
         with take() as directory:
             keep_system_prompt(directory, settings)
+            watch.finish()
             return Session(planned, directory, observer, stop, watchdog).run(loading)
 
 

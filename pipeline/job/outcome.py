@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import polars as pl
 
@@ -13,11 +13,15 @@ from pipeline.storage.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """A finished job. `was_complete`: there was nothing left to do."""
+    """A finished job. `was_complete`: there was nothing left to do.
+
+    `reasons`: failed rows by the type of their error, the most frequent first.
+    """
 
     directory: str
     counters: dict[str, float]
     was_complete: bool = False
+    reasons: dict[str, int] = field(default_factory=dict)
 
     @property
     def rows_failed(self) -> int:
@@ -30,14 +34,29 @@ class RunOutcome:
         allowed = settings.allowed_failures(rows)
         if self.rows_failed > allowed:
             raise TooManyFailedRows(
-                f"{self.rows_failed} of {rows} rows failed, {allowed} are allowed by "
-                f"--fail-on-error; failed.parquet in {self.directory} names them"
+                f"{self.rows_failed} of {rows} rows failed ({describe_reasons(self.reasons)}); "
+                f"--fail-on-error {settings.fail_on_error} allows {allowed}; failed.parquet in "
+                f"{self.directory} names them"
             )
 
     @classmethod
     def of_sealed(cls, directory: RunDirectory) -> RunOutcome:
         """What a complete run directory has to say."""
-        return cls(directory.name, directory.read_manifest()["counters"], was_complete=True)
+        counters = directory.read_manifest()["counters"]
+        return cls(directory.name, counters, True, count_reasons(directory))
+
+
+def count_reasons(directory: RunDirectory) -> dict[str, int]:
+    """Failed rows of the committed parts by the type of their error, the most frequent first."""
+    failed = directory.scan().filter(pl.col("status") == "error")
+    kinds = failed.group_by("error_type").agg(rows=pl.len()).collect()
+    ordered = kinds.sort("rows", "error_type", descending=[True, False])
+    return {str(kind): int(rows) for kind, rows in ordered.iter_rows()}
+
+
+def describe_reasons(reasons: dict[str, int]) -> str:
+    """`12 OverlongPrompt, 3 NullPrompt`."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in reasons.items())
 
 
 def count_committed(directory: RunDirectory) -> dict[str, int]:
