@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +11,7 @@ import polars as pl
 from markupsafe import Markup
 
 from pipeline.errors import RunDirectoryError
-from pipeline.report import plots
+from pipeline.report import formats, plots
 from pipeline.report.metrics import RunMetrics, measure
 from pipeline.report.sparks import draw_trend
 from pipeline.report.templates import template
@@ -20,6 +20,10 @@ from pipeline.report.trend import read_trend
 from pipeline.storage.run_directory import RunDirectory
 
 _LONGEST_VALUE: Final = 60
+# Settings that are kept as bytes or seconds, as a person would write them.
+_WRITERS: Final[dict[str, Callable[[Any], str]]] = dict.fromkeys(
+    ("plan_memory", "kv_budget", "kv_store_budget"), formats.size
+) | dict.fromkeys(("time_budget", "stall_timeout"), formats.duration)
 
 
 def render(directory: RunDirectory) -> None:
@@ -138,6 +142,9 @@ def _flatten(sections: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in said:
         if name == "system_prompt":
             value = f"{len(value)} characters"
+        write = _WRITERS.get(name)
+        if write is not None and isinstance(value, int | float):
+            value = write(value)
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         shown = text if len(text) <= _LONGEST_VALUE else f"…{text[1 - _LONGEST_VALUE :]}"
         yield name.replace("_", "-"), shown
