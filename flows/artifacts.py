@@ -14,10 +14,10 @@ import prefect.artifacts as prefect
 from prefect.logging import get_run_logger
 
 from pipeline.job.messenger import Messenger
-from pipeline.job.observer import Snapshot
+from pipeline.job.observer import Planning, Snapshot
 from pipeline.night.parts import part_table
 from pipeline.night.settings import Night
-from pipeline.terminal.progress import plain_line
+from pipeline.terminal.progress import plain_line, planning_line
 from pipeline.visible import visible
 
 _LOG_EVERY_ROWS_SHARE = 0.1
@@ -32,6 +32,7 @@ class PrefectObserver:
     def __init__(self) -> None:
         self._logger = logger = get_run_logger()
         self._next_rows = 0.0
+        self._next_planned = 0.0
         self._next_s = 0.0
         self._progress: UUID | None = None
         self._artifacts = Messenger(lambda error: logger.warning(_DEAF, type(error).__name__))
@@ -39,6 +40,12 @@ class PrefectObserver:
     def say(self, line: str) -> None:
         """Log the line."""
         self._logger.info(visible(line))
+
+    def show_planning(self, planning: Planning) -> None:
+        """Log the state after every tenth of the rows."""
+        if planning.rows_done >= self._next_planned:
+            self._next_planned = planning.rows_done + planning.rows_total * _LOG_EVERY_ROWS_SHARE
+            self._logger.info(planning_line(planning))
 
     def show(self, snapshot: Snapshot) -> None:
         """Log the state after every tenth of the rows, and show it every ten seconds."""

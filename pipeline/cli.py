@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from pipeline.settings import (
     AuditSettings,
     EngineSettings,
     FleetSettings,
+    JobSettings,
     ModelSettings,
     MonitorSettings,
     PlanSettings,
@@ -41,6 +42,10 @@ from pipeline.terminal.arguments import (
 from pipeline.terminal.logs import log_error, log_to_stderr, make_observer
 from pipeline.terminal.options import merge, merge_section, split_store, takes_settings, to_flat
 from pipeline.terminal.streams import prepare_streams, result_is_kept, say, write_result
+
+if TYPE_CHECKING:
+    from pipeline.job.observer import Observer
+    from pipeline.job.planning import PlannedJob
 
 app = typer.Typer(
     name="coppice",
@@ -73,11 +78,21 @@ def plan(
     html: Annotated[Path | None, typer.Option("--html", help="Write a page with the tree.")] = None,
     config: Config = None,
     json: Json = False,
+    progress: Progress = "auto",
+    log_format: LogFormat = "text",
     *,
     flags: dict[str, Any],
 ) -> None:
     """Show what sharing would save; no weights, no device."""
-    _plan(input, flags, config, json, output, html)
+    folder = None if output is None else _local(output)
+    from pipeline.run import write_plan, write_plan_page
+
+    planned = _plan(input, merge(flags, config), make_observer(progress, log_format))
+    if folder is not None:
+        write_plan(planned, folder)
+    if html is not None:
+        write_plan_page(planned, Path(input).name, html)
+    _show_plan(input, planned, json)
 
 
 @app.command()
@@ -99,32 +114,32 @@ def run(
     if print_config:
         _print_config(flags, config)
     elif dry_run:
-        _plan(input, flags, config)
+        _show_plan(input, _plan(input, merge(flags, config), make_observer(progress, log_format)))
     else:
         from pipeline.run import run_job
         from pipeline.terminal.tables import counter_table, print_table
 
         outcome = run_job(input, output, merge(flags, config), make_observer(progress, log_format))
         with result_is_kept(output):
-            print_table(output, counter_table(outcome.counters))
+            print_table(output, counter_table(outcome.counters, outcome.reasons))
 
 
 @app.command()
 @takes_settings(StoreSettings)
 def status(
     directory: RunFolder,
-    watch: Annotated[bool, typer.Option("--watch", help="Until it ends, every 2 s.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Wait for it, and until it ends.")] = False,
     json: Json = False,
     *,
     flags: dict[str, Any],
 ) -> None:
     """How far a job is; works while it runs."""
-    from pipeline.job.status import read_status
+    from pipeline.job.status import read_status, wait_for_status
     from pipeline.terminal.tables import print_json, print_table, status_table, watch_status
 
     store = merge_section(StoreSettings, flags)
     if watch and not json:
-        watch_status(directory, lambda: read_status(directory, store))
+        watch_status(directory, lambda: wait_for_status(directory, store))
         return
     state = read_status(directory, store)
     if json:
@@ -177,6 +192,8 @@ def validate(
     input: Input,
     config: Config = None,
     json: Json = False,
+    progress: Progress = "auto",
+    log_format: LogFormat = "text",
     *,
     flags: dict[str, Any],
 ) -> None:
@@ -186,13 +203,15 @@ def validate(
     from pipeline.terminal.tables import print_json, print_table, validation_table
 
     settings = merge(flags, config)
-    found = validate_input(input, settings)
+    observer = make_observer(progress, log_format)
+    found = validate_input(input, settings, observer)
+    observer.close()
     if json:
         print_json(found)
     else:
         print_table(input, validation_table(found))
     remedy = "see the reasons above"
-    check_failures(settings.write, found["rows_rejected"], found["rows"], remedy)
+    check_failures(settings.write, found["rows"], found["reasons"], remedy)
 
 
 @app.command()
@@ -223,24 +242,18 @@ def demo(
     run_demo(_local(output), progress, log_format)
 
 
-def _plan(
-    input: str,
-    flags: dict[str, Any],
-    config: Path | None,
-    json: bool = False,
-    output: str | None = None,
-    html: Path | None = None,
-) -> None:
-    folder = None if output is None else _local(output)
-    from pipeline.run import plan_job, write_plan, write_plan_page
+def _plan(input: str, settings: JobSettings, observer: Observer) -> PlannedJob:
+    from pipeline.run import plan_job
+
+    planned = plan_job(input, settings, observer=observer)
+    observer.close()
+    say(planned.job.describe())
+    return planned
+
+
+def _show_plan(input: str, planned: PlannedJob, json: bool = False) -> None:
     from pipeline.terminal.tables import plan_table, print_json, print_table
 
-    planned = plan_job(input, merge(flags, config))
-    say(planned.job.describe())
-    if folder is not None:
-        write_plan(planned, folder)
-    if html is not None:
-        write_plan_page(planned, Path(input).name, html)
     if json:
         print_json(planned.summary.to_json())
     else:
@@ -270,7 +283,7 @@ def main() -> None:
     log_to_stderr()
     try:
         check_arguments(sys.argv)
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(app(prog_name="coppice", standalone_mode=False) or 0)
     except OutputLost as error:
         if not error.is_unwanted:
             log_error(error)

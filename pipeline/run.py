@@ -27,6 +27,7 @@ from pipeline.engine.load import make_engine
 from pipeline.engine.machine import cache_folder
 from pipeline.errors import ModelError, UsageError, install_extra
 from pipeline.job.device_lock import holding_device
+from pipeline.job.early_checks import check_early
 from pipeline.job.fingerprint import describe_versions, fingerprint_fields, identify_model
 from pipeline.job.metrics_export import exporting
 from pipeline.job.observer import Observer, SilentObserver
@@ -39,6 +40,7 @@ from pipeline.job.planning import (
     plan_rows,
     select_rows,
 )
+from pipeline.job.planning_watch import PlanningWatch
 from pipeline.job.rates import recall_rates
 from pipeline.job.recorded import keep_system_prompt, settings_to_show, with_recorded_clock
 from pipeline.job.recycling import expected_hits
@@ -49,7 +51,7 @@ from pipeline.plan.summary import largest_nodes, tree_frame
 from pipeline.settings import JobSettings, StoreSettings
 from pipeline.storage.durable import replace_file
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.run_place import Place, check_free, holds_run, reading_run, take_run
+from pipeline.storage.run_place import Place, holds_run, reading_run, take_run
 from pipeline.storage.writer import encode_parquet
 
 
@@ -98,12 +100,15 @@ def _without_texts(settings: JobSettings) -> JobSettings:
     return settings.model_copy(update={"tokens": tokens, "store": StoreSettings()})
 
 
-def plan_job(input: str, settings: JobSettings, keep_rows: bool = False) -> PlannedJob:
+def plan_job(
+    input: str, settings: JobSettings, keep_rows: bool = False, observer: Observer | None = None
+) -> PlannedJob:
     """Plan a job and do nothing else; of the model only tokenizer and config are read.
 
     `keep_rows`: see `plan_rows`; for who runs the job next.
     """
-    planned = plan_for_a_person(open_job(input, with_absolute_paths(settings)), keep_rows)
+    watch = (observer or SilentObserver()).show_planning
+    planned = plan_for_a_person(open_job(input, with_absolute_paths(settings)), keep_rows, watch)
     return replace(planned, summary=replace(planned.summary, store=expected_hits(planned)))
 
 
@@ -129,12 +134,15 @@ def write_plan_page(planned: PlannedJob, title: str, path: Path) -> None:
     replace_file(path.absolute(), page.encode())
 
 
-def validate_input(input: str, settings: JobSettings) -> dict[str, Any]:
+def validate_input(
+    input: str, settings: JobSettings, observer: Observer | None = None
+) -> dict[str, Any]:
     """Check every row as a job would, and show the first that can run as the model will see it.
 
     Raises InputError for what no job could start with: columns, types, damaged pages, double ids.
     """
-    planned = plan_rows(open_job(input, settings))
+    watch = (observer or SilentObserver()).show_planning
+    planned = plan_rows(open_job(input, settings), watch=watch)
     rejections = planned.summary.rejections or {"reasons": {}, "examples": []}
     found: dict[str, Any] = {
         "rows": len(planned.ids),
@@ -160,7 +168,7 @@ def validate_input(input: str, settings: JobSettings) -> dict[str, Any]:
 class _Surroundings:
     """What a job has around it while it runs."""
 
-    observer: Observer
+    watch: PlanningWatch
     watchdog: Watchdog
     stop: StopRequest
     make_engine: EngineFactory
@@ -190,14 +198,23 @@ def run_job(
         Watchdog(settings.write.stall_timeout, watched).watching() as watchdog,
     ):
         stop = StopRequest(settings.write.time_budget)
-        around = _Surroundings(watched, watchdog, stop, make_engine)
+        watch = PlanningWatch(watched, output)
+        around = _Surroundings(watch, watchdog, stop, make_engine)
         return _run_or_resume(input, output, with_absolute_paths(settings), around)
 
 
 def _run_or_resume(
     input: str, output: Place, settings: JobSettings, around: _Surroundings
 ) -> RunOutcome:
-    observer = around.observer
+    with around.watch.noting():
+        return _plan_and_run(input, output, settings, around)
+
+
+def _plan_and_run(
+    input: str, output: Place, settings: JobSettings, around: _Surroundings
+) -> RunOutcome:
+    observer, watch = around.watch.observer, around.watch
+    check_early(output, settings)
     settings = with_recorded_clock(output, settings)
     job = open_job(input, settings)
     settings = job.settings
@@ -225,10 +242,10 @@ def _run_or_resume(
                 directory.unseal(with_audit=not is_whole)
             keep_system_prompt(directory, settings)
             with loading_engine(settings, around) as loading:
-                return _sit(plan_rows(job), directory, loading, around)
-    check_free(output, settings.store)
+                planned = plan_rows(job, watch=watch.until_failure(loading))
+                return _sit(planned, directory, loading, around)
     with loading_engine(settings, around) as loading:
-        planned = plan_rows(job)
+        planned = plan_rows(job, watch=watch.until_failure(loading))
         with around.watchdog.excused():
             loading.result()
         with take() as directory:
@@ -239,7 +256,8 @@ def _run_or_resume(
 def _sit(
     planned: PlannedJob, directory: RunDirectory, loading: Future[Engine], around: _Surroundings
 ) -> RunOutcome:
-    session = Session(planned, directory, around.observer, around.stop, around.watchdog)
+    around.watch.finish()
+    session = Session(planned, directory, around.watch.observer, around.stop, around.watchdog)
     return session.run(loading)
 
 
@@ -264,7 +282,7 @@ def loading_engine(settings: JobSettings, around: _Surroundings) -> Iterator[Fut
     def load() -> Engine:
         if settings.fleet.executor == "local":  # a cluster lends its devices itself
             check = around.stop.check_budget
-            held.enter_context(holding_device(settings, around.observer, check, given_up))
+            held.enter_context(holding_device(settings, around.watch.observer, check, given_up))
         executor = make_executor(settings, around.make_engine)
         held.callback(executor.close)
         return executor

@@ -348,6 +348,8 @@ class JobSettings(_Section):
                 raise UsageError(unknown_name(key, home, "coppice run --help lists them"))
             if value is not None:
                 sections[home[field]][field] = value
+        if "model" not in sections["model"]:
+            raise UsageError("no model was named; give --model FOLDER or a hub id like org/name")
         try:
             return cls.model_validate(sections)
         except ValidationError as error:

@@ -12,7 +12,7 @@ import yaml
 from pipeline import cli
 from pipeline.audit.similarity import Encoder
 from pipeline.job.status import read_status
-from pipeline.settings import JobSettings
+from pipeline.settings import AuditSettings, JobSettings
 from pipeline.terminal.options import PANELS
 from tests.tiny_job import write_model, write_prompts, write_tokenizer
 
@@ -68,7 +68,27 @@ def test_too_many_failed_rows_exit_with_3(
 ) -> None:
     job = ("run", prompts, "-o", str(tmp_path / "out"), "--model", model, "--engine", "echo")
     assert shell(*job) == 3
-    assert shell.err.splitlines()[-1].startswith("coppice: 1 of 3 rows failed")
+    last = shell.err.splitlines()[-1]
+    assert last.startswith(
+        "coppice: 1 of 3 rows failed (1 NullPrompt); --fail-on-error 1% allows 0"
+    )
+    assert shell(*job) == 3, "also of a run that was complete"
+    assert "(1 NullPrompt)" in shell.err
+    assert shell(*job, "--fail-on-error", "50%") == 0
+    assert "NullPrompt" in shell.out
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_shard_is_chosen_and_said(
+    shell: Shell, prompts: str, model: str, tmp_path: Path, command: str
+) -> None:
+    out = ("-o", str(tmp_path / "out")) if command == "run" else ()
+    job = (command, prompts, *out, "--model", model, "--engine", "echo", "--num-shards", "2")
+    assert shell(*job) == 2
+    assert "say which part to do: --shard, from 0 to 1" in shell.err
+    if command == "run":
+        assert shell(*job, "--shard", "1", "--fail-on-error", "1") == 0
+        assert "shard 1 of 2: " in shell.err and " of 3 rows" in shell.err
 
 
 @pytest.mark.parametrize(
@@ -153,6 +173,7 @@ def test_the_shown_configuration_can_be_used_again(shell: Shell, tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("modle: x", "unknown setting 'modle'; did you mean model?"),
         ("- a list", "must be a mapping"),
         ("model: [", "not YAML"),
         ("modle: x\nmodel: y", "'modle'"),
@@ -169,14 +190,21 @@ def test_a_wrong_file_is_refused(shell: Shell, tmp_path: Path, text: str, messag
 def test_every_setting_has_a_flag(shell: Shell) -> None:
     assert set(PANELS) == {f.annotation for f in JobSettings.model_fields.values()}
     assert shell("run", "--help") == 0
-    for flag in ("--kv-budget", "--on-overlong", "--fail-on-error", "--chat-template"):
-        assert flag in shell.out
+    for flag in PANELS.values():
+        assert f"─ {flag} ─" in shell.out or flag == "Audit"
+    for section in PANELS:
+        for name in section.model_fields if section is not AuditSettings else ():
+            assert f"--{name.replace('_', '-')} " in shell.out, "no flag is cut"
+    words = " ".join(shell.out.replace("│", " ").split())
+    for default in ("2GiB", "1%", "30m", "256", "1000", "prefix", "auto"):
+        assert f"Default: {default}." in words
+    assert max(map(len, shell.out.splitlines())) <= 80
 
 
 def test_an_unexpected_error_names_its_place_but_not_its_text(
     shell: Shell, prompts: str, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **named: Any) -> None:
         raise RuntimeError("the prompt was: a secret")
 
     monkeypatch.setattr("pipeline.run.plan_job", fail)
@@ -252,10 +280,11 @@ def test_status_can_be_watched_until_the_job_ends(
     def read(directory: str, store: object) -> dict[str, Any]:
         looks.append(directory)
         state = read_status(directory)
-        return state | {"status": "running"} if len(looks) < 3 else state
+        status = ("waiting", "planning", "running")[len(looks) - 1 : len(looks)]
+        return state | ({"status": status[0]} if status else {})
 
-    monkeypatch.setattr("pipeline.job.status.read_status", read)
+    monkeypatch.setattr("pipeline.job.status.wait_for_status", read)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert shell("status", str(out), "--watch") == 0
-    assert len(looks) == 3
+    assert len(looks) == 4
     assert "complete" in shell.out and "3 of 3" in shell.out

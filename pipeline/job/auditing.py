@@ -79,6 +79,7 @@ def _audit(
     directory: RunDirectory, settings: AuditSettings, observer: Observer, store: StoreSettings
 ) -> Verdict:
     started = time.monotonic()
+    Encoder.check(settings.audit_encoder)
     job = reopen_job(directory, store)
     if job.settings.model.engine == "echo":
         raise UsageError("the echo engine has no model to compare with; run with --engine prefix")

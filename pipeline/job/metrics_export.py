@@ -21,11 +21,11 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from pipeline.errors import Interrupted, TimeBudgetReached, UsageError
-from pipeline.job.observer import Observer, Snapshot
+from pipeline.job.observer import Observer, Planning, Snapshot
 from pipeline.settings import MonitorSettings
 from pipeline.storage.run_place import Place
 
-_STATES = ("waiting", "running", "complete", "stopped", "failed")
+_STATES = ("waiting", "planning", "running", "complete", "stopped", "failed")
 _WRITE_EVERY_S = 10.0
 _GAUGES: dict[str, tuple[str, Callable[[Snapshot], float | None]]] = {
     "rows_planned": ("Rows of the whole job.", lambda s: s.rows_total),
@@ -97,6 +97,11 @@ class _ExportingObserver:
     def say(self, line: str) -> None:
         """Pass the line on."""
         self._inner.say(line)
+
+    def show_planning(self, planning: Planning) -> None:
+        """Keep that it is planned, pass it on."""
+        self._collector.state = "planning"
+        self._inner.show_planning(planning)
 
     def show(self, snapshot: Snapshot) -> None:
         """Keep the state, write it now and then, pass it on."""

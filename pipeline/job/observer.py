@@ -46,11 +46,33 @@ def _rate(count: int, seconds: float) -> float:
     return count / seconds if seconds > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class Planning:
+    """How many rows of the input are read and tokenised; `rows_before`: by an earlier call."""
+
+    rows_total: int
+    rows_done: int
+    rows_before: int
+    elapsed_s: float
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until the last row is read, at this pace; None before the first one."""
+        done = self.rows_done - self.rows_before
+        if done <= 0:
+            return None
+        return self.elapsed_s / done * (self.rows_total - self.rows_done)
+
+
 class Observer(Protocol):
     """Whom a job tells about itself. Calls may come from any thread, one at a time."""
 
     def say(self, line: str) -> None:
         """One line for a person."""
+        ...
+
+    def show_planning(self, planning: Planning) -> None:
+        """How far the plan is; called with every batch of rows."""
         ...
 
     def show(self, snapshot: Snapshot) -> None:
@@ -67,6 +89,9 @@ class SilentObserver:
 
     def say(self, line: str) -> None:
         """Drop the line."""
+
+    def show_planning(self, planning: Planning) -> None:
+        """Drop it."""
 
     def show(self, snapshot: Snapshot) -> None:
         """Drop the state."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import polars as pl
 
@@ -13,11 +14,15 @@ from pipeline.storage.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """A finished job. `was_complete`: there was nothing left to do."""
+    """A finished job. `was_complete`: there was nothing left to do.
+
+    `reasons`: failed rows by the type of their error, the most frequent first.
+    """
 
     directory: str
     counters: dict[str, float]
     was_complete: bool = False
+    reasons: dict[str, int] = field(default_factory=dict)
 
     @property
     def rows_failed(self) -> int:
@@ -27,7 +32,8 @@ class RunOutcome:
     def check_failures(self, settings: WriteSettings) -> None:
         """Raises TooManyFailedRows if more rows failed than the settings allow."""
         remedy = f"failed.parquet in {self.directory} names them"
-        check_failures(settings, self.rows_failed, int(self.counters["rows_in"]), remedy)
+        rows = int(self.counters["rows_in"])
+        check_failures(settings, rows, self.reasons, remedy)
 
     @classmethod
     def of_sealed(cls, directory: RunDirectory) -> RunOutcome:
@@ -35,16 +41,35 @@ class RunOutcome:
         answered, failed = directory.count_rows()  # what is there, whatever run.json says
         rows = {"rows_ok": answered, "rows_error": failed, "rows_in": answered + failed}
         counters = directory.read_manifest()["counters"] | rows
-        return cls(directory.name, counters, was_complete=True)
+        return cls(directory.name, counters, True, count_reasons(directory))
 
 
-def check_failures(settings: WriteSettings, failed: int, rows: int, remedy: str) -> None:
-    """Raises TooManyFailedRows if more of the rows failed than the settings allow."""
-    allowed = settings.allowed_failures(rows)
+def check_failures(
+    settings: WriteSettings, rows: int, reasons: Mapping[str, int], remedy: str
+) -> None:
+    """Raises TooManyFailedRows if more of the rows failed than the settings allow.
+
+    `reasons`: failed rows by the type of their error.
+    """
+    failed, allowed = sum(reasons.values()), settings.allowed_failures(rows)
     if failed > allowed:
         raise TooManyFailedRows(
-            f"{failed} of {rows} rows failed, {allowed} are allowed by --fail-on-error; {remedy}"
+            f"{failed} of {rows} rows failed ({describe_reasons(reasons)}); "
+            f"--fail-on-error {settings.fail_on_error} allows {allowed}; {remedy}"
         )
+
+
+def count_reasons(directory: RunDirectory) -> dict[str, int]:
+    """Failed rows of the committed parts by the type of their error, the most frequent first."""
+    failed = directory.scan().filter(pl.col("status") == "error")
+    kinds = failed.group_by("error_type").agg(rows=pl.len()).collect()
+    ordered = kinds.sort("rows", "error_type", descending=[True, False])
+    return {str(kind): int(rows) for kind, rows in ordered.iter_rows()}
+
+
+def describe_reasons(reasons: Mapping[str, int]) -> str:
+    """`12 OverlongPrompt, 3 NullPrompt`."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in reasons.items())
 
 
 def count_committed(directory: RunDirectory) -> dict[str, int]:

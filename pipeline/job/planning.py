@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,10 @@ from pipeline.job.channel import Stages
 from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.field_ordering import FieldSaving, memory_needed, order_fields
 from pipeline.job.fingerprint import describe_versions
+from pipeline.job.hub import check_model_exists
 from pipeline.job.model_folder import check_model_folder
 from pipeline.job.noise_names import noise_names
+from pipeline.job.observer import Planning
 from pipeline.job.prepare import Limits, Preparation
 from pipeline.job.prepared_rows import PreparedRows
 from pipeline.job.rates import recall_rates
@@ -50,6 +53,13 @@ _SORT_COST = 2.0  # bytes of memory for each byte that is sorted, measured
 _LEAST_SORT_BYTES = 64 << 20
 _BASE_BYTES = 600 << 20  # Python with its libraries
 _SAID = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens")
+
+
+Watch = Callable[[Planning], None]
+
+
+def ignore(planning: Planning) -> None:
+    """Nobody watches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,11 +165,13 @@ def open_job(input: str, settings: JobSettings) -> Job:
 
     Raises InputError, ModelError, UsageError, and StorageError if JSON lines cannot be kept.
     """
+    model = settings.model
+    check_model_exists(model)
     copies = ParquetCopies(cache_folder() / "inputs")
     source = open_source(input, settings.read, settings.store, copies)
-    model = settings.model
     check_model_folder(model)
     tokenizer = PromptTokenizer.load(model.model, model.revision, settings.tokens)
+    tokenizer.check_fits(are_messages=source.columns.messages is not None)
     clocked = settings.tokens.model_copy(update={"clock": tokenizer.clock})
     settings = settings.model_copy(update={"tokens": clocked})
     shape = _read_shape(model)
@@ -178,21 +190,22 @@ def _read_shape(settings: ModelSettings) -> ModelShape | None:
     return read_shape(settings.model, settings.revision)
 
 
-def plan_rows(job: Job, keep_rows: bool = False) -> PlannedJob:
+def plan_rows(job: Job, keep_rows: bool = False, watch: Watch = ignore) -> PlannedJob:
     """Read, tokenise and plan every row. Raises InputError for duplicate ids and damaged pages.
 
     `keep_rows`: leave what was tokenised, of a large input, to the next call for the same job.
+    `watch` is told how far it is; what that raises ends it.
     """
-    rows = read_rows(job)
+    rows = read_rows(job, watch)
     with rows.until_failure():
         planned = _build(job, rows)
     rows.keep() if keep_rows else rows.forget()
     return planned
 
 
-def plan_for_a_person(job: Job, keep_rows: bool = False) -> PlannedJob:
+def plan_for_a_person(job: Job, keep_rows: bool = False, watch: Watch = ignore) -> PlannedJob:
     """As `plan_rows`, with what a person wants to know before a run: advice and estimated time."""
-    planned = plan_rows(job, keep_rows)
+    planned = plan_rows(job, keep_rows, watch)
     summary, advice = planned.summary, advise(_sample_prompts(planned))
     fields, memory = job.fields, job.settings.plan.plan_memory
     if fields is None and job.source.fields and memory_needed(job.source) <= memory:
@@ -217,13 +230,14 @@ def _sample_prompts(planned: PlannedJob) -> list[str]:
     return [text[:SAMPLE_CHARACTERS] for text in planned.job.tokenizer.decode_batch(ids)]
 
 
-def read_rows(job: Job) -> PreparedRows:
+def read_rows(job: Job, watch: Watch = ignore) -> PreparedRows:
     """Read and tokenise every row, or what a killed call left. Raises InputError, StorageError."""
     rows = PreparedRows(
         job.preparation(),
         narrowest_dtype(job.tokenizer.vocabulary_size),
         Checkpoint.open(job.key()) if job.source.num_rows > Checkpoint.every_rows else None,
     )
+    started, before, total = time.monotonic(), rows.num_rows, job.source.num_rows
     with rows.until_failure(), Stages() as stages:
         batches = stages.channel(_BATCHES_AHEAD)
 
@@ -236,6 +250,7 @@ def read_rows(job: Job) -> PreparedRows:
         stages.start("reader", read)
         for batch in batches:
             rows.add(batch)
+            watch(Planning(total, rows.num_rows, before, time.monotonic() - started))
         rows.save()
     return rows
 

@@ -32,7 +32,7 @@ from pipeline.errors import (
 from pipeline.job.answers import AnswerWriter, stop_check
 from pipeline.job.channel import Stages
 from pipeline.job.observer import Observer, Snapshot
-from pipeline.job.outcome import RunOutcome, count_committed
+from pipeline.job.outcome import RunOutcome, count_committed, count_reasons
 from pipeline.job.planning import PlannedJob
 from pipeline.job.rates import remember_rates
 from pipeline.job.recycling import recycling
@@ -247,7 +247,8 @@ class Session:
         if engine.capabilities.measures_rates:
             identity = self._directory.read_manifest()["fingerprint"]
             remember_rates(self._planned.job.settings.model, identity, asdict(engine.counters))
-        outcome = RunOutcome(self._directory.name, counters)
+        reasons = count_reasons(self._directory) if counters["rows_error"] else {}
+        outcome = RunOutcome(self._directory.name, counters, reasons=reasons)
         outcome.check_failures(self._planned.job.settings.write)
         return outcome
 

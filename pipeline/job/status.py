@@ -4,21 +4,47 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.errors import RunDirectoryError
+from pipeline.job.planning_watch import read_note
 from pipeline.settings import StoreSettings
 from pipeline.storage.metrics_log import last_metrics
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_place import Place, reading_run
 from pipeline.storage.summaries import AUDIT_SUMMARY
 
+_UNKNOWN: dict[str, Any] = {
+    "status": "planning", "rows": 0, "rows_done": 0, "rows_failed": 0, "rows_left": 0,
+    "rows_per_s": None, "prefill_tokens_per_s": None, "decode_tokens_per_s": None,
+    "eta_s": None, "at": None, "audit": None, "counters": {},
+}  # fmt: skip
+
 
 def read_status(place: Place, store: StoreSettings | None = None) -> dict[str, Any]:
     """Rows by outcome, and the last rates that a session noted (None before the first note).
 
-    `eta_s` is there only while the job is running. Raises RunDirectoryError if there is no run,
+    `eta_s` is there only while the job is planned or running. While it is planned, `rows_read`
+    says how far that is; the run need not exist yet. Raises RunDirectoryError if there is no run,
     StorageError if it was complete and is not any more.
     """
-    with reading_run(place, store or StoreSettings(), parts=False) as directory:
-        return _describe(directory)
+    note = read_note(place)
+    try:
+        with reading_run(place, store or StoreSettings(), parts=False) as directory:
+            state = _describe(directory)
+    except RunDirectoryError:
+        if note is None:
+            raise
+        state = _UNKNOWN | {"rows": note["rows_total"], "rows_left": note["rows_total"]}
+    if note is None:
+        return state
+    return state | {"status": "planning", "rows_read": note["rows_done"], "eta_s": note["eta_s"]}
+
+
+def wait_for_status(place: Place, store: StoreSettings | None = None) -> dict[str, Any]:
+    """As `read_status`; where there is no run yet, the state is `waiting`."""
+    try:
+        return read_status(place, store)
+    except RunDirectoryError:
+        return _UNKNOWN | {"status": "waiting"}
 
 
 def _describe(directory: RunDirectory) -> dict[str, Any]:

@@ -64,6 +64,12 @@ _FIELDS = (
     _Field("month", 1, 12, _MONTHS),
     _Field("day of week", 0, 7, _WEEKDAYS),
 )
+# Names that cron's own manual gives to some expressions.
+_NAMED = {
+    "@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0", "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Cron:
     @classmethod
     def parse(cls, text: str) -> Cron:
         """Raises UsageError naming the field, also for an expression that never comes true."""
-        fields = text.split()
+        fields = _NAMED.get(text.strip().lower(), text).split()
         try:
             if len(fields) != len(_FIELDS):
                 raise ValueError(f"it has {len(fields)} fields, not 5")
@@ -90,7 +96,8 @@ class Cron:
             )
         except ValueError as error:
             raise UsageError(
-                f"cannot read the cron expression {text!r}: {error}; write it like '0 2 * * *'"
+                f"cannot read the cron expression {text!r}: {error}; write it like '0 2 * * *' "
+                "or @daily"
             ) from None
         is_either = not (fields[2].startswith("*") or fields[4].startswith("*"))
         week = frozenset(day % 7 for day in weekdays)

@@ -92,7 +92,8 @@ class RunMetrics:
     """All that the report shows. Counts sum over sessions; a number that nobody measured is None.
 
     `manifest`, `plan` and `audit` are the JSON files as read, the last two None where missing;
-    `failure_types`: (type, rows), the most frequent first.
+    `failure_types`: (type, rows), the most frequent first; `finish_reasons` likewise, of answered
+    rows.
     """
 
     manifest: dict[str, Any]
@@ -103,6 +104,7 @@ class RunMetrics:
     accuracy: tuple[Accuracy, ...]
     failures: tuple[Failure, ...]
     failure_types: tuple[tuple[str, int], ...] = ()
+    finish_reasons: tuple[tuple[str, int], ...] = ()
     differences: tuple[Difference, ...] = ()
     groups: GroupTable = GroupTable()
     trend: tuple[Night, ...] = ()
@@ -120,6 +122,18 @@ class RunMetrics:
         """Measured: prompt tokens taken from the cache, out of all that rows needed."""
         cached = self.counter("cached_tokens")
         return _ratio(cached, cached + self.counter("prefilled_tokens"))
+
+    @property
+    def saved_s(self) -> float | None:
+        """Seconds that the cached tokens would have taken at the measured rate of prefill."""
+        rate = _ratio(self.counter("prefill_s"), self.counter("prefilled_tokens"))
+        return None if not rate else rate * self.counter("cached_tokens")
+
+    @property
+    def ended_shares(self) -> tuple[tuple[str, int, float], ...]:
+        """(finish reason, rows, share of the answered rows)."""
+        total = sum(rows for _, rows in self.finish_reasons)
+        return tuple((name, rows, rows / total) for name, rows in self.finish_reasons)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -172,6 +186,7 @@ def measure(
         accuracy=measure_accuracy(output),
         failures=list_failures(output),
         failure_types=count_failures(output),
+        finish_reasons=count_finish_reasons(output),
         groups=measure_groups(output, tree, audited),
         trend=trend,
         differences=() if audited is None else list_differences(audited),
@@ -238,13 +253,17 @@ def list_failures(output: pl.LazyFrame) -> tuple[Failure, ...]:
 
 def count_failures(output: pl.LazyFrame) -> tuple[tuple[str, int], ...]:
     """(type, rows) of the failed rows, the most frequent first."""
-    failed = output.filter(pl.col("status") == "error")
-    kind = pl.col("error_type").fill_null("")
-    counts = (
-        failed.group_by(kind)
-        .agg(rows=pl.len())
-        .sort("rows", "error_type", descending=[True, False])
-    )
+    return _count(output.filter(pl.col("status") == "error"), "error_type")
+
+
+def count_finish_reasons(output: pl.LazyFrame) -> tuple[tuple[str, int], ...]:
+    """(finish reason, rows) of the answered rows, the most frequent first."""
+    return _count(output.filter(pl.col("status") == "ok"), "finish_reason")
+
+
+def _count(rows: pl.LazyFrame, column: str) -> tuple[tuple[str, int], ...]:
+    kind = pl.col(column).cast(pl.String).fill_null("")
+    counts = rows.group_by(kind).agg(rows=pl.len()).sort("rows", column, descending=[True, False])
     return tuple(counts.head(_MAX_REASONS).collect().iter_rows())
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from markupsafe import Markup
 
-from pipeline.report import plots
+from pipeline.report import formats, plots
 from pipeline.report.metrics import AUDIT_COLUMNS, RunMetrics, measure
 from pipeline.report.sparks import draw_trend
 from pipeline.report.templates import template
@@ -19,6 +19,10 @@ from pipeline.storage.run_tables import read_table
 from pipeline.storage.summaries import AUDIT_AGAIN, AUDIT_SUMMARY, PLAN_SUMMARY
 
 _LONGEST_VALUE: Final = 60
+# Settings that are kept as bytes or seconds, as a person would write them.
+_WRITERS: Final[Mapping[str, Callable[[Any], str]]] = dict.fromkeys(
+    ("plan_memory", "kv_budget", "kv_store_budget"), formats.size
+) | dict.fromkeys(("time_budget", "stall_timeout"), formats.duration)
 
 
 def render(directory: RunDirectory) -> None:
@@ -119,6 +123,9 @@ def _flatten(sections: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in said:
         if name == "system_prompt":
             value = f"{len(value)} characters"
+        write = _WRITERS.get(name)
+        if write is not None and isinstance(value, int | float):
+            value = write(value)
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         shown = text if len(text) <= _LONGEST_VALUE else f"…{text[1 - _LONGEST_VALUE :]}"
         yield name.replace("_", "-"), shown

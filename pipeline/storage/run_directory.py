@@ -377,12 +377,17 @@ def _make_folder(folder: Path) -> None:
         raise RunDirectoryError(
             f"cannot use {folder} as the output folder ({error.strerror}); choose another one"
         ) from error
+    check_is_run(folder, names)
+    if MANIFEST_NAME in names:
+        read_manifest(folder)  # somebody else's run.json: leave nothing of ours beside it
+
+
+def check_is_run(folder: Path, names: set[str]) -> None:
+    """Raises RunDirectoryError if a folder that holds these names is somebody else's."""
     if MANIFEST_NAME not in names and names - {LOCK_NAME}:
         raise RunDirectoryError(
             f"{folder} is not empty and holds no run of coppice; choose a new folder"
         )
-    if MANIFEST_NAME in names:
-        read_manifest(folder)  # somebody else's run.json: leave nothing of ours beside it
 
 
 def _temp_files(root: Path) -> Iterator[Path]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import RunDirectoryError
 from pipeline.settings import StoreSettings
+from pipeline.storage.durable import is_temp
 from pipeline.storage.manifest import MANIFEST_NAME, parse_manifest, read_manifest
 from pipeline.storage.object_store import is_url
 from pipeline.storage.remote_folder import RemoteFolder
 from pipeline.storage.remote_run import RemoteRun, check_empty
-from pipeline.storage.run_directory import RunDirectory
+from pipeline.storage.run_directory import RunDirectory, check_is_run
 
 Place = str | Path
 
@@ -33,10 +36,28 @@ def find_manifest(place: Place, store: StoreSettings) -> dict[str, Any] | None:
     return None if held is None else parse_manifest(held.content, place)
 
 
-def check_free(place: Place, store: StoreSettings) -> None:
-    """Refuse a prefix that a run could not be begun in, before anything is computed for it."""
-    if is_url(place):
+def check_place(place: Place, store: StoreSettings) -> None:
+    """Refuse a place where no run could be begun or resumed, before anything is computed for it.
+
+    Changes nothing there. Raises RunDirectoryError, UsageError, StorageError.
+    """
+    if not is_url(place):
+        _check_folder(Path(place))
+    elif not holds_run(place, store):
         check_empty(RemoteFolder(str(place), store))
+
+
+def _check_folder(folder: Path) -> None:
+    there = folder.absolute()
+    while not there.exists() and not there.is_symlink():
+        there = there.parent
+    refused = f"cannot use {folder} as the output folder"
+    if not there.is_dir():
+        raise RunDirectoryError(f"{refused}: {there} is a file; choose another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunDirectoryError(f"{refused}: you may not write to {there}; choose another one")
+    if there == folder.absolute():
+        check_is_run(folder, {path.name for path in folder.iterdir() if not is_temp(path)})
 
 
 def take_run(

@@ -44,7 +44,7 @@ def run_demo(output: Path, progress: str, log_format: str) -> None:
         ("report", str(page)),
     ]
     with result_is_kept(output):
-        print_table("Run", counter_table(outcome.counters))
+        print_table("Run", counter_table(outcome.counters, outcome.reasons))
         write_result("")
         print_table("Audit against plain full prefill", audit_table(summary))
         write_result("")

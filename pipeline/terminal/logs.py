@@ -13,8 +13,8 @@ from typing import TextIO
 from pythonjsonlogger.json import JsonFormatter
 
 from pipeline.errors import CoppiceError
-from pipeline.job.observer import Observer, SilentObserver, Snapshot
-from pipeline.terminal.progress import BarObserver, PlainObserver, plain_line
+from pipeline.job.observer import Observer, Planning, SilentObserver, Snapshot
+from pipeline.terminal.progress import BarObserver, PlainObserver, plain_line, planning_line
 from pipeline.visible import visible, visible_json
 
 _logger = logging.getLogger("coppice")
@@ -85,6 +85,12 @@ class JsonObserver(PlainObserver):
     def say(self, line: str) -> None:
         """Log the line."""
         _logger.info("%s", line, extra={"event": "say"})
+
+    def show_planning(self, planning: Planning) -> None:
+        """Log the state unless it was logged a moment ago."""
+        if self.is_due():
+            numbers = {**asdict(planning), "eta_s": planning.eta_s}
+            _logger.info("%s", planning_line(planning), extra={"event": "planning", **numbers})
 
     def show(self, snapshot: Snapshot) -> None:
         """Log the state unless it was logged a moment ago."""

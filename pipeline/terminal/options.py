@@ -210,8 +210,6 @@ def merge(flags: dict[str, Any], config: Path | None) -> JobSettings:
     if "storage_options" in written.keys() & said.keys():
         # The file says where the store is, a flag brings the key: neither drops the other.
         merged["storage_options"] = _merge_options(written["storage_options"], said)
-    if "model" not in merged:
-        raise UsageError("no model was named; give --model FOLDER or a hub id like org/name")
     return JobSettings.from_flat(merged)
 
 

@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from pipeline.job.observer import Snapshot
+from pipeline.job.observer import Planning, Snapshot
 from pipeline.terminal.streams import say
 from pipeline.visible import visible
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _PLAIN_EVERY_S = 30.0
+_SEEN_FROM_S = 1.0
 
 
 class PlainObserver:
@@ -26,6 +27,11 @@ class PlainObserver:
     def say(self, line: str) -> None:
         """Print the line."""
         say(line)
+
+    def show_planning(self, planning: Planning) -> None:
+        """Print the state unless it was printed a moment ago."""
+        if self.is_due():
+            self.say(planning_line(planning))
 
     def show(self, snapshot: Snapshot) -> None:
         """Print the state unless it was printed a moment ago."""
@@ -52,6 +58,7 @@ class BarObserver:
 
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
+        self._name = ""  # of the bar
         self._task: TaskID | None = None
 
     def say(self, line: str) -> None:
@@ -59,20 +66,32 @@ class BarObserver:
         with suppress(OSError):  # a terminal that has gone ends no job
             self._console.print(visible(line), highlight=False, markup=False)
 
+    def show_planning(self, planning: Planning) -> None:
+        """Move a bar of its own, if the plan takes long enough to see one."""
+        if planning.elapsed_s > _SEEN_FROM_S:
+            is_read = planning.rows_done == planning.rows_total
+            eta = "" if planning.eta_s is None else f" ETA {format_duration(planning.eta_s)}"
+            detail = "building the plan" if is_read else f"planning{eta}"
+            self._move("planning", planning.rows_done, planning.rows_total, detail)
+
     def show(self, snapshot: Snapshot) -> None:
         """Move the bar."""
-        if self._progress is None or self._task is None:
-            self._progress = _make_bar(self._console)
-            self._task = self._progress.add_task("rows", total=snapshot.rows_total, detail="")
-            self._progress.start()
-        self._progress.update(
-            self._task, completed=snapshot.rows_done, detail=_detail(snapshot), refresh=True
-        )
+        self._move("rows", snapshot.rows_done, snapshot.rows_total, _detail(snapshot))
+
+    def _move(self, name: str, done: int, total: int, detail: str) -> None:
+        with suppress(OSError):
+            if self._progress is None or self._task is None or self._name != name:
+                self.close()
+                self._progress, self._name = _make_bar(self._console), name
+                self._task = self._progress.add_task(name, total=total, detail="")
+                self._progress.start()
+            self._progress.update(self._task, completed=done, detail=detail, refresh=True)
 
     def close(self) -> None:
         """Take the live display down; its last state stays on the screen."""
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError):
+                self._progress.stop()
             self._progress = self._task = None  # another job may follow, with a bar of its own
 
 
@@ -114,6 +133,14 @@ def plain_line(snapshot: Snapshot) -> str:
         f"decode {_short(rates['decode_tokens_per_s'])} tok/s, "
         f"{_short(snapshot.saved_tokens)} tokens saved, ETA {eta}"
     )
+
+
+def planning_line(planning: Planning) -> str:
+    """The state of a plan as one line of text."""
+    if planning.rows_done == planning.rows_total:
+        return f"planning: all {planning.rows_total} rows read, building the plan"
+    eta = "unknown" if planning.eta_s is None else format_duration(planning.eta_s)
+    return f"planning: {planning.rows_done} of {planning.rows_total} rows read, ETA {eta}"
 
 
 def _short(number: float) -> str:

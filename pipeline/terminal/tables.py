@@ -45,15 +45,16 @@ def print_columns(title: str, names: Mapping[str, bool], rows: Sequence[Sequence
 
 
 def watch_status(title: str, read: Callable[[], Mapping[str, Any]], every_s: float = 2.0) -> None:
-    """Show what `read` says in one place of the screen until the job is not running, or Ctrl-C.
+    """Show what `read` says in one place of the screen until the job has ended, or Ctrl-C.
 
-    Where stdout is no terminal, only the last state is printed.
+    A job that is not there yet is waited for. Where stdout is no terminal, only the last state is
+    printed.
     """
     with suppress(KeyboardInterrupt), Live(auto_refresh=False) as live:
         while True:
             state = read()
             live.update(_make_table(title, status_table(state)), refresh=True)
-            if state["status"] != "running":
+            if state["status"] not in ("waiting", "planning", "running"):
                 return
             time.sleep(every_s)
 
@@ -136,11 +137,12 @@ def histogram(bins: Sequence[Mapping[str, int]]) -> str:
     )
 
 
-def counter_table(counters: Mapping[str, float]) -> Rows:
-    """The counters of `run.json` as a table."""
+def counter_table(counters: Mapping[str, float], reasons: Mapping[str, int]) -> Rows:
+    """The counters of `run.json` as a table, and why rows failed."""
     whole = {name: f"{int(value):,}" for name, value in counters.items()}
     rows = [
         ("rows", f"{whole['rows_ok']} ok, {whole['rows_error']} failed"),
+        *((f"  {reason}", f"{count:,}") for reason, count in reasons.items()),
         ("prompt tokens", whole["prompt_tokens"]),
         ("prefilled tokens", f"{whole['prefilled_tokens']} (unique: {whole['unique_tokens']})"),
         ("cached tokens", whole["cached_tokens"]),
@@ -199,11 +201,15 @@ def _evidence_rows(summary: Mapping[str, Any]) -> Rows:
 
 def status_table(state: Mapping[str, Any]) -> Rows:
     """What `read_status` found as a table."""
+    if state["status"] == "waiting":
+        return [("status", "waiting: there is no run yet")]
     rows = [
         ("status", state["status"]),
         ("rows", f"{state['rows_done']:,} of {state['rows']:,} ({state['rows_failed']:,} failed)"),
         ("rows left", f"{state['rows_left']:,}"),
     ]
+    if "rows_read" in state:
+        rows.append(("rows read", f"{state['rows_read']:,}"))
     if state["rows_per_s"] is not None:
         rows += [
             ("rows per second", f"{state['rows_per_s']:.2f}"),

@@ -86,6 +86,13 @@ class PromptTokenizer:
         template = self._template
         return template.clock if template is not None and template.reads_clock else None
 
+    def check_fits(self, are_messages: bool) -> None:
+        """Raises UsageError where the settings fit no row: see `encode_batch`."""
+        if are_messages or self._settings.apply_chat_template:
+            self._require_template()
+        else:
+            self._refuse_system_prompt()
+
     def encode_batch(
         self, contents: Sequence[Content | None], most_tokens: int | None = None
     ) -> EncodedBatch:

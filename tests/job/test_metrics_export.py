@@ -53,7 +53,9 @@ def test_a_running_job_is_asked_over_http_and_leaves_its_port(
     engine = FailingEngine(10, lambda: heard.append(parse(ask(port))))
     job = echo_settings(tokenizer_folder, metrics_port=str(port), fail_on_error="1")
     outcome = run_job(source, tmp_path / "out", job, make_engine=on(engine))
-    assert len(heard) == 1 and {"state waiting", "state running"} & heard[0].keys()
+    assert (
+        len(heard) == 1 and {"state waiting", "state planning", "state running"} & heard[0].keys()
+    )
     assert outcome.rows_failed == 1
     with pytest.raises(urllib.error.URLError):
         ask(port)

@@ -158,3 +158,11 @@ def test_a_wrong_expression_is_a_sentence(text: str, says: str) -> None:
     with pytest.raises(UsageError, match=says) as error:
         Cron.parse(text)
     assert error.value.exit_code == 2 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("@daily", "0 0 * * *"), (" @Weekly ", "0 0 * * 0"), ("@hourly", "0 * * * *")],
+)
+def test_crons_own_names_are_known(name: str, text: str) -> None:
+    assert Cron.parse(name) == Cron.parse(text) and Cron.parse(name).text == text

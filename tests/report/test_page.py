@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.errors import RunDirectoryError
 from pipeline.report.formats import cell, change, count, decimal, duration, percent, size
-from pipeline.report.page import render
+from pipeline.report.page import _flatten, render
+from pipeline.settings import JobSettings
 from pipeline.storage.run_directory import RunDirectory
 from tests.report.run_sample import AUDIT, EVIL_ID, make_nights, make_run, output_rows
 
@@ -91,7 +92,7 @@ def test_the_page_stands_on_its_own(finished: Path) -> None:
     assert all(address.startswith("#") for address in reader.addresses)
     assert not re.search(r"url\((?!#)|@import|xmlns", html)
     assert re.findall(r"https?://[^\s<]*", html) == ["https://evil.example)"]  # as text, see below
-    assert reader.tags["svg"] == 10  # mark, split, tree, three of sharing, two of the audit, tasks
+    assert reader.tags["svg"] == 11  # mark, split, tree, sharing 3, audit 2, endings, tasks 2
     assert len(reader.ids) == len(set(reader.ids))
 
 
@@ -146,6 +147,15 @@ def test_a_damaged_table_is_named_and_a_missing_one_is_done_without(tmp_path: Pa
     render(directory)
     page = (directory.root / "report.html").read_text(encoding="utf-8")
     assert '<svg class="tree"' not in page and 'id="group-table"' in page
+
+
+def test_settings_are_written_as_a_person_would(tmp_path: Path) -> None:
+    """Seen red: `2147483648`, and `1800.0`."""
+    flat = {"model": "m", "plan_memory": "2GiB", "kv_budget": "512MiB", "time_budget": "4h30m"}
+    settings = JobSettings.from_flat(flat)
+    shown = dict(_flatten(settings.model_dump(mode="json")))
+    assert shown["plan-memory"] == "2 GiB" and shown["kv-budget"] == "512 MiB"
+    assert shown["time-budget"] == "4 h 30 min" and shown["stall-timeout"] == "30 min 00 s"
 
 
 def test_formats() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 from rich.console import Console
 
-from pipeline.job.observer import SilentObserver, Snapshot
+from pipeline.job.observer import Planning, SilentObserver, Snapshot
 from pipeline.terminal.logs import make_observer
 from pipeline.terminal.progress import (
     BarObserver,
@@ -15,6 +16,7 @@ from pipeline.terminal.progress import (
     format_bytes,
     format_duration,
     plain_line,
+    planning_line,
 )
 
 HALF = Snapshot(
@@ -51,6 +53,37 @@ def test_nothing_is_known_before_the_first_row() -> None:
     start = Snapshot(10, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 1.0)
     assert start.eta_s is None
     assert "ETA unknown" in plain_line(start)
+
+
+def test_planning_is_shown_with_counts_and_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+    """Seen red: nothing was said while 75 s of planning went by."""
+    some, last = Planning(1000, 400, 100, 30.0), Planning(1000, 1000, 0, 90.0)
+    assert planning_line(some) == "planning: 400 of 1000 rows read, ETA 1m00s"
+    assert planning_line(last) == "planning: all 1000 rows read, building the plan"
+    PlainObserver(every_s=0.0).show_planning(some)
+    assert "400 of 1000 rows read" in capsys.readouterr().err
+    observer, screen = BarObserver(), io.StringIO()
+    observer._console = Console(file=screen, width=80, force_terminal=True, color_system=None)
+    observer.show_planning(Planning(1000, 10, 0, 0.5))
+    assert screen.getvalue() == "", "what is over in a moment needs no bar"
+    observer.show_planning(some)
+    observer.show_planning(last)
+    observer.show(HALF)
+    observer.close()
+    shown = screen.getvalue()
+    assert "400/1000" in shown and "planning ETA 1m00s" in shown and "building the plan" in shown
+    assert "600000/1000000" in shown
+
+
+def test_a_terminal_that_has_gone_ends_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", buffering=1, closefd=False)
+    monkeypatch.setattr("sys.stderr", full)
+    plain, bar = PlainObserver(every_s=0.0), BarObserver()
+    bar._console = Console(file=full, width=80, force_terminal=True)
+    for observer in (plain, bar):
+        observer.say("a line")
+        observer.show(HALF)
+        observer.close()
 
 
 def test_the_bar_fits_80_columns() -> None:
