@@ -108,12 +108,16 @@ class _Unreadable:
 
 
 _UNREADABLE = _Unreadable()
+_BEYOND = (
+    "a value of the row is beyond what can be read: a time after the year 9999, or bytes that are "
+    "not text in UTF-8"
+)
 
 
 def _attempt(error_type: str, read: Callable[[], Value], *cells: object) -> Value:
     """What `read` makes of the cells. Raises _Fault, whatever it raises but UsageError."""
     if any(cell is _UNREADABLE for cell in cells):
-        raise _Fault(error_type, "a value of the row is outside of what can be read, like a date")
+        raise _Fault(error_type, _BEYOND)
     try:
         return read()
     except BadCell as error:
