@@ -39,6 +39,8 @@ CASES = (
     "embeddings beside a KV store altered, cut or not safetensors",
     "recycled KV that is another prompt's, in the experiment",
     "recycling experiment called with what cannot work",
+    "a row that cannot run, at any stage", "types that polars cannot read back",
+    "columns and fields named like those of a request",
 )  # fmt: skip
 """Every row of the list of faults that the product promises to survive, in the table's order."""
 PENDING: dict[str, str] = {}

@@ -123,8 +123,25 @@ def test_json_is_one_object_and_nothing_else(shell: Shell, prompts: str, model: 
     assert shell("plan", prompts, "--model", model, "--engine", "echo", "--json") == 0
     summary = json.loads(shell.out)
     assert (summary["rows"], summary["rows_rejected"], summary["unique_tokens"]) == (3, 1, 14)
-    assert shell("validate", prompts, "--model", model, "--engine", "echo", "--json") == 0
+    assert shell("validate", prompts, "--model", model, "--engine", "echo", "--json") == 3
     assert json.loads(shell.out)["reasons"] == {"NullPrompt": 1}
+
+
+def test_the_exit_code_of_validate_is_that_of_a_run(shell: Shell, prompts: str, model: str) -> None:
+    """Seen red: 0, also where 300 of 300 rows could not run."""
+    job = ("validate", prompts, "--model", model, "--engine", "echo")
+    assert shell(*job) == 3
+    assert "NullPrompt" in shell.out and "1 of 3 rows failed, 0 are allowed" in shell.err
+    assert shell(*job, "--fail-on-error", "1") == 0 == shell(*job, "--fail-on-error", "0.5")
+    assert shell(*job, "--limit", "2") == 0
+
+
+def test_a_plan_says_why_rows_cannot_run(shell: Shell, prompts: str, model: str) -> None:
+    """Seen red: "1 cannot run", and nothing more."""
+    assert shell("plan", prompts, "--model", model, "--engine", "echo") == 0
+    assert "1 cannot run" in shell.out
+    said = " ".join(shell.out.split())
+    assert "NullPrompt 1" in said and "e.g. r2 NullPrompt: the prompt is null" in said
 
 
 def test_a_dry_run_writes_nothing(shell: Shell, prompts: str, model: str, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from pipeline.job.prepare import Limits, Preparation
 from pipeline.job.prepared_rows import PreparedRows
 from pipeline.job.rates import recall_rates
 from pipeline.job.rejections import describe_rejected
+from pipeline.job.row_faults import call_by_halves
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.shards import cut_into_shards
 from pipeline.plan.summary import KVLimits, PlanSummary, plan_frame, summarise
@@ -227,7 +228,13 @@ def _sample_prompts(planned: PlannedJob) -> list[str]:
     table = planned.plan.table
     rows = range(0, len(table), -(-len(table) // SAMPLE_ROWS))
     ids = [table[row][:SAMPLE_CHARACTERS].tolist() for row in rows if table.lengths[row]]
-    return [text[:SAMPLE_CHARACTERS] for text in planned.job.tokenizer.decode_batch(ids)]
+    decoded = call_by_halves(planned.job.tokenizer.decode_batch, ids)
+    return [
+        text[:SAMPLE_CHARACTERS]
+        for _, texts in decoded
+        if not isinstance(texts, BaseException)  # of which no advice is given
+        for text in texts
+    ]
 
 
 def read_rows(job: Job, watch: Watch = ignore) -> PreparedRows:

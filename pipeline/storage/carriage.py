@@ -19,12 +19,14 @@ from pipeline.storage.writer import encode_parquet
 def check_carriage(inputs: pa.Table, id_column: str | None, name: str) -> None:
     """Raises InputError naming the first column of `inputs` that does not come back.
 
-    Also where two columns would be written under one name. `name`: the file to blame.
+    Also where two columns would be written under one name. One column of each type is tried.
+    `name`: the file to blame.
     """
     output_schema(inputs.schema, id_column)
-    if _comes_back(inputs, id_column):
+    first_of = {field.type: field for field in reversed(list(inputs.schema))}
+    if _comes_back(inputs.select([field.name for field in first_of.values()]), id_column):
         return
-    for field in inputs.schema:
+    for field in reversed(first_of.values()):
         if not _comes_back(inputs.select([field.name]), id_column):
             raise InputError(
                 f"column {field.name!r} of {name} has the type {field.type}, which the output "

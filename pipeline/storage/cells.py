@@ -39,12 +39,16 @@ def read_messages(cell: object) -> list[Message]:
     chat template, null ones dropped, and those of other types too, unless a template could mean
     them. Raises BadCell.
     """
+    is_json = isinstance(cell, str)
     turns = _read_json(cell) if isinstance(cell, str) else cell
     if not isinstance(turns, list):
         raise BadCell("messages is not a list of {role, content}")
     if not turns:
         raise BadCell("messages holds no message")
-    return [_read_message(number, turn) for number, turn in enumerate(turns)]
+    messages = [_read_message(number, turn) for number, turn in enumerate(turns)]
+    if is_json:  # a column of texts holds nothing but text
+        _check_unicode(*(text for message in messages for pair in message.items() for text in pair))
+    return messages
 
 
 def _read_message(number: int, turn: object) -> Message:
@@ -61,11 +65,13 @@ def _read_message(number: int, turn: object) -> Message:
         if field not in message:
             kind = type(said[field]).__name__
             raise BadCell(f"message {number} has {field} of type {kind}, not text")
-    meant = [f for f in _MEANT if said.get(f) and f not in message]
-    if meant:
+    if len(message) < len(said) and (meant := [f for f in _MEANT if _is_meant(said, f)]):
         raise BadCell(f"message {number} has {', '.join(meant)}, which coppice cannot use")
-    _check_unicode(*message, *message.values())
     return message
+
+
+def _is_meant(said: Mapping[str, object], field: str) -> bool:
+    return bool(said.get(field)) and not isinstance(said[field], str)
 
 
 def _join_parts(number: int, parts: list[object]) -> str:

@@ -3,6 +3,8 @@
 A column that is null in all rows of a file says nothing about its type, nor does a field that no
 line of a JSON lines file has: there they are null. The numbers and objects of JSON lines get the
 type that holds all of them, as within one file. Parquet files must agree in all else.
+
+A field of objects that is null wherever it is becomes text: Arrow casts it to a broken one.
 """
 
 from __future__ import annotations
@@ -13,16 +15,19 @@ import pyarrow as pa
 
 from pipeline.errors import InputError
 from pipeline.storage.parquet_input import ParquetInput
+from pipeline.storage.plain_types import without_inner_nulls
 
 _Found = list[tuple[ParquetInput, pa.DataType]]
 
 
 def with_one_schema(files: Sequence[ParquetInput]) -> tuple[ParquetInput, ...]:
     """The files, of one schema but for the order of columns. Raises InputError naming two files."""
-    schemas = {id(file.schema): file.schema for file in files}
     first = files[0].schema
-    if all(_same(first, schema) for schema in schemas.values()):
-        return tuple(files)
+    if all(_same(first, file.schema) for file in files):
+        types = {field.name: without_inner_nulls(field.type) for field in first}
+        if all(types[field.name] == field.type for field in first):
+            return tuple(files)
+        return tuple(file.with_types(types) for file in files)
     found: dict[str, _Found] = {}
     for file in files:
         for field in file.schema:
@@ -54,7 +59,7 @@ def _common_type(name: str, files: Sequence[ParquetInput], having: _Found) -> pa
             kind = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
         except pa.ArrowException:
             raise _differ(name, typed[0], (file, other)) from None
-    return kind
+    return without_inner_nulls(kind)
 
 
 def _differ(

@@ -16,7 +16,7 @@ from pipeline.errors import UsageError
 from pipeline.records import Message, PromptBatch, Rejected
 from pipeline.storage.cells import BadCell, read_fields, read_messages, read_sampling, read_text
 from pipeline.storage.columns import ColumnMap
-from pipeline.storage.plain_types import python_rows, text_of
+from pipeline.storage.plain_types import UNREADABLE, python_cells, text_of
 from pipeline.storage.prompt_template import PromptTemplate
 
 Content = str | list[Message]
@@ -25,6 +25,9 @@ Value = TypeVar("Value")
 
 class _Fault(Exception):
     """Why a row cannot run: the type of its error, and a sentence."""
+
+
+_Faults = dict[int, _Fault]
 
 
 @dataclass(frozen=True)
@@ -50,72 +53,69 @@ class RowReader:
         """
         columns = self.columns
         ids, faults = _read_ids(table, columns.id, make_ids)
-        contents: list[Content | None] = []
-        overrides: list[dict[str, object]] = []
-        cells = self._content_cells(table, orders)
-        for row, (content, refused, sampling, fields) in enumerate(
-            zip(
-                cells,
-                _cells(table, columns.refused),
-                _python_cells(table, columns.sampling_params),
-                _rows(table, columns.fields),
-                strict=True,
+        for row, reason in enumerate(_cells(table, columns.refused)):
+            if reason is not None:
+                faults[row] = _Fault("BadRequest", reason)
+        contents = self._contents(table, orders, faults)
+        overrides = _read_overrides(table, columns, faults)
+        for row in faults:
+            contents[row], overrides[row] = None, {}
+        rejected = tuple(Rejected(row_start + row, *faults[row].args) for row in sorted(faults))
+        tenants = _cells(table, columns.tenant)
+        return PromptBatch(row_start, ids, contents, overrides, tenants, rejected)
+
+    def _contents(
+        self, table: pa.Table, orders: Sequence[Sequence[int]] | None, faults: _Faults
+    ) -> list[Content | None]:
+        if self.template is not None:
+            return _each(
+                lambda cells: self._render(*cells),
+                _template_cells(table, self.template, orders),
+                faults,
             )
-        ):
-            parsed, override = None, {}
-            try:
-                if refused is not None:
-                    raise _Fault("BadRequest", refused)
-                if row not in faults:
-                    parsed = self._content(content)
-                    override = _overrides(sampling, fields)
-            except _Fault as fault:
-                parsed = None
-                faults[row] = fault
-            contents.append(parsed)
-            overrides.append(override)
-        rejected = tuple(Rejected(row_start + row, *fault.args) for row, fault in faults.items())
-        return PromptBatch(
-            row_start, ids, contents, overrides, _cells(table, columns.tenant), rejected
+        name = self.columns.prompt or self.columns.messages
+        cells = python_cells(table.column(name))
+        for row, cell in enumerate(cells):
+            if cell is None:
+                faults.setdefault(row, _Fault("NullPrompt", "the prompt is null"))
+            elif not cell and self.columns.messages is None:
+                faults.setdefault(row, _Fault("EmptyPrompt", "the prompt is empty"))
+        if self.columns.messages is None:
+            return cells
+        return _each(lambda cell: _attempt("BadMessages", read_messages, cell), cells, faults)
+
+    def _render(self, row: Any, order: Sequence[int] | None) -> str:
+        template = self.template
+        assert template is not None
+        return _attempt(
+            "TemplateError", lambda cells: read_text(template.render(cells, order)), row
         )
 
-    def _content_cells(
-        self, table: pa.Table, orders: Sequence[Sequence[int]] | None
-    ) -> Sequence[Any]:
-        """What each row's prompt is made of: a cell, or what `PromptTemplate.render` takes."""
-        if self.template is None:
-            if self.columns.prompt is not None:
-                return _cells(table, self.columns.prompt)
-            return _python_cells(table, self.columns.messages)
-        rows = _rows(table, self.template.columns)
-        return list(zip(rows, orders or repeat(None, len(rows)), strict=True))
 
-    def _content(self, cell: Any) -> Content:
-        """Raises _Fault."""
-        if self.template is not None:
-            row, order = cell
-            template = self.template
-            return _attempt("TemplateError", lambda: read_text(template.render(row, order)), row)
-        if cell is None:
-            raise _Fault("NullPrompt", "the prompt is null")
-        if self.columns.messages is not None:
-            return _attempt("BadMessages", lambda: read_messages(cell), cell)
-        return _attempt("EmptyPrompt", lambda: read_text(cell), cell)
+_BEYOND = (
+    "a value of the row is beyond what can be read: a time after the year 9999, or bytes that are "
+    "not text in UTF-8"
+)
 
 
-class _Unreadable:
-    """A cell whose value Python's own types cannot hold."""
+def _each(read: Callable[[Any], Value], cells: Sequence[Any], faults: _Faults) -> list[Any]:
+    """What `read` makes of each cell, None where it raises _Fault or there is one already."""
+    found: list[Any] = [None] * len(cells)
+    for row, cell in enumerate(cells):
+        if row not in faults:
+            try:
+                found[row] = read(cell)
+            except _Fault as fault:
+                faults[row] = fault
+    return found
 
 
-_UNREADABLE = _Unreadable()
-
-
-def _attempt(error_type: str, read: Callable[[], Value], *cells: object) -> Value:
-    """What `read` makes of the cells. Raises _Fault, whatever it raises but UsageError."""
-    if any(cell is _UNREADABLE for cell in cells):
-        raise _Fault(error_type, "a value of the row is outside of what can be read, like a date")
+def _attempt(error_type: str, read: Callable[[Any], Value], cell: Any) -> Value:
+    """What `read` makes of a cell. Raises _Fault, whatever it raises but UsageError."""
+    if cell is UNREADABLE:
+        raise _Fault(error_type, _BEYOND)
     try:
-        return read()
+        return read(cell)
     except BadCell as error:
         raise _Fault(error_type, str(error)) from None
     except UsageError:
@@ -124,15 +124,58 @@ def _attempt(error_type: str, read: Callable[[], Value], *cells: object) -> Valu
         raise _Fault(error_type, f"the row cannot be read ({type(error).__name__})") from None
 
 
-def _overrides(sampling: object, fields: Any) -> dict[str, object]:
-    """Of the columns, and of `sampling_params` what they leave open. Raises _Fault."""
-    if sampling is None and not fields:
-        return {}
+def _read_overrides(
+    table: pa.Table, columns: ColumnMap, faults: _Faults
+) -> list[dict[str, object]]:
+    """Of the columns, and of `sampling_params` what they leave open. Equal rows are read once."""
+    names = [name for name in (columns.sampling_params, *columns.fields) if name is not None]
+    if not names:
+        return [{}] * table.num_rows
+    known: dict[Any, dict[str, object]] = {}
 
-    def read() -> dict[str, object]:
-        return ({} if sampling is None else read_sampling(sampling)) | read_fields(fields)
+    def read(cells: tuple[Any, ...]) -> dict[str, object]:
+        key = _as_key(cells)
+        found = known.get(key) if key is not None else None
+        if found is None:
+            if UNREADABLE in cells:
+                raise _Fault("BadSamplingParams", _BEYOND)
+            found = _attempt(
+                "BadSamplingParams", lambda said: _override(names, said, columns), cells
+            )
+            if key is not None:
+                known[key] = found
+        return found
 
-    return _attempt("BadSamplingParams", read, sampling, fields)
+    rows = list(zip(*(python_cells(table.column(name)) for name in names), strict=True))
+    return [override or {} for override in _each(read, rows, faults)]
+
+
+def _as_key(cells: tuple[Any, ...]) -> Any:
+    """None for lists and structs. Equal numbers of two types are two keys."""
+    try:
+        hash(cells)
+    except TypeError:
+        return None
+    return cells, tuple(map(type, cells))
+
+
+def _override(names: Sequence[str], cells: Sequence[Any], columns: ColumnMap) -> dict[str, object]:
+    """Raises BadCell."""
+    said = dict(zip(names, cells, strict=True))
+    sampling = said.pop(columns.sampling_params or "", None)
+    return ({} if sampling is None else read_sampling(sampling)) | read_fields(said)
+
+
+def _template_cells(
+    table: pa.Table, template: PromptTemplate, orders: Sequence[Sequence[int]] | None
+) -> list[tuple[Any, Sequence[int] | None]]:
+    """Of each row what `PromptTemplate.render` takes."""
+    names = template.columns
+    rows = zip(*(python_cells(table.column(name)) for name in names), strict=True)
+    cells = [
+        UNREADABLE if UNREADABLE in row else dict(zip(names, row, strict=True)) for row in rows
+    ]
+    return list(zip(cells, orders or repeat(None, len(cells)), strict=True))
 
 
 def _cells(table: pa.Table, name: str | None) -> list[Any]:
@@ -141,21 +184,6 @@ def _cells(table: pa.Table, name: str | None) -> list[Any]:
         return [None] * table.num_rows
     cells: list[Any] = table.column(name).to_pylist()
     return cells
-
-
-def _rows(table: pa.Table, names: Sequence[str]) -> list[Any]:
-    """Of these columns a dict for each row, or _UNREADABLE."""
-    if not names:
-        return [{}] * table.num_rows
-    rows = python_rows(table.select(list(names)))
-    return [_UNREADABLE if row is None else row for row in rows]
-
-
-def _python_cells(table: pa.Table, name: str | None) -> list[Any]:
-    """Of a column of any type; nulls without a column."""
-    if name is None:
-        return [None] * table.num_rows
-    return [row if row is _UNREADABLE else row[name] for row in _rows(table, [name])]
 
 
 def _read_ids(

@@ -123,14 +123,14 @@ class PromptSource:
     def check_carried_columns(self) -> None:
         """Read the columns that planning skips, so that damage shows before the device is used.
 
-        Raises InputError on a damaged page, text that is not UTF-8, and a file whose first row
-        does not come back from the output.
+        Raises InputError on a damaged page, text that is not UTF-8, and a first row that does not
+        come back from the output.
         """
         carried = [name for name in self.schema.names if name not in self.columns.names]
         if not carried:
             return
         for file, _, start, stop in self._file_ranges():
-            for place, table in enumerate(file.iter_batches(carried, stop - start)):
+            for place, table in enumerate(file.iter_batches(carried, stop - start), start):
                 if place == 0:
                     check_carriage(table.slice(0, 1), self.columns.id, file.origin.name)
 

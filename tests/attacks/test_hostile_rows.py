@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pipeline.errors import InputError
 from pipeline.job.planning import open_job, plan_rows
 from pipeline.job.prepare import Preparation
-from pipeline.run import run_job, validate_input
+from pipeline.run import plan_job, run_job, validate_input
 from pipeline.settings import JobSettings, resolve_sampling
 from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.tiny_job import answers, echo_settings, write_tokenizer
@@ -292,11 +292,13 @@ def test_a_prompt_on_which_tokenising_fails_is_its_rows_error(
 def test_an_answer_that_is_no_text_is_its_rows_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
+    """Whether it is written, or is the beginning of a prompt that a plan looks at."""
     model = write_tokenizer(tmp_path / "model")
     tokenizer = PromptTokenizer.load(str(model), None, job(tmp_path).tokens)
-    bad = tuple(tokenizer.encode_batch(["bad"]).flat.tolist()[::-1])
+    bad = tuple(tokenizer.encode_batch(["dad"]).flat.tolist()[::-1])
     refuse_one(monkeypatch, "decode_batch", error, bad)
-    pq.write_table(pa.table({"prompt": between("good", "bad")}), tmp_path / "in.parquet")
+    pq.write_table(pa.table({"prompt": between("good", "dad")}), tmp_path / "in.parquet")
+    assert plan_job(str(tmp_path / "in.parquet"), job(tmp_path)).summary.rows == 3
     check(tmp_path / "in.parquet", tmp_path, "BadAnswer")
 
 
