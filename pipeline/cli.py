@@ -182,13 +182,14 @@ def validate(
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="JSONL, Parquet or run directory.")],
     target: Annotated[str, typer.Argument(metavar="OUT", help="Parquet or JSONL.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     *,
     flags: dict[str, Any],
 ) -> None:
     """OpenAI batch files or plain JSON lines to Parquet, and back."""
     from pipeline.storage.conversion import convert as convert_file
 
-    rows = convert_file(source, target, merge_section(StoreSettings, flags))
+    rows = convert_file(source, target, merge_section(StoreSettings, flags), overwrite)
     typer.echo(f"{rows:,} rows in {target}")
 
 
@@ -213,11 +214,13 @@ def _plan(
     html: Path | None = None,
 ) -> None:
     folder = None if output is None else _local(output)
-    from pipeline.run import plan_job, write_plan, write_plan_page
+    from pipeline.run import check_plan_targets, plan_job, write_plan, write_plan_page
     from pipeline.terminal.tables import plan_table, print_json, print_table
 
+    check_plan_targets(folder, html)
     planned = plan_job(input, merge(flags, config))
-    typer.echo(planned.job.describe_generation(), err=True)
+    for line in filter(None, (planned.job.source.summary, planned.job.describe_generation())):
+        typer.echo(line, err=True)
     if folder is not None:
         write_plan(planned, folder)
     if html is not None:

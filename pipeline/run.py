@@ -50,6 +50,7 @@ from pipeline.settings import JobSettings, StoreSettings
 from pipeline.storage.durable import replace_file
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_place import Place, check_free, holds_run, reading_run, take_run
+from pipeline.storage.targets import check_apart, check_replaceable
 from pipeline.storage.writer import encode_parquet
 
 _EXAMPLES = 5
@@ -154,6 +155,22 @@ def plan_job(input: str, settings: JobSettings, keep_rows: bool = False) -> Plan
     return replace(planned, summary=replace(planned.summary, store=expected_hits(planned)))
 
 
+def check_plan_targets(folder: Path | None, page: Path | None) -> None:
+    """Raises UsageError where `write_plan` or `write_plan_page` would replace another's file."""
+    if page is not None:
+        check_replaceable(page, [b"<!DOCTYPE html", b"<!doctype html"], "--html")
+    if folder is None or not (folder / "plan.parquet").exists():
+        return
+    try:
+        is_ours = "plan_hash" in json.loads((folder / "summary.json").read_bytes())
+    except (OSError, ValueError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise UsageError(
+            f"{folder / 'plan.parquet'} is there and no plan of coppice; choose another -o"
+        )
+
+
 def write_plan(planned: PlannedJob, folder: Path) -> None:
     """Write plan.parquet, tree.parquet and summary.json into `folder`, outside of any run.
 
@@ -230,9 +247,12 @@ def run_job(
 def _run_or_resume(
     input: str, output: Place, settings: JobSettings, observer: Observer, watchdog: Watchdog
 ) -> RunOutcome:
+    check_apart(input, output)
     stop = StopRequest(settings.write.time_budget)
     settings = with_absolute_paths(settings)
     job = open_job(input, settings)
+    if job.source.summary:
+        observer.say(job.source.summary)
     fingerprint = fingerprint_fields(settings, job.source.fingerprint(), job.tokenizer.fingerprint)
     description = describe_job(input, job)
 
@@ -330,5 +350,6 @@ def describe_job(input: str, job: Job) -> dict[str, Any]:
         "input": {
             "argument": input if "://" in input else os.path.abspath(input),
             "rows": job.source.num_rows,
+            "files": job.source.summary or "1 file is read",
         },
     }

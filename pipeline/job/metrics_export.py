@@ -24,6 +24,7 @@ from pipeline.errors import Interrupted, TimeBudgetReached, UsageError
 from pipeline.job.observer import Observer, Snapshot
 from pipeline.settings import MonitorSettings
 from pipeline.storage.run_place import Place
+from pipeline.storage.targets import check_replaceable
 
 _STATES = ("waiting", "running", "complete", "stopped", "failed")
 _WRITE_EVERY_S = 10.0
@@ -167,6 +168,7 @@ def _serve(settings: MonitorSettings, registry: CollectorRegistry) -> Callable[[
 
 
 def _check_writable(path: Path) -> None:
+    check_replaceable(path, [b"# HELP", b"# TYPE"], "--metrics-file")
     try:
         write_to_textfile(str(path), CollectorRegistry())
     except OSError as error:
