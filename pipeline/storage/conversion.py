@@ -39,8 +39,8 @@ def convert(
 ) -> int:
     """Convert by the names' endings, see the module's picture; returns the rows written.
 
-    The target appears whole or not at all, and replaces a file only to `overwrite` it; `store` is how an `s3://` source is reached. Raises
-    InputError naming the line, UsageError, StorageError.
+    The target appears whole or not at all, in place of a file only to `overwrite` it; `store` is
+    how an `s3://` source is reached. Raises InputError naming the line, UsageError, StorageError.
     """
     if is_url(target):
         raise UsageError("convert writes a file of this machine; copy it to the store afterwards")

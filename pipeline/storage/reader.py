@@ -182,7 +182,7 @@ class PromptSource:
         return ids
 
     def _contents(self, table: pa.Table, row_start: int) -> list[Any]:
-        """What each row's prompt is made of: a cell, or what `PromptTemplate.render` takes."""
+        """What each row's prompt is made of: a cell, or what `PromptTemplate` made of its cells."""
         if self._template is None:
             cells: list[Any] = table.column(
                 self.columns.prompt or self.columns.messages
@@ -190,14 +190,13 @@ class PromptSource:
             return cells
         rows = python_rows(table.select(list(self._template.columns)))
         if self._field_order is None:
-            return [(row,) for row in rows]
+            return list(self._template.render_all([(row, None) for row in rows]))
         order = self._field_order[row_start : row_start + len(rows)].tolist()
-        return list(zip(rows, order, strict=True))
+        return list(self._template.render_all(list(zip(rows, order, strict=True))))
 
     def _parser(self) -> Parser:
-        template = self._template
-        if template is not None:
-            return lambda cells: read_text(template.render(*cells)), "TemplateError"
+        if self._template is not None:
+            return _read_rendered, "TemplateError"
         if self.columns.messages is not None:
             return read_messages, "BadMessages"
         return lambda cell: read_text(str(cell)), "EmptyPrompt"
@@ -340,6 +339,12 @@ def _make_batch(
         overrides.append(override)
     tenants: list[str | None] = cells(columns.tenant)  # type: ignore[assignment]
     return PromptBatch(row_start, ids, contents, overrides, tenants, tuple(rejected))
+
+
+def _read_rendered(rendered: str | BadCell) -> str:
+    if isinstance(rendered, BadCell):
+        raise rendered
+    return read_text(rendered)
 
 
 def _read_row(

@@ -1,4 +1,4 @@
-"""Whether a file may be written where somebody else's file could be. Knows what files begin with."""
+"""Whether a file may be written where somebody else's could be. Knows what files begin with."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ def check_replaceable(path: Path, beginnings: Sequence[bytes], option: str) -> N
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
-        raise UsageError(
-            f"cannot write {path} ({error.strerror}); choose another {option}"
-        ) from None
+        raise UsageError(f"cannot write {path} ({error.strerror}); see {option}") from None
     if head and not any(map(head.startswith, beginnings)):
         raise UsageError(
             f"{path} is there and holds something else; move it away or choose another {option}"

@@ -1,102 +1,93 @@
 """Conversations become text by the model's own template. Knows nothing about token ids.
 
-A template is code of the model's: `transformers` runs it in a sandbox, and here for a limited time.
-A time limit cannot end a single step, so those that could take for ever, powers and huge numbers,
-are refused. Its memory has no limit but the process's. What it says when it fails may quote the
-conversation, so only words that stand in the template itself become part of the reason.
+A template is code of the model's: it runs in a sandbox, in a process of its own with limits of time
+and memory. What it says when it fails may quote the conversation, so only words that stand in the
+template itself become part of the reason.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from pipeline.confined import Confined, Ended
 from pipeline.errors import UsageError
 from pipeline.records import Message
-from pipeline.time_limit import TimeLimit, TookTooLong
+from pipeline.tokens.chat_renderer import ChatRenderer, Fault, make_environment
 
 _MOST_SECONDS = 10.0  # for a conversation
 _MOST_SLOW_ROWS = 10
-_MOST_DIGITS = 8  # of a number in the template
+_GRACE_S = 1.0  # before a single step that does not end is ended with its process
+_NOT_COMPILED = (RecursionError, ValueError, ArithmeticError, MemoryError)
 
 
 class TemplateFault(ValueError):
     """The template refuses this conversation; the message says why, without quoting it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ChatTemplate:
-    """The text of a Jinja template, and the tokenizer (of transformers) that runs it."""
+    """The text of a Jinja template, and the tokenizer (of transformers) whose tokens it names."""
 
     source: str
     tokenizer: Any
-    limit: TimeLimit = field(default_factory=lambda: TimeLimit(_MOST_SECONDS), compare=False)
-
-    @cached_property
-    def endless(self) -> str | None:
-        """Why a single step of the template could take for ever, or None."""
-        before = ""
-        try:
-            for line, kind, text in jinja2.Environment().lex(self.source):
-                is_power = (kind, text) == ("operator", "**") and before not in ("(", ",")
-                if is_power or (kind == "integer" and len(text) > _MOST_DIGITS):
-                    what = "a power" if is_power else "a huge number"
-                    return (
-                        f"the chat template, line {line}, computes with {what}, which could take "
-                        "for ever; pass another with --chat-template"
-                    )
-                before = before if kind == "whitespace" else text
-        except jinja2.TemplateSyntaxError:
-            pass  # said when it is rendered
-        return None
+    num_slow: int = 0
 
     def render(self, messages: list[Message]) -> str:
         """The whole prompt, up to where the assistant's answer begins.
 
-        Raises TemplateFault if this conversation does not fit or takes too long, UsageError if the
-        template is not valid Jinja, holds what could take for ever, or takes too long on many rows.
+        Raises TemplateFault if this conversation does not fit or takes too long, UsageError as
+        `render_all`.
         """
-        if self.endless is not None:
-            raise UsageError(self.endless)
+        (text,) = self.render_all([messages])
+        if isinstance(text, TemplateFault):
+            raise text
+        return text
+
+    def render_all(self, conversations: Sequence[list[Message]]) -> list[str | TemplateFault]:
+        """Each conversation as text, or why it is none.
+
+        Raises UsageError if the template is not valid Jinja or takes too long on many rows.
+        """
+        return [self._text(result) for result in self._renderer.map(conversations)]
+
+    @cached_property
+    def _renderer(self) -> Confined:
         try:
-            with self.limit:
-                text = self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.source, add_generation_prompt=True, tokenize=False
-                )
+            make_environment().from_string(self.source)
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
                 f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); "
                 "correct it or pass another with --chat-template"
             ) from error
-        except SyntaxError as error:  # Python's, of the code that Jinja wrote
+        except (SyntaxError, *_NOT_COMPILED) as error:  # Python's, of the code that Jinja wrote
+            said = error.msg if isinstance(error, SyntaxError) else type(error).__name__
             raise UsageError(
-                f"the chat template cannot be compiled ({error.msg}); pass another with "
-                "--chat-template"
+                f"the chat template cannot be compiled ({said}); pass another with --chat-template"
             ) from error
-        except TookTooLong:
-            self._check_patience()
-            raise TemplateFault(
-                f"the chat template takes over {self.limit.seconds:g} s on this conversation"
-            ) from None
-        except Exception as error:  # a template is code: it can raise anything
-            raise TemplateFault(self._reason(error)) from None
-        return str(text)
+        tokens = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
+        arguments = (self.source, tokens, _MOST_SECONDS)
+        return Confined(ChatRenderer, arguments, _MOST_SECONDS * 1.2 + _GRACE_S)
 
-    def _check_patience(self) -> None:
-        if self.limit.num_ended >= _MOST_SLOW_ROWS:
+    def _text(self, result: str | Fault | Ended) -> str | TemplateFault:
+        if isinstance(result, str):
+            return result
+        if isinstance(result, Ended):
+            taken = f"over {_MOST_SECONDS:g} s" if result.is_slow else "all memory"
+            message = f"the chat template takes {taken} on this conversation"
+            result = Fault(message, result.is_slow)
+        self.num_slow += result.is_slow
+        if self.num_slow >= _MOST_SLOW_ROWS:
             raise UsageError(
-                f"the chat template takes over {self.limit.seconds:g} s on row after row; "
+                f"the chat template takes over {_MOST_SECONDS:g} s on row after row; "
                 "pass another with --chat-template"
-            ) from None
-
-    def _reason(self, error: Exception) -> str:
-        said = str(error)
-        detail = f": {said}" if said and said in self.source else ""
-        return f"the chat template refuses the conversation ({type(error).__name__}{detail})"
+            )
+        return TemplateFault(result.message)
 
 
 def find_template(tokenizer: Any, override: Path | None) -> ChatTemplate | None:

@@ -143,17 +143,22 @@ class PromptTokenizer:
     def _encode_chats(self, chats: dict[int, list[Message]], rows: _Rows) -> None:
         """Rows without a control-token string go through as rendered; the others in pieces."""
         whole: dict[int, str] = {}
-        for row, messages in chats.items():
+        hidden = {r: self._control.hide(m) for r, m in chats.items() if self._needs_pieces(m)}
+        asked = [hidden[row].messages if row in hidden else chats[row] for row in chats]
+        all_rendered = self._require_template().render_all(asked) if asked else []
+        for row, rendered in zip(chats, all_rendered, strict=True):
             try:
-                if self._needs_pieces(messages):
-                    rows.ids[row] = self._encode_pieces(messages, rows.most_tokens)
+                if isinstance(rendered, TemplateFault):
+                    rows.errors[row] = str(rendered)
+                elif row in hidden:
+                    pieces = list(self._control.split(rendered, hidden[row].meaning))
+                    rows.ids[row] = self._encode_pieces(pieces, rows.most_tokens)
                 else:
-                    rendered = self._require_template().render(messages)
                     self._check_length([rendered], rows.most_tokens)
                     whole[row] = rendered
             except _Overlong as error:
                 rows.overlong[row] = error.least
-            except (TemplateFault, TypeError, ValueError) as error:
+            except (TypeError, ValueError) as error:
                 rows.errors[row] = str(error)
         _encode_each(self._encode(parse_specials=True, add_specials=False), whole, rows)
 
@@ -169,10 +174,7 @@ class PromptTokenizer:
             self._control.occur_in(text) for message in messages for text in message.values()
         )
 
-    def _encode_pieces(self, messages: list[Message], most_tokens: int | None) -> list[int]:
-        hidden = self._control.hide(messages)
-        rendered = self._require_template().render(hidden.messages)
-        pieces = list(self._control.split(rendered, hidden.meaning))
+    def _encode_pieces(self, pieces: Sequence[str | int], most_tokens: int | None) -> list[int]:
         encode = self._encode(parse_specials=False, add_specials=False)
         texts = [piece for piece in pieces if isinstance(piece, str)]
         self._check_length(texts, most_tokens)
