@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -21,9 +21,13 @@ from pipeline.settings import TokenSettings
 from pipeline.tokens.chat_template import ChatTemplate, TemplateFault, find_template
 from pipeline.tokens.control_tokens import ControlTokens
 from pipeline.tokens.coverage import most_characters
+from pipeline.tokens.growth import growth_of
 from pipeline.tokens.loading import load_tokenizer
 
 Content = str | list[Message]
+_MOST_LETTERS = 32_000_000
+"""Of a row that is tokenised, as its tokenizer may lengthen it; each takes some hundred bytes."""
+_LETTERS_AT_A_TIME = 4_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +75,7 @@ class PromptTokenizer:
             self._require_template()
         self.vocabulary_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         self._most_characters = most_characters(self._backend)
+        self._growth = growth_of(self._backend)
         self.fingerprint = self._make_fingerprint()
 
     @classmethod
@@ -138,6 +143,9 @@ class PromptTokenizer:
             except _Overlong as error:
                 rows.overlong[row] = error.least
                 del texts[row]
+            except ValueError as error:
+                rows.errors[row] = str(error)
+                del texts[row]
         _encode_each(encode, texts, rows)
 
     def _encode_chats(self, chats: dict[int, list[Message]], rows: _Rows) -> None:
@@ -163,11 +171,15 @@ class PromptTokenizer:
         _encode_each(self._encode(parse_specials=True, add_specials=False), whole, rows)
 
     def _check_length(self, texts: Sequence[str], most_tokens: int | None) -> None:
-        """Raises _Overlong if these texts are sure to have more tokens together."""
+        """Raises _Overlong if these texts are sure to have more tokens together, ValueError if it
+        takes gigabytes to find out."""
         if most_tokens is not None and self._most_characters is not None:
             least = -(-sum(map(len, texts)) // self._most_characters)
             if least > most_tokens:
                 raise _Overlong(least)
+        letters = sum(map(len, texts))
+        if letters * self._growth > _MOST_LETTERS:
+            raise ValueError(f"the prompt of {letters:,} characters is too long to be tokenised")
 
     def _needs_pieces(self, messages: list[Message]) -> bool:
         return not self._settings.parse_special_tokens and any(
@@ -190,8 +202,13 @@ class PromptTokenizer:
     ) -> Callable[[list[str]], list[list[int]]]:
         def encode(texts: list[str]) -> list[list[int]]:
             self._backend.encode_special_tokens = not parse_specials
-            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_specials)
-            return [encoding.ids for encoding in encodings]
+            return [
+                encoding.ids
+                for some in _portions(texts, int(_LETTERS_AT_A_TIME / self._growth))
+                for encoding in self._backend.encode_batch_fast(
+                    some, add_special_tokens=add_specials
+                )
+            ]
 
         return encode
 
@@ -246,6 +263,17 @@ def _encode_each(
             return
         for row, text in texts.items():
             _encode_each(encode, {row: text}, rows)
+
+
+def _portions(texts: list[str], most_letters: int) -> Iterator[list[str]]:
+    """The texts in order, so many letters at a time, or one text."""
+    start = letters = 0
+    for stop, text in enumerate(texts):
+        letters += len(text)
+        if letters > most_letters and stop > start:
+            yield texts[start:stop]
+            start, letters = stop, len(text)
+    yield texts[start:]
 
 
 def _join(rows: _Rows) -> EncodedBatch:
