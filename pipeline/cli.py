@@ -85,8 +85,9 @@ def plan(
 ) -> None:
     """Show what sharing would save; no weights, no device."""
     folder = None if output is None else _local(output)
-    from pipeline.run import write_plan, write_plan_page
+    from pipeline.run import check_plan_targets, write_plan, write_plan_page
 
+    check_plan_targets(folder, html)
     planned = _plan(input, merge(flags, config), make_observer(progress, log_format))
     if folder is not None:
         write_plan(planned, folder)
@@ -219,13 +220,14 @@ def validate(
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="JSONL, Parquet or run directory.")],
     target: Annotated[str, typer.Argument(metavar="OUT", help="Parquet or JSONL.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     *,
     flags: dict[str, Any],
 ) -> None:
     """OpenAI batch files or plain JSON lines to Parquet, and back."""
     from pipeline.storage.conversion import convert as convert_file
 
-    rows = convert_file(source, target, merge_section(StoreSettings, flags))
+    rows = convert_file(source, target, merge_section(StoreSettings, flags), overwrite)
     with result_is_kept(target):
         write_result(f"{rows:,} rows in {target}")
 
@@ -247,6 +249,8 @@ def _plan(input: str, settings: JobSettings, observer: Observer) -> PlannedJob:
 
     planned = plan_job(input, settings, observer=observer)
     observer.close()
+    if planned.job.source.summary:
+        say(planned.job.source.summary)
     say(planned.job.describe())
     return planned
 

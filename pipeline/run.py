@@ -52,6 +52,7 @@ from pipeline.settings import JobSettings, StoreSettings
 from pipeline.storage.durable import replace_file
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_place import Place, holds_run, reading_run, take_run
+from pipeline.storage.targets import check_apart, check_replaceable
 from pipeline.storage.writer import encode_parquet
 
 
@@ -110,6 +111,22 @@ def plan_job(
     watch = (observer or SilentObserver()).show_planning
     planned = plan_for_a_person(open_job(input, with_absolute_paths(settings)), keep_rows, watch)
     return replace(planned, summary=replace(planned.summary, store=expected_hits(planned)))
+
+
+def check_plan_targets(folder: Path | None, page: Path | None) -> None:
+    """Raises UsageError where `write_plan` or `write_plan_page` would replace another's file."""
+    if page is not None:
+        check_replaceable(page, [b"<!DOCTYPE html", b"<!doctype html"], "--html")
+    if folder is None or not (folder / "plan.parquet").exists():
+        return
+    try:
+        is_ours = "plan_hash" in json.loads((folder / "summary.json").read_bytes())
+    except (OSError, ValueError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise UsageError(
+            f"{folder / 'plan.parquet'} is there and no plan of coppice; choose another -o"
+        )
 
 
 def write_plan(planned: PlannedJob, folder: Path) -> None:
@@ -214,10 +231,13 @@ def _plan_and_run(
     input: str, output: Place, settings: JobSettings, around: _Surroundings
 ) -> RunOutcome:
     observer, watch = around.watch.observer, around.watch
+    check_apart(input, output)
     check_early(output, settings)
     settings = with_recorded_clock(output, settings)
     job = open_job(input, settings)
     settings = job.settings
+    if job.source.summary:
+        observer.say(job.source.summary)
     fingerprint = fingerprint_fields(settings, job.source.fingerprint(), job.tokenizer.fingerprint)
     description = describe_job(input, job)
 
@@ -322,5 +342,6 @@ def describe_job(input: str, job: Job) -> dict[str, Any]:
         "input": {
             "argument": input if "://" in input else os.path.abspath(input),
             "rows": job.source.num_rows,
+            "files": job.source.summary or "1 file is read",
         },
     }

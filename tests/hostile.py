@@ -64,6 +64,17 @@ EXHAUSTION = {
     "deep conditions": "{% if true %}" * 500 + "{% endif %}" * 500,
     "long sum": "{{ 1" + " + 1" * 20000 + " }}",
     "long integer": "{{ 10 ** 10000 }}",
+    "replace": "{{ ('a' * 9999999) | replace('a', 'b' * 9999) }}",
+    "replace method": "{{ ('a' * 9999999).replace('a', 'b' * 9999) }}",
+    "join": "{{ (['a' * 999999] * 9999) | join }}",
+    "join method": "{{ ('a' * 999999).join(['b'] * 9999) }}",
+    "expandtabs": "{{ ('\t' * 999999).expandtabs(9999) }}",
+    "wordwrap": "{{ ('a' * 9999999) | wordwrap(1, true, 'b' * 9999) }}",
+    "translate": "{{ ('a' * 9999999).translate({97: 'b' * 9999}) }}",
+    "indent": "{{ ('\n' * 9999999) | indent('b' * 9999, true, true) }}",
+    "pprint": "{{ ([['a' * 9999] * 9999] * 999) | pprint }}",
+    "tojson": "{{ ([['a' * 9999] * 9999] * 999) | tojson }}",
+    "sum": "{{ (([[0] * 999999] * 9999) | sum(start=[])) | length }}",
 }
 KINDS = ("prompt", "chat")
 

@@ -25,6 +25,7 @@ _FIRST = {
         "time_limit",
         "visible",
         "private_folder",
+        "confined",
     )  # fmt: skip
 }
 # room -> what of `pipeline` it may import besides itself; None: everything
@@ -35,6 +36,7 @@ ROOMS: dict[str, set[str] | None] = {
     "pipeline.visible": set(),
     "pipeline.time_limit": set(),
     "pipeline.private_folder": set(),
+    "pipeline.confined": set(),
     "pipeline.settings": _FIRST,
     "pipeline.plan": _FIRST,
     "pipeline.tokens": _FIRST,

@@ -24,6 +24,7 @@ from pipeline.errors import Interrupted, TimeBudgetReached, UsageError
 from pipeline.job.observer import Observer, Planning, Snapshot
 from pipeline.settings import MonitorSettings
 from pipeline.storage.run_place import Place
+from pipeline.storage.targets import check_replaceable
 
 _STATES = ("waiting", "planning", "running", "complete", "stopped", "failed")
 _WRITE_EVERY_S = 10.0
@@ -172,6 +173,7 @@ def _serve(settings: MonitorSettings, registry: CollectorRegistry) -> Callable[[
 
 
 def _check_writable(path: Path) -> None:
+    check_replaceable(path, [b"# HELP", b"# TYPE"], "--metrics-file")
     try:
         write_to_textfile(str(path), CollectorRegistry())
     except OSError as error:

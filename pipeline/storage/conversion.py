@@ -34,15 +34,20 @@ from pipeline.storage.run_place import Place, holds_run, reading_run
 _ROWS_AT_A_TIME = 4096
 
 
-def convert(source: Place, target: Place, store: StoreSettings | None = None) -> int:
+def convert(
+    source: Place, target: Place, store: StoreSettings | None = None, overwrite: bool = False
+) -> int:
     """Convert by the names' endings, see the module's picture; returns the rows written.
 
-    The target appears whole or not at all; `store` is how an `s3://` source is reached. Raises
-    InputError naming the line, UsageError, StorageError.
+    The target appears whole or not at all, in place of a file only to `overwrite` it; `store` is
+    how an `s3://` source is reached. Raises InputError naming the line, UsageError, StorageError.
     """
     if is_url(target):
         raise UsageError("convert writes a file of this machine; copy it to the store afterwards")
     path, reads_lines = Path(target), is_json_lines(str(source))
+    if path.exists() and (not overwrite or _is_same(path, source)):
+        remedy = "" if overwrite else ", or add --overwrite"
+        raise UsageError(f"{path} is there already; choose another name{remedy}")
     if reads_lines and path.suffix == ".parquet" and not is_url(source):
         return write_whole(path, lambda file: write_rows(InputFile.local(Path(source)), file))
     if path.suffix != ".jsonl" or reads_lines:
@@ -55,6 +60,10 @@ def convert(source: Place, target: Place, store: StoreSettings | None = None) ->
         return write_whole(path, lambda file: _write_lines(_requests(source, store), file))
     with reading_run(source, store) as run:
         return write_whole(path, lambda file: _write_responses(run, file, path.parent))
+
+
+def _is_same(path: Path, source: Place) -> bool:
+    return os.path.realpath(path) == os.path.realpath(source)
 
 
 def _write_lines(lines: Iterable[dict[str, Any]], file: BinaryIO) -> int:

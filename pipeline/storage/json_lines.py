@@ -37,7 +37,10 @@ from pipeline.storage.refused_lines import (
 _ENDINGS = (".jsonl", ".jsonl.gz")
 _ROWS_AT_A_TIME = 4096
 _BYTES_AT_A_TIME = 8 << 20  # of lines; parsed they take some ten times that
-_LONGEST_LINE = 1 << 30
+_LONGEST_LINE = 256 << 20
+_MOST_VALUES = 10_000_000  # of a line; each takes some 60 bytes
+_MOST_FIELDS = 50_000  # of all lines together
+_MOST_CELLS = 4_000_000  # of a batch: a field that a line lacks takes room there too
 _DEEPEST = 30  # lists in lists; each is three levels of a Parquet schema
 _READ_AT_A_TIME = 1 << 20
 _REQUEST_SCHEMA = pa.schema(
@@ -79,7 +82,7 @@ def write_rows(
     schema, make_table = read(source, first[1], keeps_refused)
     rows, refused = 0, RefusedLines()
     with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
-        for batch in _read_batches(source):
+        for batch in _read_batches(source, _count_fields(pa.struct(list(schema)))):
             table = make_table(batch)
             writer.write_table(table)
             rows += len(batch)
@@ -151,6 +154,8 @@ def _plain(
     bad: set[int] | None = set() if keeps_refused else None
     for batch in _read_batches(source):
         kind = _widen_by(source, kind, batch, bad)
+        if _count_fields(kind) > _MOST_FIELDS:
+            raise _too_many_fields(source, batch[-1][0])
     as_json = [field.name for field in kind if not _is_storable(field.type)]
     types = {field.name: field.type for field in kind}
     types |= dict.fromkeys(as_json, pa.string())
@@ -173,6 +178,18 @@ def _plain(
         return pa.Table.from_struct_array(rows).cast(schema)
 
     return schema, make_table
+
+
+def _count_fields(kind: pa.DataType) -> int:
+    """Of a type and all types inside of it."""
+    return 1 + sum(_count_fields(kind.field(n).type) for n in range(kind.num_fields))
+
+
+def _too_many_fields(source: InputFile, number: int) -> InputError:
+    return InputError(
+        f"the lines of {source.name} have over {_MOST_FIELDS:,} different fields by line {number}; "
+        "put what has names of its own into one field as text"
+    )
 
 
 def _widen_by(
@@ -234,16 +251,22 @@ def _is_storable(kind: pa.DataType, depth: int = 0) -> bool:
     return not is_empty and all(_is_storable(part, depth + 1) for part in inner)
 
 
-def _read_batches(source: InputFile) -> Iterator[list[Line]]:
-    """Lines in batches that are bounded by rows and bytes."""
+def _read_batches(source: InputFile, num_fields: int = 1) -> Iterator[list[Line]]:
+    """Lines in batches that are bounded by rows, bytes and cells, of at least so many fields."""
     batch: list[Line] = []
+    names: set[str] = set()
     size = 0
     for number, text in _read_texts(source):
-        batch.append((number, _object(source, number, text)))
+        line = _object(source, number, text)
+        batch.append((number, line))
+        names.update(line)
+        if len(names) > _MOST_FIELDS:
+            raise _too_many_fields(source, number)
         size += len(text)
-        if len(batch) >= _ROWS_AT_A_TIME or size >= _BYTES_AT_A_TIME:
+        cells = len(batch) * max(num_fields, len(names))
+        if len(batch) >= _ROWS_AT_A_TIME or size >= _BYTES_AT_A_TIME or cells >= _MOST_CELLS:
             yield batch
-            batch, size = [], 0
+            batch, names, size = [], set(), 0
     if batch:
         yield batch
 
@@ -259,7 +282,10 @@ def _read_texts(source: InputFile) -> Iterator[tuple[int, bytes]]:
         for number in count(1):
             text = lines.readline(_LONGEST_LINE)
             if len(text) == _LONGEST_LINE:
-                raise InputError(f"line {number} of {source.name} is longer than 1 GiB; split it")
+                raise InputError(
+                    f"line {number} of {source.name} is longer than {_LONGEST_LINE:,} bytes; split "
+                    "it, or write the rows as Parquet"
+                )
             if not text:
                 return
             if text.strip():
@@ -267,6 +293,10 @@ def _read_texts(source: InputFile) -> Iterator[tuple[int, bytes]]:
 
 
 def _object(source: InputFile, number: int, text: bytes) -> dict[str, Any]:
+    if len(text) > _MOST_VALUES and sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise InputError(
+            f"line {number} of {source.name} holds over {_MOST_VALUES:,} values; split it"
+        )
     try:
         value = json.loads(text.removeprefix(codecs.BOM_UTF8), parse_constant=_no_number)
     except _NoNumber as error:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pipeline.errors import InputError
 from pipeline.storage.input_files import InputFile, Stamp, damage_named
 from pipeline.storage.plain_types import holds_dictionary, plain_schema, plain_table
-from pipeline.storage.row_slices import regroup, rows_at_a_time
+from pipeline.storage.row_slices import regroup, rows_at_a_time, text_leaves
 
 BATCH_ROWS = 2048
 ORIGIN_HASH = b"coppice.origin_sha256"
@@ -174,13 +174,14 @@ class ParquetInput:
         # Arrow reads a dictionary inside of another type from one row group at a time only.
         is_alone = any(holds_dictionary(file.types[name]) for name in stored)
         for group in groups:
-            next(file.parquet.iter_batches(1, [group], stored, use_threads=False), None)
-            rows = rows_at_a_time(file.source, self.metadata, group, leaves, BATCH_ROWS)
+            rows = rows_at_a_time(file.dictionaries, group, stored, leaves, BATCH_ROWS)
             if is_alone or not runs or runs[-1][0] != rows:
                 runs.append((rows, []))
             runs[-1][1].append(group)
         for rows, run in runs:
-            for batch in file.parquet.iter_batches(rows, row_groups=run, columns=stored):
+            for batch in file.parquet.iter_batches(
+                rows, row_groups=run, columns=stored, use_threads=rows == BATCH_ROWS
+            ):
                 # Asked for a column `a.b`, Arrow also gives that field of a column `a`.
                 table = self._plain(pa.Table.from_batches([batch]).select(stored))
                 yield table.select(list(columns))
@@ -194,12 +195,13 @@ class ParquetInput:
             source = self.file.open()
         with source:
             with self._damage_named():
-                parquet = pq.ParquetFile(
-                    source, metadata=self.metadata, page_checksum_verification=True
-                )
-            with parquet:
+                options = {"metadata": self.metadata, "page_checksum_verification": True}
+                parquet = pq.ParquetFile(source, **options)
+                texts = text_leaves(self.metadata.schema)
+                dictionaries = pq.ParquetFile(source, read_dictionary=texts, **options)
+            with parquet, dictionaries:
                 types = {field.name: field.type for field in parquet.schema_arrow}
-                yield _OpenFile(source, parquet, types)
+                yield _OpenFile(parquet, dictionaries, types)
         if not self.origin.is_local:
             # A local file that is replaced stays open as it was; of an object the rest is new.
             self._check_unchanged()
@@ -247,10 +249,10 @@ class _Known:
 
 
 class _OpenFile(NamedTuple):
-    """A file that is being read; `types`: of its columns, as they are encoded."""
+    """A file that is being read, also with its texts as dictionaries; `types`: of its columns."""
 
-    source: pa.NativeFile
     parquet: pq.ParquetFile
+    dictionaries: pq.ParquetFile
     types: dict[str, pa.DataType]
 
 

@@ -68,11 +68,7 @@ class RowReader:
         self, table: pa.Table, orders: Sequence[Sequence[int]] | None, faults: _Faults
     ) -> list[Content | None]:
         if self.template is not None:
-            return _each(
-                lambda cells: self._render(*cells),
-                _template_cells(table, self.template, orders),
-                faults,
-            )
+            return self._rendered(self.template, table, orders, faults)
         name = self.columns.prompt or self.columns.messages
         cells = python_cells(table.column(name))
         for row, cell in enumerate(cells):
@@ -84,12 +80,29 @@ class RowReader:
             return cells
         return _each(lambda cell: _attempt("BadMessages", read_messages, cell), cells, faults)
 
-    def _render(self, row: Any, order: Sequence[int] | None) -> str:
-        template = self.template
-        assert template is not None
-        return _attempt(
-            "TemplateError", lambda cells: read_text(template.render(cells, order)), row
-        )
+    def _rendered(
+        self,
+        template: PromptTemplate,
+        table: pa.Table,
+        orders: Sequence[Sequence[int]] | None,
+        faults: _Faults,
+    ) -> list[Content | None]:
+        """Rows that can be read are rendered together: each call costs a message to a process."""
+        cells = _template_cells(table, template, orders)
+        fit = [
+            row for row, (value, _) in enumerate(cells)
+            if row not in faults and value is not UNREADABLE
+        ]  # fmt: skip
+        found: list[Any] = [value for value, _ in cells]
+        for row, text in zip(fit, template.render_all([cells[row] for row in fit]), strict=True):
+            found[row] = text
+        return _each(lambda text: _attempt("TemplateError", _read_rendered, text), found, faults)
+
+
+def _read_rendered(rendered: str | BadCell) -> str:
+    if isinstance(rendered, BadCell):
+        raise rendered
+    return read_text(rendered)
 
 
 _BEYOND = (

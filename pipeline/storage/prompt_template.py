@@ -1,8 +1,9 @@
 """Prompts from the columns of a table by a Jinja template. Knows no files of rows.
 
-A template is code of the user's, rows are text of anybody's: it runs in a sandbox and for a limited
-time, sees the columns that it names and nothing else, and what it says when it fails leaves out the
-row's values. The same row must give the same prompt tomorrow, so nothing random is there either.
+A template is code of the user's, rows are text of anybody's: it runs in a sandbox, in a process of
+its own with limits of time and memory, sees the columns that it names and nothing else, and what it
+says when it fails leaves out the row's values. The same row must give the same prompt tomorrow, so
+nothing random is there either.
 
 `fields("title", "stars")` is the list of these columns' names and values, in an order that may be
 another one in each row: the only place where a planner may change a prompt.
@@ -17,17 +18,17 @@ from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
-from jinja2.runtime import TemplateReference
 
+from pipeline.confined import Confined, Ended, Fault
 from pipeline.errors import UsageError
 from pipeline.storage.cells import BadCell
-from pipeline.storage.sandbox import Sandbox
-from pipeline.time_limit import TimeLimit, TookTooLong
+from pipeline.storage.template_renderer import Renderer, make_environment
 
 # What Python says of code that nests too deeply, or of a number that is too long.
 _NOT_COMPILED = (SyntaxError, RecursionError, ValueError, ArithmeticError, MemoryError)
 _MOST_SECONDS = 10.0  # for a row
 _MOST_SLOW_ROWS = 10
+_GRACE_S = 1.0  # before a single step that does not end is ended with its process
 
 
 class PromptTemplate:
@@ -41,18 +42,14 @@ class PromptTemplate:
         """`known`: the table's columns. Raises UsageError with the place of what is wrong."""
         self._name = name
         self._source = source
-        self._limit = TimeLimit(_MOST_SECONDS)
-        environment = Sandbox(
-            undefined=jinja2.StrictUndefined, finalize=_printable, keep_trailing_newline=True
-        )
-        for global_name in set(known) & environment.globals.keys():
-            del environment.globals[global_name]
+        self._num_slow = 0
+        environment = make_environment(known)
         try:
             tree = environment.parse(source)
             self.fields = _find_fields(tree, name)
             named = meta.find_undeclared_variables(tree) - ({"fields"} if self.fields else set())
             self.columns = tuple(sorted({*named, *self.fields}))
-            self._template = environment.from_string(source)
+            environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
                 f"{name}, line {error.lineno}, is not valid Jinja: {error.message}"
@@ -64,6 +61,8 @@ class PromptTemplate:
         for other in tree.find_all((nodes.Include, nodes.Extends, nodes.Import, nodes.FromImport)):
             raise UsageError(f"{name}, line {other.lineno}: other files cannot be read; copy it in")
         self._check_columns(known)
+        arguments = (source, tuple(known), bool(self.fields), _MOST_SECONDS)
+        self._renderer = Confined(Renderer, arguments, _MOST_SECONDS * 1.2 + _GRACE_S)
 
     @classmethod
     def read(cls, path: Path, known: Sequence[str]) -> PromptTemplate:
@@ -90,36 +89,38 @@ class PromptTemplate:
                 )
 
     def render(self, row: Mapping[str, Any], order: Sequence[int] | None = None) -> str:
-        """The prompt of a row. Raises BadCell, without quoting the row; UsageError where row after
-        row takes too long.
+        """The prompt of a row, see `render_all`. Raises BadCell, UsageError."""
+        (text,) = self.render_all([(row, order)])
+        if isinstance(text, BadCell):
+            raise text
+        return text
 
-        `order`: places in `fields`, each once; None: as the template lists them.
+    def render_all(
+        self, rows: Sequence[tuple[Mapping[str, Any], Sequence[int] | None]]
+    ) -> list[str | BadCell]:
+        """The prompt of each row, or why there is none, without quoting the row.
+
+        With a row comes an order: places in `fields`, each once; None: as the template lists them.
+        Raises UsageError where row after row takes too long.
         """
-        listed = self.fields if order is None else [self.fields[place] for place in order]
-        pairs = [(name, row[name]) for name in listed]
-        own = {"fields": lambda *names: pairs} if self.fields else {}
-        try:
-            with self._limit:
-                return self._template.render(row, **own)
-        except BadCell as error:
-            raise BadCell(f"line {_line(error)} of the template {error}") from None
-        except TookTooLong as error:
-            self._check_patience()
-            line, most = _line(error), self._limit.seconds
-            raise BadCell(
-                f"line {line} of the template takes over {most:g} s on this row"
-            ) from None
-        except Exception as error:  # a template is code: it can raise anything
-            kind = type(error).__name__
-            raise BadCell(
-                f"line {_line(error)} of the template fails on this row ({kind})"
-            ) from None
+        items = [
+            (row, self.fields if order is None else [self.fields[place] for place in order])
+            for row, order in rows
+        ]
+        return [self._text(result) for result in self._renderer.map(items)]
 
-    def _check_patience(self) -> None:
-        if self._limit.num_ended >= _MOST_SLOW_ROWS:
+    def _text(self, result: str | Fault | Ended) -> str | BadCell:
+        if isinstance(result, str):
+            return result
+        if isinstance(result, Ended):
+            taken = f"takes over {_MOST_SECONDS:g} s" if result.is_slow else "takes all memory"
+            result = Fault(f"the template {taken} on this row", result.is_slow)
+        self._num_slow += result.is_slow
+        if self._num_slow >= _MOST_SLOW_ROWS:
             raise UsageError(
-                f"{self._name} takes over {self._limit.seconds:g} s on row after row; simplify it"
-            ) from None
+                f"{self._name} takes over {_MOST_SECONDS:g} s on row after row; simplify it"
+            )
+        return BadCell(result.message)
 
 
 def _find_fields(tree: nodes.Template, template: str) -> tuple[str, ...]:
@@ -142,24 +143,3 @@ def _find_fields(tree: nodes.Template, template: str) -> tuple[str, ...]:
     if len(set(texts)) < len(texts):
         raise UsageError(f"{where}: fields(...) names a column twice")
     return texts
-
-
-def _printable(value: object) -> object:
-    """What `{{ value }}` prints. A null within `a ~ b` is out of its sight."""
-    if value is None:
-        raise BadCell("prints a null; write {{ name or '' }} where that means nothing")
-    if not isinstance(value, jinja2.Undefined) and (
-        callable(value) or isinstance(value, TemplateReference)
-    ):
-        raise BadCell("prints a function, not a value")
-    return value
-
-
-def _line(error: BaseException) -> int:
-    """Jinja puts the template's own frames into the traceback."""
-    line, trace = 0, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == "<template>":
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line

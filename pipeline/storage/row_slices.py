@@ -1,88 +1,85 @@
 """How many rows of a row group may be decoded at once, and tables in slices of bounded size.
 
 A few bytes of a Parquet file can stand for gigabytes: every row may mean the same entry of a
-dictionary. So of each column chunk it is known, before it is read, what a row may take at most.
+dictionary. So the dictionaries of a row group are looked at before its rows are decoded.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 BATCH_BYTES = 32 << 20
 """Of a slice, unless one row alone is larger."""
-MOST_DECODED_BYTES = 256 << 20
-"""Of what is decoded at once, unless one row alone, or one page as it is stored, is larger."""
-_FEWEST_ROWS = 16  # where only a page's own bytes are the bound
-_DICTIONARY_PAGE = 2
-_HEADER_BYTES = 32
+MOST_DECODED_BYTES = 64 << 20
+"""Of the rows that are decoded at once by way of a dictionary, unless one alone is larger."""
+_MOST_STORED_BYTES = 512 << 20  # of a column chunk that is decoded in large steps
+_FEWEST_ROWS = 16
+
+
+def text_leaves(schema: pq.ParquetSchema) -> list[str]:
+    """Paths of the columns, also within others, that can be read as dictionaries."""
+    columns = map(schema.column, range(len(schema)))
+    return [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
 
 
 def rows_at_a_time(
-    source: BinaryIO, metadata: pq.FileMetaData, group: int, leaves: list[int], most: int
+    file: pq.ParquetFile, group: int, names: Sequence[str], leaves: Sequence[int], most: int
 ) -> int:
     """Up to `most` rows, as many of this row group as cannot decode to too much.
 
-    `leaves` are the column chunks that are read, of which Arrow must have read a row before: it
-    ends the process where one is asked for that the footer only announces. `source` is the file.
-    Raises OSError.
+    `file` was opened to read `text_leaves` as dictionaries; `leaves` are the column chunks of the
+    columns `names`. Raises ArrowException, OSError.
     """
-    described = metadata.row_group(group)
-    num_rows = max(1, described.num_rows)
-    rows = most
-    for leaf in leaves:
-        chunk = described.column(leaf)
-        width = 0
-        if chunk.physical_type == "FIXED_LEN_BYTE_ARRAY":
-            width = metadata.schema.column(leaf).length
-        elif chunk.physical_type == "BYTE_ARRAY":
-            width = _largest_value(source, chunk)
-            if chunk.total_uncompressed_size > MOST_DECODED_BYTES:
-                rows = min(rows, _FEWEST_ROWS)
-        if width * chunk.num_values > MOST_DECODED_BYTES:
-            values = max(1, -(-chunk.num_values // num_rows))  # of a row, on average
-            rows = min(rows, MOST_DECODED_BYTES // (width * values))
+    described = file.metadata.row_group(group)
+    if described.num_rows <= _FEWEST_ROWS:
+        return _FEWEST_ROWS  # of many such groups together
+    # The first row comes with the whole dictionary. It must be read before the footer is asked for
+    # a chunk: pyarrow ends the process where the footer lacks one that it counts.
+    first = next(file.iter_batches(1, [group], names, use_threads=False), None)
+    width = 0 if first is None else max(map(_largest_value, first.columns), default=0)
+    chunks = [described.column(leaf) for leaf in leaves]
+    stored = max((chunk.total_uncompressed_size for chunk in chunks), default=0)
+    if any("DELTA_BYTE_ARRAY" in chunk.encodings for chunk in chunks):
+        width = max(width, stored)  # a value begins as the one before
+    values = max((chunk.num_values for chunk in chunks), default=0)
+    rows = _FEWEST_ROWS if stored > _MOST_STORED_BYTES else most
+    if width * values > MOST_DECODED_BYTES:
+        per_row = max(1, -(-values // max(1, described.num_rows)))  # on average
+        rows = min(rows, MOST_DECODED_BYTES // (width * per_row))
     return max(1, rows)
 
 
-def _largest_value(source: BinaryIO, chunk: pq.ColumnChunkMetaData) -> int:
-    """Bytes that a value can have though the chunk stores fewer for it; 0: each is stored whole.
+def _largest_value(array: pa.Array) -> int:
+    """Bytes of the largest value that there could be, in this row or in another one."""
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        words = array.dictionary
+        if pa.types.is_dictionary(words.type) or not _has_length(words.type):
+            return 0
+        return int(pc.max(pc.binary_length(words)).as_py() or 0)
+    if pa.types.is_fixed_size_binary(kind):
+        return int(kind.byte_width)
+    if isinstance(array, pa.ExtensionArray):
+        return _largest_value(array.storage)
+    if pa.types.is_map(kind):
+        return max(_largest_value(array.keys), _largest_value(array.items))
+    if pa.types.is_struct(kind):
+        return max(map(_largest_value, array.flatten()), default=0)
+    return _largest_value(array.values) if hasattr(array, "values") else 0
 
-    Whether there is a dictionary is asked of the first page, as Arrow does, and not of the footer.
-    """
-    if "DELTA_BYTE_ARRAY" in chunk.encodings:
-        return int(chunk.total_uncompressed_size)  # a value begins as the one before
-    starts = [chunk.dictionary_page_offset, chunk.data_page_offset]
-    source.seek(min(start for start in starts if start))
-    kind, size = _read_header(source.read(_HEADER_BYTES))
-    return size if kind == _DICTIONARY_PAGE else 0
 
-
-def _read_header(header: bytes) -> tuple[int, int]:
-    """Type and uncompressed bytes of a page: the first fields in Thrift's compact protocol.
-
-    ```
-     0x15 type   0x15 uncompressed size   0x15 compressed size ...      each a zigzag varint
-    ```
-    Raises OSError if it is none.
-    """
-    stream = io.BytesIO(header)
-    found = []
-    for _ in range(2):
-        if stream.read(1) != b"\x15":
-            raise OSError("a page has no header")
-        value, shift = 0, 0
-        while byte := stream.read(1):
-            value |= (byte[0] & 0x7F) << shift
-            shift += 7
-            if byte[0] < 0x80:
-                break
-        found.append(value >> 1)
-    return found[0], found[1]
+def _has_length(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_string(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    )
 
 
 def regroup(tables: Iterable[pa.Table], most_rows: int) -> Iterator[pa.Table]:

@@ -24,6 +24,7 @@ from typing_extensions import TypedDict
 from pipeline.errors import StorageError
 from pipeline.storage.durable import publish, temp_path, write_errors, write_new
 from pipeline.storage.json_file import RECORD, Count
+from pipeline.storage.row_slices import regroup
 from pipeline.storage.schema import OUTPUT_FIELDS, SCHEMA_VERSION
 
 PART_NAME = re.compile(r"part-([0-9]{5,18})-([0-9a-f]{12})\.parquet")
@@ -47,7 +48,8 @@ def encode_parquet(table: pa.Table, metadata: dict[str, str] | None = None) -> p
     """The bytes of a Parquet file: zstd, page checksums, `metadata` in the footer."""
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True) as out:
-        out.write_table(table)
+        for rows in regroup([table], max(1, table.num_rows)):  # no page of gigabytes
+            out.write_table(rows)
         out.add_key_value_metadata(metadata or {})
     return sink.getvalue()
 

@@ -1,20 +1,18 @@
 """Conversations become text by the model's own template. Knows nothing about token ids.
 
-A template is code of the model's: `transformers` runs it in a sandbox, and here for a limited time.
-A time limit cannot end a single step, so those that could take for ever, powers and huge numbers,
-are refused. Its memory has no limit but the process's. What it says when it fails may quote the
-conversation, so only words that stand in the template itself become part of the reason.
+A template is code of the model's: it runs in a sandbox, in a process of its own with limits of time
+and memory. What it says when it fails may quote the conversation, so only words that stand in the
+template itself become part of the reason.
 
 The same conversation must become the same prompt at every resume: the time that a template prints
-is that of the job's clock, and one that draws lots is refused.
+is that of the job's clock, and one that draws lots is refused. No message may vanish either: the
+text of each must stand in the rendering.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -22,24 +20,26 @@ from typing import Any
 
 import jinja2
 
+from pipeline.confined import Confined, Ended, Fault
 from pipeline.errors import UsageError
 from pipeline.records import Message
-from pipeline.time_limit import TimeLimit, TookTooLong
+from pipeline.tokens.chat_renderer import CLOCK_NAME, ChatRenderer, make_environment
 
 _MOST_SECONDS = 10.0  # for a conversation
 _MOST_SLOW_ROWS = 10
-_MOST_DIGITS = 8  # of a number in the template
-_CLOCK_NAME = "strftime_now"  # the only way to the time that transformers gives a template
-_now: ContextVar[datetime] = ContextVar("_now")
+_GRACE_S = 1.0  # before a single step that does not end is ended with its process
+_NOT_COMPILED = (RecursionError, ValueError, ArithmeticError, MemoryError)
+_SHOWN_CHARACTERS = 32  # of a role
+_END_OF_REASONING = "</think>"
 
 
 class TemplateFault(ValueError):
     """The template refuses this conversation; the message says why, without quoting it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ChatTemplate:
-    """The text of a Jinja template, and the tokenizer (of transformers) that runs it.
+    """The text of a Jinja template, and the tokenizer (of transformers) whose tokens it names.
 
     `clock`: what the template takes for now.
     """
@@ -47,105 +47,114 @@ class ChatTemplate:
     source: str
     tokenizer: Any
     clock: datetime
-    limit: TimeLimit = field(default_factory=lambda: TimeLimit(_MOST_SECONDS), compare=False)
+    num_slow: int = 0
 
     @property
     def reads_clock(self) -> bool:
         """Whether the prompts may depend on the clock."""
-        return _CLOCK_NAME in self.source
-
-    @cached_property
-    def endless(self) -> str | None:
-        """Why a single step could take for ever, or a second rendering differ; or None."""
-        before = ""
-        try:
-            for line, kind, text in jinja2.Environment().lex(self.source):
-                if _draws_lots(kind, text, before):
-                    return (
-                        f"the chat template, line {line}, draws lots ({text}), so that no run "
-                        "could be resumed or audited; pass another with --chat-template"
-                    )
-                is_power = (kind, text) == ("operator", "**") and before not in ("(", ",")
-                if is_power or (kind == "integer" and len(text) > _MOST_DIGITS):
-                    what = "a power" if is_power else "a huge number"
-                    return (
-                        f"the chat template, line {line}, computes with {what}, which could take "
-                        "for ever; pass another with --chat-template"
-                    )
-                before = before if kind == "whitespace" else text
-        except jinja2.TemplateSyntaxError:
-            pass  # said when it is rendered
-        return None
+        return CLOCK_NAME in self.source
 
     def render(self, messages: list[Message]) -> str:
         """The whole prompt, up to where the assistant's answer begins.
 
-        Raises TemplateFault if this conversation does not fit or takes too long, UsageError if the
-        template is not valid Jinja, holds what could take for ever, or takes too long on many rows.
+        Raises TemplateFault if this conversation does not fit, loses a message or takes too long,
+        UsageError as `render_all`.
         """
-        if self.endless is not None:
-            raise UsageError(self.endless)
+        (text,) = self.render_all([messages])
+        if isinstance(text, TemplateFault):
+            raise text
+        return text
+
+    def render_all(self, conversations: Sequence[list[Message]]) -> list[str | TemplateFault]:
+        """Each conversation as text, or why it is none.
+
+        Raises UsageError if the template is not valid Jinja, draws lots, or takes too long on many
+        rows.
+        """
+        results = self._renderer.map(conversations)
+        return [self._text(*pair) for pair in zip(conversations, results, strict=True)]
+
+    @cached_property
+    def _renderer(self) -> Confined:
         try:
-            with self._at_its_time(), self.limit:
-                text = self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.source, add_generation_prompt=True, tokenize=False
-                )
+            make_environment(self.clock).from_string(self.source)
+            refuse_lots(self.source)
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
                 f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); "
                 "correct it or pass another with --chat-template"
             ) from error
-        except SyntaxError as error:  # Python's, of the code that Jinja wrote
+        except (SyntaxError, *_NOT_COMPILED) as error:  # Python's, of the code that Jinja wrote
+            said = error.msg if isinstance(error, SyntaxError) else type(error).__name__
             raise UsageError(
-                f"the chat template cannot be compiled ({error.msg}); pass another with "
-                "--chat-template"
+                f"the chat template cannot be compiled ({said}); pass another with --chat-template"
             ) from error
-        except TookTooLong:
-            self._check_patience()
-            raise TemplateFault(
-                f"the chat template takes over {self.limit.seconds:g} s on this conversation"
-            ) from None
-        except Exception as error:  # a template is code: it can raise anything
-            raise TemplateFault(self._reason(error)) from None
-        return str(text)
+        tokens = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
+        arguments = (self.source, tokens, self.clock, _MOST_SECONDS)
+        return Confined(ChatRenderer, arguments, _MOST_SECONDS * 1.2 + _GRACE_S)
 
-    @contextmanager
-    def _at_its_time(self) -> Iterator[None]:
-        """Within it the template's `strftime_now` asks our clock."""
-        if not self.reads_clock:
-            yield
-            return
-        # transformers compiles each text once, keeps it, and lets no function in as an argument.
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
-        _compile_jinja_template(self.source).globals[_CLOCK_NAME] = _strftime_now
-        before = _now.set(self.clock)
-        try:
-            yield
-        finally:
-            _now.reset(before)
-
-    def _check_patience(self) -> None:
-        if self.limit.num_ended >= _MOST_SLOW_ROWS:
+    def _text(self, messages: list[Message], result: str | Fault | Ended) -> str | TemplateFault:
+        if isinstance(result, str):
+            missing = find_missing(messages, result)
+            return result if missing is None else TemplateFault(missing)
+        if isinstance(result, Ended):
+            taken = f"over {_MOST_SECONDS:g} s" if result.is_slow else "all memory"
+            message = f"the chat template takes {taken} on this conversation"
+            result = Fault(message, result.is_slow)
+        self.num_slow += result.is_slow
+        if self.num_slow >= _MOST_SLOW_ROWS:
             raise UsageError(
-                f"the chat template takes over {self.limit.seconds:g} s on row after row; "
+                f"the chat template takes over {_MOST_SECONDS:g} s on row after row; "
                 "pass another with --chat-template"
-            ) from None
-
-    def _reason(self, error: Exception) -> str:
-        said = str(error)
-        detail = f": {said}" if said and said in self.source else ""
-        return f"the chat template refuses the conversation ({type(error).__name__}{detail})"
+            )
+        return TemplateFault(result.message)
 
 
-def _draws_lots(kind: str, text: str, before: str) -> bool:
-    is_filter = (kind, text, before) == ("name", "random", "|")
-    is_mapped = kind == "string" and text[1:-1] == "random" and before == "("
-    return is_filter or is_mapped or (kind, text) == ("name", "lipsum")
+def find_missing(messages: list[Message], rendered: str) -> str | None:
+    """Says which message's text has no copy of its own in the rendering; None: each has one.
+
+    White space at its ends does not count, and of an answer that begins with reasoning
+    (`<think>`) what follows that is enough: templates leave the reasoning of earlier turns out.
+    """
+    at = 0
+    for message in messages:  # in order, as nearly every template writes them
+        text = message["content"].strip()
+        at = rendered.find(text, at)
+        if at < 0:
+            break
+        at += len(text)
+    else:
+        return None
+    left = rendered
+    longest_first = sorted(messages, key=lambda message: -len(message["content"].strip()))
+    for message in longest_first:
+        text = message["content"].strip()
+        if text not in left:
+            text = text.rpartition(_END_OF_REASONING)[2].strip()
+        if text not in left:
+            role = message["role"] if message["role"].isidentifier() else "unnamed"
+            number = next(i for i, m in enumerate(messages, 1) if m is message)
+            return (
+                f"the chat template leaves out the text of message {number}, of the role "
+                f"{role[:_SHOWN_CHARACTERS]!r}; give it another role that the template knows, or "
+                "pass another template with --chat-template"
+            )
+        left = left.replace(text, "\0", 1) if text else left
+    return None
 
 
-def _strftime_now(format: str) -> str:
-    return _now.get().strftime(format)
+def refuse_lots(source: str) -> None:
+    """Raises UsageError if a second rendering could differ, TemplateSyntaxError."""
+    before = ""
+    for line, kind, text in jinja2.Environment().lex(source):
+        is_filter = (kind, text, before) == ("name", "random", "|")
+        is_mapped = kind == "string" and text[1:-1] == "random" and before == "("
+        if is_filter or is_mapped or (kind, text) == ("name", "lipsum"):
+            raise UsageError(
+                f"the chat template, line {line}, draws lots ({text}), so that no run "
+                "could be resumed or audited; pass another with --chat-template"
+            )
+        before = before if kind == "whitespace" else text
 
 
 def _start_of_today() -> datetime:

@@ -10,11 +10,12 @@ Where that holds, n characters make at least n / (characters of the longest toke
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from pipeline.tokens.growth import steps_of
 
 _FALLBACK_BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 _KEEPING = {"ByteLevel", "Digits", "Metaspace", "UnicodeScripts"}
@@ -24,28 +25,16 @@ _ADDING = {"ByteLevel", "BertProcessing", "RobertaProcessing"}
 def most_characters(backend: Tokenizer) -> int | None:
     """The most characters of a text that a token stands for; None: nothing is sure."""
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    normalizer, pieces = _parts(backend.normalizer), _parts(backend.pre_tokenizer)
+    normalizer, pieces = steps_of(backend.normalizer), steps_of(backend.pre_tokenizer)
     is_sure = (
         all(map(_keeps_length, normalizer))
         and all(map(_keeps_text, pieces))
-        and all(map(_keeps_tokens, _parts(backend.post_processor)))
+        and all(map(_keeps_tokens, steps_of(backend.post_processor)))
         and backend.truncation is None
         and not any(t.lstrip or t.rstrip for t in backend.get_added_tokens_decoder().values())
         and _knows_all_bytes(backend.model, vocabulary, [*normalizer, *pieces])
     )
     return max(map(len, vocabulary)) if is_sure else None
-
-
-def _parts(component: Any) -> list[dict[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer or post-processor as tokenizer.json has them."""
-    return [] if component is None else _flat(json.loads(component.__getstate__()))
-
-
-def _flat(part: dict[str, Any]) -> list[dict[str, Any]]:
-    if part["type"] != "Sequence":
-        return [part]
-    (steps,) = (value for value in part.values() if isinstance(value, list))
-    return [inner for step in steps for inner in _flat(step)]
 
 
 def _keeps_length(normalizer: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ModelError
+from pipeline.tokens.growth import MOST_GROWTH, growth_of
 
 
 def load_tokenizer(model: str, revision: str | None) -> Any:
@@ -31,6 +32,12 @@ def load_tokenizer(model: str, revision: str | None) -> Any:
     if not tokenizer.is_fast:
         raise ModelError(
             f"the tokenizer of {model} has no tokenizer.json; convert it to a fast tokenizer first"
+        )
+    growth = growth_of(tokenizer.backend_tokenizer)
+    if growth > MOST_GROWTH:
+        raise ModelError(
+            f"the tokenizer of {model} may make a text {growth:.1g} times as long, as no tokenizer "
+            "does; take the model from its origin again"
         )
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()

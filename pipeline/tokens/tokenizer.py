@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeGuard
@@ -22,9 +22,13 @@ from pipeline.settings import TokenSettings
 from pipeline.tokens.chat_template import ChatTemplate, TemplateFault, find_template
 from pipeline.tokens.control_tokens import ControlTokens
 from pipeline.tokens.coverage import most_characters
+from pipeline.tokens.growth import growth_of
 from pipeline.tokens.loading import load_tokenizer
 
 Content = str | list[Message]
+_MOST_LETTERS = 32_000_000
+"""Of a row that is tokenised, as its tokenizer may lengthen it; each takes some hundred bytes."""
+_LETTERS_AT_A_TIME = 4_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +76,7 @@ class PromptTokenizer:
             self._require_template()
         self.vocabulary_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         self._most_characters = most_characters(self._backend)
+        self._growth = growth_of(self._backend)
         self.fingerprint = self._make_fingerprint()
 
     @classmethod
@@ -152,41 +157,50 @@ class PromptTokenizer:
             except _Overlong as error:
                 rows.overlong[row] = error.least
                 del texts[row]
+            except ValueError as error:
+                rows.errors[row] = str(error)
+                del texts[row]
         _encode_each(encode, texts, rows)
 
     def _encode_chats(self, chats: dict[int, list[Message]], rows: _Rows) -> None:
         """Rows without a control-token string go through as rendered; the others in pieces."""
         whole: dict[int, str] = {}
-        for row, messages in chats.items():
+        hidden = {r: self._control.hide(m) for r, m in chats.items() if self._needs_pieces(m)}
+        asked = [hidden[row].messages if row in hidden else chats[row] for row in chats]
+        all_rendered = self._require_template().render_all(asked) if asked else []
+        for row, rendered in zip(chats, all_rendered, strict=True):
             try:
-                if self._needs_pieces(messages):
-                    rows.ids[row] = self._encode_pieces(messages, rows.most_tokens)
+                if isinstance(rendered, TemplateFault):
+                    rows.errors[row] = str(rendered)
+                elif row in hidden:
+                    pieces = list(self._control.split(rendered, hidden[row].meaning))
+                    rows.ids[row] = self._encode_pieces(pieces, rows.most_tokens)
                 else:
-                    rendered = self._require_template().render(messages)
                     self._check_length([rendered], rows.most_tokens)
                     whole[row] = rendered
             except _Overlong as error:
                 rows.overlong[row] = error.least
-            except (TemplateFault, TypeError, ValueError) as error:
+            except (TypeError, ValueError) as error:
                 rows.errors[row] = str(error)
         _encode_each(self._encode(parse_specials=True, add_specials=False), whole, rows)
 
     def _check_length(self, texts: Sequence[str], most_tokens: int | None) -> None:
-        """Raises _Overlong if these texts are sure to have more tokens together."""
+        """Raises _Overlong if these texts are sure to have more tokens together, ValueError if it
+        takes gigabytes to find out."""
         if most_tokens is not None and self._most_characters is not None:
             least = -(-sum(map(len, texts)) // self._most_characters)
             if least > most_tokens:
                 raise _Overlong(least)
+        letters = sum(map(len, texts))
+        if letters * self._growth > _MOST_LETTERS:
+            raise ValueError(f"the prompt of {letters:,} characters is too long to be tokenised")
 
     def _needs_pieces(self, messages: list[Message]) -> bool:
         return not self._settings.parse_special_tokens and any(
             self._control.occur_in(text) for message in messages for text in message.values()
         )
 
-    def _encode_pieces(self, messages: list[Message], most_tokens: int | None) -> list[int]:
-        hidden = self._control.hide(messages)
-        rendered = self._require_template().render(hidden.messages)
-        pieces = list(self._control.split(rendered, hidden.meaning))
+    def _encode_pieces(self, pieces: Sequence[str | int], most_tokens: int | None) -> list[int]:
         encode = self._encode(parse_specials=False, add_specials=False)
         texts = [piece for piece in pieces if isinstance(piece, str)]
         self._check_length(texts, most_tokens)
@@ -202,8 +216,13 @@ class PromptTokenizer:
     ) -> Callable[[list[str]], list[list[int]]]:
         def encode(texts: list[str]) -> list[list[int]]:
             self._backend.encode_special_tokens = not parse_specials
-            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_specials)
-            return [encoding.ids for encoding in encodings]
+            return [
+                encoding.ids
+                for some in _portions(texts, int(_LETTERS_AT_A_TIME / self._growth))
+                for encoding in self._backend.encode_batch_fast(
+                    some, add_special_tokens=add_specials
+                )
+            ]
 
         return encode
 
@@ -258,6 +277,17 @@ def _encode_each(
             return
         for row, text in texts.items():
             _encode_each(encode, {row: text}, rows)
+
+
+def _portions(texts: list[str], most_letters: int) -> Iterator[list[str]]:
+    """The texts in order, so many letters at a time, or one text."""
+    start = letters = 0
+    for stop, text in enumerate(texts):
+        letters += len(text)
+        if letters > most_letters and stop > start:
+            yield texts[start:stop]
+            start, letters = stop, len(text)
+    yield texts[start:]
 
 
 def _join(rows: _Rows) -> EncodedBatch:

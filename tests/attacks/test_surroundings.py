@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,23 +26,24 @@ class Box:
         write_prompts(folder / "p.parquet", [*PROMPTS, "ünïcödé 日本 █"])
 
     def __call__(
-        self, *arguments: str | bytes, **options: object
+        self, *arguments: str | bytes, **options: Any
     ) -> subprocess.CompletedProcess[bytes]:
         environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | {
             name: os.environ[name]
             for name in ("PATH", "HOME", "COPPICE_LOCKS")
             if name in os.environ
         }
-        environment |= options.pop("env", {})  # type: ignore[arg-type]
+        environment |= options.pop("env", {})
         code = options.pop("code", None)
         start = ("-m", "pipeline") if code is None else ("-c", str(code))
         for name in [name for name, value in environment.items() if not value]:
             del environment[name]
-        return subprocess.run(
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        done: subprocess.CompletedProcess[bytes] = subprocess.run(
             [sys.executable, *start, *arguments],
-            cwd=self.folder, env=environment, timeout=120,
-            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
-        )  # type: ignore[call-overload, no-any-return]  # fmt: skip
+            cwd=self.folder, env=environment, timeout=120, **pipes | options,
+        )  # fmt: skip
+        return done
 
     def job(self, command: str, *more: str) -> tuple[str, ...]:
         return (command, "p.parquet", "--model", "model", "--engine", "echo", *more)

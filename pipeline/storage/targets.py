@@ -1,0 +1,38 @@
+"""Whether a file may be written where somebody else's could be. Knows what files begin with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.errors import UsageError
+
+
+def check_replaceable(path: Path, beginnings: Sequence[bytes], option: str) -> None:
+    """Raises UsageError if there is a file that is neither empty nor begins as ours do.
+
+    What this reads decides alone, so an input is safe however it is named.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(max(map(len, beginnings), default=1))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UsageError(f"cannot write {path} ({error.strerror}); see {option}") from None
+    if head and not any(map(head.startswith, beginnings)):
+        raise UsageError(
+            f"{path} is there and holds something else; move it away or choose another {option}"
+        )
+
+
+def check_apart(source: str | Path, output: str | Path) -> None:
+    """Raises UsageError if a run would be written into the very folder that its rows are in."""
+    source, output = str(source), str(output)
+    if "://" in source or "://" in output:
+        is_same = source.rstrip("/") == output.rstrip("/")
+    else:
+        is_same = os.path.realpath(source) == os.path.realpath(output)
+    if is_same:
+        raise UsageError(f"{output} is the input; choose another -o, like {output.rstrip('/')}/out")

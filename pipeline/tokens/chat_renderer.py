@@ -1,0 +1,141 @@
+"""A model's chat template at work, in a process of its own. Knows no tokenizer.
+
+The environment is that of `transformers`, which a process for templates alone is not to import; a
+test holds the two together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from pipeline.confined import Fault
+from pipeline.records import Message
+from pipeline.time_limit import TimeLimit, TookTooLong
+
+CLOCK_NAME = "strftime_now"  # the only way to the time that transformers gives a template
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, the first leads
+
+
+class ChatRenderer:
+    """A compiled template. Raises what Jinja and Python raise of one that is none."""
+
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, Any], clock: datetime, seconds: float
+    ) -> None:
+        self._source = source
+        self._special_tokens = dict(special_tokens)
+        self._template = make_environment(clock).from_string(source)
+        self._limit = TimeLimit(seconds)
+
+    def __call__(self, messages: list[Message]) -> str | Fault:
+        """The conversation as text, up to where the assistant's answer begins."""
+        given = {"tools": None, "documents": None, "add_generation_prompt": True}
+        try:
+            with self._limit:
+                chat = [_with_reasoning(message) for message in messages]
+                return self._template.render(messages=chat, **given, **self._special_tokens)
+        except TookTooLong:
+            most = self._limit.seconds
+            return Fault(f"the chat template takes over {most:g} s on this conversation", True)
+        except Exception as error:  # a template is code: it can raise anything
+            said = str(error)
+            detail = f": {said}" if said and said in self._source else ""
+            kind = type(error).__name__
+            return Fault(f"the chat template refuses the conversation ({kind}{detail})")
+
+
+def make_environment(clock: datetime) -> jinja2.Environment:
+    """Where chat templates are compiled; nothing is computed before there is a conversation.
+
+    `clock`: what they take for now.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+        optimized=False,
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals[CLOCK_NAME] = clock.strftime
+    environment.globals["dict"] = _Dict()
+    environment.globals["namespace"] = _Namespace
+    return environment
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks what an assistant said; it is printed as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """See Jinja."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = jinja2.nodes.CallBlock(self.call_method("_print"), [], [], body)
+        return call.set_lineno(line)
+
+    def _print(self, caller: Macro) -> str:
+        return caller()
+
+
+class _Dict:
+    """`dict` without attributes that lead out of a sandbox."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        """See `dict`."""
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """Without names that Python itself would look up on it."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        own, *rest = args
+        for name in dict(*rest, **kwargs):
+            _check_name(name)
+        Namespace.__init__(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError("names in a namespace begin with no underscore")
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)  # fmt: skip
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _with_reasoning(message: Message) -> dict[str, Any]:
+    """What a model thought has three names; templates know one or two of them."""
+    thought = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    if thought is None:
+        return dict(message)
+    return {"thinking": thought, **message, "reasoning_content": thought}
