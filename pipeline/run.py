@@ -37,6 +37,7 @@ from pipeline.job.planning import (
     open_job,
     plan_for_a_person,
     plan_rows,
+    sample_prompts,
     select_rows,
 )
 from pipeline.job.rates import recall_rates
@@ -191,6 +192,7 @@ def validate_input(input: str, settings: JobSettings) -> dict[str, Any]:
             {"id": planned.ids[row], "error_type": bad.error_type, "message": bad.message}
             for row, bad in sorted(planned.rejected.items())[:_EXAMPLES]
         ],
+        "warning": planned.job.tokenizer.looks_rendered(sample_prompts(planned)),
         "first": None,
     }
     runs = np.flatnonzero(planned.plan.sequence_of_row >= 0)
@@ -233,7 +235,9 @@ def _run_or_resume(
     stop = StopRequest(settings.write.time_budget)
     settings = with_absolute_paths(settings)
     job = open_job(input, settings)
-    fingerprint = fingerprint_fields(settings, job.source.fingerprint(), job.tokenizer.fingerprint)
+    fingerprint = fingerprint_fields(
+        settings, job.source.fingerprint(), job.tokenizer.fingerprint, job.rules
+    )
     description = describe_job(input, job)
 
     # A folder that refuses this job, or has it done, must say so before an hour of tokenising;

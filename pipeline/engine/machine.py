@@ -12,6 +12,13 @@ def cache_folder() -> Path:
     return root / "coppice"
 
 
+def num_threads() -> int:
+    """Threads that a matrix product is computed by in this process."""
+    import torch  # seconds; not before somebody asks
+
+    return int(torch.get_num_threads())
+
+
 def cpu_description() -> str:
     """Name and features of the CPU where the system tells them, else the empty string."""
     try:

@@ -140,15 +140,13 @@ def answers_table(planned: PlannedJob, answered: list[Answered]) -> pa.Table:
 def _decode(planned: PlannedJob, answered: list[Answered]) -> dict[int, str]:
     """Text by sequence, cut before the stop string that ended it."""
     completions = {c.sequence: c for a in answered if (c := _answer(a.outcome)) is not None}
-    tokenizer = planned.job.tokenizer
-    decoded = tokenizer.decode_batch([c.token_ids for c in completions.values()])
     plan = planned.plan
-    return {
-        sequence: tokenizer.cut_at_stop(
-            text, plan.params[int(plan.sequences.params[sequence])].stop
-        )
-        for sequence, text in zip(completions, decoded, strict=True)
-    }
+    texts = planned.job.tokenizer.answers.decode(
+        [plan.prompt_token_ids(sequence) for sequence in completions],
+        [completion.token_ids for completion in completions.values()],
+        [plan.params[int(plan.sequences.params[sequence])].stop for sequence in completions],
+    )
+    return dict(zip(completions, texts, strict=True))
 
 
 def _copied(completion: Completion, prompt_tokens: int) -> Completion:

@@ -73,6 +73,7 @@ _HELP = {
     "seed": "Of the sampling noise.",
     "stop": "End an answer before this text; may be repeated.",
     "ignore_eos": "Do not end at the end-of-sequence token.",
+    "generation_options": "Instead of the model's: min_p=0.1; may be repeated.",
     "min_prefix_tokens": "Shortest prefix that gets KV of its own.",
     "plan_memory": "Memory for planning, like 2GiB; token ids lie on disk.",
     "num_shards": "Cut the job into N sets of whole groups.",

@@ -22,6 +22,8 @@ from pipeline.time_limit import TimeLimit, TookTooLong
 _MOST_SECONDS = 10.0  # for a conversation
 _MOST_SLOW_ROWS = 10
 _MOST_DIGITS = 8  # of a number in the template
+_SHOWN_CHARACTERS = 32  # of a role
+_END_OF_REASONING = "</think>"
 
 
 class TemplateFault(ValueError):
@@ -57,8 +59,9 @@ class ChatTemplate:
     def render(self, messages: list[Message]) -> str:
         """The whole prompt, up to where the assistant's answer begins.
 
-        Raises TemplateFault if this conversation does not fit or takes too long, UsageError if the
-        template is not valid Jinja, holds what could take for ever, or takes too long on many rows.
+        Raises TemplateFault if this conversation does not fit, loses a message or takes too long;
+        UsageError if the template is not valid Jinja, holds what could take for ever, or takes too
+        long on many rows.
         """
         if self.endless is not None:
             raise UsageError(self.endless)
@@ -84,6 +87,7 @@ class ChatTemplate:
             ) from None
         except Exception as error:  # a template is code: it can raise anything
             raise TemplateFault(self._reason(error)) from None
+        check_completeness(messages, str(text))
         return str(text)
 
     def _check_patience(self) -> None:
@@ -97,6 +101,38 @@ class ChatTemplate:
         said = str(error)
         detail = f": {said}" if said and said in self.source else ""
         return f"the chat template refuses the conversation ({type(error).__name__}{detail})"
+
+
+def check_completeness(messages: list[Message], rendered: str) -> None:
+    """Raises TemplateFault unless the text of every message stands in the rendering, its own copy.
+
+    White space at its ends does not count, and of an answer that begins with reasoning
+    (`<think>`) what follows that is enough: templates leave the reasoning of earlier turns out.
+    """
+    at = 0
+    for message in messages:  # in order, as nearly every template writes them
+        text = message["content"].strip()
+        at = rendered.find(text, at)
+        if at < 0:
+            break
+        at += len(text)
+    else:
+        return
+    left = rendered
+    longest_first = sorted(messages, key=lambda message: -len(message["content"].strip()))
+    for message in longest_first:
+        text = message["content"].strip()
+        if text not in left:
+            text = text.rpartition(_END_OF_REASONING)[2].strip()
+        if text not in left:
+            role = message["role"] if message["role"].isidentifier() else "unnamed"
+            number = next(i for i, m in enumerate(messages, 1) if m is message)
+            raise TemplateFault(
+                f"the chat template leaves out the text of message {number}, of the role "
+                f"{role[:_SHOWN_CHARACTERS]!r}; give it another role that the template knows, or "
+                "pass another template with --chat-template"
+            )
+        left = left.replace(text, "\0", 1) if text else left
 
 
 def find_template(tokenizer: Any, override: Path | None) -> ChatTemplate | None:

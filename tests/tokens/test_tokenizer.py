@@ -226,10 +226,10 @@ def test_decode_leaves_special_tokens_out(folder: Path) -> None:
 def test_stop_strings(folder: Path) -> None:
     tokenizer = load(folder)
     ids = split(tokenizer.encode_batch(["hello there"]))[0]
-    assert tokenizer.is_stopped(ids, ("x", "o t")) and not tokenizer.is_stopped(ids, ("x",))
-    assert not tokenizer.is_stopped(ids, ()) and not tokenizer.is_stopped([], ("x",))
-    assert tokenizer.cut_at_stop("hello there", ("there", "lo")) == "hel"
-    assert tokenizer.cut_at_stop("hello", ("x",)) == "hello" == tokenizer.cut_at_stop("hello", ())
+    assert tokenizer.answers.is_stopped(ids, ("x", "o t")) and not tokenizer.answers.is_stopped(ids, ("x",))
+    assert not tokenizer.answers.is_stopped(ids, ()) and not tokenizer.answers.is_stopped([], ("x",))
+    for stop, text in {("there", "lo"): "hel", ("x",): "hello there", (): "hello there"}.items():
+        assert tokenizer.answers.decode([[]], [ids], [stop]) == [text]
 
 
 def test_fingerprint_follows_all_that_changes_ids(folder: Path, tmp_path: Path) -> None:
