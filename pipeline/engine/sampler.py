@@ -99,7 +99,7 @@ class Sampler:
     ) -> None:
         prompt = np.asarray(contexts[0][0], np.int64)
         of_prompt = prompt.tobytes() if active_rules(params.rules) & _OF_PROMPT else None
-        length = 0 if _is_order_free(params) else len(prompt)
+        length = 1 if _is_order_free(params) else len(prompt)  # any number: they do not look
         processors = self._processors(params, length, of_prompt)
         ids = torch.from_numpy(_rectangle(contexts)).to(scores.device)
         places = torch.tensor(rows, device=scores.device)
