@@ -40,6 +40,15 @@ GREEDY_BELOW: Final = 1e-5
 """A temperature below this one lets no second token have a chance, but numbers overflow."""
 
 
+_NUMBERS: Final[dict[str, tuple[type, ...]]] = {
+    "max_new_tokens": (int,),
+    "temperature": (int, float),
+    "top_p": (int, float),
+    "top_k": (int, type(None)),
+    "seed": (int,),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one row is continued. A temperature of (almost) 0 means greedy; then no seed matters.
@@ -57,6 +66,7 @@ class SamplingParams:
     rules: str = ""
 
     def __post_init__(self) -> None:
+        self._check_types()
         if not 1 <= self.max_new_tokens <= MOST_NEW_TOKENS:
             raise ValueError(
                 f"max_new_tokens must lie in [1, {MOST_NEW_TOKENS}], got {self.max_new_tokens}"
@@ -73,6 +83,21 @@ class SamplingParams:
             raise ValueError(
                 "stop must not hold an empty string: it would end every answer at once"
             )
+
+    def _check_types(self) -> None:
+        """What rows bring was read from JSON and may be of any type."""
+        for name, kinds in _NUMBERS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise ValueError(f"{name} must be a number, not {type(value).__name__}")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(
+                f"ignore_eos must be true or false, not {type(self.ignore_eos).__name__}"
+            )
+        if not all(isinstance(text, str) for text in self.stop):
+            raise ValueError("stop must be a text or a list of texts")
+        if any("\ud800" <= character <= "\udfff" for text in self.stop for character in text):
+            raise ValueError("stop holds half a surrogate pair, which is not text")
 
     @property
     def is_greedy(self) -> bool:

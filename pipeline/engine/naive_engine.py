@@ -6,6 +6,7 @@ Slow on purpose. It answers for the audit and stands beside the prefix engine in
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -108,7 +109,8 @@ class NaiveEngine:
         model.generation_config.stop_strings = None
         model.generation_config.pad_token_id = 0
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a least length beyond the most, and the like
                 output: Tensor = model.generate(
                     ids, attention_mask=torch.ones_like(ids), logits_processor=processors
                 )

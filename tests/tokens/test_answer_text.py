@@ -17,24 +17,6 @@ from pipeline.tokens.tokenizer import PromptTokenizer
 WORDS = [
     "▁the", "▁", "ta", "▁ta", "\n", "x", "\n\n", "▁a", "b", "c", "A", ":", "é", "a", "d", "e", "f",
 ]  # fmt: skip
-    "▁the",
-    "▁",
-    "ta",
-    "▁ta",
-    "\n",
-    "x",
-    "\n\n",
-    "▁a",
-    "b",
-    "c",
-    "A",
-    ":",
-    "é",
-    "a",
-    "d",
-    "e",
-    "f",
-]
 
 
 @pytest.fixture(scope="module")
