@@ -122,3 +122,13 @@ def place_of(error: BaseException) -> str:
     """Type and place of a fault of ours. Its message is left out: it may quote a prompt."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"unexpected {type(error).__name__} in {Path(last.filename).name}, line {last.lineno}"
+
+
+def is_row_fault(error: BaseException) -> bool:
+    """Whether a row may be to blame, and not the whole job or who stops it.
+
+    A panic of Rust is no Exception, and has no name that could be imported.
+    """
+    if type(error).__module__ == "pyo3_runtime":
+        return True
+    return isinstance(error, Exception) and not isinstance(error, CoppiceError)

@@ -27,16 +27,34 @@ How tokens are counted, for every row:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 FinishReason = Literal["stop", "length", "error"]
 Message = dict[str, str]
 """One turn of a conversation: `{"role": ..., "content": ...}`."""
 
 
+MOST_NEW_TOKENS: Final = 2**31 - 1
+"""Numbers of tokens are kept in 32 bits here and in every engine."""
+GREEDY_BELOW: Final = 1e-5
+"""A temperature below this one lets no second token have a chance, but numbers overflow."""
+
+
+_NUMBERS: Final[dict[str, tuple[type, ...]]] = {
+    "max_new_tokens": (int,),
+    "temperature": (int, float),
+    "top_p": (int, float),
+    "top_k": (int, type(None)),
+    "seed": (int,),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one row is continued. `temperature == 0` means greedy; then no seed matters."""
+    """How one row is continued. A temperature of (almost) 0 means greedy; then no seed matters.
+
+    `rules`: what else its logits go through, as JSON; see `pipeline/generation.py`.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -45,25 +63,46 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    rules: str = ""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        self._check_types()
+        if not 1 <= self.max_new_tokens <= MOST_NEW_TOKENS:
+            raise ValueError(
+                f"max_new_tokens must lie in [1, {MOST_NEW_TOKENS}], got {self.max_new_tokens}"
+            )
         if not 0.0 <= self.temperature <= 100.0:
             raise ValueError(f"temperature must lie in [0, 100], got {self.temperature}")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or absent, got {self.top_k}")
+        if self.top_k is not None and not 1 <= self.top_k <= MOST_NEW_TOKENS:
+            raise ValueError(
+                f"top_k must lie in [1, {MOST_NEW_TOKENS}] or be absent, got {self.top_k}"
+            )
         if "" in self.stop:
             raise ValueError(
                 "stop must not hold an empty string: it would end every answer at once"
             )
 
+    def _check_types(self) -> None:
+        """What rows bring was read from JSON and may be of any type."""
+        for name, kinds in _NUMBERS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise ValueError(f"{name} must be a number, not {type(value).__name__}")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(
+                f"ignore_eos must be true or false, not {type(self.ignore_eos).__name__}"
+            )
+        if not all(isinstance(text, str) for text in self.stop):
+            raise ValueError("stop must be a text or a list of texts")
+        if any("\ud800" <= character <= "\udfff" for text in self.stop for character in text):
+            raise ValueError("stop holds half a surrogate pair, which is not text")
+
     @property
     def is_greedy(self) -> bool:
         """Whether two rows with the same prompt and these parameters must get the same answer."""
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_BELOW
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ from pipeline.job.planning import (
     open_job,
     plan_for_a_person,
     plan_rows,
+    sample_prompts,
     select_rows,
 )
 from pipeline.job.planning_watch import PlanningWatch
@@ -166,6 +167,7 @@ def validate_input(
         "rows_rejected": len(planned.rejected),
         **rejections,
         "notes": planned.job.source.columns.describe(),
+        "warning": planned.job.tokenizer.looks_rendered(sample_prompts(planned)),
         "first": None,
     }
     runs = np.flatnonzero(planned.plan.sequence_of_row >= 0)
@@ -238,7 +240,9 @@ def _plan_and_run(
     settings = job.settings
     if job.source.summary:
         observer.say(job.source.summary)
-    fingerprint = fingerprint_fields(settings, job.source.fingerprint(), job.tokenizer.fingerprint)
+    fingerprint = fingerprint_fields(
+        settings, job.source.fingerprint(), job.tokenizer.fingerprint, job.rules
+    )
     description = describe_job(input, job)
 
     # A folder that refuses this job, or has it done, must say so before an hour of tokenising;

@@ -33,7 +33,8 @@ from pipeline.forms import (
     say_fault,
     unknown_name,
 )
-from pipeline.records import SamplingParams
+from pipeline.generation import read_generation_options
+from pipeline.records import MOST_NEW_TOKENS
 
 STORAGE_SECRETS = ("access_key_id", "secret_access_key", "session_token")
 STORAGE_OPTIONS = ("endpoint_url", "region", "anonymous", *STORAGE_SECRETS)
@@ -139,16 +140,18 @@ class PlanSettings(_Section):
 class SamplingSettings(_Section):
     """Defaults for rows without sampling fields; None means: as the model's repository says.
 
-    `top_k` 0 or -1: all tokens.
+    `top_k` 0 or -1: all tokens. `generation_options`: fields of transformers' `GenerationConfig`
+    instead of the model's own, like `{"repetition_penalty": 1.0}`.
     """
 
-    max_new_tokens: int | None = Field(default=None, ge=1)
+    max_new_tokens: int | None = Field(default=None, ge=1, le=MOST_NEW_TOKENS)
     temperature: float | None = Field(default=None, ge=0.0, le=100.0)
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
-    top_k: int | None = Field(default=None, ge=-1)
+    top_k: int | None = Field(default=None, ge=-1, le=MOST_NEW_TOKENS)
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    generation_options: dict[str, Any] = {}
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -157,6 +160,14 @@ class SamplingSettings(_Section):
         if not isinstance(texts, list | tuple) or not all(isinstance(t, str) and t for t in texts):
             raise ValueError("give a text that is not empty, or a list of them")
         return tuple(texts)
+
+    @field_validator("generation_options", mode="before")
+    @classmethod
+    def _options(cls, value: object) -> dict[str, Any]:
+        texts = [value] if isinstance(value, str) else value
+        return read_generation_options(
+            texts if isinstance(texts, dict) else dict(_split_options(texts))
+        )
 
 
 class ModelSettings(_Section):
@@ -370,31 +381,3 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "audit": AuditSettings,
     "store": StoreSettings,
 }
-
-
-def resolve_sampling(
-    settings: SamplingSettings, generation_config: dict[str, Any], override: dict[str, object]
-) -> SamplingParams:
-    """Row over flags over the model's generation_config over defaults. Raises ValueError.
-
-    A repository that says `do_sample: false` (or nothing) is greedy whatever temperature it lists.
-    """
-    chosen: dict[str, Any] = {}
-    if generation_config.get("do_sample"):
-        chosen = {
-            k: generation_config[k]
-            for k in ("temperature", "top_p", "top_k")
-            if generation_config.get(k)
-        }
-        chosen.setdefault("temperature", 1.0)
-    if generation_config.get("max_new_tokens"):
-        chosen["max_new_tokens"] = generation_config["max_new_tokens"]
-    said = settings.model_dump(exclude_none=True)
-    chosen |= said | {k: v for k, v in override.items() if v is not None}
-    chosen["stop"] = (chosen["stop"],) if isinstance(chosen["stop"], str) else tuple(chosen["stop"])
-    if chosen.get("top_k") == 0 or chosen.get("top_k") == -1:
-        chosen["top_k"] = None
-    unknown = chosen.keys() - SamplingParams.__dataclass_fields__.keys()
-    if unknown:
-        raise ValueError(f"unknown sampling field {sorted(unknown)[0]!r}")
-    return SamplingParams(**chosen)

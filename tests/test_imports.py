@@ -26,6 +26,7 @@ _FIRST = {
         "visible",
         "private_folder",
         "confined",
+        "generation",
     )  # fmt: skip
 }
 # room -> what of `pipeline` it may import besides itself; None: everything
@@ -37,6 +38,7 @@ ROOMS: dict[str, set[str] | None] = {
     "pipeline.time_limit": set(),
     "pipeline.private_folder": set(),
     "pipeline.confined": set(),
+    "pipeline.generation": _FIRST,
     "pipeline.settings": _FIRST,
     "pipeline.plan": _FIRST,
     "pipeline.tokens": _FIRST,

@@ -8,13 +8,13 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.errors import UsageError
+from pipeline.generation import resolve_sampling
 from pipeline.records import SamplingParams
 from pipeline.settings import (
     AuditSettings,
     JobSettings,
     SamplingSettings,
     WriteSettings,
-    resolve_sampling,
 )
 
 
@@ -162,7 +162,12 @@ def test_settings_cannot_be_changed() -> None:
     ("flags", "repository", "row", "expected"),
     [
         ({}, {}, {}, SamplingParams()),
-        ({}, {"do_sample": True, "top_p": 0.9}, {}, SamplingParams(temperature=1.0, top_p=0.9)),
+        (
+            {},
+            {"do_sample": True, "top_p": 0.9},
+            {},
+            SamplingParams(temperature=1.0, top_p=0.9, top_k=50),
+        ),
         ({}, {"do_sample": False, "temperature": 0.7}, {}, SamplingParams()),
         ({"temperature": 0.0}, {"do_sample": True, "temperature": 0.7}, {}, SamplingParams()),
         ({"max_new_tokens": 9}, {"max_new_tokens": 5}, {}, SamplingParams(max_new_tokens=9)),

@@ -155,9 +155,11 @@ def find_wrong_end(row: AuditInput) -> int | None:
     ends = [params.max_new_tokens] if after_eos is None else [params.max_new_tokens, after_eos]
     if min(ends) < length:
         return min(ends)
-    if params.stop and row.is_stopped(row.output[:-1], params.stop):
+    if params.stop and row.is_stopped(row.output[:-1], params.stop, row.prompt):
         return length - 1
-    stopped = after_eos == length or bool(params.stop and row.is_stopped(row.output, params.stop))
+    stopped = after_eos == length or (
+        bool(params.stop) and row.is_stopped(row.output, params.stop, row.prompt)
+    )
     if row.finish_reason == "stop":
         return None if stopped else length
     return length if stopped or length < params.max_new_tokens else None

@@ -25,7 +25,7 @@ from torch import Tensor
 from pipeline.engine.base import Deviation, EngineHooks, RunControl
 from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.prefix_engine import PrefixEngine
-from pipeline.engine.sampling import sample_next_token
+from pipeline.engine.sampler import Sampler
 from pipeline.errors import EngineError
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.token_table import TokenTable
@@ -51,10 +51,10 @@ def compare_arms(
 
     Holds the logits of all rows at all positions twice. Raises EngineError where a row cannot run.
     """
-    naive, settings = NaiveEngine(engine.loaded), engine.settings
+    naive, settings, sampler = NaiveEngine(engine.loaded), engine.settings, Sampler(engine.loaded)
     baseline = [naive.forced_logits(row.prompt, row.output) for row in rows]
     again = [naive.forced_logits(row.prompt, row.output) for row in rows]
-    yield "again", _deviations(rows, baseline, again)
+    yield "again", _deviations(sampler, rows, baseline, again)
     for name, share, max_rows in (
         ("batched", False, settings.max_rows),
         ("reuse", True, 1),
@@ -62,7 +62,8 @@ def compare_arms(
     ):
         changed = settings.model_copy(update={"max_rows": max_rows})
         arm = PrefixEngine(engine.loaded, changed, engine.backend, engine.cost_model)
-        yield name, _deviations(rows, baseline, forced_logits(arm, rows, share))
+        logits = forced_logits(arm, rows, share)
+        yield name, _deviations(sampler, rows, baseline, logits)
 
 
 def same_bits_alone(engine: PrefixEngine, rows: Sequence[ForcedRow]) -> list[bool]:
@@ -114,17 +115,23 @@ def _plan(rows: Sequence[ForcedRow], share: bool, vocabulary_size: int) -> Plan:
 
 
 def _deviations(
-    rows: Sequence[ForcedRow], baseline: Sequence[Tensor], other: Sequence[Tensor]
+    sampler: Sampler,
+    rows: Sequence[ForcedRow],
+    baseline: Sequence[Tensor],
+    other: Sequence[Tensor],
 ) -> list[Deviation]:
-    return [_deviation(*each) for each in zip(rows, baseline, other, strict=True)]
+    return [_deviation(sampler, *each) for each in zip(rows, baseline, other, strict=True)]
 
 
-def _deviation(row: ForcedRow, baseline: Tensor, other: Tensor) -> Deviation:
+def _deviation(sampler: Sampler, row: ForcedRow, baseline: Tensor, other: Tensor) -> Deviation:
     """`baseline`, `other`: logits [n, V]."""
     places = np.arange(len(row.output))
     keys = np.full(len(places), row.noise_key, np.uint64)
     params = [row.params] * len(places)
-    said, says = (sample_next_token(x.float(), params, keys, places) for x in (baseline, other))
+    said, says = (
+        sampler.sample(x.float(), params, keys, places, lambda i: (row.prompt, row.output[:i]))
+        for x in (baseline, other)
+    )
     expected, found = (torch.log_softmax(x.double(), -1) for x in (baseline, other))
     best = expected.topk(2).indices
     gap = (expected - found).gather(1, best)

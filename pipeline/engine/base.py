@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+TokenIds = Sequence[int] | NDArray[np.unsignedinteger]
+
+
 @dataclass
 class EngineCounters:
     """Live counts of one `generate` call; another thread may read them at any moment.
@@ -57,9 +60,14 @@ class EngineCounters:
 
 
 class StopCheck(Protocol):
-    """Whether the text of these generated token ids already holds one of the stop strings."""
+    """Whether one of the stop strings ends in the text of these generated token ids.
 
-    def __call__(self, token_ids: Sequence[int], stop: tuple[str, ...]) -> bool: ...
+    It may begin in the prompt, whose token ids are given as well.
+    """
+
+    def __call__(
+        self, token_ids: Sequence[int], stop: tuple[str, ...], prompt: TokenIds
+    ) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class RunControl:
     """True: admit nothing more, finish the rows on the device, then return."""
     should_abort: Callable[[], bool] = lambda: False
     """True: return at once."""
-    is_stopped: StopCheck = lambda token_ids, stop: False
+    is_stopped: StopCheck = lambda token_ids, stop, prompt: False
     wants_back: Callable[[], bool] = lambda: False
     """True: `take_back` has something to ask. An engine need not look."""
     take_back: Callable[[Sequence[int]], int] = lambda waiting: 0

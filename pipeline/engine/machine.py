@@ -46,6 +46,13 @@ def private_cache(name: str) -> Path:
     return private_folder(cache_folder() / name)
 
 
+def num_threads() -> int:
+    """Threads that a matrix product is computed by in this process."""
+    import torch  # seconds; not before somebody asks
+
+    return int(torch.get_num_threads())
+
+
 def cpu_description() -> str:
     """Name and features of the CPU where the system tells them, else the empty string."""
     try:

@@ -22,7 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.engine.support import why_unsupported
 from pipeline.errors import ModelError
-from pipeline.settings import ModelSettings, SamplingSettings, resolve_sampling
+from pipeline.generation import UnsupportedGeneration, resolve_sampling
+from pipeline.settings import ModelSettings, SamplingSettings
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _DEFAULTS: dict[str, tuple[type, ...]] = {
@@ -134,6 +135,8 @@ def _why_no_defaults(defaults: dict[str, Any]) -> str | None:
             return f"{name} is of type {type(value).__name__}"
     try:
         resolve_sampling(SamplingSettings(), defaults, {})
+    except UnsupportedGeneration:
+        return None  # a flag can say otherwise, see `job/planning.py`
     except ValueError as error:
         return str(error)
     return None

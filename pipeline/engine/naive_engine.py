@@ -6,6 +6,7 @@ Slow on purpose. It answers for the audit and stands beside the prefix engine in
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from pipeline.engine.base import (
     NO_HOOKS,
@@ -24,9 +26,30 @@ from pipeline.engine.base import (
     one_at_a_time,
 )
 from pipeline.engine.model import LoadedModel, own_attention
-from pipeline.engine.sampling import sample_next_token, truncated_cdf, uniform_noise
+from pipeline.engine.sampler import Sampler, configured
+from pipeline.engine.sampling import truncated_cdf, uniform_noise
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, FinishReason, SamplingParams, Timing
+
+
+class NonFiniteError(Exception):
+    """The model gave no finite logits for this output token, counted from 1."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"the model gave no finite logits at output token {number}")
+
+
+class _FiniteLogits:
+    """A logits processor that ends `generate` where a token would mean nothing."""
+
+    def __init__(self, prompt_length: int) -> None:
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores as they are. Raises NonFiniteError."""
+        if not scores.max().isfinite():
+            raise NonFiniteError(input_ids.shape[1] - self._prompt_length + 1)
+        return scores
 
 
 class NaiveEngine:
@@ -41,6 +64,7 @@ class NaiveEngine:
         self.counters = EngineCounters()
         self.notes = [*notes]
         self._eos = frozenset(loaded.shape.eos_token_ids)
+        self._sampler = Sampler(loaded)
 
     def generate(
         self,
@@ -66,7 +90,11 @@ class NaiveEngine:
             params = plan.params[int(plan.sequences.params[sequence])]
             noise_key = int(plan.sequences.noise_key[sequence])
             begin = time.perf_counter()
-            token_ids, reason = self._answer(prompt, params, noise_key, control)
+            failure: NonFiniteError | None = None
+            try:
+                token_ids, reason = self._answer(prompt, params, noise_key, control)
+            except NonFiniteError as error:
+                token_ids, reason, failure = (), "error", error
             end = time.perf_counter()
             counters.prefilled_tokens += len(prompt)
             counters.generated_tokens += len(token_ids)
@@ -83,24 +111,35 @@ class NaiveEngine:
                 ttft_s=end - start,
                 latency_s=end - start,
             )
-            yield Completion(sequence, token_ids, reason, 0, timing)
+            if failure is None:
+                yield Completion(sequence, token_ids, reason, 0, timing)
+            else:
+                error_type, message = "NonFiniteLogits", str(failure)
+                yield Completion(sequence, (), "error", 0, timing, error_type, message)
 
     def generate_one(self, prompt: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
         """See `Baseline.generate_one`."""
+        return self._generate(prompt, params, LogitsProcessorList())
+
+    def _generate(
+        self, prompt: Sequence[int], params: SamplingParams, processors: LogitsProcessorList
+    ) -> tuple[int, ...]:
         self._use_own_attention()
-        ids = torch.tensor([prompt], device=self.loaded.device)
-        with torch.inference_mode():
-            output = self.loaded.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=params.max_new_tokens,
-                eos_token_id=None if params.ignore_eos else sorted(self._eos) or None,
-                pad_token_id=0,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-            )
+        model, ids = self.loaded.model, torch.tensor([prompt], device=self.loaded.device)
+        own = model.generation_config
+        # Whatever the parameters do not speak of stays the model's own: a field of it that we
+        # know nothing of shall be seen here.
+        model.generation_config = configured(own, params, own.eos_token_id)
+        model.generation_config.stop_strings = None
+        model.generation_config.pad_token_id = 0
+        try:
+            with torch.inference_mode(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a least length beyond the most, and the like
+                output: Tensor = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), logits_processor=processors
+                )
+        finally:
+            model.generation_config = own
         return tuple(output[0, len(prompt) :].tolist())
 
     def replay(
@@ -110,7 +149,10 @@ class NaiveEngine:
         logits = self.forced_logits(prompt, output)
         positions = np.arange(len(output))
         keys = np.full(len(output), noise_key, np.uint64)
-        predicted = sample_next_token(logits.float(), [params] * len(output), keys, positions)
+        rows = [params] * len(output)
+        logits, rows = self._sampler.apply_rules(logits, rows, lambda i: (prompt, output[:i]))
+        predicted = self._sampler.sample(logits, rows, keys, positions, lambda i: (prompt, ()))
+        params = rows[0] if rows else params
         if params.is_greedy:
             return _greedy_replay(logits.double(), output, predicted.token_ids)
         return _sampled_replay(logits.double(), output, params, keys, predicted.token_ids)
@@ -128,11 +170,14 @@ class NaiveEngine:
         self, prompt: list[int], params: SamplingParams, noise_key: int, control: RunControl
     ) -> tuple[tuple[int, ...], FinishReason]:
         if params.is_greedy and not params.stop:
-            token_ids = self.generate_one(prompt, params)
+            check = LogitsProcessorList([_FiniteLogits(len(prompt))])
+            token_ids = self._generate(prompt, params, check)
         else:
             token_ids = self._step_by_step(prompt, params, noise_key, control)
         ended = token_ids[-1] in self._eos and not params.ignore_eos
-        stopped = ended or bool(params.stop and control.is_stopped(token_ids, params.stop))
+        stopped = ended or (
+            bool(params.stop) and control.is_stopped(token_ids, params.stop, prompt)
+        )
         return token_ids, "stop" if stopped else "length"
 
     @torch.inference_mode()
@@ -148,12 +193,17 @@ class NaiveEngine:
             ids = torch.tensor([fed], device=self.loaded.device)
             step = self.loaded.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, position = step.past_key_values, np.array([len(token_ids)])
-            chosen = sample_next_token(step.logits[0].float(), [params], key, position)
+            logits = step.logits[0].float()
+            chosen = self._sampler.sample(
+                logits, [params], key, position, lambda _: (prompt, token_ids)
+            )
+            if not chosen.is_finite[0]:
+                raise NonFiniteError(len(token_ids) + 1)
             token_ids.append(int(chosen.token_ids[0]))
             fed = token_ids[-1:]
             if token_ids[-1] in self._eos and not params.ignore_eos:
                 break
-            if params.stop and control.is_stopped(token_ids, params.stop):
+            if params.stop and control.is_stopped(token_ids, params.stop, prompt):
                 break
         return tuple(token_ids)
 

@@ -38,7 +38,8 @@ from pipeline.engine.model import LoadedModel
 from pipeline.engine.outcome import complete, fail, refuse
 from pipeline.engine.packing import PackedBatch, decode_segments, pack_decode
 from pipeline.engine.prefill import Chunk, needs_logits, pack_chunks, split_chunks, take_chunks
-from pipeline.engine.sampling import Sampled, sample_next_token
+from pipeline.engine.sampler import Context, Sampler
+from pipeline.engine.sampling import Sampled
 from pipeline.engine.scheduler import History, Scheduler, kv_tokens_if_all_at_once
 from pipeline.engine.strict_backend import choose_strict_backend
 from pipeline.engine.support import why_unsupported
@@ -76,6 +77,7 @@ class PrefixEngine:
         self.loaded: Final = loaded
         self.settings: Final = settings
         self.backend: Final = backend or choose(loaded, settings.kernels)
+        self.sampler: Final = Sampler(loaded, self.backend.likeliest)
         self.cost_model: Final = cost_model
         self.counters = EngineCounters()
         self.notes = [*([self.backend.note] if self.backend.note else []), *notes]
@@ -151,6 +153,7 @@ class _Run:
         self.backend = engine.backend
         self.device = loaded.device
         self.hooks = work.hooks
+        self.sampler = engine.sampler
         self.counters = engine.counters
         self.plan = work.plan
         self.control = work.control
@@ -394,8 +397,12 @@ class _Run:
         if self.hooks.on_logits is not None:
             self.hooks.on_logits(sequences, positions.tolist(), logits)
         params = [r.params for r in rows]
-        greedy = greedy or self.backend.likeliest(logits)
-        chosen = sample_next_token(logits, params, keys, positions, greedy)
+
+        def context_of(place: int) -> Context:
+            row = rows[place]
+            return self.plan.prompt_token_ids(row.sequence), row.token_ids
+
+        chosen = self.sampler.sample(logits, params, keys, positions, context_of, greedy)
         self._count_busy(begin)
         now = self._now()
         ids, finite = chosen.token_ids.tolist(), chosen.is_finite.tolist()
@@ -414,8 +421,10 @@ class _Run:
         params = row.params
         if row.token_ids[-1] in self.eos and not params.ignore_eos:
             return "stop"
-        if params.stop and self.control.is_stopped(row.token_ids, params.stop):
-            return "stop"
+        if params.stop:
+            prompt = self.plan.prompt_token_ids(row.sequence)
+            if self.control.is_stopped(row.token_ids, params.stop, prompt):
+                return "stop"
         return "length" if len(row.token_ids) >= params.max_new_tokens else None
 
     def _end(self, row: LiveRow, completion: Completion) -> None:

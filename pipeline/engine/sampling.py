@@ -18,7 +18,8 @@ from pipeline.records import SamplingParams
 
 
 class Sampled(NamedTuple):
-    """`token_ids` [rows] int64 and `is_finite` [rows] bool: False where the logits held a NaN."""
+    """`token_ids` [rows] int64 and `is_finite` [rows] bool: False where no token can be chosen,
+    since the logits or what became of them held a NaN or no number at all."""
 
     token_ids: NDArray[np.int64]
     is_finite: NDArray[np.bool_]
@@ -50,9 +51,10 @@ def sample_next_token(
     sampled = [i for i, p in enumerate(params) if not p.is_greedy]
     if sampled:
         noise = uniform_noise(keys[sampled], positions[sampled])
-        chosen = _invert_cdf(logits[sampled].double(), [params[i] for i in sampled], noise)
-        token_ids = token_ids.copy()
+        chosen, total = _invert_cdf(logits[sampled].double(), [params[i] for i in sampled], noise)
+        token_ids, is_finite = token_ids.copy(), is_finite.copy()
         token_ids[sampled] = chosen.cpu().numpy()
+        is_finite[sampled] &= total.isfinite().cpu().numpy()
     return Sampled(token_ids, is_finite)
 
 
@@ -64,12 +66,18 @@ def likeliest_token(logits: Tensor) -> Sampled:
 
 def _invert_cdf(
     logits: Tensor, params: Sequence[SamplingParams], noise: NDArray[np.float64]
-) -> Tensor:
-    """First token, by falling probability, at which the kept mass exceeds the noise. [rows]."""
+) -> tuple[Tensor, Tensor]:
+    """First token, by falling probability, at which the kept mass exceeds the noise, and that mass.
+
+    Both [rows]. A mass that is no number gives some token that means nothing.
+    """
     order, cumulative = truncated_cdf(logits, params)
-    threshold = torch.from_numpy(noise).to(logits.device).unsqueeze(1) * cumulative[:, -1:]
-    rank = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[1] - 1)
-    return order.gather(1, rank).squeeze(1)
+    total = cumulative[:, -1:].contiguous()
+    threshold = torch.from_numpy(noise).to(logits.device).unsqueeze(1) * total
+    rank = torch.searchsorted(cumulative, threshold, right=True)
+    last = torch.searchsorted(cumulative, total)  # of those kept: rounding may lead beyond it
+    rank = torch.minimum(rank, last).clamp_(max=logits.shape[1] - 1)
+    return order.gather(1, rank).squeeze(1), total.squeeze(1)
 
 
 def truncated_cdf(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:

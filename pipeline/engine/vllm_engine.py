@@ -30,6 +30,7 @@ from pipeline.engine.base import (
 )
 from pipeline.engine.model import read_shape
 from pipeline.errors import EngineError, ModelError, UsageError, install_extra
+from pipeline.generation import read_rules
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, FinishReason, SamplingParams, Timing
 from pipeline.settings import EngineSettings, ModelSettings
@@ -120,15 +121,20 @@ class VllmEngine:
     def _params(self, params: SamplingParams, noise_key: int) -> Any:
         from vllm import SamplingParams as VllmParams
 
+        rules = read_rules(params.rules)
         return VllmParams(
             max_tokens=params.max_new_tokens,
-            temperature=params.temperature,
+            repetition_penalty=rules.get("repetition_penalty") or 1.0,
+            min_p=rules.get("min_p") or 0.0,
+            min_tokens=rules.get("min_new_tokens") or 0,
+            temperature=0.0 if params.is_greedy else params.temperature,
             top_p=params.top_p,
             top_k=params.top_k or 0,
             seed=None if params.is_greedy else noise_key >> 1,  # it takes 63 bits
             stop=list(params.stop),
             include_stop_str_in_output=True,  # the text is cut in one place, and not here
             detokenize=bool(params.stop),
+            skip_special_tokens=False,  # a stop may be one of them
             ignore_eos=True,  # the tokens that end an answer are these, and no others
             stop_token_ids=[] if params.ignore_eos else self._eos,
         )

@@ -11,7 +11,6 @@ A greedy prompt that many rows share runs once; the rows that did not run name t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,12 +20,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.engine.base import StopCheck
+from pipeline.errors import is_row_fault
 from pipeline.job.planning import PlannedJob
-from pipeline.job.row_faults import call_by_halves, is_row_fault, sentence
+from pipeline.job.row_faults import call_by_halves, sentence
 from pipeline.records import Completion, Rejected, Timing
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.schema import OUTPUT_FIELDS, carry_columns
-from pipeline.tokens.tokenizer import PromptTokenizer
+from pipeline.tokens.answer_text import AnswerText, Ids
 
 
 class Answered(NamedTuple):
@@ -148,19 +148,20 @@ def _decode(
 ) -> tuple[dict[int, str], dict[int, BaseException]]:
     """Text by sequence, cut before the stop string that ended it; or why there is none."""
     completions = {c.sequence: c for a in answered if (c := _answer(a.outcome)) is not None}
-    tokenizer = planned.job.tokenizer
+    plan, text = planned.plan, planned.job.tokenizer.answers
+    items = [
+        (plan.prompt_token_ids(sequence), completion.token_ids,
+         plan.params[int(plan.sequences.params[sequence])].stop)
+        for sequence, completion in completions.items()
+    ]  # fmt: skip
     sequences = list(completions)
-    token_ids = [completions[sequence].token_ids for sequence in sequences]
-    plan = planned.plan
     texts: dict[int, str] = {}
     faults: dict[int, BaseException] = {}
-    for start, decoded in call_by_halves(tokenizer.decode_batch, token_ids):
+    for start, decoded in call_by_halves(lambda some: text.decode(*zip(*some, strict=True)), items):
         if isinstance(decoded, BaseException):
             faults[sequences[start]] = decoded
-            continue
-        for sequence, text in zip(sequences[start:], decoded, strict=False):
-            stop = plan.params[int(plan.sequences.params[sequence])].stop
-            texts[sequence] = tokenizer.cut_at_stop(text, stop)
+        else:
+            texts |= zip(sequences[start:], decoded, strict=False)
     return texts, faults
 
 
@@ -174,19 +175,17 @@ def _as_decoded(item: Answered, faults: dict[int, BaseException]) -> Answered:
     return Answered(item.row, failed)
 
 
-def stop_check(tokenizer: PromptTokenizer) -> StopCheck:
+def stop_check(answers: AnswerText) -> StopCheck:
     """Whether an answer holds a stop string, for an engine here or elsewhere.
 
     One that has no text ends there: it becomes an error when it is written.
     """
-    return partial(_is_stopped, tokenizer)
+    return partial(_is_stopped, answers)
 
 
-def _is_stopped(
-    tokenizer: PromptTokenizer, token_ids: Sequence[int], stop: tuple[str, ...]
-) -> bool:
+def _is_stopped(answers: AnswerText, token_ids: Ids, stop: tuple[str, ...], prompt: Ids) -> bool:
     try:
-        return tokenizer.is_stopped(token_ids, stop)
+        return answers.is_stopped(token_ids, stop, prompt)
     except BaseException as error:
         if not is_row_fault(error):
             raise

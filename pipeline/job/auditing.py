@@ -34,7 +34,7 @@ from pipeline.engine.base import Baseline, EngineCapabilities
 from pipeline.errors import InputError, ModelError, RunDirectoryError, UsageError
 from pipeline.job.device_lock import holding_device
 from pipeline.job.evidence import Arms
-from pipeline.job.fingerprint import fingerprint_fields
+from pipeline.job.fingerprint import THREADS, fingerprint_fields
 from pipeline.job.gate import describe_bar, seed_of_output
 from pipeline.job.noise_names import noise_name
 from pipeline.job.observer import Observer, SilentObserver
@@ -153,14 +153,17 @@ def reopen_job(directory: RunDirectory, store: StoreSettings | None = None) -> J
     if store is not None:
         settings = settings.model_copy(update={"store": settings.store.overridden_by(store)})
     job = open_job(manifest["input"]["argument"], settings)
-    now = fingerprint_fields(job.settings, job.source.fingerprint(), job.tokenizer.fingerprint)
+    now = fingerprint_fields(
+        job.settings, job.source.fingerprint(), job.tokenizer.fingerprint, job.rules
+    )
     before = manifest["fingerprint"]
     if now["input"] != before.get("input"):
         raise InputError(
             f"{manifest['input']['argument']} has changed since the run in {directory.name}; "
             "bring the old file back, or run the new one into another folder"
         )
-    changed = [name for name in now if now[name] != before.get(name)]
+    # An audit computes both sides of every comparison itself, with the threads that it has.
+    changed = [name for name in now if name != THREADS and now[name] != before.get(name)]
     if "template" in changed:
         raise InputError(
             f"the template {settings.read.template} has changed since the run in "
@@ -230,7 +233,7 @@ def _audit_inputs(
             finish_reason=answer["finish_reason"],
             noise_key=0 if params.is_greedy else noise_key(params.seed, name),
             eos_token_ids=frozenset(loaded.shape.eos_token_ids),
-            is_stopped=job.tokenizer.is_stopped,
+            is_stopped=job.tokenizer.answers.is_stopped,
         )
         inputs.append(_Audited(row, answer["generated_text"]))
     return inputs
@@ -288,10 +291,10 @@ def _similarity(
     if encoder is None or not audits:
         return {}
     said = [a.baseline_ids if a.free_run is None else a.free_run.token_ids for a in audits]
-    texts = [
-        job.tokenizer.cut_at_stop(text, item.row.params.stop)
-        for text, item in zip(job.tokenizer.decode_batch(said), inputs, strict=True)
-    ]
+    rows = [item.row for item in inputs]
+    texts = job.tokenizer.answers.decode(
+        [row.prompt for row in rows], said, [row.params.stop for row in rows]
+    )
     cosines = encoder.cosine([item.text for item in inputs], texts)
     return {a.row_index: float(c) for a, c in zip(audits, cosines, strict=True)}
 

@@ -12,9 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.engine.machine import num_threads
 from pipeline.errors import ModelError
 from pipeline.settings import JobSettings, ModelSettings
 
+THREADS = "threads"
+"""Of strict runs: how many threads share a product's sums decides their last bits."""
 _WHOLE_FILES_BELOW = 1 << 30  # bytes of a model folder that are hashed completely
 _MAX_HEADER = 100 << 20
 _SAMPLED_BLOCKS = 512  # of each file: 2 MiB, a fraction of a second from a disk
@@ -23,10 +26,13 @@ _MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt")
 _PACKAGES = ("kvcoppice", "torch", "transformers", "tokenizers", "polars", "pyarrow", "numpy")
 
 
-def fingerprint_fields(settings: JobSettings, input_hash: str, tokenizer: str) -> dict[str, Any]:
+def fingerprint_fields(
+    settings: JobSettings, input_hash: str, tokenizer: str, rules: str = ""
+) -> dict[str, Any]:
     """The fingerprint as plain values; `settings` are those of the opened job.
 
-    `input_hash` and `tokenizer` are hashes made elsewhere.
+    `input_hash` and `tokenizer` are hashes made elsewhere. `rules`: of rows without fields of their
+    own, see `pipeline/generation.py`.
     """
     return {
         "input": input_hash,
@@ -37,18 +43,21 @@ def fingerprint_fields(settings: JobSettings, input_hash: str, tokenizer: str) -
         **settings.tokens.model_dump(include={"apply_chat_template", "parse_special_tokens"}),
         **_some("clock", settings.tokens.model_dump(mode="json")["clock"]),
         "system_prompt": _hash_text(settings.tokens.system_prompt),
-        "sampling": settings.sampling.model_dump(mode="json"),
+        "sampling": settings.sampling.model_dump(mode="json", exclude={"generation_options"}),
+        **_some("generation_options", settings.sampling.generation_options),
+        **_some("generation_rules", rules),
         "dtype": settings.model.dtype,
         "engine": settings.model.engine,
         **_some("engine_options", settings.model.engine_options),
         "fidelity": settings.engine.fidelity,
+        **_some(THREADS, num_threads() if settings.engine.fidelity == "strict" else None),
         "min_prefix_tokens": settings.plan.min_prefix_tokens,
         "on_overlong": settings.plan.on_overlong,
         "shard": f"{settings.plan.shard_number} of {settings.plan.num_shards}",
     }
 
 
-def _some(name: str, value: dict[str, str] | str | None) -> dict[str, Any]:
+def _some(name: str, value: object) -> dict[str, Any]:
     """Runs without any stay as they are named."""
     return {name: value} if value else {}
 

@@ -20,7 +20,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from pipeline.engine.machine import cache_folder
-from pipeline.errors import InputError, ModelError
+from pipeline.errors import InputError, ModelError, UsageError
+from pipeline.generation import PLAIN, RULES, ids_of, resolve_sampling, why_not_by_vllm
 from pipeline.job.advice import SAMPLE_CHARACTERS, SAMPLE_ROWS, advise
 from pipeline.job.channel import Stages
 from pipeline.job.checkpoint import Checkpoint
@@ -53,7 +54,6 @@ _ROW_BYTES = 250  # of the plan's own columns while it is built, measured
 _SORT_COST = 2.0  # bytes of memory for each byte that is sorted, measured
 _LEAST_SORT_BYTES = 64 << 20
 _BASE_BYTES = 600 << 20  # Python with its libraries
-_SAID = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens")
 
 
 Watch = Callable[[Planning], None]
@@ -85,7 +85,9 @@ class Job:
 
     def describe_generation(self) -> str:
         """Those defaults in one line for a person."""
-        said = {name: value for name, value in self.generation_config.items() if name in _SAID}
+        own = self.generation_config
+        said = {name: own[name] for name in own if name in PLAIN}
+        said |= {name: own[name] for name in RULES if own.get(name) is not None}
         shown = ", ".join(f"{name}={value}" for name, value in said.items())
         return f"generation defaults of the model: {shown or 'none'}"
 
@@ -93,10 +95,15 @@ class Job:
         """What a person should know before it runs, a line each."""
         return "\n".join([self.describe_generation(), *self.source.columns.describe()])
 
+    @property
+    def rules(self) -> str:
+        """What the logits of rows without fields of their own go through."""
+        return resolve_sampling(self.settings.sampling, self.generation_config, {}).rules
+
     def preparation(self) -> Preparation:
         """The rules by which this job's rows become token ids and parameters."""
         context = None if self.shape is None else self.shape.context_length
-        limits = Limits(context, self.settings.plan.on_overlong)
+        limits = Limits(context, self.settings.plan.on_overlong, self.settings.model.engine)
         return Preparation(self.tokenizer, self.settings.sampling, self.generation_config, limits)
 
     def key(self) -> str:
@@ -176,10 +183,30 @@ def open_job(input: str, settings: JobSettings) -> Job:
     clocked = settings.tokens.model_copy(update={"clock": tokenizer.clock})
     settings = settings.model_copy(update={"tokens": clocked})
     shape = _read_shape(model)
+    if shape is not None:
+        _check_generation(settings, shape)
     if not settings.read.reorder_fields:
         return Job(settings, source, tokenizer, shape)
     ordered = order_fields(source, settings.plan.plan_memory, is_applied=True)
     return Job(settings, source.with_field_order(ordered.order), tokenizer, shape, ordered.saving)
+
+
+def _check_generation(settings: JobSettings, shape: ModelShape) -> None:
+    """Raises UsageError where the model's defaults ask for what cannot be done."""
+    sampling, own = settings.sampling, shape.generation_config
+    try:
+        params = resolve_sampling(sampling, own, {})
+    except ValueError as error:
+        raise UsageError(f"{settings.model.model}: {error}") from None
+    reason = why_not_by_vllm(params) if settings.model.engine == "vllm" else None
+    if reason:
+        raise UsageError(f"{settings.model.model}: {reason}")
+    strange = ids_of(params.rules) - set(range(shape.vocabulary_size))
+    if strange:
+        raise UsageError(
+            f"{settings.model.model}: generation_config.json (or --generation-options) names the "
+            f"token id {min(strange)}, but the model knows {shape.vocabulary_size} ids"
+        )
 
 
 def _read_shape(settings: ModelSettings) -> ModelShape | None:
@@ -207,7 +234,8 @@ def plan_rows(job: Job, keep_rows: bool = False, watch: Watch = ignore) -> Plann
 def plan_for_a_person(job: Job, keep_rows: bool = False, watch: Watch = ignore) -> PlannedJob:
     """As `plan_rows`, with what a person wants to know before a run: advice and estimated time."""
     planned = plan_rows(job, keep_rows, watch)
-    summary, advice = planned.summary, advise(_sample_prompts(planned))
+    prompts = sample_prompts(planned)
+    summary, advice = planned.summary, advise(prompts)
     fields, memory = job.fields, job.settings.plan.plan_memory
     if fields is None and job.source.fields and memory_needed(job.source) <= memory:
         fields = order_fields(job.source, memory, is_applied=False).saving
@@ -215,6 +243,7 @@ def plan_for_a_person(job: Job, keep_rows: bool = False, watch: Watch = ignore) 
     summary = replace(
         summary,
         advice=None if advice is None else advice.to_json(),
+        warning=job.tokenizer.looks_rendered(prompts),
         fields=None if fields is None else fields.to_json(),
         estimate=None
         if rates is None
@@ -223,7 +252,7 @@ def plan_for_a_person(job: Job, keep_rows: bool = False, watch: Watch = ignore) 
     return replace(planned, summary=summary)
 
 
-def _sample_prompts(planned: PlannedJob) -> list[str]:
+def sample_prompts(planned: PlannedJob) -> list[str]:
     """Beginnings of some prompts, evenly spaced, as their token ids spell them."""
     table = planned.plan.table
     rows = range(0, len(table), -(-len(table) // SAMPLE_ROWS))

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.generation import end_at, resolve_sampling, why_not_by_vllm
 from pipeline.job.row_faults import call_by_halves, sentence
 from pipeline.records import PromptBatch, Rejected, SamplingParams
-from pipeline.settings import SamplingSettings, resolve_sampling
+from pipeline.settings import SamplingSettings
 from pipeline.tokens.tokenizer import PromptTokenizer
 
 
@@ -34,10 +35,14 @@ class PreparedBatch:
 
 @dataclass(frozen=True)
 class Limits:
-    """The model's context in tokens (None: unknown) and what to do with prompts beyond it."""
+    """The model's context in tokens (None: unknown) and what to do with prompts beyond it.
+
+    `engine`: rows that ask it for what it cannot do are refused.
+    """
 
     context_length: int | None
     on_overlong: str
+    engine: str = "prefix"
 
 
 class Preparation:
@@ -67,11 +72,16 @@ class Preparation:
                 resolved = SamplingParams()
             params.append(resolved)
         flat, lengths = self._encode(batch, rejected)
+        refused = self._end_at_max_length(batch.row_start, lengths, params, rejected)
+        changed = self._fit(batch.row_start, lengths, params, rejected) | refused
         starts = np.cumsum(lengths) - lengths
         keep = np.ones(len(flat), bool)
-        for index, (kept, chosen) in self._fit(batch.row_start, lengths, params, rejected).items():
-            # The end of a prompt is what its answer follows from, so the beginning goes.
-            keep[starts[index] : starts[index] + lengths[index] - kept] = False
+        for index, (kept, chosen) in changed.items():
+            # The end of a prompt is what its answer follows from, so the beginning goes: all but
+            # the token that every text of the model begins with.
+            start, cut = int(starts[index]), int(lengths[index]) - kept
+            has_bos = kept > 1 and flat[start] == self._tokenizer.bos_id
+            keep[start + has_bos : start + has_bos + cut] = False
             lengths[index], params[index] = kept, chosen
         return PreparedBatch(flat[keep], lengths, params, rejected)
 
@@ -82,12 +92,14 @@ class Preparation:
                 self._resolved[key] = resolve_sampling(
                     self._sampling, self._generation_config, override
                 )
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError) as error:
                 return Rejected(row, "BadSamplingParams", str(error))
             except Exception as error:
                 reason = sentence("the sampling parameters cannot be used", error)
                 return Rejected(row, "BadSamplingParams", reason)
-        return self._resolved[key]
+        params = self._resolved[key]
+        why = why_not_by_vllm(params) if self._limits.engine == "vllm" else None
+        return params if why is None else Rejected(row, "BadSamplingParams", why)
 
     def _encode(
         self, batch: PromptBatch, rejected: dict[int, Rejected]
@@ -116,6 +128,32 @@ class Preparation:
             flat.append(encoded.flat)
             lengths.append(encoded.lengths)
         return np.concatenate(flat), np.concatenate(lengths)
+
+    def _end_at_max_length(
+        self,
+        row_start: int,
+        lengths: NDArray[np.int64],
+        params: list[SamplingParams],
+        rejected: dict[int, Rejected],
+    ) -> dict[int, tuple[int, SamplingParams]]:
+        """Where the model limits prompt and answer together, `params` get what is left.
+
+        Returns, as `_fit`, the rows for which nothing is.
+        """
+        refused = {}
+        for index, chosen in enumerate(params):
+            ended = end_at(chosen, int(lengths[index])) if chosen.rules else chosen
+            if ended is not None:
+                params[index] = ended
+                continue
+            refused[index] = (0, chosen)
+            message = (
+                f"the prompt has {lengths[index]} tokens, and the max_length of the model's "
+                f"generation_config.json allows {chosen.max_new_tokens} for prompt and answer; "
+                "choose --max-new-tokens"
+            )
+            rejected[row_start + index] = Rejected(row_start + index, "OverlongPrompt", message)
+        return refused
 
     def _fit(
         self,

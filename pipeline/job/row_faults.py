@@ -8,20 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from pipeline.errors import CoppiceError
+from pipeline.errors import is_row_fault
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-def is_row_fault(error: BaseException) -> bool:
-    """Whether a row may be to blame, and not the whole job or who stops it.
-
-    A panic of Rust is no Exception, and has no name that could be imported.
-    """
-    if type(error).__module__ == "pyo3_runtime":
-        return True
-    return isinstance(error, Exception) and not isinstance(error, CoppiceError)
 
 
 def call_by_halves(

@@ -145,7 +145,7 @@ class Session:
         control = RunControl(
             self._stop.should_drain,
             lambda: self._stop.should_abort() or self._watchdog.has_fired,
-            stop_check(self._planned.job.tokenizer),
+            stop_check(self._planned.job.tokenizer.answers),
         )
         stages = Stages()
         with self._watchdog.following(lambda: self._pulse(engine), stages.cancel), stages:

@@ -34,9 +34,10 @@ class PlanSummary:
     rows without one. `saving_by_blocks`: at best in a prefix cache that shares whole blocks of so
     many tokens; `saving_in_given_order`: in an LRU cache of `cache_tokens` that meets the rows as
     the file has them, followed for `rows`. `rows_at_once`: the most neighbouring sequences whose KV
-    fits the budget; `estimate` (device seconds, from rates measured here) and `advice`: where
-    somebody asks for a plan alone; `store`: of those tokens U that a KV store has, where there is
-    one; `fields`: where a template lists some; `rejections`: why rows cannot run, where some are.
+    fits the budget; `estimate` (device seconds, from rates measured here), `advice` and `warning`
+    (what of the prompts is likely not meant): where somebody asks for a plan alone; `store`: of
+    those tokens U that a KV store has, where there is one; `fields`: where a template lists some;
+    `rejections`: why rows cannot run, where some are.
     Bytes are None where the model's shape is not known.
     """
 
@@ -62,6 +63,7 @@ class PlanSummary:
     plan_hash: str
     estimate: dict[str, Any] | None = None
     advice: dict[str, Any] | None = None
+    warning: str | None = None
     fields: dict[str, Any] | None = None
     store: dict[str, Any] | None = None
     rejections: dict[str, Any] | None = None

@@ -76,6 +76,7 @@ _HELP = {
     "seed": "Of the sampling's random numbers.",
     "stop": "End an answer before this text; may be repeated.",
     "ignore_eos": "Do not end at the end-of-sequence token.",
+    "generation_options": "Instead of the model's: min_p=0.1; may be repeated.",
     "min_prefix_tokens": "Shortest prefix that gets KV of its own.",
     "plan_memory": "Memory for planning; token ids lie on disk.",
     "num_shards": "Cut the job into N parts; say which one by --shard.",

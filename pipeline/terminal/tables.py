@@ -112,6 +112,8 @@ def plan_table(summary: Mapping[str, Any]) -> Rows:
         rows.append(("in the KV store", f"{summary['store']['tokens']:,} of U  ({when})"))
     if summary["fields"]:
         rows.append(("fields", summary["fields"]["text"]))
+    if summary.get("warning"):
+        rows.append(("warning", summary["warning"]))
     if summary["advice"]:
         rows.append(("advice", summary["advice"]["text"]))
     for group in summary["largest_groups"][:_SHOWN_GROUPS]:
@@ -237,6 +239,8 @@ def validation_table(found: Mapping[str, Any]) -> Rows:
     rows = [("rows", f"{found['rows']:,}"), ("cannot run", f"{found['rows_rejected']:,}")]
     rows += _rejections(found)
     rows += [("note", note) for note in found["notes"]]
+    if found["warning"] is not None:
+        rows.append(("warning", found["warning"]))
     if found["first"] is not None:
         ids = found["first"]["token_ids"]
         shown = " ".join(map(str, ids[:_SHOWN_IDS])) + (" ..." if len(ids) > _SHOWN_IDS else "")

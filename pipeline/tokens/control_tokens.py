@@ -48,6 +48,11 @@ class ControlTokens:
             backend.normalizer if any(t.normalized for t in special.values()) else None
         )
 
+    def first_in(self, text: str) -> str | None:
+        """The first control-token string in `text`, as it is spelled."""
+        found = self._pattern.search(text)
+        return None if found is None or not found[0] else found[0]
+
     def occur_in(self, text: str) -> bool:
         """Whether a tokenizer that parses control tokens could find one in `text`."""
         if self._pattern.search(text):

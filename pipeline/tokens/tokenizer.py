@@ -11,14 +11,16 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, is_row_fault
 from pipeline.records import Message
 from pipeline.settings import TokenSettings
+from pipeline.tokens.answer_text import AnswerText
 from pipeline.tokens.chat_template import ChatTemplate, TemplateFault, find_template
 from pipeline.tokens.control_tokens import ControlTokens
 from pipeline.tokens.coverage import most_characters
@@ -75,6 +77,8 @@ class PromptTokenizer:
         if settings.apply_chat_template:
             self._require_template()
         self.vocabulary_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        self.bos_id: int | None = tokenizer.bos_token_id
+        """The token that every text of the model begins with, if there is one."""
         self._most_characters = most_characters(self._backend)
         self._growth = growth_of(self._backend)
         self.fingerprint = self._make_fingerprint()
@@ -134,16 +138,23 @@ class PromptTokenizer:
         )
         return texts
 
-    def is_stopped(self, token_ids: Sequence[int], stop: tuple[str, ...]) -> bool:
-        """Whether the text of these ids holds one of the stop strings."""
-        if not stop:
-            return False
-        text = self._backend.decode(list(token_ids), skip_special_tokens=True)
-        return any(end in text for end in stop)
+    @cached_property
+    def answers(self) -> AnswerText:
+        """How generated ids become text."""
+        return AnswerText(self._backend)
 
-    def cut_at_stop(self, text: str, stop: tuple[str, ...]) -> str:
-        """`text` up to the first stop string in it, which is left out."""
-        return text[: min((text.find(end) for end in stop if end in text), default=len(text))]
+    def looks_rendered(self, texts: Sequence[str]) -> str | None:
+        """A warning where prompts hold control tokens as plain text, as a template writes them."""
+        if self._settings.parse_special_tokens:
+            return None
+        found = [token for text in texts if (token := self._control.first_in(text)) is not None]
+        if not found:
+            return None
+        return (
+            f"{len(found)} of {len(texts)} sampled prompts hold control tokens such as "
+            f"{found[0]!r}, which are read as plain text; if a chat template has rendered the "
+            "prompts already, add --parse-special-tokens (and no --apply-chat-template)"
+        )
 
     def _encode_plain(self, texts: dict[int, str], rows: _Rows) -> None:
         if not texts:
@@ -182,6 +193,11 @@ class PromptTokenizer:
                 rows.overlong[row] = error.least
             except (TypeError, ValueError) as error:
                 rows.errors[row] = str(error)
+            except BaseException as error:
+                if not is_row_fault(error):
+                    raise
+                kind = type(error).__name__
+                rows.errors[row] = f"the conversation cannot be tokenised ({kind})"
         _encode_each(self._encode(parse_specials=True, add_specials=False), whole, rows)
 
     def _check_length(self, texts: Sequence[str], most_tokens: int | None) -> None:
@@ -216,15 +232,29 @@ class PromptTokenizer:
     ) -> Callable[[list[str]], list[list[int]]]:
         def encode(texts: list[str]) -> list[list[int]]:
             self._backend.encode_special_tokens = not parse_specials
-            return [
+            rows = [
                 encoding.ids
                 for some in _portions(texts, int(_LETTERS_AT_A_TIME / self._growth))
                 for encoding in self._backend.encode_batch_fast(
                     some, add_special_tokens=add_specials
                 )
             ]
+            if parse_specials and add_specials:
+                return [self._without_second_bos(ids) for ids in rows]
+            return rows
 
         return encode
+
+    def _without_second_bos(self, ids: list[int]) -> list[int]:
+        """A text that begins with the token that is put before every text needs no second one."""
+        added = self._added_at_start
+        return ids[1:] if added is not None and ids[:2] == [added, added] else ids
+
+    @cached_property
+    def _added_at_start(self) -> int | None:
+        """What the tokenizer itself puts before every text."""
+        ids = self._backend.encode("", add_special_tokens=True).ids
+        return ids[0] if ids else None
 
     def _is_plain(self, content: Content) -> TypeGuard[str]:
         return isinstance(content, str) and not self._settings.apply_chat_template
@@ -270,7 +300,9 @@ def _encode_each(
         rows_of_ids: Iterable[list[int]] = encode(list(texts.values()))
         for row, ids in zip(texts, rows_of_ids, strict=True):
             rows.ids[row] = ids
-    except (TypeError, ValueError) as error:
+    except BaseException as error:
+        if not is_row_fault(error):
+            raise
         if len(texts) == 1:
             kind = type(error).__name__
             rows.errors[next(iter(texts))] = f"the text cannot be tokenised ({kind})"

@@ -17,10 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
+from pipeline.generation import resolve_sampling
 from pipeline.job.planning import open_job, plan_rows
 from pipeline.job.prepare import Preparation
 from pipeline.run import plan_job, run_job, validate_input
-from pipeline.settings import JobSettings, resolve_sampling
+from pipeline.settings import JobSettings
 from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.tiny_job import answers, echo_settings, write_tokenizer
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.audit.replay import BARS, AuditInput, Bars, audit_row, find_wrong_end
-from pipeline.engine.base import Replay
+from pipeline.engine.base import Replay, TokenIds
 from pipeline.records import SamplingParams
 from tests.audit.rule_model import EOS, VOCABULARY, RuleModel, honest_row
 
@@ -153,7 +153,7 @@ def test_logits_that_are_not_numbers_are_corrupt() -> None:
     assert audit_row(BrokenModel(), long_row(), EXACT).row_class == "corrupt"
 
 
-def has_seven_then_eight(token_ids: Sequence[int], stop: tuple[str, ...]) -> bool:
+def has_seven_then_eight(token_ids: Sequence[int], stop: tuple[str, ...], prompt: TokenIds) -> bool:
     return (7, 8) in zip(token_ids, token_ids[1:], strict=False)
 
 
@@ -187,7 +187,7 @@ def test_a_stop_string_ends_the_comparison_with_the_free_run() -> None:
         output=row.output[:5],
         params=replace(row.params, stop=("x",)),
         finish_reason="stop",
-        is_stopped=lambda token_ids, stop: len(token_ids) >= 5,
+        is_stopped=lambda token_ids, stop, prompt: len(token_ids) >= 5,
     )
     audit = audit_row(MODEL, cut, EXACT, free_run=True)
     assert audit.exact and audit.free_run is not None

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.engine import cuda_graphs, kv_guard, live, scheduler
 from pipeline.engine.backend import Backend
-from pipeline.engine.base import EngineHooks, RunControl
+from pipeline.engine.base import EngineHooks, RunControl, TokenIds
 from pipeline.engine.decode_view import DecodeView
 from pipeline.engine.forward import Forward, TransformersForward
 from pipeline.engine.kernels.rules import AttentionRules, Segments, attend_reference
@@ -50,7 +50,7 @@ PARAMS = (
 )
 
 
-def stops_somewhere(token_ids: Sequence[int], stop: tuple[str, ...]) -> bool:
+def stops_somewhere(token_ids: Sequence[int], stop: tuple[str, ...], prompt: TokenIds) -> bool:
     """After 30 tokens in the mean, and a few never."""
     return (token_ids[-1] * 7 + len(token_ids)) % 31 == 0
 
@@ -321,7 +321,7 @@ def test_short_answers_do_not_wait_for_room_that_they_never_use(watch: Watch) ->
     """Answers of 10 tokens where 512 are allowed. When a row reserved all of them, four filled
     this budget, and the job took 15 times 10 forwards."""
     plan = same_length_plan(512)
-    after_ten = RunControl(is_stopped=lambda token_ids, stop: len(token_ids) >= 10)
+    after_ten = RunControl(is_stopped=lambda token_ids, stop, prompt: len(token_ids) >= 10)
     free, _ = run(plan, None, after_ten)
     watch.most_rows = 0
     done, engine = run(plan, 20 + 4 * (8 + 511), after_ten)

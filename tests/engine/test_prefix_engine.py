@@ -183,7 +183,7 @@ def test_nan_logits_fail_their_row_and_leave_the_neighbours() -> None:
 def test_stop_strings_end_a_row() -> None:
     params = SamplingParams(max_new_tokens=9, ignore_eos=True, stop=("x",))
     plan = tiny.plan_of([[9, 10], [9, 11]], (params,))
-    control = RunControl(is_stopped=lambda ids, stop: len(ids) >= 4)
+    control = RunControl(is_stopped=lambda ids, stop, prompt: len(ids) >= 4)
     done = run(PrefixEngine(tiny.load_tiny(), EngineSettings()), plan, control)
     assert {(len(c.token_ids), c.finish_reason) for c in done.values()} == {(4, "stop")}
 

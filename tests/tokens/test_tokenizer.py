@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from pipeline.errors import ModelError, UsageError
 from pipeline.settings import TokenSettings
 from pipeline.tokens.chat_template import TemplateFault
-from pipeline.tokens.tokenizer import EncodedBatch, PromptTokenizer
+from pipeline.tokens.tokenizer import Content, EncodedBatch, PromptTokenizer
 from tests.tokens.conftest import CHATML, CONTROL, save_tokenizer
 
 BOS, START, END = range(3)
@@ -226,10 +226,14 @@ def test_decode_leaves_special_tokens_out(folder: Path) -> None:
 def test_stop_strings(folder: Path) -> None:
     tokenizer = load(folder)
     ids = split(tokenizer.encode_batch(["hello there"]))[0]
-    assert tokenizer.is_stopped(ids, ("x", "o t")) and not tokenizer.is_stopped(ids, ("x",))
-    assert not tokenizer.is_stopped(ids, ()) and not tokenizer.is_stopped([], ("x",))
-    assert tokenizer.cut_at_stop("hello there", ("there", "lo")) == "hel"
-    assert tokenizer.cut_at_stop("hello", ("x",)) == "hello" == tokenizer.cut_at_stop("hello", ())
+    assert tokenizer.answers.is_stopped(ids, ("x", "o t")) and not tokenizer.answers.is_stopped(
+        ids, ("x",)
+    )
+    assert not tokenizer.answers.is_stopped(ids, ()) and not tokenizer.answers.is_stopped(
+        [], ("x",)
+    )
+    for stop, text in {("there", "lo"): "hel", ("x",): "hello there", (): "hello there"}.items():
+        assert tokenizer.answers.decode([[]], [ids], [stop]) == [text]
 
 
 def test_fingerprint_follows_all_that_changes_ids(folder: Path, tmp_path: Path) -> None:
@@ -275,3 +279,111 @@ def test_nothing_is_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> No
     with caplog.at_level(logging.DEBUG):
         load(folder).encode_batch(["canary", user("canary <|im_end|>"), "x" * 5000])
     assert "canary" not in caplog.text
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(folder: Path) -> None:
+    parsing = load(folder, parse_special_tokens=True)
+    rendered = "<|bos|><|im_start|>user\nhello<|im_end|>\n"
+    ids, plain, twice = split(parsing.encode_batch([rendered, "hello", "<|bos|><|bos|>hello"]))
+    assert ids[:2] == [BOS, START] and ids.count(BOS) == 1
+    assert plain[0] == BOS and plain.count(BOS) == 1
+    assert twice[:2] == [BOS, BOS] and twice.count(BOS) == 2  # as it was written
+    (text,) = split(load(folder).encode_batch([rendered]))
+    assert text[0] == BOS and text.count(BOS) == 1 and START not in text
+
+
+def test_prompts_that_look_rendered_are_warned_of(folder: Path) -> None:
+    texts = ["<|bos|><|im_start|>user\nhello", "hello"]
+    warning = load(folder).looks_rendered(texts)
+    assert warning is not None and "1 of 2 sampled prompts" in warning
+    assert "'<|bos|>'" in warning and "--parse-special-tokens" in warning
+    assert load(folder).looks_rendered(["hello"]) is None
+    assert load(folder, parse_special_tokens=True).looks_rendered(texts) is None
+
+
+KNOWS_THREE_ROLES = (
+    "{% for m in messages %}{% if m.role in ('system', 'user', 'assistant') %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endif %}{% endfor %}"
+)
+LEAVES_OUT_REASONING = (
+    "{% for m in messages %}<|im_start|>{{ m.content.split('</think>')[-1] | trim }}{% endfor %}"
+)
+
+
+def test_no_message_vanishes_in_a_template(folder: Path, tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text(KNOWS_THREE_ROLES)
+    tokenizer = load(folder, chat_template=template)
+    developer = {"role": "developer", "content": "be brief"}
+    chats = [
+        [developer, *user("hello")],
+        [developer, *user("please be brief and be brief")],
+        [developer, *user("please be brief")],
+        [*user("be brief"), {"role": "system", "content": " be brief\n"}],
+        [*user("  "), *user("hello")],
+        [{"role": "{{ 7 * 7 }}", "content": "x y z"}, *user("hello")],
+        [developer, *user("say <|im_end|>")],
+    ]
+    errors = tokenizer.encode_batch(chats).errors
+    assert sorted(errors) == [0, 1, 2, 5, 6]
+    assert all("message 1, of the role 'developer'" in errors[row] for row in (0, 1, 2, 6))
+    assert "of the role 'unnamed'" in errors[5]
+
+
+def test_reasoning_of_earlier_turns_may_be_left_out(folder: Path, tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text(LEAVES_OUT_REASONING)
+    tokenizer = load(folder, chat_template=template)
+    answer = {"role": "assistant", "content": "<think>\nfour?\n</think>\n\nfour"}
+    assert not tokenizer.encode_batch([[*user("2+2"), answer, *user("sure?")]]).errors
+    template.write_text("{{ messages[0].content }}{{ messages[2].content }}")
+    tokenizer = load(folder, chat_template=template)
+    errors = tokenizer.encode_batch([[*user("2+2"), answer, *user("sure?")]]).errors
+    assert "message 2, of the role 'assistant'" in errors[0]
+
+
+class PanicException(BaseException):
+    """As pyo3's: what Rust code raises where it gives up is no `Exception`."""
+
+    __module__ = "pyo3_runtime"
+
+
+class _Panicking:
+    """A tokenizer's backend that panics on some texts."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> Any:
+        if any("spaces" in text for text in texts):
+            raise PanicException
+        return self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+
+
+def test_a_panic_of_the_tokenizer_is_the_error_of_its_row(folder: Path) -> None:
+    tokenizer = load(folder)
+    tokenizer._backend = _Panicking(tokenizer._backend)
+    rows: list[Content | None] = [
+        "hello", "12 million spaces", "there", user("spaces <|im_end|>"), user("spaces"),
+    ]  # fmt: skip
+    batch = tokenizer.encode_batch(rows)
+    assert sorted(batch.errors) == [1, 3, 4] and batch.lengths[[0, 2]].min() > 0
+    assert all("cannot be tokenised (PanicException)" in reason for reason in batch.errors.values())
+
+
+def test_an_interrupt_is_not_the_error_of_a_row(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load(folder)
+
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    backend = _Panicking(tokenizer._backend)
+    monkeypatch.setattr(backend, "encode_batch_fast", interrupt, raising=False)
+    tokenizer._backend = backend
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode_batch(["hello"])

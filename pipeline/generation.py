@@ -1,0 +1,252 @@
+"""What of transformers' `GenerationConfig` changes the text of an answer, and what we do with it.
+
+Every field is one of these; `tests/test_generation.py` asks transformers for the list:
+
+- `SamplingParams` has a field of its own for it (`PLAIN`);
+- a *rule*: the engine lets transformers' own logits processors apply it (`GenerationRules`);
+- refused by name, where it is not neutral, since we have no place for it (`REFUSED`);
+- without influence on the text that `generate()` gives for one prompt (all others).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.records import GREEDY_BELOW, MOST_NEW_TOKENS, SamplingParams
+
+if TYPE_CHECKING:
+    from pipeline.settings import SamplingSettings
+
+PLAIN: Final = (
+    "do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "max_length", "stop_strings",
+)  # fmt: skip
+_WITH_FLAGS: Final = {
+    "temperature": "--temperature",
+    "top_p": "--top-p",
+    "top_k": "--top-k",
+    "max_new_tokens": "--max-new-tokens",
+    "stop_strings": "--stop",
+}
+REFUSED: Final[dict[str, tuple[Any, ...]]] = {
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "penalty_alpha": (None, 0, 0.0),
+    "dola_layers": (None,),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "guidance_scale": (None, 1, 1.0),
+    "token_healing": (None, False),
+    "watermarking_config": (None,),
+    "max_time": (None,),
+}
+"""Fields that only another way of generating can do, and the values that mean "without"."""
+ROW_RULES: Final = (
+    "repetition_penalty", "no_repeat_ngram_size", "min_p", "top_h", "typical_p", "epsilon_cutoff",
+    "eta_cutoff", "min_new_tokens",
+)  # fmt: skip
+"""Rules that a single row may ask for: those that name no token ids."""
+VLLM_RULES: Final = ("repetition_penalty", "min_p", "min_new_tokens")
+"""Rules that vLLM has as well, with the same meaning."""
+_TRANSFORMERS_TOP_K: Final = 50  # where a model samples and does not say how many tokens it keeps
+
+TokenId = int
+
+
+class UnsupportedGeneration(ValueError):
+    """The model asks for a way of generating that no engine has; the message names the flag."""
+
+
+class GenerationRules(BaseModel):
+    """The rules that logits go through; a field at its default changes nothing.
+
+    Names and meanings are those of transformers' `GenerationConfig`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    repetition_penalty: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    encoder_repetition_penalty: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    no_repeat_ngram_size: int = Field(default=0, ge=0)
+    encoder_no_repeat_ngram_size: int = Field(default=0, ge=0)
+    bad_words_ids: tuple[tuple[TokenId, ...], ...] = ()
+    sequence_bias: tuple[tuple[tuple[TokenId, ...], float], ...] = ()
+    min_length: int = Field(default=0, ge=0)
+    min_new_tokens: int = Field(default=0, ge=0)
+    max_length: int | None = Field(default=None, ge=1, le=MOST_NEW_TOKENS)
+    forced_bos_token_id: TokenId | None = None
+    forced_eos_token_id: TokenId | tuple[TokenId, ...] | None = None
+    remove_invalid_values: bool = False
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    suppress_tokens: tuple[TokenId, ...] = ()
+    begin_suppress_tokens: tuple[TokenId, ...] = ()
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    top_h: float = Field(default=1.0, gt=0.0, le=1.0)
+    typical_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    epsilon_cutoff: float = Field(default=0.0, ge=0.0, lt=1.0)
+    eta_cutoff: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+
+RULES: Final = tuple(GenerationRules.model_fields)
+_NEUTRAL: Final = GenerationRules().model_dump(mode="json")
+
+
+def read_generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`--generation-options` with their values as JSON means them. Raises ValueError."""
+    known = {*RULES, *REFUSED, *PLAIN} - _WITH_FLAGS.keys()
+    found = {}
+    for written, value in options.items():
+        name = str(written).strip().replace("-", "_")
+        if name in _WITH_FLAGS:
+            raise ValueError(f"{name} has a flag of its own, {_WITH_FLAGS[name]}")
+        if name not in known:
+            raise ValueError(
+                f"there is no option {written!r}; known are {', '.join(sorted(known))}"
+            )
+        found[name] = _read_json(value)
+    _parse(found)
+    return found
+
+
+def resolve_sampling(
+    settings: SamplingSettings, generation_config: dict[str, Any], override: dict[str, object]
+) -> SamplingParams:
+    """Row over flags over the model's generation_config over defaults. Raises ValueError.
+
+    A repository that says `do_sample: false` (or nothing) is greedy whatever temperature it lists.
+    """
+    model = generation_config | settings.generation_options
+    chosen = _defaults_of(model)
+    said = settings.model_dump(exclude_none=True, exclude={"generation_options"})
+    if not settings.stop:
+        del said["stop"]
+    chosen |= said | {k: v for k, v in override.items() if v is not None}
+    of_row = {name: chosen.pop(name) for name in ROW_RULES if name in chosen}
+    stop = chosen.get("stop", ())
+    chosen["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    if model.get("do_sample") and chosen["temperature"] >= GREEDY_BELOW:
+        chosen.setdefault("top_k", _TRANSFORMERS_TOP_K)
+    if chosen.get("top_k") == 0 or chosen.get("top_k") == -1:
+        chosen["top_k"] = None
+    if "max_new_tokens" in chosen:
+        model["max_length"] = None
+    elif model.get("max_length"):
+        chosen["max_new_tokens"] = model["max_length"]  # less the prompt, see `job/prepare.py`
+    unknown = chosen.keys() - SamplingParams.__dataclass_fields__.keys() | chosen.keys() & {"rules"}
+    if unknown:
+        raise ValueError(f"unknown sampling field {sorted(unknown)[0]!r}")
+    return SamplingParams(**chosen, rules=_rules(generation_config, model | of_row))
+
+
+def _defaults_of(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `SamplingParams` that the model decides."""
+    chosen: dict[str, Any] = {}
+    if model.get("do_sample"):
+        names = ("temperature", "top_p", "top_k")
+        chosen = {name: model[name] for name in names if model.get(name) is not None}
+        chosen.setdefault("temperature", 1.0)
+    if model.get("max_new_tokens"):
+        chosen["max_new_tokens"] = model["max_new_tokens"]
+    if model.get("stop_strings"):
+        chosen["stop"] = model["stop_strings"]
+    return chosen
+
+
+def _rules(own: Mapping[str, Any], merged: Mapping[str, Any]) -> str:
+    """What differs from plain generation, as JSON; what the model's own config says otherwise is
+    there as well, so that `generate()` can be told. Empty: nothing."""
+    for name, neutral in REFUSED.items():
+        value = merged.get(name)
+        if not any(value is x or value == x for x in neutral):
+            raise UnsupportedGeneration(
+                f"the model's generation_config.json asks for {name}={json.dumps(value)}, which no "
+                f"engine here can do; --generation-options {name}={json.dumps(neutral[-1])} runs "
+                "without it"
+            )
+    rules = _parse(merged).model_dump(mode="json")
+    before = _parse(own).model_dump(mode="json")
+    told = {n: v for n, v in rules.items() if v != _NEUTRAL[n] or before[n] != v}
+    told |= {
+        name: neutral[-1]
+        for name, neutral in REFUSED.items()
+        if not any(own.get(name) is x or own.get(name) == x for x in neutral)
+    }
+    if told.get("max_length", 0) is None:
+        del told["max_length"]  # `max_new_tokens` is always said and goes before
+    return json.dumps(told, sort_keys=True) if told else ""
+
+
+def _parse(fields: Mapping[str, Any]) -> GenerationRules:
+    """The rules among these fields; null is "not said". Raises ValueError in one sentence."""
+    said = {name: fields[name] for name in RULES if fields.get(name) is not None}
+    try:
+        return GenerationRules(**said)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first["msg"][:1].lower() + first["msg"][1:]
+        raise ValueError(f"{first['loc'][0]}: {reason}") from None
+
+
+@lru_cache(maxsize=4096)
+def read_rules(rules: str) -> Mapping[str, Any]:
+    """`SamplingParams.rules` by name; None: as if the model had never asked for it."""
+    said: dict[str, Any] = json.loads(rules) if rules else {}
+    return {name: None if value == _NEUTRAL.get(name) else value for name, value in said.items()}
+
+
+@lru_cache(maxsize=4096)
+def active_rules(rules: str) -> frozenset[str]:
+    """The names of the rules that change logits: those that do more than overrule the model."""
+    said = read_rules(rules)
+    return frozenset(n for n in RULES if said.get(n) is not None and n != "max_length")
+
+
+def end_at(params: SamplingParams, prompt_tokens: int) -> SamplingParams | None:
+    """Parameters whose `max_length`, of prompt and answer, has become `max_new_tokens`.
+
+    None: the prompt leaves nothing of it.
+    """
+    limit = read_rules(params.rules).get("max_length")
+    if limit is None:
+        return params
+    left = {name: v for name, v in json.loads(params.rules).items() if name != "max_length"}
+    rules = json.dumps(left, sort_keys=True) if left else ""
+    if prompt_tokens >= limit:
+        return None
+    return replace(params, max_new_tokens=limit - prompt_tokens, rules=rules)
+
+
+def ids_of(rules: str) -> set[TokenId]:
+    """Every token id that these rules name."""
+    said = GenerationRules(**{k: v for k, v in read_rules(rules).items() if v is not None})
+    forced = (said.forced_bos_token_id, said.forced_eos_token_id)
+    named = (
+        *said.bad_words_ids, *(ids for ids, _ in said.sequence_bias), said.suppress_tokens,
+        said.begin_suppress_tokens, *(x if isinstance(x, tuple) else (x,) for x in forced),
+    )  # fmt: skip
+    return {token_id for ids in named for token_id in ids if token_id is not None}
+
+
+def why_not_by_vllm(params: SamplingParams) -> str | None:
+    """One clause that names what vLLM would leave out of these parameters, or None."""
+    missing = sorted(active_rules(params.rules).difference(VLLM_RULES))
+    if not missing:
+        return None
+    return (
+        f"{missing[0]} is nothing that vLLM has with the same meaning; choose --engine prefix or "
+        f"naive, or run without it by --generation-options {missing[0]}=null"
+    )
+
+
+def _read_json(value: object) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

@@ -1,0 +1,106 @@
+"""Generated token ids become text, and text ends at a stop string. Knows nothing about prompts'
+making.
+
+An answer is text that goes on from its prompt: a decoder that drops the first space of a text must
+see the end of the prompt before it. A stop string is looked for in all that was generated, control
+tokens included, and may begin in the prompt, as `generate(stop_strings=)` has it:
+
+```
+ prompt ... "Q: 2+2\\nA:"                    answer  " 4\\n\\nQ: ..."        stop "\\n\\nQ"
+ raw text        "A: 4\\n\\nQ"    stop found at 4     visible text  " 4"
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os.path import commonprefix
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_TAIL_TOKENS = 8  # of a prompt, which decide how the text goes on
+
+Ids = Sequence[int] | NDArray[np.unsignedinteger]
+
+
+class AnswerText:
+    """The text of answers, by one tokenizer. Can be sent to another process."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        decoder = backend.get_added_tokens_decoder()
+        self._special = {number for number, token in decoder.items() if token.special}
+
+    def decode(
+        self, prompts: Sequence[Ids], answers: Sequence[Ids], stops: Sequence[tuple[str, ...]]
+    ) -> list[str]:
+        """The text of each answer up to its first stop string, special tokens left out."""
+        texts = self._visible(prompts, answers)
+        return [
+            self._cut(prompt, answer, stop, text) if stop else text
+            for prompt, answer, stop, text in zip(prompts, answers, stops, texts, strict=True)
+        ]
+
+    def is_stopped(self, token_ids: Ids, stop: tuple[str, ...], prompt: Ids = ()) -> bool:
+        """Whether a stop string ends in the text of these ids, which follow `prompt`."""
+        return bool(stop) and self._find(prompt, token_ids, stop) is not None
+
+    def _visible(self, prompts: Sequence[Ids], answers: Sequence[Ids]) -> list[str]:
+        tails = [_last(prompt, _TAIL_TOKENS) for prompt in prompts]
+        before = self._decode_batch(tails)
+        for row, prompt in enumerate(prompts):
+            while not before[row] and len(tails[row]) < len(prompt):  # nothing but control tokens
+                tails[row] = _last(prompt, 4 * len(tails[row]))
+                before[row] = self._decode_batch([tails[row]])[0]
+        whole = self._decode_batch(
+            [[*tail, *answer] for tail, answer in zip(tails, answers, strict=True)]
+        )
+        return [_after(start, text) for start, text in zip(before, whole, strict=True)]
+
+    def _cut(self, prompt: Ids, answer: Ids, stop: tuple[str, ...], text: str) -> str:
+        """`text` up to the stop string, where there is one: whole tokens, and the beginning of the
+        one in which the stop string begins."""
+        start = self._find(prompt, answer, stop)
+        if start is None:
+            return text
+        num, before = len(answer), self._raw(prompt, answer, stop)
+        while num and len(before) > start:
+            num -= 1
+            before = self._raw(prompt, answer[:num], stop)
+        (whole,) = self._visible([prompt], [answer[:num]])
+        if len(before) > start or num == len(answer) or answer[num] in self._special:
+            return whole
+        return whole + self._raw(prompt, answer, stop)[len(before) : start]
+
+    def _find(self, prompt: Ids, answer: Ids, stop: tuple[str, ...]) -> int | None:
+        """Where in the raw text the first stop string begins that ends in the answer."""
+        if not len(answer):
+            return None
+        raw, own = self._raw(prompt, answer, stop), len(self._raw(prompt, (), stop))
+        found = (raw.find(text, max(0, own - len(text) + 1)) for text in stop)
+        return min((start for start in found if start >= 0), default=None)
+
+    def _raw(self, prompt: Ids, answer: Ids, stop: tuple[str, ...]) -> str:
+        """The end of the prompt, as long as the longest stop string, and the answer."""
+        longest = max(len(text.encode(errors="replace")) for text in stop)
+        ids = [*_last(prompt, max(_TAIL_TOKENS, longest)), *answer]
+        text: str = self._backend.decode(ids, skip_special_tokens=False)
+        return text
+
+    def _decode_batch(self, rows: Sequence[Ids]) -> list[str]:
+        texts: list[str] = self._backend.decode_batch(
+            [list(ids) for ids in rows], skip_special_tokens=True
+        )
+        return texts
+
+
+def _last(prompt: Ids, most: int) -> list[int]:
+    """The last ids of a prompt as plain integers."""
+    return [int(token_id) for token_id in prompt[max(0, len(prompt) - most) :]]
+
+
+def _after(start: str, text: str) -> str:
+    """What `text` adds to `start`; they part a little earlier where a character was incomplete."""
+    return text[len(start if text.startswith(start) else commonprefix([start, text])) :]
