@@ -59,6 +59,7 @@ class RunDirectory:
         self.root = root
         self.name = str(root)  # how a person would write it
         self._lock = lock
+        self._run_id: str | None = None
         self._footers: dict[Path, PartFooter] = {}
 
     @classmethod
@@ -110,7 +111,9 @@ class RunDirectory:
     @property
     def run_id(self) -> str:
         """16 hex digits of the fingerprint's hash."""
-        return str(self.read_manifest()["run_id"])
+        if self._run_id is None:  # of a store the manifest is long, and every part asks
+            self._run_id = str(self.read_manifest()["run_id"])
+        return self._run_id
 
     @property
     def is_sealed(self) -> bool:

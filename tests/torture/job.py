@@ -26,7 +26,7 @@ from pipeline.settings import JobSettings
 from pipeline.storage import parquet_input
 from pipeline.storage.durable import is_temp
 from pipeline.storage.lock import LOCK_NAME
-from pipeline.storage.run_directory import RunDirectory
+from pipeline.storage.run_directory import SUCCESS_NAME, RunDirectory
 from tests.tiny_job import answers, echo_settings, write_prompts
 
 ROWS = 26
@@ -166,6 +166,8 @@ def check_whole(path: Path) -> None:
     }
     if path.suffix:
         readers[path.suffix](path)
+    elif path.name == SUCCESS_NAME:
+        _ends_with(path, ".parquet")
     else:
         assert path.name == LOCK_NAME or path.stat().st_size == 0, path
 
