@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from pipeline.storage.run_directory import RunDirectory
 
 _LONGEST_VALUE: Final = 60
 # Settings that are kept as bytes or seconds, as a person would write them.
-_WRITERS: Final[dict[str, Callable[[Any], str]]] = dict.fromkeys(
+_WRITERS: Final[Mapping[str, Callable[[float], str]]] = dict.fromkeys(
     ("plan_memory", "kv_budget", "kv_store_budget"), formats.size
 ) | dict.fromkeys(("time_budget", "stall_timeout"), formats.duration)
 
