@@ -450,7 +450,7 @@ def test_a_kv_budget_without_room_for_a_prompt_is_refused(
 def test_ctrl_c_while_planning_is_an_interruption(
     tmp_path: Path, settings: JobSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(job: Any) -> None:
+    def interrupt(job: Any, watch: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipeline.run.plan_rows", interrupt)

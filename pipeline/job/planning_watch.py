@@ -32,7 +32,7 @@ class PlanningWatch:
 
     def __init__(self, observer: Observer, place: str | Path) -> None:
         self.observer = observer
-        self._path = _note_path(place)
+        self._place, self._path = place, _note_path(place)
         self._noted_at = -_NOTE_EVERY_S
 
     def __call__(self, planning: Planning) -> None:
@@ -63,8 +63,10 @@ class PlanningWatch:
 
     def finish(self) -> None:
         """The run itself has more to say now."""
-        with suppress(OSError):
-            self._path.unlink(missing_ok=True)
+        note = read_note(self._place)
+        if note is not None and note["owner"] == own_name():  # else another job's, for this place
+            with suppress(OSError):
+                self._path.unlink(missing_ok=True)
 
     def _note(self, planning: Planning) -> None:
         """No plan fails because a cache cannot be written."""

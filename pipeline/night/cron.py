@@ -96,8 +96,8 @@ class Cron:
             )
         except ValueError as error:
             raise UsageError(
-                f"cannot read the cron expression {text!r}: {error}; write it like '0 2 * * *' "
-                "or @daily"
+                f"cannot read the cron expression {text!r}: {error}; write it like '0 2 * * *' or "
+                "@daily"
             ) from None
         is_either = not (fields[2].startswith("*") or fields[4].startswith("*"))
         week = frozenset(day % 7 for day in weekdays)

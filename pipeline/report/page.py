@@ -20,7 +20,7 @@ from pipeline.storage.summaries import AUDIT_AGAIN, AUDIT_SUMMARY, PLAN_SUMMARY
 
 _LONGEST_VALUE: Final = 60
 # Settings that are kept as bytes or seconds, as a person would write them.
-_WRITERS: Final[Mapping[str, Callable[[Any], str]]] = dict.fromkeys(
+_WRITERS: Final[Mapping[str, Callable[[float], str]]] = dict.fromkeys(
     ("plan_memory", "kv_budget", "kv_store_budget"), formats.size
 ) | dict.fromkeys(("time_budget", "stall_timeout"), formats.duration)
 

@@ -58,7 +58,7 @@ def test_too_many_failed_rows(shell: Shell, job: NightlyJob) -> None:  # noqa: F
     job.take_input()
     job.give_input(prompts=["why?", None])
     assert shell("night", str(job.file), "--date", DATE, "--progress", "none") == 3
-    assert "1 of 2 rows failed, 0 are allowed" in shell.err
+    assert "1 of 2 rows failed (1 NullPrompt); --fail-on-error 1% allows 0" in shell.err
 
 
 def test_publish_by_hand(shell: Shell, audited: NightlyJob) -> None:  # noqa: F811

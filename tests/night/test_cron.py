@@ -137,7 +137,7 @@ def test_in_the_words_of_systemd(text: str, values: list[str]) -> None:
         ("", "it has 0 fields, not 5"),
         ("0 2 * *", "it has 4 fields, not 5"),
         ("0 0 2 * * *", "it has 6 fields, not 5"),
-        ("@daily", "it has 1 fields, not 5"),
+        ("@nightly", "it has 1 fields, not 5"),
         ("60 2 * * *", r"'60' is no minute \(0-59\)"),
         ("0 24 * * *", "'24' is no hour"),
         ("0 2 0 * *", "'0' is no day of month"),
