@@ -98,12 +98,14 @@ def test_a_template_prints_a_time_in_its_own_offset(tmp_path: Path, tokenizer_fo
 
 
 def test_a_zone_that_does_not_exist_is_refused_before_the_first_row(
-    tmp_path: Path, settings: JobSettings
+    tmp_path: Path, settings: JobSettings, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """In one sentence: a panic of polars would print itself besides."""
     times = pa.array([0]).cast(pa.timestamp("us", "Nowhere/City"))
     source = write(tmp_path / "in.parquet", prompt=["p"], at=times)
     with pytest.raises(InputError, match="'at' of .*in.parquet has the type .*cannot carry"):
         open_job(str(source), settings)
+    assert "panicked" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("with_arrow", [True, False])

@@ -7,6 +7,7 @@ found out when all rows are answered, and again at each resume.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 import polars as pl
 import pyarrow as pa
@@ -47,7 +48,10 @@ def _comes_back(inputs: pa.Table, id_column: str | None) -> bool:
     row = {"id": "", "row_index": 0, "status": "error"}
     results = pa.Table.from_pylist([row] * inputs.num_rows, schema=pa.schema(OUTPUT_FIELDS))
     try:
-        part = encode_parquet(carry_columns(results, inputs, id_column))
+        table = carry_columns(results, inputs, id_column)
+        for zone in {zone for kind in table.schema.types for zone in _zones(kind)}:
+            pl.Series(dtype=pl.Datetime("us", zone))  # or polars panics, and prints that it does
+        part = encode_parquet(table)
         rows = pl.scan_parquet(io.BytesIO(part))
         failed = rows.filter(pl.col("status") == "error").sort("row_index").collect()
         encode_parquet(failed.to_arrow())
@@ -56,3 +60,11 @@ def _comes_back(inputs: pa.Table, id_column: str | None) -> bool:
     except BaseException:  # a panic of Rust is no Exception
         return False
     return bool(failed.height == inputs.num_rows)
+
+
+def _zones(kind: pa.DataType) -> Iterator[str]:
+    """The time zones within a type."""
+    if pa.types.is_timestamp(kind) and kind.tz:
+        yield kind.tz
+    for place in range(kind.num_fields):
+        yield from _zones(kind.field(place).type)

@@ -57,6 +57,16 @@ def test_an_honest_run_passes(tmp_path: Path, model: Path, flat: dict[str, objec
     assert rows["audit_class"].unique().to_list() == ["identical"]
 
 
+def test_sampled_rows_without_ids_are_replayed_with_their_own_noise(
+    tmp_path: Path, model: Path
+) -> None:
+    pq.write_table(pa.table({"prompt": PROMPTS}), tmp_path / "p.parquet")
+    settings = {"model": str(model), "engine": "naive", "max_new_tokens": 6, "temperature": 1.0}
+    run_job(str(tmp_path / "p.parquet"), tmp_path / "out", JobSettings.from_flat(settings))
+    assert audit_run(tmp_path / "out", EVERY_ROW).passed
+    assert describe_audit(tmp_path / "out")["classes"]["identical"] == 4
+
+
 @pytest.mark.parametrize("flat", [{}, {"temperature": 1.0}])
 def test_a_run_that_shared_prefixes_is_computed_in_other_ways_too(
     tmp_path: Path, model: Path, flat: dict[str, object]
