@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from pipeline.errors import InputError
 from pipeline.storage.input_files import InputFile, Stamp, damage_named
 from pipeline.storage.plain_types import holds_dictionary, plain_schema, plain_table
-from pipeline.storage.row_slices import regroup, rows_at_a_time, text_leaves
+from pipeline.storage.row_slices import OpenFile, regroup, rows_at_a_time, text_leaves
 
 BATCH_ROWS = 2048
 ORIGIN_HASH = b"coppice.origin_sha256"
@@ -165,7 +164,7 @@ class ParquetInput:
         return max(_MOST_KEPT_BYTES, self.num_bytes * _MOST_GROWTH)
 
     def _iter_tables(
-        self, file: _OpenFile, groups: range, columns: Sequence[str]
+        self, file: OpenFile, groups: range, columns: Sequence[str]
     ) -> Iterator[pa.Table]:
         """Plain tables of these row groups, none of which can decode to too much at once."""
         stored = [name for name in columns if name not in self.constants]
@@ -174,7 +173,7 @@ class ParquetInput:
         # Arrow reads a dictionary inside of another type from one row group at a time only.
         is_alone = any(holds_dictionary(file.types[name]) for name in stored)
         for group in groups:
-            rows = rows_at_a_time(file.dictionaries, group, stored, leaves, BATCH_ROWS)
+            rows = rows_at_a_time(file, group, stored, leaves, BATCH_ROWS)
             if is_alone or not runs or runs[-1][0] != rows:
                 runs.append((rows, []))
             runs[-1][1].append(group)
@@ -187,7 +186,7 @@ class ParquetInput:
                 yield table.select(list(columns))
 
     @contextmanager
-    def _open(self) -> Iterator[_OpenFile]:
+    def _open(self) -> Iterator[OpenFile]:
         self._check_unchanged()
         with self._damage_named():
             if self.is_copy:
@@ -201,7 +200,7 @@ class ParquetInput:
                 dictionaries = pq.ParquetFile(source, read_dictionary=texts, **options)
             with parquet, dictionaries:
                 types = {field.name: field.type for field in parquet.schema_arrow}
-                yield _OpenFile(parquet, dictionaries, types)
+                yield OpenFile(parquet, dictionaries, types)
         if not self.origin.is_local:
             # A local file that is replaced stays open as it was; of an object the rest is new.
             self._check_unchanged()
@@ -246,14 +245,6 @@ class _Known:
 
     stamp: Stamp
     content: bytes | None = None
-
-
-class _OpenFile(NamedTuple):
-    """A file that is being read, also with its texts as dictionaries; `types`: of its columns."""
-
-    parquet: pq.ParquetFile
-    dictionaries: pq.ParquetFile
-    types: dict[str, pa.DataType]
 
 
 def _blocks(group_rows: NDArray[np.int64]) -> NDArray[np.int64]:

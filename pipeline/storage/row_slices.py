@@ -7,6 +7,7 @@ dictionary. So the dictionaries of a row group are looked at before its rows are
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,6 +21,14 @@ _MOST_STORED_BYTES = 512 << 20  # of a column chunk that is decoded in large ste
 _FEWEST_ROWS = 16
 
 
+class OpenFile(NamedTuple):
+    """A file that is being read, also with its texts as dictionaries; `types`: of its columns."""
+
+    parquet: pq.ParquetFile
+    dictionaries: pq.ParquetFile
+    types: dict[str, pa.DataType]
+
+
 def text_leaves(schema: pq.ParquetSchema) -> list[str]:
     """Paths of the columns, also within others, that can be read as dictionaries."""
     columns = map(schema.column, range(len(schema)))
@@ -27,19 +36,23 @@ def text_leaves(schema: pq.ParquetSchema) -> list[str]:
 
 
 def rows_at_a_time(
-    file: pq.ParquetFile, group: int, names: Sequence[str], leaves: Sequence[int], most: int
+    opened: OpenFile, group: int, names: Sequence[str], leaves: Sequence[int], most: int
 ) -> int:
     """Up to `most` rows, as many of this row group as cannot decode to too much.
 
-    `file` was opened to read `text_leaves` as dictionaries; `leaves` are the column chunks of the
+    `leaves` are the column chunks of the
     columns `names`. Raises ArrowException, OSError.
     """
+    file, dictionaries = opened.parquet, opened.dictionaries
     described = file.metadata.row_group(group)
     if described.num_rows <= _FEWEST_ROWS:
         return _FEWEST_ROWS  # of many such groups together
     # The first row comes with the whole dictionary. It must be read before the footer is asked for
     # a chunk: pyarrow ends the process where the footer lacks one that it counts.
-    first = next(file.iter_batches(1, [group], names, use_threads=False), None)
+    try:
+        first = next(dictionaries.iter_batches(1, [group], names, use_threads=False), None)
+    except OSError:  # Arrow makes no dictionary of delta encodings (seen in 26.0)
+        first = next(file.iter_batches(1, [group], names, use_threads=False), None)
     width = 0 if first is None else max(map(_largest_value, first.columns), default=0)
     chunks = [described.column(leaf) for leaf in leaves]
     stored = max((chunk.total_uncompressed_size for chunk in chunks), default=0)

@@ -17,7 +17,7 @@ ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
 """Of the files that a folder is searched for."""
 HIDDEN = "with a name or a folder that begins with _ or ."
 OUTPUTS = "written by coppice itself"
-LINKED_AGAIN = "in folders that are linked a second time"
+LINKED_AGAIN = "linked folders that are read already"
 _PLAN_FILES = {"plan.parquet", "tree.parquet", "summary.json"}
 
 
@@ -67,14 +67,13 @@ def search(top: Path) -> Selection:
     """Of all files below a folder of this machine, linked folders included. Raises OSError."""
     names, again = _walk(top)
     found = select(names)
-    twice = sum(len(select(_walk(folder)[0]).names) for folder in again)
-    return replace(found, left_out=found.left_out + Counter({LINKED_AGAIN: twice}))
+    return replace(found, left_out=found.left_out + Counter({LINKED_AGAIN: again}))
 
 
-def _walk(top: Path) -> tuple[list[str], list[Path]]:
-    """Names of all files, and the folders that links lead to a second time: perhaps for ever."""
+def _walk(top: Path) -> tuple[list[str], int]:
+    """Names of all files, and how many folders links lead to once more: perhaps for ever."""
     names: list[str] = []
-    again: list[Path] = []
+    again = 0
     seen = {_identity(top)}
     for folder, folders, files in os.walk(top, followlinks=True, onerror=_raise):
         here = Path(folder)
@@ -82,7 +81,7 @@ def _walk(top: Path) -> tuple[list[str], list[Path]]:
             identity = _identity(here / inner)
             if identity in seen:
                 folders.remove(inner)
-                again.append(here / inner)
+                again += 1
             seen.add(identity)
         prefix = "" if here == top else f"{here.relative_to(top).as_posix()}/"
         names += [prefix + name for name in files if os.path.isfile(here / name)]

@@ -71,7 +71,7 @@ def test_a_dictionary_of_one_large_value(tmp_path: Path, column: str) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [
+    [  # 300 MB each
         pa.array(["a" * 100_000] * 3000),
         pa.array([[{"role": "user", "content": "a" * 100_000}]] * 3000),
         pa.array([b"a" * 100_000] * 3000, pa.binary(100_000)),

@@ -46,5 +46,5 @@ def test_decoders_and_templates_of_tokens_grow_too() -> None:
     tokenizer.decoder = decoders.Sequence([decoders.Replace("a", "a" * 10)] * 4)
     assert growth_of(tokenizer) == 10_000
     tokenizer = backend()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A " * 7)
+    tokenizer.post_processor = processors.TemplateProcessing(single=["$A"] * 7)
     assert growth_of(tokenizer) == 7
