@@ -89,7 +89,8 @@ class SamplingParams:
         for name, kinds in _NUMBERS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kinds):
-                raise ValueError(f"{name} must be a number, not {type(value).__name__}")
+                wanted = "a number" if float in kinds else "a whole number"
+                raise ValueError(f"{name} must be {wanted}, not {type(value).__name__}")
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(
                 f"ignore_eos must be true or false, not {type(self.ignore_eos).__name__}"
