@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow
-
 from flows.artifacts import PrefectObserver
+from flows.credentials import find_credentials
+from flows.parameters import AuditForm, checked_flow
 from flows.tasks import as_task
 from pipeline.errors import AuditFailed
 from pipeline.job.auditing import audit_run
@@ -15,11 +15,17 @@ from pipeline.settings import AuditSettings
 from pipeline.terminal.options import merge_section, split_store
 
 
-@flow(name="coppice-audit", persist_result=False)
-def audit(output: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Audit the run in `output`, then report; a failed audit is reported and fails the flow."""
-    others, store = split_store(settings)
+@checked_flow("coppice-audit")
+def audit(
+    output: str, settings: AuditForm | None = None, credentials: str | None = None
+) -> dict[str, Any]:
+    """Audit the run in `output`, then report; a failed audit is reported and fails the flow.
+
+    `credentials`: a block of S3 credentials of this name.
+    """
+    others, store = split_store({} if settings is None else settings.flat())
     chosen = merge_section(AuditSettings, others)
+    store = store.overridden_by(find_credentials(credentials))
     with PrefectObserver() as observer:
 
         def check() -> dict[str, Any]:
