@@ -1,7 +1,5 @@
 """The audit and the report as a flow that fails below the bar, so that nothing follows it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from flows.artifacts import PrefectObserver

@@ -4,8 +4,6 @@ A job that stalls and comes back is retried; one stuck in a call that never retu
 of the flow, which a worker reports as crashed. Run flows in processes of their own, as workers do.
 """
 
-from __future__ import annotations
-
 from flows.artifacts import PrefectObserver
 from flows.credentials import find_credentials
 from flows.parameters import JobForm, checked_flow

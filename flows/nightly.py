@@ -7,8 +7,6 @@ Nights that would overlap are kept apart by the library's lock, not by a concurr
 Prefect: its engine ends a running night if the server, restarted, has forgotten the slot's lease.
 """
 
-from __future__ import annotations
-
 import datetime
 from contextlib import suppress
 from pathlib import Path

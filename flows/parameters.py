@@ -103,5 +103,9 @@ class CheckedFlow(Flow[P, R]):
 
 
 def checked_flow(name: str) -> Callable[[Callable[P, R]], CheckedFlow[P, R]]:
-    """Make a flow of a function; its result is not kept."""
+    """Make a flow of a function; its result is not kept.
+
+    A runner pickles the function without the names that annotations kept as text would need, so
+    modules of flows do not import annotations from __future__.
+    """
     return lambda function: CheckedFlow(function, name=name, persist_result=False)
