@@ -61,9 +61,9 @@ class PrefectObserver:
             lambda: prefect.create_table_artifact(part_table(night), "night-parts", said)
         )
 
-    def show_report(self, night: Night, page: str, summary: str) -> None:
+    def show_report(self, said: str, page: str, summary: str, store: StoreSettings) -> None:
         """The summary of the report, where its page is, and a link where a browser can open one."""
-        said, link = f"Report of {night.date}", _address(page, night.job.store)
+        link = _address(page, store)
         where = f"`{page}`" if "://" in page else f"`{Path(page).absolute()}` on {platform.node()}"
         text = f"{summary.rstrip()}\n\nThe whole report: {where}\n"
         self._artifacts.send(lambda: prefect.create_markdown_artifact(text, "night-summary", said))

@@ -8,7 +8,7 @@ from flows.parameters import AuditForm, checked_flow
 from flows.tasks import as_task
 from pipeline.errors import AuditFailed
 from pipeline.job.auditing import audit_run
-from pipeline.run import report_run
+from pipeline.run import write_report
 from pipeline.settings import AuditSettings
 from pipeline.terminal.options import merge_section, split_store
 
@@ -32,13 +32,14 @@ def audit(
                 raise AuditFailed(f"the audit of {output} failed: {'; '.join(verdict.reasons)}")
             return {"verdict": verdict.verdict, "rows_audited": verdict.rows_audited}
 
-        def write_report() -> str:
-            return report_run(output, store)
+        def report() -> None:
+            found = as_task("report", lambda: write_report(output, store))
+            observer.show_report(f"Report of {output}", **found, store=store)
 
         try:
             found = as_task("audit", check)
         except AuditFailed:
-            as_task("report", write_report)
+            report()
             raise
-        as_task("report", write_report)
+        report()
         return found

@@ -2,10 +2,11 @@
 
 from kvcoppice.own_modules import load
 
+load("pipeline")  # before anything is imported from it, in a process that this one starts as well
+
 
 def main() -> None:
     """Run the command."""
-    load("pipeline")
     from pipeline.cli import main as command
 
     command()

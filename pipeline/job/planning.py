@@ -72,10 +72,12 @@ class Job:
         return {} if self.shape is None else self.shape.generation_config
 
     def describe_generation(self) -> str:
-        """Those defaults in one line for a person."""
+        """Those defaults in one line for a person, and the clock where prompts depend on it."""
+        clock = self.settings.tokens.clock
+        now = "" if clock is None else f"; its chat template takes {clock} for now"
         said = {name: value for name, value in self.generation_config.items() if name in _SAID}
         shown = ", ".join(f"{name}={value}" for name, value in said.items())
-        return f"generation defaults of the model: {shown or 'none'}"
+        return f"generation defaults of the model: {shown or 'none'}{now}"
 
     def preparation(self) -> Preparation:
         """The rules by which this job's rows become token ids and parameters."""

@@ -86,7 +86,7 @@ class ChatTemplate:
         if self.endless is not None:
             raise UsageError(self.endless)
         try:
-            with self._at_its_time(), self.limit:
+            with self.limit, self._at_its_time():
                 text = self.tokenizer.apply_chat_template(
                     messages, chat_template=self.source, add_generation_prompt=True, tokenize=False
                 )

@@ -9,6 +9,7 @@ from urllib.parse import urlparse
 
 import polars as pl
 import pytest
+from prefect.artifacts import Artifact
 from prefect.exceptions import ParameterTypeError
 from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
@@ -165,11 +166,19 @@ def test_a_failed_audit_fails_the_flow_and_is_reported(
 
     reported: list[str] = []
     monkeypatch.setattr("flows.audit.audit_run", lambda *arguments: Failed())
-    monkeypatch.setattr("flows.audit.report_run", lambda path, store: reported.append(path) or path)
+
+    def write_report(path: str, store: object) -> dict[str, str]:
+        reported.append(path)
+        return {"page": f"{path}/report.html", "summary": "| rows | 2 |"}
+
+    monkeypatch.setattr("flows.audit.write_report", write_report)
     run_job(job[0], Path(job[1]), echo_settings(Path(job[2]["model"])))
     with pytest.raises(AuditFailed, match="one row is corrupt"):
         audit(job[1], {})
     assert reported == [job[1]]
+    shown = Artifact.get("night-summary")
+    assert isinstance(shown, Artifact) and shown.data is not None
+    assert "| rows | 2 |" in str(shown.data) and f"`{job[1]}/report.html`" in str(shown.data)
 
 
 def test_prefect_is_told_not_to_track() -> None:
