@@ -6,12 +6,22 @@ those are in a YAML file on the machine, or in a block of Prefect's (`flows.cred
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from prefect import Flow
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from prefect.exceptions import ParameterTypeError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from pipeline.settings import STORAGE_SECRETS, AuditSettings, JobSettings, StoreSettings
 from pipeline.terminal.options import help_of, is_written_as_text, read_config
@@ -97,9 +107,31 @@ else:
 class CheckedFlow(Flow[P, R]):
     """A flow whose parameters are checked before Prefect is told them, and not only afterwards."""
 
+    def validate_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """The parameters as their types. Raises ParameterTypeError, which quotes no value.
+
+        Prefect's own check would log what it refuses, so nothing wrong gets as far.
+        """
+        kinds = inspect.signature(self.fn).parameters
+        return super().validate_parameters(
+            {
+                name: _checked(name, value, kinds[name].annotation)
+                for name, value in parameters.items()
+            }
+        )
+
     def serialize_parameters(self, parameters: dict[str, Any], **how: Any) -> dict[str, Any]:
-        """For Prefect's database. Raises ParameterTypeError, which quotes no value."""
+        """For Prefect's database. Raises as `validate_parameters`."""
         return super().serialize_parameters(self.validate_parameters(parameters), **how)
+
+
+def _checked(name: str, value: object, kind: Any) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        found = error.errors(include_input=False, include_context=False)
+        said = (".".join(map(str, (name, *one["loc"]))) + ": " + one["msg"] for one in found)
+        raise ParameterTypeError(f"{'; '.join(said)}; correct it") from None
 
 
 def checked_flow(name: str) -> Callable[[Callable[P, R]], CheckedFlow[P, R]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -176,9 +177,8 @@ def test_a_failed_audit_fails_the_flow_and_is_reported(
     with pytest.raises(AuditFailed, match="one row is corrupt"):
         audit(job[1], {})
     assert reported == [job[1]]
-    shown = Artifact.get("night-summary")
-    assert isinstance(shown, Artifact) and shown.data is not None
-    assert "| rows | 2 |" in str(shown.data) and f"`{job[1]}/report.html`" in str(shown.data)
+    shown = str(Artifact.get("night-summary"))
+    assert "| rows | 2 |" in shown and f"`{job[1]}/report.html` on " in shown
 
 
 def test_prefect_is_told_not_to_track() -> None:
@@ -194,12 +194,16 @@ SECRETS = {"access_key_id": "CANARY-ID", "secret_access_key": "CANARY-KEY"}
     injected="keys of a store in a Prefect flow: as parameters; in a block of credentials",
     outcome="refused before they are stored; used, and neither in the database nor in a log",
 )
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # block.save's
 def test_secrets_are_in_a_block_and_nowhere_else(
     job: tuple[str, str, dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Seen red: as parameters they were refused, but only after Prefect had stored them."""
+    """Seen red: as parameters they were refused, but only after Prefect had stored them; and
+    Prefect's own check logged what it refused.
+    """
     input, output, settings = job
     for options in (SECRETS, {"aws_secret_access_key": "CANARY-KEY"}):
         with pytest.raises(ParameterTypeError, match="name a block") as refused:
@@ -221,8 +225,10 @@ def test_secrets_are_in_a_block_and_nowhere_else(
     }  # fmt: skip
     known = stored() + "".join(capfd.readouterr()).encode()
     assert b"coppice-s3-credentials" in known and b"CANARY" not in known
+    assert "CANARY" not in caplog.text
     with pytest.raises(UsageError, match="has no block coppice-s3-credentials/other"):
         generate(input, output, settings, "other")
+    gc.collect()  # a connection that block.save left open, while its warning is let pass
 
 
 def test_the_form_has_every_setting_but_text_and_secrets() -> None:
