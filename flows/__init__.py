@@ -6,6 +6,10 @@ database. Nothing imports this package, and `pipeline` does not know Prefect.
 
 import os
 
+from kvcoppice.own_modules import load
+
+load("pipeline")  # ours, also beside a pipeline.py of a person's
+
 # Before the first import of prefect, which reads them once.
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")

@@ -1,4 +1,7 @@
-"""`python -m flows generate|audit|nightly|schedule`: flows, with the exit codes of `coppice`."""
+"""Flows as commands, with the exit codes of `coppice`.
+
+`python -m kvcoppice.flows generate|audit|nightly|schedule` runs one of them here.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import CoppiceError
-from pipeline.terminal.kept_settings import read_kept
+from pipeline.night.dates import parse_date
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -17,6 +20,9 @@ Output = Annotated[str, typer.Option("--output", help="Run directory, or s3:// U
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of other settings.")]
 NightFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of the night.")]
 Timezone = Annotated[str, typer.Option("--timezone", help="Of the schedule and the dates.")]
+Credentials = Annotated[
+    str | None, typer.Option("--credentials", help="Prefect block of S3 credentials.")
+]
 Date = Annotated[str | None, typer.Option("--date", help="Logical date, like 2026-11-22.")]
 
 
@@ -31,28 +37,38 @@ def generate(
     output: Output,
     model: Annotated[str, typer.Option("--model", help="Model folder or hub id.")],
     config: Config = None,
+    credentials: Credentials = None,
 ) -> None:
     """Do the job as a flow; the same call again resumes it."""
     from flows.generate import generate as flow
+    from flows.parameters import JobForm
 
-    settings = {} if config is None else {"config": _absolute(str(config))}
-    flow(_absolute(input), _absolute(output), settings | {"model": model})
+    form = JobForm.model_validate({"model": model, "config": config and config.absolute()})
+    flow(_absolute(input), _absolute(output), form, credentials)
 
 
 @app.command()
-def audit(output: Output, config: Config = None) -> None:
+def audit(output: Output, config: Config = None, credentials: Credentials = None) -> None:
     """Audit a run as a flow; exit code 4 below the bar."""
     from flows.audit import audit as flow
+    from flows.parameters import AuditForm
 
-    flow(_absolute(output), read_kept(config))
+    form = AuditForm.model_validate({"config": config and config.absolute()})
+    flow(_absolute(output), form, credentials)
 
 
 @app.command(name="nightly")
-def run_nightly(file: NightFile, date: Date = None, timezone: Timezone = "UTC") -> None:
+def run_nightly(
+    file: NightFile,
+    date: Date = None,
+    timezone: Timezone = "UTC",
+    credentials: Credentials = None,
+) -> None:
     """Do the unfinished nights of FILE, then that of the date (default: today), as a flow."""
     from flows.nightly import nightly as flow
 
-    flow(_absolute(str(file)), timezone, date)
+    day = None if date is None else parse_date(date)
+    flow(_absolute(str(file)), timezone, day, credentials)
 
 
 @app.command()

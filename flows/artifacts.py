@@ -5,9 +5,11 @@ A server that is slow, locked or dead costs a job nothing but these artifacts.
 
 from __future__ import annotations
 
+import platform
 import time
 from pathlib import Path
 from typing import Self, cast
+from urllib.parse import quote
 from uuid import UUID
 
 import prefect.artifacts as prefect
@@ -17,6 +19,8 @@ from pipeline.job.messenger import Messenger
 from pipeline.job.observer import Planning, Snapshot
 from pipeline.night.parts import part_table
 from pipeline.night.settings import Night
+from pipeline.settings import StoreSettings
+from pipeline.storage.object_store import ObjectUrl, endpoint_url, is_url
 from pipeline.terminal.progress import plain_line, planning_line
 from pipeline.visible import visible
 
@@ -65,14 +69,14 @@ class PrefectObserver:
             lambda: prefect.create_table_artifact(part_table(night), "night-parts", said)
         )
 
-    def show_report(self, night: Night, page: str, summary: str) -> None:
-        """The summary of the report, and where its page is."""
-        link = page if "://" in page else Path(page).absolute().as_uri()
-        said = f"Report of {night.date}"
-        self._artifacts.send(
-            lambda: prefect.create_markdown_artifact(summary, "night-summary", said)
-        )
-        self._artifacts.send(lambda: prefect.create_link_artifact(link, said, "night-report"))
+    def show_report(self, said: str, page: str, summary: str, store: StoreSettings) -> None:
+        """The summary of the report, where its page is, and a link where a browser can open one."""
+        link = _address(page, store)
+        where = f"`{page}`" if "://" in page else f"`{Path(page).absolute()}` on {platform.node()}"
+        text = f"{summary.rstrip()}\n\nThe whole report: {where}\n"
+        self._artifacts.send(lambda: prefect.create_markdown_artifact(text, "night-summary", said))
+        if link is not None:
+            self._artifacts.send(lambda: prefect.create_link_artifact(link, said, "night-report"))
 
     def close(self) -> None:
         """Nothing to leave: a sitting has several sessions."""
@@ -91,3 +95,13 @@ class PrefectObserver:
             self._progress = cast(UUID, made)  # typed as what it is in a coroutine as well
         else:
             prefect.update_progress_artifact(self._progress, share, said)
+
+
+def _address(page: str, store: StoreSettings) -> str | None:
+    """Where a browser finds the page; None for a file, which it does not open from a site."""
+    if not is_url(page):
+        return None
+    url, endpoint = ObjectUrl.parse(page), endpoint_url(store)
+    if endpoint is not None:
+        return f"{endpoint.rstrip('/')}/{url.bucket}/{quote(url.key)}"
+    return f"https://console.aws.amazon.com/s3/object/{url.bucket}?prefix={quote(url.key)}"

@@ -1,25 +1,29 @@
 """The audit and the report as a flow that fails below the bar, so that nothing follows it."""
 
-from __future__ import annotations
-
 from typing import Any
 
-from prefect import flow
-
 from flows.artifacts import PrefectObserver
+from flows.credentials import find_credentials
+from flows.parameters import AuditForm, checked_flow
 from flows.tasks import as_task
 from pipeline.errors import AuditFailed
 from pipeline.job.auditing import audit_run
-from pipeline.run import report_run
+from pipeline.run import write_report
 from pipeline.settings import AuditSettings
 from pipeline.terminal.options import merge_section, split_store
 
 
-@flow(name="coppice-audit", persist_result=False)
-def audit(output: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Audit the run in `output`, then report; a failed audit is reported and fails the flow."""
-    others, store = split_store(settings)
+@checked_flow("coppice-audit")
+def audit(
+    output: str, settings: AuditForm | None = None, credentials: str | None = None
+) -> dict[str, Any]:
+    """Audit the run in `output`, then report; a failed audit is reported and fails the flow.
+
+    `credentials`: a block of S3 credentials of this name.
+    """
+    others, store = split_store({} if settings is None else settings.flat())
     chosen = merge_section(AuditSettings, others)
+    store = store.overridden_by(find_credentials(credentials))
     with PrefectObserver() as observer:
 
         def check() -> dict[str, Any]:
@@ -28,13 +32,14 @@ def audit(output: str, settings: dict[str, Any]) -> dict[str, Any]:
                 raise AuditFailed(f"the audit of {output} failed: {'; '.join(verdict.reasons)}")
             return {"verdict": verdict.verdict, "rows_audited": verdict.rows_audited}
 
-        def write_report() -> str:
-            return report_run(output, store)
+        def report() -> None:
+            found = as_task("report", lambda: write_report(output, store))
+            observer.show_report(f"Report of {output}", **found, store=store)
 
         try:
             found = as_task("audit", check)
         except AuditFailed:
-            as_task("report", write_report)
+            report()
             raise
-        as_task("report", write_report)
+        report()
         return found

@@ -7,8 +7,6 @@ Nights that would overlap are kept apart by the library's lock, not by a concurr
 Prefect: its engine ends a running night if the server, restarted, has forgotten the slot's lease.
 """
 
-from __future__ import annotations
-
 import datetime
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +17,7 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.runtime import flow_run
 
 from flows.artifacts import PrefectObserver
+from flows.credentials import find_credentials
 from flows.tasks import as_task, without_text
 from pipeline.errors import CoppiceError, FolderInUse, Interrupted, TimeBudgetReached
 from pipeline.night.dates import logical_date, parse_date
@@ -36,9 +35,9 @@ _STOPS = {
 }
 
 
-def _day(timezone: str = "UTC", date: str | None = None, **_: Any) -> datetime.date:
+def _day(timezone: str = "UTC", date: object = None, **_: Any) -> datetime.date:
     """`date`, or that of the scheduled start, which a late run keeps. Raises UsageError."""
-    return parse_date(date) if date else logical_date(flow_run.scheduled_start_time, timezone)
+    return parse_date(str(date)) if date else logical_date(flow_run.scheduled_start_time, timezone)
 
 
 def _run_name() -> str:
@@ -51,8 +50,16 @@ def _run_name() -> str:
 
 
 @flow(name="coppice-nightly", flow_run_name=_run_name, persist_result=False)
-def nightly(file: str, timezone: str = "UTC", date: str | None = None) -> State[Any]:
-    """Do the unfinished nights of the YAML `file`, then that of the run's scheduled date."""
+def nightly(
+    file: str,
+    timezone: str = "UTC",
+    date: datetime.date | None = None,
+    credentials: str | None = None,
+) -> State[Any]:
+    """Do the unfinished nights of the YAML `file`, then that of the run's scheduled date.
+
+    `credentials`: a block of S3 credentials of this name.
+    """
     with PrefectObserver() as observer:
 
         def call(name: str, night: Night, step: Step) -> dict[str, Any]:
@@ -62,12 +69,13 @@ def nightly(file: str, timezone: str = "UTC", date: str | None = None) -> State[
                 if name == "generate":
                     observer.show_parts(night)
             if name == "report":
-                observer.show_report(night, **found)
+                observer.show_report(f"Report of {night.date}", **found, store=night.job.store)
             return found
 
         try:
             with without_text():
-                endings = run_nights(Path(file), _day(timezone, date), observer, call)
+                day, store = _day(timezone, date), find_credentials(credentials)
+                endings = run_nights(Path(file), day, observer, call, store)
         except CoppiceError as error:
             return final_state([], error)
         return final_state(endings, worst(endings))

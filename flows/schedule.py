@@ -60,6 +60,7 @@ def serve(path: Path, cron: str, timezone: str, name: str | None = None) -> None
     day = datetime.datetime.now(open_zone(timezone)).date()
     deployment: dict[str, Any] = {
         "name": name or read_night(path, day).settings.name,
+        "tags": ["coppice", "nightly"],
         "parameters": {"file": str(path.absolute()), "timezone": timezone},
     }
     try:

@@ -18,6 +18,7 @@ _NEVER_RETRIED = (
     errors.TimeBudgetReached,
     errors.Interrupted,
 )
+RETRY_DELAYS_S: list[float] = [30.0, 300.0]  # a disk, a device or a network that comes back
 Found = TypeVar("Found")
 
 
@@ -39,12 +40,14 @@ async def is_worth_a_retry(tried: Any, run: Any, state: Any) -> bool:
 
 
 def as_task(name: str, step: Callable[[], Found], run_name: str | None = None) -> Found:
-    """Do the step, which goes on where it stopped, as a task with one retry."""
+    """Do the step, which goes on where it stopped, as a task that is tried again after a while."""
 
     @task(
         name=name,
         task_run_name=run_name,
-        retries=1,
+        tags={"coppice", name},
+        retries=len(RETRY_DELAYS_S),
+        retry_delay_seconds=RETRY_DELAYS_S,
         retry_condition_fn=is_worth_a_retry,
         cache_policy=NO_CACHE,
         persist_result=False,

@@ -287,11 +287,17 @@ def _sit(
 
 def report_run(output: Place, store: StoreSettings | None = None) -> str:
     """Write `report.html` and `report.md` of a run directory; returns the page's path or URL."""
+    return write_report(output, store)["page"]
+
+
+def write_report(output: Place, store: StoreSettings | None = None) -> dict[str, str]:
+    """As `report_run`; returns `page`, its path or URL, and `summary`, its Markdown."""
     from pipeline.report.page import render
 
     with reading_run(output, store or StoreSettings()) as directory:
         render(directory)
-        return f"{directory.name}/report.html"
+        summary = (directory.root / "report.md").read_text(encoding="utf-8")
+        return {"page": f"{directory.name}/report.html", "summary": summary}
 
 
 @contextmanager

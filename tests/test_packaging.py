@@ -26,11 +26,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_wheel_carries_model_prompts_templates_and_both_packages(built: Path) -> None:
+def test_the_wheel_carries_model_prompts_templates_and_all_packages(built: Path) -> None:
     names = set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())
     assert {f"pipeline/demo/{name}" for name in _DEMO} <= names
     assert {"pipeline/report/page.html.j2", "pipeline/cli.py", "flows/generate.py"} <= names
     assert {"flows/automations.yaml", "flows/prefect.yaml"} <= names
+    assert {"kvcoppice/__init__.py", "kvcoppice/flows.py", "kvcoppice/py.typed"} <= names
     assert not [name for name in names if name.startswith(("tests/", "data/"))]
 
 
@@ -40,6 +41,7 @@ def test_the_sdist_carries_what_make_needs(built: Path) -> None:
     assert {f"data/{name}" for name in _DEMO} <= names
     assert {
         "Makefile",
+        "kvcoppice/py.typed",
         "prefect.yaml",
         "constraints.txt",
         "LICENSE",

@@ -84,12 +84,14 @@ class Job:
         return {} if self.shape is None else self.shape.generation_config
 
     def describe_generation(self) -> str:
-        """Those defaults in one line for a person."""
+        """Those defaults in one line for a person, and the clock where prompts depend on it."""
+        clock = self.settings.tokens.clock
+        now = "" if clock is None else f"; its chat template takes {clock} for now"
         own = self.generation_config
         said = {name: own[name] for name in own if name in PLAIN}
         said |= {name: own[name] for name in RULES if own.get(name) is not None}
         shown = ", ".join(f"{name}={value}" for name, value in said.items())
-        return f"generation defaults of the model: {shown or 'none'}"
+        return f"generation defaults of the model: {shown or 'none'}{now}"
 
     def describe(self) -> str:
         """What a person should know before it runs, a line each."""

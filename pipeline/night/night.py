@@ -35,21 +35,30 @@ from pipeline.night.steps import (
     publish_night,
     report_night,
 )
+from pipeline.settings import StoreSettings
 from pipeline.storage.durable import make_folder, write_errors
 from pipeline.storage.lock import FolderLock
 from pipeline.storage.object_store import is_url
 
 
 def run_nights(
-    path: Path, day: datetime.date, observer: Observer, call: Call = directly
+    path: Path,
+    day: datetime.date,
+    observer: Observer,
+    call: Call = directly,
+    store: StoreSettings | None = None,
 ) -> list[Ending]:
     """Do the unfinished nights of the file, oldest first, then that of `day`.
 
     A night that fails does not keep the next one from its turn; a spent time budget, a signal and
-    another process at work do. Raises UsageError for the file, FolderInUse while another one sits.
+    another process at work do. `store`: how object stores are reached, over what the file says.
+
+    Raises UsageError for the file, FolderInUse while another one sits.
     """
     started = time.monotonic()  # the clock on the wall may be set while nights run
     tonight = read_night(path, day)
+    if store is not None:
+        tonight = tonight.reached_by(store)
     mark_due(tonight)
     budget = tonight.job.write.time_budget
     endings: list[Ending] = []

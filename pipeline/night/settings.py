@@ -11,7 +11,7 @@ import datetime
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.errors import UsageError
 from pipeline.forms import say_fault, unknown_name
-from pipeline.settings import JobSettings
+from pipeline.settings import JobSettings, StoreSettings
 from pipeline.storage.object_store import is_url
 from pipeline.terminal.options import read_config
 
@@ -97,6 +97,11 @@ class Night:
         tokens = job.tokens.model_copy(update={"clock": clock})
         job = job.model_copy(update={"tokens": tokens})
         return cls(settings, job, day, settings.input_on(day), settings.run_place_on(day))
+
+    def reached_by(self, store: StoreSettings) -> Night:
+        """The same night, with these options of object stores over its own."""
+        job = self.job.model_copy(update={"store": self.job.store.overridden_by(store)})
+        return replace(self, job=job)
 
     @property
     def awaited_folder(self) -> Path | None:

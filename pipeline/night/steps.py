@@ -16,8 +16,7 @@ from pipeline.job.observer import Observer
 from pipeline.job.planning import open_job
 from pipeline.night.publication import publish_run
 from pipeline.night.settings import Night
-from pipeline.report.page import render
-from pipeline.run import plan_job, run_job, with_absolute_paths
+from pipeline.run import plan_job, run_job, with_absolute_paths, write_report
 from pipeline.storage.run_place import holds_run, reading_run
 from pipeline.storage.summaries import AUDIT_SUMMARY, PLAN_SUMMARY
 
@@ -89,10 +88,7 @@ def audit_night(night: Night, observer: Observer) -> dict[str, Any]:
 
 def report_night(night: Night) -> dict[str, Any]:
     """Write the report: `page` is its path or URL, `summary` its Markdown."""
-    with reading_run(night.run_place, night.job.store) as directory:
-        render(directory)
-        summary = (directory.root / "report.md").read_text(encoding="utf-8")
-        return {"page": f"{directory.name}/report.html", "summary": summary}
+    return dict(write_report(night.run_place, night.job.store))
 
 
 def publish_night(night: Night) -> dict[str, Any]:

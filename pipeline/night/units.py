@@ -32,8 +32,7 @@ class Schedule:
     def command(self) -> list[str]:
         """What does one sitting. The date follows from the expression: a late start keeps it."""
         return [
-            # -P: a folder called pipeline beside the file is not ours
-            sys.executable, "-P", "-m", "pipeline", "night", str(self.file),
+            *_python("kvcoppice"), "night", str(self.file),
             "--cron", self.cron.text, "--timezone", self.timezone, "--progress", "plain",
         ]  # fmt: skip
 
@@ -49,7 +48,7 @@ def serve(schedule: Schedule, name: str | None) -> NoReturn:
     """Become the process that Prefect's server tells when to begin."""
     options = ["--cron", schedule.cron.text, "--timezone", schedule.timezone]
     options += [] if name is None else ["--name", name]
-    command = [sys.executable, "-m", "flows", "schedule", str(schedule.file), *options]
+    command = [*_python("kvcoppice.flows"), "schedule", str(schedule.file), *options]
     sys.stdout.flush()
     os.execv(sys.executable, command)
 
@@ -113,6 +112,11 @@ def crontab(schedule: Schedule) -> str:
 CRON_TZ={schedule.timezone}
 {schedule.cron.text} {line}
 """
+
+
+def _python(module: str) -> list[str]:
+    """How a module of ours is run in any folder, a person's own pipeline.py in it or not."""
+    return [sys.executable, "-P", "-m", module]
 
 
 def _systemd_word(word: str) -> str:

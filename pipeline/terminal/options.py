@@ -271,3 +271,13 @@ def to_flat(settings: JobSettings) -> dict[str, Any]:
         for section in dumped.values()
         for name, value in section.items()
     }
+
+
+def help_of(field: str) -> str:
+    """What a setting means, in a sentence."""
+    return _HELP[field]
+
+
+def is_written_as_text(field: str) -> bool:
+    """Whether a person writes it with a unit, or in one of two notations."""
+    return field in _WRITTEN_AS

@@ -36,8 +36,8 @@ def test_an_input_is_never_written_over(
 ) -> None:
     """Seen red: each of them replaced it."""
     before = source.read_bytes()
-    model = ["--model", tokenizer_folder, "--engine", "echo"]
-    run = ["run", source, "-o", tmp_path / "out", *model]
+    model: list[str | Path] = ["--model", tokenizer_folder, "--engine", "echo"]
+    run: list[str | Path] = ["run", source, "-o", tmp_path / "out", *model]
     assert "holds something else" in refused(*run, "--metrics-file", source)
     assert "no plan of coppice" in refused("plan", source, *model, "-o", tmp_path)
     assert "holds something else" in refused("plan", source, *model, "--html", source)

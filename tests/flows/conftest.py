@@ -15,3 +15,9 @@ def prefect_harness() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried again in this process is tried at once."""
+    monkeypatch.setattr("flows.tasks.RETRY_DELAYS_S", [0.0])

@@ -133,7 +133,7 @@ class PrefectServer:
 
     def serve(self, file: Path, name: str, cron: str = _NEVER, **environment: str) -> Process:
         """`coppice schedule`, and wait until the deployment is there."""
-        words = ("flows", "schedule", str(file), "--cron", cron, "--timezone", "UTC")
+        words = ("kvcoppice.flows", "schedule", str(file), "--cron", cron, "--timezone", "UTC")
         process = self.run(*words, "--name", name, **environment)
         wait_for(lambda: self.deployment(name) is not None, f"{name} to be served", process)
         return process

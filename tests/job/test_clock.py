@@ -103,6 +103,7 @@ def test_an_audit_takes_the_clock_of_the_run(
     with RunDirectory.open(tmp_path / "out") as directory:
         job = reopen_job(directory)
     assert job.tokenizer.render("why?") == "2026.11.22 why?"
+    assert job.describe_generation().endswith("takes 2026-11-22 00:00:00 for now")
 
 
 def test_a_clock_that_is_given_counts_and_another_is_refused(

@@ -322,7 +322,7 @@ def test_what_a_time_budget_cut_off_is_finished_first(
 def test_a_night_that_ends_after_midnight_has_the_date_that_it_began_with(
     job: NightlyJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its chat template prints the date. Seen red: "was planned differently", every night."""
+    """Its chat template prints the date. Seen red: the date of whatever day it was done on."""
     template = job.folder / "t.jinja"
     template.write_text(
         "{{ strftime_now('%d.%m.%Y') }} {% for m in messages %}{{ m.content }}{% endfor %}"

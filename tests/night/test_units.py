@@ -152,7 +152,7 @@ def test_without_printing_prefect_serves(
     ((path, words),) = called
     assert path == sys.executable
     assert words == [
-        sys.executable, "-m", "flows", "schedule", str(schedule.file),
+        sys.executable, "-P", "-m", "kvcoppice.flows", "schedule", str(schedule.file),
         "--cron", "*/20 2,4 * * mon-fri", "--timezone", "Europe/Berlin", "--name", "nightly",
     ]  # fmt: skip
 

@@ -1,0 +1,68 @@
+"""Frames of a Python program as files, which a job reads, resumes from and is audited with.
+
+```
+ <user's cache>/coppice/frames/<hash of the content>/prompts.parquet
+```
+
+The same rows have the same file, so that the same call resumes. Only the user may read it; it goes
+when nobody has used it for thirty days. After that, call `run` with the frame before an audit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+
+from pipeline.engine.machine import cache_folder
+from pipeline.errors import UsageError
+from pipeline.storage.durable import replace_file, write_errors
+from pipeline.storage.writer import encode_parquet
+
+_STALE_S = 30 * 24 * 3600  # an audit, or a resume, may come weeks after the run
+_DIGITS = 24
+
+
+def keep_frame(frame: pl.DataFrame | pl.LazyFrame | pa.Table) -> str:
+    """The path of a Parquet file of these rows. Raises UsageError for another type, StorageError.
+
+    What a lazy frame means is computed here, once a call.
+    """
+    frames = cache_folder() / "frames"
+    _drop_stale(frames)
+    content = memoryview(encode_parquet(_table(frame).combine_chunks()))
+    folder = frames / hashlib.sha256(content).hexdigest()[:_DIGITS]
+    path = folder / "prompts.parquet"
+    with write_errors(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.exists():
+            os.utime(folder)
+            return str(path)
+    replace_file(path, content)
+    return str(path)
+
+
+def _table(frame: object) -> pa.Table:
+    if isinstance(frame, pl.LazyFrame):
+        frame = frame.collect()
+    if isinstance(frame, pl.DataFrame):
+        return frame.rechunk().to_arrow()
+    if isinstance(frame, pa.Table):
+        return frame.replace_schema_metadata(None)  # pandas notes there where its index was
+    raise UsageError(
+        f"prompts are a path, a polars frame or a pyarrow table, not {type(frame).__name__}; "
+        "pl.from_pandas makes one of a pandas frame"
+    )
+
+
+def _drop_stale(frames: Path) -> None:
+    for folder in frames.glob("*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _STALE_S:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,125 @@
+"""What the calls of the package return: plain numbers and places, and frames on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from pipeline.settings import StoreSettings
+from pipeline.storage.object_store import is_url
+from pipeline.storage.run_place import reading_run
+
+if TYPE_CHECKING:
+    from pipeline.audit.verdict import Verdict
+    from pipeline.job.outcome import RunOutcome
+    from pipeline.job.planning import PlannedJob
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What sharing would save. `saving`: the share of prompt tokens that need not be computed.
+
+    `summary`: all that `coppice plan --json` says.
+    """
+
+    rows: int
+    rows_rejected: int
+    prompt_tokens: int
+    unique_tokens: int
+    saving: float
+    groups: int
+    summary: Mapping[str, Any] = field(repr=False, compare=False)
+    _planned: PlannedJob = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, planned: PlannedJob) -> Plan:
+        """As a planned job says it."""
+        said = planned.summary
+        return cls(
+            said.rows, said.rows_rejected, said.prompt_tokens, said.unique_tokens, said.saving,
+            said.groups, said.to_json(), planned,
+        )  # fmt: skip
+
+    def groups_of_rows(self) -> pl.LazyFrame:
+        """A row for each input row: its id, tokens, group, and how many of them it shares."""
+        return self._planned.frame().lazy()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished job. `output`: its run directory; `was_complete`: there was nothing left to do.
+
+    `counters`: all that `coppice status --json` counts.
+    """
+
+    output: str
+    rows: int
+    rows_ok: int
+    rows_failed: int
+    was_complete: bool
+    counters: Mapping[str, float] = field(repr=False, compare=False)
+    store: StoreSettings = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, outcome: RunOutcome, store: StoreSettings) -> Run:
+        """As the job says it; `store` is how the output is reached."""
+        counters = outcome.counters
+        rows, rows_ok = int(counters["rows_in"]), int(counters["rows_ok"])
+        return cls(
+            outcome.directory, rows, rows_ok, outcome.rows_failed, outcome.was_complete,
+            counters, store,
+        )  # fmt: skip
+
+    def answers(self) -> pl.LazyFrame:
+        """A row for each input row, in their order: your columns, the answer, what was reused.
+
+        Raises StorageError if parts of a run in a bucket cannot be fetched.
+        """
+        with reading_run(self.output, self.store) as directory:
+            rows = directory.scan().sort("row_index")
+            return rows.collect().lazy() if is_url(self.output) else rows
+
+    def audit(self, **settings: Any) -> Audit:
+        """As `kvcoppice.audit` of this run."""
+        from kvcoppice.api import audit
+
+        return audit(self, **settings)
+
+    def report(self) -> Report:
+        """As `kvcoppice.report` of this run."""
+        from kvcoppice.api import report
+
+        return report(self)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a comparison with plain full prefill found. `reasons`: why it failed, in sentences.
+
+    `summary`: all that `coppice audit --json` says.
+    """
+
+    passed: bool
+    reasons: tuple[str, ...]
+    tier: str
+    rows_audited: int
+    rows_exact: int
+    summary: Mapping[str, Any] = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, verdict: Verdict, summary: dict[str, Any]) -> Audit:
+        """As the audit says it."""
+        return cls(
+            verdict.passed, verdict.reasons, verdict.tier,
+            verdict.rows_audited, verdict.rows_exact, summary,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page about a run: `page` is the path or URL of report.html."""
+
+    page: str
