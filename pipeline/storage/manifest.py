@@ -54,7 +54,7 @@ class _Session(TypedDict, total=False):
 @with_config(RECORD)
 class _Writer(TypedDict):
     name: str
-    session: str
+    session: NotRequired[str]
 
 
 @with_config(RECORD)
