@@ -70,7 +70,7 @@ def test_a_template_takes_neither_all_time_nor_all_memory(
 
 @pytest.mark.parametrize("attack", ["string in steps", "center", "list", "squares", "format width"])
 def test_memory_is_refused_before_it_is_taken(outcomes: Outcomes, attack: str) -> None:
-    """In templates of ours; those of chats have the memory of the process, says `chat_template`."""
+    """In templates of ours a step is refused by its operands, before its process meets a limit."""
     assert "OverflowError" in outcomes[attack, "prompt"][0]
 
 
