@@ -148,7 +148,7 @@ class Session:
         control = RunControl(
             self._stop.should_drain,
             lambda: self._stop.should_abort() or self._watchdog.has_fired,
-            self._planned.job.tokenizer.answers.is_stopped,
+            self._planned.job.tokenizer.answers.has_just_stopped,
         )
         stages = Stages()
         with self._watchdog.following(lambda: self._pulse(engine), stages.cancel), stages:
