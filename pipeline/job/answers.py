@@ -183,9 +183,11 @@ def stop_check(answers: AnswerText) -> StopCheck:
     return partial(_is_stopped, answers)
 
 
-def _is_stopped(answers: AnswerText, token_ids: Ids, stop: tuple[str, ...], prompt: Ids) -> bool:
+def _is_stopped(
+    answers: AnswerText, token_ids: Sequence[int], stop: tuple[str, ...], prompt: Ids
+) -> bool:
     try:
-        return answers.is_stopped(token_ids, stop, prompt)
+        return answers.has_just_stopped(token_ids, stop, prompt)
     except BaseException as error:
         if not is_row_fault(error):
             raise

@@ -14,6 +14,7 @@ tokens included, and may begin in the prompt, as `generate(stop_strings=)` has i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from os.path import commonprefix
 from typing import Any
 
@@ -45,7 +46,23 @@ class AnswerText:
 
     def is_stopped(self, token_ids: Ids, stop: tuple[str, ...], prompt: Ids = ()) -> bool:
         """Whether a stop string ends in the text of these ids, which follow `prompt`."""
-        return bool(stop) and self._find(prompt, token_ids, stop) is not None
+        if not stop or not self._holds(self._raw(prompt, token_ids, stop), stop):
+            return False
+        return self._find(prompt, token_ids, stop) is not None
+
+    def has_just_stopped(
+        self, token_ids: Sequence[int], stop: tuple[str, ...], prompt: Ids = ()
+    ) -> bool:
+        """As `is_stopped`, of ids that were asked for one by one: only the last ones are read."""
+        most = _longest(stop) + _TAIL_TOKENS
+        if len(token_ids) < most:
+            return self.is_stopped(token_ids, stop, prompt)
+        text = self._backend.decode(list(token_ids[-most:]), skip_special_tokens=False)
+        return self._holds(text, stop)
+
+    @staticmethod
+    def _holds(text: str, stop: tuple[str, ...]) -> bool:
+        return any(end in text for end in stop)
 
     def _visible(self, prompts: Sequence[Ids], answers: Sequence[Ids]) -> list[str]:
         tails = [_last(prompt, _TAIL_TOKENS) for prompt in prompts]
@@ -84,8 +101,7 @@ class AnswerText:
 
     def _raw(self, prompt: Ids, answer: Ids, stop: tuple[str, ...]) -> str:
         """The end of the prompt, as long as the longest stop string, and the answer."""
-        longest = max(len(text.encode(errors="replace")) for text in stop)
-        ids = [*_last(prompt, max(_TAIL_TOKENS, longest)), *answer]
+        ids = [*_last(prompt, max(_TAIL_TOKENS, _longest(stop))), *answer]
         text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
 
@@ -96,9 +112,16 @@ class AnswerText:
         return texts
 
 
+@lru_cache
+def _longest(stop: tuple[str, ...]) -> int:
+    """Bytes of the longest one, and so the most tokens that spell it."""
+    return max(len(text.encode(errors="replace")) for text in stop)
+
+
 def _last(prompt: Ids, most: int) -> list[int]:
     """The last ids of a prompt as plain integers."""
-    return [int(token_id) for token_id in prompt[max(0, len(prompt) - most) :]]
+    tail = prompt[max(0, len(prompt) - most) :]
+    return tail.tolist() if isinstance(tail, np.ndarray) else list(tail)
 
 
 def _after(start: str, text: str) -> str:

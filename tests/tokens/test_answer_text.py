@@ -79,6 +79,11 @@ def test_an_answer_ends_where_generate_ends_it(
     first = next((n for n in ends if theirs[n - 1]), None)
     stopped = [ours.is_stopped(output[:n], (stop,), prompt) for n in ends]
     assert stopped == [first is not None and n >= first for n in ends]
+    for before in ([], ids(sentencepiece, "d") * 40):  # of a long answer the last ids are read
+        steps = [(before + output[:n], (stop,), prompt) for n in ends]
+        whole = [ours.is_stopped(*step) for step in steps]
+        just = [ours.has_just_stopped(*step) for step in steps]
+        assert just[: (*whole, True).index(True) + 1] == whole[: (*whole, True).index(True) + 1]
     assert (first is None) == (text is None)
     if text is not None:
         assert ours.decode([prompt], [output[:first]], [(stop,)]) == [text]
