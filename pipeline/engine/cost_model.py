@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from pipeline.engine.backend import Backend
-from pipeline.engine.kernels.rules import Segments
+from pipeline.engine.kernels.rules import KVSpans
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.machine import cache_folder, cpu_description
 from pipeline.engine.model import LoadedModel
@@ -132,7 +132,7 @@ class _Bench:
             times.append(time.perf_counter() - begin)
         return statistics.median(times[1:])
 
-    def _own_parts(self, row: int, parts: int) -> Segments:
+    def _own_parts(self, row: int, parts: int) -> KVSpans:
         edges = np.linspace(0, self._keys, parts + 1).astype(np.int64)
         low, high = edges[:-1], edges[1:]
         queries, first = np.full(parts, row), row * self._keys

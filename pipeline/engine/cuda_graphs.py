@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.backend import Backend
-from pipeline.engine.kernels.rules import Segments
+from pipeline.engine.kernels.rules import KVSpans
 from pipeline.engine.kernels.triton_kernel import DeviceWork, TritonKernel
 from pipeline.engine.kernels.work_items import WorkItems, WorkShape
 from pipeline.engine.kv_cache import KVCache
@@ -45,7 +45,7 @@ class DecodeStep(NamedTuple):
     token_ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     slots: NDArray[np.int64]
-    segments: Segments
+    segments: KVSpans
 
 
 class NextTokens(NamedTuple):

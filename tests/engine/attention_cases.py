@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.kernels.rules import AttentionRules, Segments
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Segments over `positions` [N] and an arena of `capacity` slots, some of which nobody owns."""
+    """KVSpans over `positions` [N] and an arena of `capacity` slots, some of which nobody owns."""
 
-    segments: Segments
+    segments: KVSpans
     positions: NDArray[np.int64]
     capacity: int
 

@@ -18,7 +18,7 @@ from pipeline.engine.forward import Forward
 from pipeline.engine.kernels import native
 from pipeline.engine.kernels.kernel import AttentionKernel
 from pipeline.engine.kernels.native_kernel import NativeKernel
-from pipeline.engine.kernels.rules import AttentionRules, Segments, attend_reference
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans, attend_reference
 from pipeline.engine.kernels.strict_native_kernel import StrictNativeKernel
 from pipeline.engine.kernels.strict_torch_kernel import StrictTorchKernel
 from pipeline.engine.kernels.strict_work import StrictWork
@@ -241,7 +241,7 @@ def test_a_query_alone_with_its_segments_cut_has_the_same_bits(
         assert torch.equal(out, together), kernel.name
 
 
-def cut_in_two(segment: Segments, data: st.DataObject) -> list[list[int]]:
+def cut_in_two(segment: KVSpans, data: st.DataObject) -> list[list[int]]:
     q_lo, q_hi, kv_lo, kv_hi, position = segment.tolist()
     cut = data.draw(st.integers(kv_lo, kv_hi))
     halves = [[q_lo, q_hi, kv_lo, cut, position], [q_lo, q_hi, cut, kv_hi, position + cut - kv_lo]]
@@ -286,7 +286,7 @@ class SplitBySegment:
     def __init__(self, kernel: AttentionKernel) -> None:
         self._kernel = kernel
 
-    def prepare(self, segments: Segments, positions: np.ndarray) -> StrictWork:
+    def prepare(self, segments: KVSpans, positions: np.ndarray) -> StrictWork:
         return StrictWork(segments, positions)
 
     def attend(

@@ -674,7 +674,7 @@ def test_secrets_are_in_no_file(
     }
     chosen = settings.model_copy(update={"store": StoreSettings(storage_options=options)})
     store.put(bucket, "in/p.parquet", Path(prompts).read_bytes())
-    interrupt(store, f"s3://{bucket}/in/", f"s3://{bucket}/run", chosen, monkeypatch)
+    interrupt(store, f"s3://{bucket}/in/", f"s3://{bucket}/run", chosen)
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 5
     run_job(f"s3://{bucket}/in/", f"s3://{bucket}/run", chosen)

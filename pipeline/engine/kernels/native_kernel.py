@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.kernels.rules import AttentionRules, Segments
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans
 from pipeline.engine.sampling import Sampled
 
 Tiles = NDArray[np.int64]
@@ -40,7 +40,7 @@ class NativeKernel:
         self._rep = num_heads // num_kv_heads
         self._num_kv_heads = num_kv_heads
 
-    def prepare(self, segments: Segments, positions: NDArray[np.int64]) -> NativeWork:
+    def prepare(self, segments: KVSpans, positions: NDArray[np.int64]) -> NativeWork:
         """Cut segments at the borders of tiles that keep all threads busy."""
         cut, tiles = cut_tiles(segments, len(positions), self._tile_tokens(len(positions)))
         return NativeWork(*(torch.from_numpy(x) for x in (positions, cut, tiles)))
@@ -71,7 +71,7 @@ def likeliest_token(logits: Tensor) -> Sampled:
     return Sampled(token_ids.numpy(), best.isfinite().numpy())
 
 
-def cut_tiles(segments: Segments, num_tokens: int, tile_tokens: int) -> tuple[Segments, Tiles]:
+def cut_tiles(segments: KVSpans, num_tokens: int, tile_tokens: int) -> tuple[KVSpans, Tiles]:
     """(segments that lie within one tile each, sorted by tile; tiles of `tile_tokens` queries)."""
     first = segments[:, 0] // tile_tokens
     pieces = (segments[:, 1] - 1) // tile_tokens - first + 1

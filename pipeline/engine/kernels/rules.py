@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Segments = NDArray[np.int64]
+KVSpans = NDArray[np.int64]
 """[segments, 5]: q_lo, q_hi, kv_lo, kv_hi, position. No key is seen twice by a query."""
 
 
@@ -41,7 +41,7 @@ def attend_reference(
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
-    segments: Segments,
+    segments: KVSpans,
     rules: AttentionRules,
 ) -> Tensor:
     """One layer. query [N, Hq, d]; keys, values [Hkv, capacity, d]; positions [N] int64.

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.kernels.rules import AttentionRules, Segments
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans
 from pipeline.engine.kernels.strict_work import StrictWork
 
 
@@ -16,7 +16,7 @@ class StrictNativeKernel:
 
     name = "strict native"
 
-    def prepare(self, segments: Segments, positions: NDArray[np.int64]) -> StrictWork:
+    def prepare(self, segments: KVSpans, positions: NDArray[np.int64]) -> StrictWork:
         """Nothing to plan."""
         return StrictWork(np.ascontiguousarray(segments), np.ascontiguousarray(positions))
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.kernels.rules import AttentionRules, Segments
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans
 from pipeline.engine.kernels.strict_work import StrictWork
 
 
@@ -20,7 +20,7 @@ class StrictTorchKernel:
 
     name = "strict torch"
 
-    def prepare(self, segments: Segments, positions: NDArray[np.int64]) -> StrictWork:
+    def prepare(self, segments: KVSpans, positions: NDArray[np.int64]) -> StrictWork:
         """Nothing to plan."""
         return StrictWork(segments, positions)
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.kernels.rules import Segments
+from pipeline.engine.kernels.rules import KVSpans
 
 
 @dataclass(frozen=True, slots=True)
 class StrictWork:
     """`segments` [S, 5] and `positions` [N] int64 of one forward, as `AttentionKernel.prepare`."""
 
-    segments: Segments
+    segments: KVSpans
     positions: NDArray[np.int64]
 
     def part(self, low: int, high: int, size: int) -> StrictWork:

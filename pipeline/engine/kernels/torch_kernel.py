@@ -1,6 +1,6 @@
 """Tree attention in plain torch, for every device and dtype: the fallback of the compiled kernels.
 
-Segments become *levels*: within a level no query occurs twice, so its results can be merged into
+KVSpans become *levels*: within a level no query occurs twice, so its results can be merged into
 the running ones at once. A large segment is a product of its own, small ones share padded products.
 """
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.kernels import partial
-from pipeline.engine.kernels.rules import AttentionRules, Segments
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans
 
 _BUCKET_CELLS = 1 << 16  # query x key pairs above which an item fills the device alone
 _BUCKET_KEYS = 512  # keys above which gathering them costs more than a call of its own
@@ -23,7 +23,7 @@ _PADDED_CELLS = 1 << 24  # padded query x key pairs of one bucket: bounds its me
 
 @dataclass(frozen=True, slots=True)
 class DenseItem:
-    """A segment that is a product of its own; see `Segments` for the fields."""
+    """A segment that is a product of its own; see `KVSpans` for the fields."""
 
     q_lo: int
     q_hi: int
@@ -51,7 +51,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """Segments whose queries do not overlap: large ones on their own, small ones in buckets."""
+    """KVSpans whose queries do not overlap: large ones on their own, small ones in buckets."""
 
     singles: tuple[DenseItem, ...]
     buckets: tuple[Bucket, ...]
@@ -76,7 +76,7 @@ class TorchKernel:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def prepare(self, segments: Segments, positions: NDArray[np.int64]) -> TorchWork:
+    def prepare(self, segments: KVSpans, positions: NDArray[np.int64]) -> TorchWork:
         """Each query's own past first, causally, then the shared ranges above it."""
         own, causal, shared = _split_at_diagonal(segments, positions)
         levels = [(own, False, True), (causal, True, True)]
@@ -97,8 +97,8 @@ class TorchKernel:
 
 
 def _split_at_diagonal(
-    segments: Segments, positions: NDArray[np.int64]
-) -> tuple[Segments, Segments, Segments]:
+    segments: KVSpans, positions: NDArray[np.int64]
+) -> tuple[KVSpans, KVSpans, KVSpans]:
     """(single queries with their own range, causal blocks, segments that all their queries see).
 
     A segment that holds its queries' own tokens is cut where those begin.
@@ -117,8 +117,8 @@ def _split_at_diagonal(
     return segments[is_single], causal, np.concatenate([segments[~holds_own], past])
 
 
-def _levels(segments: Segments, num_tokens: int) -> list[Segments]:
-    """Segments by depth: the one nearest the root first."""
+def _levels(segments: KVSpans, num_tokens: int) -> list[KVSpans]:
+    """KVSpans by depth: the one nearest the root first."""
     seen = np.zeros(num_tokens, np.int64)
     depth = np.empty(len(segments), np.int64)
     for place in np.argsort(segments[:, 4], kind="stable").tolist():
@@ -128,7 +128,7 @@ def _levels(segments: Segments, num_tokens: int) -> list[Segments]:
     return [segments[depth == d] for d in range(int(depth.max(initial=-1)) + 1)]
 
 
-def make_level(segments: Segments, is_causal: bool, is_first: bool, device: torch.device) -> Level:
+def make_level(segments: KVSpans, is_causal: bool, is_first: bool, device: torch.device) -> Level:
     """Split segments into singles and buckets of similar shape."""
     queries, keys = segments[:, 1] - segments[:, 0], segments[:, 3] - segments[:, 2]
     is_single = (queries * keys > _BUCKET_CELLS) | (keys > _BUCKET_KEYS)
@@ -156,7 +156,7 @@ def _grade(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return graded
 
 
-def _bucket(segments: Segments, device: torch.device) -> Bucket:
+def _bucket(segments: KVSpans, device: torch.device) -> Bucket:
     q_lo, q_hi, kv_lo, kv_hi, position = (segments[:, i : i + 1] for i in range(5))
     queries = q_lo + np.arange((q_hi - q_lo).max())
     valid = np.flatnonzero(queries < q_hi)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.kernels.rules import AttentionRules, Segments
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans
 from pipeline.engine.kernels.work_items import (
     ITEM_FIELDS,
     SMALL_ROWS,
@@ -75,14 +75,14 @@ class TritonKernel:
         self._num_kv_heads = num_kv_heads
         self._programs = _PROGRAMS_A_PROCESSOR * _num_processors(device)
 
-    def plan(self, segments: Segments, positions: NDArray[np.int64]) -> WorkItems:
+    def plan(self, segments: KVSpans, positions: NDArray[np.int64]) -> WorkItems:
         """The work of one forward, still on the host."""
         keys = choose_split_keys(
             segments, self.rep, self.block_m, self._num_kv_heads, self._programs
         )
         return plan_work(segments, positions, self.rep, self.block_m, keys)
 
-    def prepare(self, segments: Segments, positions: NDArray[np.int64]) -> DeviceWork:
+    def prepare(self, segments: KVSpans, positions: NDArray[np.int64]) -> DeviceWork:
         """The work of one forward, on the device."""
         return upload(self.plan(segments, positions), self.device)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.kernels.rules import Segments
+from pipeline.engine.kernels.rules import KVSpans
 
 ITEM_FIELDS = 6
 SMALL_ROWS = 16  # the fewest that a tensor core takes; a decoding row's own range needs no more
@@ -91,7 +91,7 @@ class WorkItems:
 
 
 def plan_work(
-    segments: Segments, positions: NDArray[np.int64], rep: int, block_m: int, split_keys: int
+    segments: KVSpans, positions: NDArray[np.int64], rep: int, block_m: int, split_keys: int
 ) -> WorkItems:
     """Cut segments into items of at most `block_m` rows (tokens x `rep`) and `split_keys` keys."""
     assert rep <= block_m, f"a tile of {block_m} rows cannot hold the {rep} query heads of a token"
@@ -107,7 +107,7 @@ def plan_work(
 
 
 def choose_split_keys(
-    segments: Segments, rep: int, block_m: int, kv_heads: int, programs: int
+    segments: KVSpans, rep: int, block_m: int, kv_heads: int, programs: int
 ) -> int:
     """Keys of an item such that about `programs` equal ones would be the whole work."""
     tiles = -(-(segments[:, 1] - segments[:, 0]) * rep // block_m)
@@ -115,7 +115,7 @@ def choose_split_keys(
     return max(_FEWEST_KEYS, -(-keys // programs))
 
 
-def _cut(segments: Segments, tile: int, split_keys: int) -> Items:
+def _cut(segments: KVSpans, tile: int, split_keys: int) -> Items:
     """Items by segment, then keys, then queries: neighbours read the same keys, out of the cache.
 
     The number of the first partial is left open.
