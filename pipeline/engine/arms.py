@@ -60,7 +60,7 @@ def compare_arms(
         ("product", True, settings.max_rows),
     ):
         changed = settings.model_copy(update={"max_rows": max_rows})
-        arm = PrefixEngine(engine.loaded, changed, engine.backend, engine.cost_model)
+        arm = PrefixEngine(engine.loaded, changed, engine.backend, engine.break_even)
         yield name, _deviations(rows, baseline, forced_logits(arm, rows, share))
 
 

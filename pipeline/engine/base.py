@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Indices = NDArray[np.int64]
+"""Places in an array of a plan, ascending."""
+
+
 @dataclass
 class EngineCounters:
     """Live counts of one `generate` call; another thread may read them at any moment.
@@ -194,11 +198,7 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self,
-        plan: Plan,
-        sequences: NDArray[np.int64],
-        control: RunControl,
-        hooks: EngineHooks = NO_HOOKS,
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks = NO_HOOKS
     ) -> Iterator[Completion]:
         """Yield one completion for each of `sequences` (ascending indices into `plan.sequences`).
 

@@ -17,6 +17,7 @@ from pipeline.engine.base import (
     EngineCapabilities,
     EngineCounters,
     EngineHooks,
+    Indices,
     RunControl,
     one_at_a_time,
 )
@@ -35,11 +36,7 @@ class EchoEngine:
         self.notes: list[str] = []
 
     def generate(
-        self,
-        plan: Plan,
-        sequences: NDArray[np.int64],
-        control: RunControl,
-        hooks: EngineHooks = NO_HOOKS,
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks = NO_HOOKS
     ) -> Iterator[Completion]:
         """One completion for each of `sequences`, in order; none after a drain or abort."""
         self.capabilities.check(hooks)

@@ -19,6 +19,7 @@ from pipeline.engine.base import (
     EngineCapabilities,
     EngineCounters,
     EngineHooks,
+    Indices,
     Replay,
     RunControl,
     one_at_a_time,
@@ -43,11 +44,7 @@ class NaiveEngine:
         self._eos = frozenset(loaded.shape.eos_token_ids)
 
     def generate(
-        self,
-        plan: Plan,
-        sequences: NDArray[np.int64],
-        control: RunControl,
-        hooks: EngineHooks = NO_HOOKS,
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks = NO_HOOKS
     ) -> Iterator[Completion]:
         """See `Engine.generate`. One sequence after the other; each prompt is computed in full."""
         self.capabilities.check(hooks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from pipeline.engine.live import LiveRow
 from pipeline.engine.spans import SharedSpan
@@ -12,40 +11,6 @@ REFILL_BELOW = 0.75
 """New rows enter when so few of the rows of the last admission are left: prefill stays packed."""
 LIKELY_SHARE = 0.75
 """Rows are expected to reach this share of the mean answer so far: they are not all old at once."""
-
-
-class ResidencyPolicy(Protocol):
-    """Decides about rows and spans; the scheduler carries it out and says what became of it."""
-
-    def rows_to_admit(self, live: Sequence[LiveRow]) -> int:
-        """As many rows may enter at most in this step."""
-        ...
-
-    def lets_in(self, row: LiveRow, needed: int, free: int) -> bool:
-        """Whether `row`, which takes `needed` of `free` slots at once, may enter now."""
-        ...
-
-    def entered(self, row: LiveRow) -> None:
-        """`row` is on the device."""
-        ...
-
-    def closes(self, live: Sequence[LiveRow]) -> None:
-        """No more rows enter in this step."""
-        ...
-
-    def gives_way(
-        self, live: Sequence[LiveRow], idle: Sequence[SharedSpan]
-    ) -> LiveRow | SharedSpan:
-        """Whose slots are given back so that the other rows can grow."""
-        ...
-
-    def ended(self, row: LiveRow) -> None:
-        """`row` has its answer."""
-        ...
-
-    def is_over(self, span: SharedSpan) -> bool:
-        """Whether nobody will need the span again."""
-        ...
 
 
 class DepthFirstPolicy:

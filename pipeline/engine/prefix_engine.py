@@ -23,10 +23,10 @@ from pipeline.engine.base import (
     EngineCapabilities,
     EngineCounters,
     EngineHooks,
+    Indices,
     KVFormat,
     RunControl,
 )
-from pipeline.engine.cost_model import CostModel
 from pipeline.engine.cuda_graphs import DecodeStep, NextTokens, decode_runner
 from pipeline.engine.decode_view import DecodeView, own_slots
 from pipeline.engine.kv_cache import kv_capacity, reserve_kv
@@ -65,11 +65,11 @@ class PrefixEngine:
         loaded: LoadedModel,
         settings: EngineSettings,
         backend: Backend | None = None,
-        cost_model: CostModel | None = None,
+        break_even: float | None = None,
         notes: Sequence[str] = (),
     ) -> None:
-        """`backend` None: the one that suits model and settings. `cost_model`: where it is known it
-        decides which spans rows share in decode, not the plan's rule. `notes`: more of them."""
+        """`backend` None: the one that suits model and settings. `break_even`: see `sharing_cost`;
+        where it is known it decides which spans rows share in decode, not the plan's rule."""
         reason = why_unsupported(loaded.model.config)
         if reason:
             raise ModelError(f"{loaded.source}: {reason}")
@@ -79,7 +79,7 @@ class PrefixEngine:
         self.loaded: Final = loaded
         self.settings: Final = settings
         self.backend: Final = backend or choose(loaded, settings.kernels)
-        self.cost_model: Final = cost_model
+        self.break_even: Final = break_even
         self.counters = EngineCounters()
         self.notes = [*([self.backend.note] if self.backend.note else []), *notes]
 
@@ -91,11 +91,7 @@ class PrefixEngine:
         return EngineCapabilities(computes_once=True, measures_rates=True, shows_logits=True, kv=kv)
 
     def generate(
-        self,
-        plan: Plan,
-        sequences: NDArray[np.int64],
-        control: RunControl,
-        hooks: EngineHooks = NO_HOOKS,
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks = NO_HOOKS
     ) -> Iterator[Completion]:
         """See `Engine.generate`.
 
@@ -111,9 +107,8 @@ class PrefixEngine:
     def _completions(
         self, plan: Plan, sequences: NDArray[np.int64], control: RunControl, hooks: EngineHooks
     ) -> Iterator[Completion]:
-        if self.cost_model is not None:
-            below = plan.count_below(sequences)
-            plan = cut_by_cost(plan, below, self.cost_model.break_even_tokens)
+        if self.break_even is not None:
+            plan = cut_by_cost(plan, plan.count_below(sequences), self.break_even)
         work = _Work(plan, control, hooks, most_kv_tokens(plan, sequences))
         left, history = sequences, History(hooks.kv_states)
         while len(left):

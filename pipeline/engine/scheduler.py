@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipeline.engine.base import KVStates
 from pipeline.engine.layout import PrefixLayout, SharedPart
 from pipeline.engine.live import LiveRow, PrefillJob
-from pipeline.engine.policy import ResidencyPolicy
+from pipeline.engine.policy import DepthFirstPolicy
 from pipeline.engine.residency import Residency, slots_of
 from pipeline.engine.spans import KVSpan, Placement, SharedPlacement, SharedSpan
 from pipeline.plan.plan import Plan
@@ -60,7 +60,7 @@ class Scheduler:
         plan: Plan,
         sequences: NDArray[np.int64],
         residency: Residency,
-        policy: ResidencyPolicy,
+        policy: DepthFirstPolicy,
         history: History,
     ) -> None:
         """`sequences`: ascending indices of the sequences that shall run."""

@@ -26,6 +26,7 @@ from pipeline.engine.base import (
     EngineCapabilities,
     EngineCounters,
     EngineHooks,
+    Indices,
     RunControl,
 )
 from pipeline.engine.model import read_shape
@@ -62,11 +63,7 @@ class VllmEngine:
         self.notes.append(f"vLLM {_version()} shares prefixes in blocks of {block_size} tokens")
 
     def generate(
-        self,
-        plan: Plan,
-        sequences: NDArray[np.int64],
-        control: RunControl,
-        hooks: EngineHooks = NO_HOOKS,
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks = NO_HOOKS
     ) -> Iterator[Completion]:
         """See `Engine.generate`. Raises EngineError if vLLM itself fails."""
         self.capabilities.check(hooks)

@@ -1,22 +1,19 @@
-"""What a forward costs on this machine, measured once per model and device, and kept.
+"""From which size on it pays that rows share a span in decode, measured once and kept.
 
-    seconds = step + token * tokens + segment * segments + key * keys + pair * pairs
+A span of `p` tokens above G rows costs a kernel one more span when it is shared, and p * (G - 1)
+more keys when each row has a copy (engine.md §2.6). So it pays from
 
-`keys` counts a segment's keys once whatever the number of its queries, `pairs` every query's own
-keys. The decision that rests on it: a span of `p` tokens above G rows costs one segment when it is
-shared in decode, and p * (G - 1) more keys when each row has a copy (engine.md §2.6).
+    p * (G - 1) >= (seconds of a span) / (seconds of a key)
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,75 +28,44 @@ from pipeline.engine.packing import pack_decode
 
 _ROWS = 32
 _KEYS = 128  # of each row, or as many as the model's context holds
-_PARTS = 8  # segments that they are cut into
+_PARTS = 8  # spans that they are cut into
 _REPEATS = 5
 _ALWAYS_SHARE = 1.0
 
 
-@dataclass(frozen=True)
-class CostModel:
-    """Seconds; see the module's formula. None is negative."""
-
-    step_s: float
-    token_s: float
-    segment_s: float
-    key_s: float
-    pair_s: float
-
-    def forward_s(self, tokens: int, segments: int, keys: int, pairs: int) -> float:
-        """Expected seconds of one forward."""
-        return (
-            self.step_s
-            + self.token_s * tokens
-            + self.segment_s * segments
-            + self.key_s * keys
-            + self.pair_s * pairs
-        )
-
-    @property
-    def break_even_tokens(self) -> float:
-        """p * (G - 1) from which sharing a span in decode pays."""
-        return self.segment_s / self.key_s if self.key_s > 0 else _ALWAYS_SHARE
-
-
-def calibrated(loaded: LoadedModel, backend: Backend, cache: Path | None = None) -> CostModel:
-    """The cost model of this model on this device: from the cache, else measured and kept.
+def break_even_tokens(loaded: LoadedModel, backend: Backend, cache: Path | None = None) -> float:
+    """The least p * (G - 1) for this model on this device: from the cache, else measured and kept.
 
     `cache` is a folder; by default the user's. A cache that cannot be written is no error.
     """
     path = (cache or cache_folder() / "cost") / f"{_fingerprint(loaded, backend)}.json"
     try:
-        return CostModel(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return float(json.loads(path.read_text(encoding="utf-8"))["break_even_tokens"])
+    except (OSError, ValueError, TypeError, KeyError):
         pass  # absent, or written by another version
-    model = measure(loaded, backend)
+    measured = measure(loaded, backend)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(dataclasses.asdict(model), file)
+            json.dump({"break_even_tokens": measured}, file)
         os.replace(file.name, path)
     except OSError:
         pass
-    return model
+    return measured
 
 
 @torch.inference_mode()
-def measure(loaded: LoadedModel, backend: Backend) -> CostModel:
+def measure(loaded: LoadedModel, backend: Backend) -> float:
     """Time forwards of decoding rows that differ in one thing each; about a second."""
     shape = (loaded.shape.num_layers, loaded.shape.num_kv_heads, loaded.shape.head_dim)
     keys = min(_KEYS, (loaded.shape.context_length or _KEYS + 1) - 1)
     cache = KVCache(shape, _ROWS * (keys + 1), like=next(loaded.model.parameters()))
     cache.arena.zero_()
     bench = _Bench(loaded, backend, cache, keys)
-    few, many = bench.seconds(_ROWS // 4, 0), bench.seconds(_ROWS, 0)
-    token_s = max(0.0, (many - few) / (_ROWS - _ROWS // 4))
-    shared = bench.seconds(_ROWS, 0, shared=1)
-    own, parts = bench.seconds(_ROWS, 1), bench.seconds(_ROWS, _PARTS)
-    segment_s = max(0.0, (parts - own) / (_ROWS * (_PARTS - 1)))
-    key_s = max(0.0, (own - shared - segment_s * (_ROWS - 1)) / (keys * (_ROWS - 1)))
-    pair_s = max(0.0, (shared - many - segment_s - key_s * keys) / (keys * _ROWS))
-    step_s = max(0.0, few - token_s * (_ROWS // 4))
-    return CostModel(step_s, token_s, segment_s, key_s, pair_s)
+    shared, own, parts = bench.seconds(0), bench.seconds(1), bench.seconds(_PARTS)
+    span_s = max(0.0, (parts - own) / (_ROWS * (_PARTS - 1)))
+    key_s = (own - shared - span_s * (_ROWS - 1)) / (keys * (_ROWS - 1))
+    return span_s / key_s if key_s > 0 else _ALWAYS_SHARE
 
 
 class _Bench:
@@ -111,19 +77,18 @@ class _Bench:
         self._keys = keys
         self._device = loaded.device
 
-    def seconds(self, rows: int, parts: int, shared: int = 0) -> float:
-        """Median time. The earlier keys are the row's own in `parts` segments, or all share one."""
-        segments = [self._own_parts(row, parts) for row in range(rows)] if parts else []
-        if shared:
-            segments.append(np.array([[0, rows, 0, self._keys, 0]], np.int64))
-        above = np.concatenate([np.zeros((0, 5), np.int64), *segments])
-        slot = _ROWS * self._keys + np.arange(rows)
-        keep = torch.arange(rows, device=self._device)
+    def seconds(self, parts: int) -> float:
+        """Median time. The earlier keys are the row's own in `parts` spans; 0: all share one."""
+        above = np.array([[0, _ROWS, 0, self._keys, 0]], np.int64)
+        if parts:
+            above = np.concatenate([self._own_parts(row, parts) for row in range(_ROWS)])
+        slot = _ROWS * self._keys + np.arange(_ROWS)
+        keep = torch.arange(_ROWS, device=self._device)
         times = []
         for _ in range(_REPEATS + 1):
             begin = time.perf_counter()
             batch = pack_decode(
-                np.ones(rows, np.int64), np.full(rows, self._keys), (slot, slot + 1), above,
+                np.ones(_ROWS, np.int64), np.full(_ROWS, self._keys), (slot, slot + 1), above,
                 self._backend.kernel, self._device,
             )  # fmt: skip
             self._backend.forward(batch, self._cache, keep)
