@@ -221,12 +221,12 @@ class Replay(NamedTuple):
 
     `predicted[i]` is what the baseline would say given prompt + output[:i]: its argmax for a greedy
     row, what it would draw with the same noise for a sampled one. `logprob[i]` is the baseline's
-    log-probability (nats) of the token that the product gave. float64 all.
+    log-probability (nats) of the token that the run gave. float64 all.
 
     How near the choice was: for a greedy row in nats, `margin[i]` between the two best tokens and
-    `deficit[i]` between `predicted[i]` and the product's token. For a sampled row in probability
+    `deficit[i]` between `predicted[i]` and the run's token. For a sampled row in probability
     mass: how far the noise lies from leaving the interval of `predicted[i]`, and from entering that
-    of the product's token. `deficit` is 0 where they agree, NaN where the logits were.
+    of the run's token. `deficit` is 0 where they agree, NaN where the logits were.
     """
 
     predicted: NDArray[np.int64]

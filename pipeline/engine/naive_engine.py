@@ -186,7 +186,7 @@ def _sampled_replay(
     predicted: NDArray[np.int64],
 ) -> Replay:
     """For sampled rows the distance is one of probability mass, not of nats: how far the noise lies
-    from the interval of the product's token (deficit), and from leaving its own (margin)."""
+    from the interval of the run's token (deficit), and from leaving its own (margin)."""
     order, cumulative = truncated_cdf(logits, [params] * len(output))
     noise = torch.from_numpy(uniform_noise(keys, np.arange(len(output)))).to(logits.device)
     upper, lower = _intervals(order, cumulative, torch.tensor(output, device=logits.device))

@@ -6,7 +6,7 @@ bit with those of other ways to the same tokens:
 ```
  the same call twice             prompt
  each tile size, another slot    others .. | prompt | .. others, so that the tile has that size
- prompt cut into segments        [range] [range] .. [range] prompt's end
+ prompt cut into spans        [range] [range] .. [range] prompt's end
  decode, with rows beside it     .. | one token | ..
 ```
 
@@ -28,7 +28,6 @@ from torch import Tensor
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.packing import Piece, PlacedSlots, pack_decode, pack_prefill
 from pipeline.engine.prefix_engine import PrefixEngine
-from pipeline.engine.tiled_forward import TiledForward
 from pipeline.errors import UsageError
 
 _PROMPT = 70  # more than a key tile of the kernel, so that a row's state is carried on
@@ -70,8 +69,7 @@ class _Trial:
     @property
     def _sizes(self) -> tuple[int, ...]:
         """Tile sizes of the engine; a forward that is not tiled has the prompt's own."""
-        forward = self.engine.backend.forward
-        return forward.sizes if isinstance(forward, TiledForward) else (self._length,)
+        return self.engine.backend.tile_sizes or (self._length,)
 
     def ways(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """(what it shows, completing "the same ..", a call that computes the logits)."""

@@ -124,10 +124,10 @@ def test_the_reference_equals_the_oracle() -> None:
     piece = Piece(np.zeros(3, np.int64), 7, 20, 2, (PlacedSlots(2, 7, 0),))
     path = [2, 3, 4, 5, 6, 18, 19]
     forest = Forest([piece], [[*path, *range(20, 21 + i)] for i in range(3)])
-    segments = np.array([[0, 3, 2, 7, 0], [0, 3, 18, 23, 5]])
+    spans = np.array([[0, 3, 2, 7, 0], [0, 3, 18, 23, 5]])
     query, keys, values = (torch.randn(*shape) for shape in ((3, 6, 8), (2, 30, 8), (2, 30, 8)))
     for rules in RULES:
-        out = attend_reference(query, keys, values, torch.tensor([7, 8, 9]), segments, rules)
+        out = attend_reference(query, keys, values, torch.tensor([7, 8, 9]), spans, rules)
         expected = by_path(query, keys, values, forest, rules)
         torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-4)
 
@@ -151,11 +151,11 @@ def test_a_kernel_does_not_hide_a_nan(tokens: int, head_dim: int) -> None:
     st.lists(st.tuples(st.integers(0, 90), st.integers(1, 60)), max_size=30), st.integers(1, 100)
 )
 @settings(max_examples=200, deadline=None)
-def test_tiles_hold_every_query_of_every_segment_once(
-    spans: list[tuple[int, int]], tile_tokens: int
+def test_tiles_hold_every_query_of_every_span_once(
+    drawn: list[tuple[int, int]], tile_tokens: int
 ) -> None:
-    segments = [[lo, lo + n, 10 * i, 10 * i + 10, 0] for i, (lo, n) in enumerate(spans)]
-    table = np.array(segments, np.int64).reshape(-1, 5)
+    spans = [[lo, lo + n, 10 * i, 10 * i + 10, 0] for i, (lo, n) in enumerate(drawn)]
+    table = np.array(spans, np.int64).reshape(-1, 5)
     cut, tiles = cut_tiles(table, 150, tile_tokens)
     served = {
         (query, int(row[2]))
@@ -163,8 +163,8 @@ def test_tiles_hold_every_query_of_every_segment_once(
         for row in cut[low:high]
         for query in range(max(q_lo, int(row[0])), min(q_hi, int(row[1])))
     }
-    assert served == {(q, s[2]) for s in segments for q in range(s[0], s[1])}
-    assert int((cut[:, 1] - cut[:, 0]).sum()) == sum(n for _, n in spans)
+    assert served == {(q, s[2]) for s in spans for q in range(s[0], s[1])}
+    assert int((cut[:, 1] - cut[:, 0]).sum()) == sum(n for _, n in drawn)
     assert tiles[:, 0].tolist() == list(range(0, 150, tile_tokens)) and tiles[-1, 1] == 150
 
 

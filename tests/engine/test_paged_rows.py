@@ -192,7 +192,8 @@ def run(
     engine = PrefixEngine(loaded, EngineSettings(kv_budget=budget, kernels=chosen, **limits))
     if kernels == "recorded":
         forward = TransformersForward(loaded.model, pack_weights=False)
-        backend = Backend(forward, ItemsByReference(4, 2, torch.device("cpu")))
+        kernel = ItemsByReference(4, 2, torch.device("cpu"))
+        backend = Backend(forward, kernel, recordable=kernel)
         engine = PrefixEngine(loaded, engine.settings, backend)
     return collect(engine, plan, control), engine
 
@@ -250,7 +251,7 @@ def test_any_budget_gives_the_same_answers(
     """From room for the largest row alone to room for all; the prompt is prefilled once in each.
 
     Red with: the last generated token but one left out of what is computed again; a block's
-    position counted from the row's start; kept segments not dropped after growth; `cached_tokens`
+    position counted from the row's start; kept spans not dropped after growth; `cached_tokens`
     set anew at the second admission; what is computed again counted as prefilled, of a row or of a
     node; a node kept where it is idle and in the way; the gaps not closed; the first row preempted
     instead of the last; a preempted row at the end of the queue; admission in spite of a
@@ -498,7 +499,7 @@ def test_ranges_that_grow_and_move_keep_their_contents(steps: list[tuple[str, in
             assert slots.tolist() == contents
 
 
-def test_a_range_goes_where_it_can_grow_and_is_one_segment_then() -> None:
+def test_a_range_goes_where_it_can_grow_and_is_one_span_then() -> None:
     cache = KVCache((1, 1, 1), 100, like=torch.zeros(1))
     one, two = (cache.acquire(10, from_left=False, reach=40) for _ in range(2))
     assert one and two and (one.start, two.start) == (60, 20)
@@ -509,7 +510,7 @@ def test_a_range_goes_where_it_can_grow_and_is_one_segment_then() -> None:
 
 
 def test_with_room_a_row_stays_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paging costs decode steps nothing where memory is no limit: the same segments as before."""
+    """Paging costs decode steps nothing where memory is no limit: the same spans as before."""
     before = DecodeView.before
     most_blocks = []
 

@@ -16,7 +16,7 @@ class AttentionKernel(Protocol):
 
     name: str
 
-    def prepare(self, segments: KVSpans, positions: NDArray[np.int64]) -> Any:
+    def prepare(self, spans: KVSpans, positions: NDArray[np.int64]) -> Any:
         """The work of one forward of N queries at `positions` [N]; valid for all its layers."""
         ...
 

@@ -20,7 +20,7 @@ from torch.utils import cpp_extension
 from pipeline.engine.machine import cache_folder, cpu_description
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "strict.cpp"))
-_HEADERS = (Path(__file__).with_name("exp2.h"),)
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("exp2.h", "rules.h"))
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
 _MACROS = ("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512")
 _BUILD_LIMIT_S = 300
