@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
@@ -210,6 +210,33 @@ class Engine(Protocol):
     def close(self) -> None:
         """Give back what is not this process's own memory, in bounded time; twice is once."""
         ...
+
+
+class LocalEngine:
+    """What the engines of this process have in common. See `Engine`."""
+
+    capabilities = EngineCapabilities()
+
+    def __init__(self, notes: Iterable[str] = ()) -> None:
+        self.counters = EngineCounters()
+        self.notes = [*notes]
+
+    def generate(
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks = NO_HOOKS
+    ) -> Iterator[Completion]:
+        """See `Engine.generate`."""
+        self.capabilities.check(hooks)
+        self.counters = EngineCounters()
+        return self._completions(plan, sequences, control, hooks)
+
+    def close(self) -> None:
+        """See `Engine.close`: it holds nothing but memory of this process."""
+
+    def _completions(
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks
+    ) -> Iterator[Completion]:
+        """What `generate` yields."""
+        raise NotImplementedError
 
 
 EngineFactory = Callable[[JobSettings], Engine]

@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.base import (
-    NO_HOOKS,
-    EngineCapabilities,
-    EngineCounters,
     EngineHooks,
     Indices,
+    LocalEngine,
     Replay,
     RunControl,
     one_at_a_time,
@@ -30,33 +28,21 @@ from pipeline.plan.plan import Plan
 from pipeline.records import Completion, FinishReason, SamplingParams, Timing
 
 
-class NaiveEngine:
+class NaiveEngine(LocalEngine):
     """`Engine` and `Baseline` at once, with transformers' own attention and cache."""
 
     name = "naive"
-    capabilities = EngineCapabilities()
 
     def __init__(self, loaded: LoadedModel, notes: Sequence[str] = ()) -> None:
         """`notes`: why this engine runs, where another one was asked for."""
+        super().__init__(notes)
         self.loaded: Final = loaded
-        self.counters = EngineCounters()
-        self.notes = [*notes]
         self._eos = frozenset(loaded.shape.eos_token_ids)
 
-    def generate(
-        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks = NO_HOOKS
-    ) -> Iterator[Completion]:
-        """See `Engine.generate`. One sequence after the other; each prompt is computed in full."""
-        self.capabilities.check(hooks)
-        self.counters = EngineCounters()
-        return self._completions(plan, sequences, control)
-
-    def close(self) -> None:
-        """See `Engine.close`: it holds memory alone."""
-
     def _completions(
-        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks
     ) -> Iterator[Completion]:
+        """One sequence after the other; each prompt is computed in full."""
         counters, start = self.counters, time.perf_counter()
         for sequence in one_at_a_time(sequences, control):
             prompt = plan.prompt_token_ids(sequence).astype(np.int64).tolist()

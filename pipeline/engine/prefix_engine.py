@@ -19,12 +19,11 @@ from torch import Tensor
 
 from pipeline.engine.backend import Backend, choose_backend
 from pipeline.engine.base import (
-    NO_HOOKS,
     EngineCapabilities,
-    EngineCounters,
     EngineHooks,
     Indices,
     KVFormat,
+    LocalEngine,
     RunControl,
 )
 from pipeline.engine.cuda_graphs import DecodeStep, NextTokens, decode_runner
@@ -54,7 +53,7 @@ _MOST_KV_FAULTS = 3
 _logger = logging.getLogger("coppice")
 
 
-class PrefixEngine:
+class PrefixEngine(LocalEngine):
     """Runs a plan with KV reuse. Raises ModelError for a model whose KV cannot be shared, and
     UsageError for one that strict mode does not cover."""
 
@@ -80,33 +79,20 @@ class PrefixEngine:
         self.settings: Final = settings
         self.backend: Final = backend or choose(loaded, settings.kernels)
         self.break_even: Final = break_even
-        self.counters = EngineCounters()
-        self.notes = [*([self.backend.note] if self.backend.note else []), *notes]
-
-    @property
-    def capabilities(self) -> EngineCapabilities:
-        """See `Engine.capabilities`."""
-        dtype = str(self.loaded.model.dtype).removeprefix("torch.")
-        kv = KVFormat(dtype, self.loaded.shape.kv_bytes_per_token(dtype))
-        return EngineCapabilities(computes_once=True, measures_rates=True, shows_logits=True, kv=kv)
-
-    def generate(
-        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks = NO_HOOKS
-    ) -> Iterator[Completion]:
-        """See `Engine.generate`.
-
-        Where the KV of a shared prefix changes by itself, all that has not been yielded is computed
-        again. Raises EngineError if that happens again and again.
-        """
-        self.counters = EngineCounters()
-        return self._completions(plan, sequences, control, hooks)
-
-    def close(self) -> None:
-        """See `Engine.close`: it holds memory alone."""
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        self.capabilities = EngineCapabilities(
+            computes_once=True,
+            measures_rates=True,
+            shows_logits=True,
+            kv=KVFormat(dtype, loaded.shape.kv_bytes_per_token(dtype)),
+        )
+        super().__init__([*([self.backend.note] if self.backend.note else []), *notes])
 
     def _completions(
-        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl, hooks: EngineHooks
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks
     ) -> Iterator[Completion]:
+        """Where the KV of a shared prefix changes by itself, what has not been yielded is computed
+        again. Raises EngineError if that happens again and again."""
         if self.break_even is not None:
             plan = cut_by_cost(plan, plan.count_below(sequences), self.break_even)
         work = _Work(plan, control, hooks, most_kv_tokens(plan, sequences))

@@ -1,4 +1,4 @@
-"""What the engine asks of the kernels on fixed plans: which token, where, in which slot, seeing what.
+"""What the engine asks of kernels on fixed plans: which token, where, in which slot, seeing what.
 
 These numbers decide every bit of a logit and hold on every machine. Written down before spans and
 positions were parted; a change that means to move KV must say why it writes others.
