@@ -32,13 +32,14 @@ FIRST_NEW_TOKENS = 32
 class LiveRow:
     """A sequence that was admitted and has not ended. It has no blocks while it is preempted.
 
-    `place`: the tokens that no other sequence shares. The blocks have slots for the positions
-    `[place.position, reserved_end)`; the first one is that of `place.span`.
+    `place`: the tokens that no other sequence shares; `end`: the prompt's. The blocks have slots
+    for the positions `[place.position, reserved_end)`; the first one is that of `place.span`.
     """
 
     sequence: int
     params: SamplingParams
     place: Placement
+    end: int
     admitted_s: float
     cached_tokens: int = 0
     blocks: list[KVRange] = field(default_factory=list)
@@ -46,11 +47,6 @@ class LiveRow:
     first_token_s: float = 0.0
     token_ids: list[int] = field(default_factory=list)
     has_ended: bool = False
-
-    @property
-    def end(self) -> int:
-        """The position after its prompt."""
-        return self.place.end
 
     @property
     def next_position(self) -> int:
@@ -71,7 +67,8 @@ class LiveRow:
     @property
     def next_slot(self) -> int:
         """The slot of `next_position`, in the last block."""
-        return self.blocks[-1].stop - (self.reserved_end - self.next_position)
+        block = self.blocks[-1]
+        return block.start + block.length - self.reserved_end + self.next_position
 
 
 @dataclass(eq=False, slots=True)

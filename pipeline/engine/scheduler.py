@@ -158,7 +158,7 @@ class Scheduler:
             storable=stored_end - position,
         )
         params = self._plan.params[int(self._plan.sequences.params[sequence])]
-        return LiveRow(sequence, params, Placement(own, position, above), now_s)
+        return LiveRow(sequence, params, Placement(own, position, above), end, now_s)
 
     def _place(
         self, part: SharedPart, above: SharedPlacement | None, sequence: int
