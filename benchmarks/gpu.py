@@ -76,8 +76,8 @@ class Workload:
         rows = np.arange(self.rows)
         low = prefix + rows * length
         own = np.stack([rows, rows + 1, low, low + length, rows * 0 + prefix], 1)
-        segments = np.concatenate([[[0, self.rows, 0, prefix, 0]], own])
-        return DecodeStep(rows, rows * 0 + prefix + length - 1, low + length - 1, segments)
+        spans = np.concatenate([[[0, self.rows, 0, prefix, 0]], own])
+        return DecodeStep(rows, rows * 0 + prefix + length - 1, low + length - 1, spans)
 
     def live_tokens(self, prefix: int) -> int:
         """Slots that `half_way` reads."""
@@ -137,7 +137,7 @@ def measure_layer(
     arena = _random_cache(loaded, workload.live_tokens(prefix), layers=1).arena[0]
     kernel = TritonKernel(heads, shape.num_kv_heads, device)
     kernel.block_m = tile_rows
-    work = kernel.prepare(step.segments, step.positions)
+    work = kernel.prepare(step.spans, step.positions)
     query = torch.randn(workload.rows, heads, shape.head_dim, device=device).to(arena.dtype)
     rules = AttentionRules(shape.head_dim**-0.5)
 
@@ -184,8 +184,8 @@ def measure_step(
         == plain(step).greedy.token_ids.tolist(),
         "floor_s": floor,
         "times_floor": seconds / floor,
-        "plan_s": median_s(lambda: kernel.plan(step.segments, step.positions), device),
-        "note": runner.note,
+        "plan_s": median_s(lambda: kernel.plan(step.spans, step.positions), device),
+        "is_recording": runner.is_recording,
     }
 
 

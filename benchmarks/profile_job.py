@@ -23,7 +23,7 @@ from pipeline.engine.base import RunControl
 from pipeline.engine.load import make_engine
 from pipeline.settings import JobSettings
 
-_PRODUCT, _ATTENTION = "mkldnn::_linear_pointwise", "coppice::tree_attention"
+_PRODUCT, _ATTENTION = "mkldnn::_linear_pointwise", "coppice::cascade_attention"
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     model = Dimensions.of(SHAPES[setup.shape])
     best = max(gemm_rates(model, getattr(torch, setup.dtype)).values())
     work = count_work(cell.prompts, setup.new_tokens)
-    attention = sum(s for name, s in seconds.items() if "tree_attention" in name)
+    attention = sum(s for name, s in seconds.items() if "cascade_attention" in name)
     print(f"prefill {counters.prefill_s:.2f} s, decode {counters.decode_s:.2f} s; best product")
     print(f"{best / 1e9:.0f} GFLOP/s, so the limit is {work.flop(model) / best:.2f} s")
     for name, spent in seconds.most_common(16):

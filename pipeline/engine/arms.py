@@ -61,9 +61,8 @@ def compare_arms(
         ("product", True, settings.max_rows),
     ):
         changed = settings.model_copy(update={"max_rows": max_rows})
-        arm = PrefixEngine(engine.loaded, changed, engine.backend, engine.cost_model)
-        logits = forced_logits(arm, rows, share)
-        yield name, _deviations(sampler, rows, baseline, logits)
+        arm = PrefixEngine(engine.loaded, changed, engine.backend, engine.break_even)
+        yield name, _deviations(sampler, rows, baseline, forced_logits(arm, rows, share))
 
 
 def same_bits_alone(engine: PrefixEngine, rows: Sequence[ForcedRow]) -> list[bool]:

@@ -16,10 +16,10 @@ from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.packing import PackedBatch
 from pipeline.errors import EngineError
 
-ATTENTION_NAME = "coppice_tree"
+ATTENTION_NAME = "coppice_cascade"
 
 
-def tree_attention(
+def cascade_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -39,7 +39,7 @@ def tree_attention(
     heads are not those that the config promised.
     """
     if packed_batch is None or kv_cache is None:
-        raise EngineError("tree attention was called without a packed batch; use coppice's engine")
+        raise EngineError("cascade attention was called without a packed batch; use our engine")
     keys, values = kv_cache.arena[int(module.layer_idx)]  # type: ignore[arg-type]
     for made in (key, value):
         if (made.shape[1], made.shape[3]) != (keys.shape[0], keys.shape[2]):
@@ -51,7 +51,7 @@ def tree_attention(
     window = options.get("sliding_window", getattr(module, "sliding_window", None))
     keys.index_copy_(1, packed_batch.slots, key[0])
     values.index_copy_(1, packed_batch.slots, value[0])
-    copy_shared_heads(packed_batch, keys, values)
+    copy_short_edges(packed_batch, keys, values)
     rules = AttentionRules(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=window or 0,
@@ -62,11 +62,11 @@ def tree_attention(
     return kernel.attend(query[0].transpose(0, 1), keys, values, work, rules).unsqueeze(0), None
 
 
-def copy_shared_heads(batch: PackedBatch, keys: Tensor, values: Tensor) -> None:
+def copy_short_edges(batch: PackedBatch, keys: Tensor, values: Tensor) -> None:
     """Short shared edges were computed once; give each range below its own copy."""
     if batch.copy_from is not None:
         for arena in (keys, values):
             arena[:, batch.copy_to] = arena[:, batch.copy_from]
 
 
-AttentionInterface.register(ATTENTION_NAME, tree_attention)
+AttentionInterface.register(ATTENTION_NAME, cascade_attention)

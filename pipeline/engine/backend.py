@@ -14,6 +14,7 @@ from pipeline.engine.kernels import native, native_kernel, triton_kernel
 from pipeline.engine.kernels.kernel import AttentionKernel
 from pipeline.engine.kernels.native_kernel import NativeKernel
 from pipeline.engine.kernels.torch_kernel import TorchKernel
+from pipeline.engine.kernels.triton_kernel import TritonKernel
 from pipeline.engine.model import LoadedModel
 from pipeline.engine.sampling import Sampled, likeliest_token
 
@@ -23,12 +24,18 @@ _NATIVE_HEAD = 16  # the head size must be a multiple of it
 
 @dataclass(frozen=True)
 class Backend:
-    """How a packed batch is computed; `note` tells a person where it is not the fastest way."""
+    """How a packed batch is computed; `note` tells a person where it is not the fastest way.
+
+    `tile_sizes`: numbers of tokens that the forward's calls have, none where it takes any number.
+    `recordable`: the kernel, where decode steps of it can be recorded and replayed.
+    """
 
     forward: Forward
     kernel: AttentionKernel
     note: str | None = None
     likeliest: Callable[[Tensor], Sampled] = likeliest_token
+    tile_sizes: tuple[int, ...] = ()
+    recordable: TritonKernel | None = None
 
 
 def choose_backend(loaded: LoadedModel, kernels: str) -> Backend:
@@ -37,7 +44,8 @@ def choose_backend(loaded: LoadedModel, kernels: str) -> Backend:
     heads = model.config.num_attention_heads, shape.num_kv_heads
     if kernels == "auto" and triton_kernel.is_available(device.type):
         plain = TransformersForward(model, pack_weights=False)
-        return Backend(plain, triton_kernel.TritonKernel(*heads, device))
+        on_gpu = TritonKernel(*heads, device)
+        return Backend(plain, on_gpu, recordable=on_gpu)
     if kernels == "torch" or device.type != "cpu":
         return Backend(TransformersForward(model, pack_weights=False), TorchKernel(device))
     reason = native.why_unavailable()

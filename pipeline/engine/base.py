@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 TokenIds = Sequence[int] | NDArray[np.unsignedinteger]
+Indices = NDArray[np.int64]
+"""Places in an array of a plan, ascending."""
 
 
 @dataclass
@@ -202,11 +204,7 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self,
-        plan: Plan,
-        sequences: NDArray[np.int64],
-        control: RunControl,
-        hooks: EngineHooks = NO_HOOKS,
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks = NO_HOOKS
     ) -> Iterator[Completion]:
         """Yield one completion for each of `sequences` (ascending indices into `plan.sequences`).
 
@@ -220,6 +218,33 @@ class Engine(Protocol):
         ...
 
 
+class LocalEngine:
+    """What the engines of this process have in common. See `Engine`."""
+
+    capabilities = EngineCapabilities()
+
+    def __init__(self, notes: Iterable[str] = ()) -> None:
+        self.counters = EngineCounters()
+        self.notes = [*notes]
+
+    def generate(
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks = NO_HOOKS
+    ) -> Iterator[Completion]:
+        """See `Engine.generate`."""
+        self.capabilities.check(hooks)
+        self.counters = EngineCounters()
+        return self._completions(plan, sequences, control, hooks)
+
+    def close(self) -> None:
+        """See `Engine.close`: it holds nothing but memory of this process."""
+
+    def _completions(
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks
+    ) -> Iterator[Completion]:
+        """What `generate` yields."""
+        raise NotImplementedError
+
+
 EngineFactory = Callable[[JobSettings], Engine]
 """Makes the engine that the settings name, with its model loaded. Raises ModelError, UsageError."""
 
@@ -229,12 +254,12 @@ class Replay(NamedTuple):
 
     `predicted[i]` is what the baseline would say given prompt + output[:i]: its argmax for a greedy
     row, what it would draw with the same noise for a sampled one. `logprob[i]` is the baseline's
-    log-probability (nats) of the token that the product gave. float64 all.
+    log-probability (nats) of the token that the run gave. float64 all.
 
     How near the choice was: for a greedy row in nats, `margin[i]` between the two best tokens and
-    `deficit[i]` between `predicted[i]` and the product's token. For a sampled row in probability
+    `deficit[i]` between `predicted[i]` and the run's token. For a sampled row in probability
     mass: how far the noise lies from leaving the interval of `predicted[i]`, and from entering that
-    of the product's token. `deficit` is 0 where they agree, NaN where the logits were.
+    of the run's token. `deficit` is 0 where they agree, NaN where the logits were.
     """
 
     predicted: NDArray[np.int64]

@@ -17,6 +17,7 @@ recorded or replayed a graph of it on a card yet.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -26,13 +27,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.backend import Backend
-from pipeline.engine.kernels.rules import Segments
+from pipeline.engine.kernels.rules import KVSpans
 from pipeline.engine.kernels.triton_kernel import DeviceWork, TritonKernel
 from pipeline.engine.kernels.work_items import WorkItems, WorkShape
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.packing import PackedBatch
 from pipeline.engine.sampling import Sampled
 
+_logger = logging.getLogger("coppice")
 _FEWEST = WorkShape(tokens=8, large=16, small=64, partials=256)
 
 Replay = Callable[[], None]
@@ -45,7 +47,7 @@ class DecodeStep(NamedTuple):
     token_ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     slots: NDArray[np.int64]
-    segments: Segments
+    spans: KVSpans
 
 
 class NextTokens(NamedTuple):
@@ -82,7 +84,7 @@ class DecodeRunner:
     """Decodes by recorded steps where there is a recorder, else by plain calls of exact size.
 
     A bucket's first step is a plain call, which loads what is loaded lazily; the second one is
-    recorded. Where recording fails the runner goes on with plain calls, and `note` says so.
+    recorded. Where recording fails the runner warns and goes on with plain calls.
     """
 
     def __init__(
@@ -93,7 +95,6 @@ class DecodeRunner:
         record: Recorder | None,
     ) -> None:
         """`forward` gives logits [N, V]; `scratch_slot` of the arena belongs to no range."""
-        self.note: str | None = None
         self._forward = forward
         self._kernel = kernel
         self._scratch_slot = scratch_slot
@@ -101,10 +102,15 @@ class DecodeRunner:
         self._buckets: dict[WorkShape, _Bucket] = {}
         self._logits: Tensor | None = None
 
+    @property
+    def is_recording(self) -> bool:
+        """False where there is no recorder, or where recording failed."""
+        return self._record is not None
+
     @torch.inference_mode()
     def __call__(self, step: DecodeStep) -> NextTokens:
         """Write the rows' new KV and choose their next tokens."""
-        work = self._kernel.plan(step.segments, step.positions)
+        work = self._kernel.plan(step.spans, step.positions)
         bucket = self._bucket_of(work.shape)
         bucket.load(step, work, self._scratch_slot)
         self._run(bucket)
@@ -126,7 +132,7 @@ class DecodeRunner:
             try:
                 bucket.replay = self._record(lambda: self._compute(bucket))
             except RuntimeError as error:  # a model that waits for the device within its forward
-                self.note = f"decoding without CUDA graphs: {str(error).splitlines()[0]}"
+                _logger.warning("decoding without CUDA graphs: %s", str(error).splitlines()[0])
                 self._record = None
         if bucket.replay is None:
             self._compute(bucket)
@@ -192,14 +198,15 @@ class _Bucket:
 
 def decode_runner(backend: Backend, cache: KVCache, device: torch.device) -> DecodeRunner | None:
     """A runner where the kernel's work can be recorded; None: decode by plain forwards."""
-    if not isinstance(backend.kernel, TritonKernel):
+    kernel = backend.recordable
+    if kernel is None:
         return None
 
     def forward(batch: PackedBatch) -> Tensor:
         every = torch.arange(len(batch.slots), device=device)
         return backend.forward(batch, cache, every)
 
-    return DecodeRunner(forward, backend.kernel, cache.capacity, choose_recorder(device))
+    return DecodeRunner(forward, kernel, cache.capacity, choose_recorder(device))
 
 
 def choose_recorder(device: torch.device) -> Recorder | None:

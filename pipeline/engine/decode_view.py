@@ -1,9 +1,9 @@
 """What decoding rows look at, kept from step to step while nothing moves. Knows no tensors.
 
 ```
- row 0   node A | node B | blocks[0] | blocks[1] | blocks[2] .. slot of the new token
- row 1   node A | node B | blocks[0] .. slot of the new token
-         |-------- before(): kept -------------|--- own(): one token longer each step
+ row 0   span A | span B | blocks[0] | blocks[1] | blocks[2] .. slot of the new token
+ row 1   span A | span B | blocks[0] .. slot of the new token
+         |-------- before(): kept -------------|--- own_slots(): one more each step
 ```
 """
 
@@ -15,19 +15,19 @@ from operator import attrgetter
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.kernels.rules import Segments
-from pipeline.engine.live import LiveRow, spans_before
-from pipeline.engine.packing import shared_segments
+from pipeline.engine.kernels.rules import KVSpans
+from pipeline.engine.live import LiveRow
+from pipeline.engine.packing import shared_spans
 
 
 class DecodeView:
-    """Segments of the rows of a step. All rows neighbours in depth-first order."""
+    """What the rows of a step see. All rows neighbours in depth-first order."""
 
     def __init__(self) -> None:
         self._changes = -1
-        self._before: dict[tuple[int, int], Segments] = {}
+        self._before: dict[tuple[int, int], KVSpans] = {}
 
-    def before(self, rows: list[LiveRow], changes: int) -> Segments:
+    def before(self, rows: list[LiveRow], changes: int) -> KVSpans:
         """All that lies before each row's last block; `changes` is the scheduler's count of them.
 
         Rows may be decoded in several parts, which the first one's sequence and the number tell.
@@ -44,28 +44,25 @@ class DecodeView:
 def own_slots(rows: list[LiveRow]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(first, last slot + 1) of each row's last block up to its new token: [rows] int64 both."""
     low = np.array([row.blocks[-1].start for row in rows], np.int64)
-    length = np.array(
-        [row.next_position + 1 - (row.kv_end - row.blocks[-1].length) for row in rows], np.int64
-    )
-    return low, low + length
+    return low, np.array([row.next_slot for row in rows], np.int64) + 1
 
 
-def _shared(rows: list[LiveRow]) -> Segments:
-    """Rows below the same node see the same ranges above."""
-    spans, bounds, low = [], [], 0
-    for _, below in groupby(rows, key=attrgetter("above")):
+def _shared(rows: list[LiveRow]) -> KVSpans:
+    """Rows below the same placement see the same spans."""
+    above, bounds, low = [], [], 0
+    for _, below in groupby(rows, key=attrgetter("place.above")):
         first, *others = below
-        spans.append(spans_before(first, first.span_start))
+        above.append(first.place.seen_before(first.place.position))
         bounds.append((low, low + 1 + len(others)))
         low = bounds[-1][1]
-    return shared_segments(spans, bounds)
+    return shared_spans(above, bounds)
 
 
-def _earlier_blocks(rows: list[LiveRow]) -> Segments:
-    segments = []
-    for place, row in enumerate(rows):
-        position = row.span_start
+def _earlier_blocks(rows: list[LiveRow]) -> KVSpans:
+    spans = []
+    for query, row in enumerate(rows):
+        position = row.place.position
         for block in row.blocks[:-1]:
-            segments.append((place, place + 1, block.start, block.start + block.length, position))
+            spans.append((query, query + 1, block.start, block.stop, position))
             position += block.length
-    return np.array(segments, np.int64).reshape(-1, 5)
+    return np.array(spans, np.int64).reshape(-1, 5)

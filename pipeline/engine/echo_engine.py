@@ -9,49 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pipeline.engine.base import (
-    NO_HOOKS,
-    EngineCapabilities,
-    EngineCounters,
-    EngineHooks,
-    RunControl,
-    one_at_a_time,
-)
+from pipeline.engine.base import EngineHooks, Indices, LocalEngine, RunControl, one_at_a_time
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, Timing
 
 
-class EchoEngine:
+class EchoEngine(LocalEngine):
     """Answers sequence s with the last `max_new_tokens` ids of its prompt, reversed."""
 
     name = "echo"
-    capabilities = EngineCapabilities()
-
-    def __init__(self) -> None:
-        self.counters = EngineCounters()
-        self.notes: list[str] = []
-
-    def generate(
-        self,
-        plan: Plan,
-        sequences: NDArray[np.int64],
-        control: RunControl,
-        hooks: EngineHooks = NO_HOOKS,
-    ) -> Iterator[Completion]:
-        """One completion for each of `sequences`, in order; none after a drain or abort."""
-        self.capabilities.check(hooks)
-        self.counters = EngineCounters()
-        return self._completions(plan, sequences, control)
-
-    def close(self) -> None:
-        """See `Engine.close`: it holds nothing."""
 
     def _completions(
-        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks
     ) -> Iterator[Completion]:
+        """One completion for each of `sequences`, in order; none after a drain or abort."""
         started = time.perf_counter()
         most = plan.max_new_tokens
         for sequence in one_at_a_time(sequences, control):

@@ -33,7 +33,7 @@ class Forward(Protocol):
 
 
 class TransformersForward:
-    """The model's own forward, with tree attention and, on a CPU, packed weights."""
+    """The model's own forward, with cascade attention and, on a CPU, packed weights."""
 
     name = "transformers"
 

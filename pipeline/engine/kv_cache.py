@@ -26,6 +26,11 @@ class KVRange:
     start: int
     length: int
 
+    @property
+    def stop(self) -> int:
+        """The slot after its last one."""
+        return self.start + self.length
+
 
 class KVCache:
     """Keys and values of all layers: `arena` is [layers, 2, kv_heads, capacity + 1, head_dim].
@@ -69,7 +74,7 @@ class KVCache:
 
     def extend(self, kv_range: KVRange, length: int) -> bool:
         """Lengthen a range by `length` slots in place; False unless those after it are free."""
-        stop = kv_range.start + kv_range.length
+        stop = kv_range.stop
         place = bisect.bisect_left(self._free, (stop, stop))
         if place == len(self._free):
             return False
@@ -93,7 +98,7 @@ class KVCache:
         if kv_range.length == 0:
             return
         self.used_tokens -= kv_range.length
-        low, high = kv_range.start, kv_range.start + kv_range.length
+        low, high = kv_range.start, kv_range.stop
         place = bisect.bisect_left(self._free, (low, high))
         if place < len(self._free) and self._free[place][0] == high:
             high = self._free.pop(place)[1]
@@ -114,8 +119,7 @@ class KVCache:
         low = 0
         for kv_range in sorted(ranges, key=lambda r: r.start):
             if kv_range.length and kv_range.start != low:
-                stop = kv_range.start + kv_range.length
-                moved = self.arena[..., kv_range.start : stop, :].clone()
+                moved = self.arena[..., kv_range.start : kv_range.stop, :].clone()
                 self.arena[..., low : low + kv_range.length, :] = moved
                 kv_range.start = low
             low += kv_range.length
@@ -123,7 +127,7 @@ class KVCache:
 
     def check_integrity(self, ranges: list[KVRange]) -> None:
         """Assert that `ranges` and the gaps tile the arena exactly."""
-        pieces = sorted(self._free + [(r.start, r.start + r.length) for r in ranges if r.length])
+        pieces = sorted(self._free + [(r.start, r.stop) for r in ranges if r.length])
         edge = 0
         for low, high in pieces:
             assert low == edge < high, f"slots [{edge}, {low}) are lost or owned twice: {pieces}"

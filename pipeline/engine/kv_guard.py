@@ -12,7 +12,7 @@ import time
 import torch
 
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.live import LiveNode
+from pipeline.engine.spans import SharedSpan
 
 _LEAST_INTERVAL_S = 0.02
 _SHARE_OF_TIME = 0.01
@@ -28,18 +28,18 @@ class KVGuard:
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
-        self._sums: dict[LiveNode, int] = {}
+        self._sums: dict[SharedSpan, int] = {}
         self._checked_at = time.perf_counter()
         self._interval_s = _LEAST_INTERVAL_S
 
-    def watch(self, node: LiveNode) -> None:
-        """The node's range is full now and must not change any more."""
-        self._sums[node] = self._sum(node)
+    def watch(self, span: SharedSpan) -> None:
+        """The span's range is full now and must not change any more."""
+        self._sums[span] = self._sum(span)
 
-    def release(self, node: LiveNode) -> None:
+    def release(self, span: SharedSpan) -> None:
         """Check for the last time. Raises CorruptKVError."""
-        expected = self._sums.pop(node, None)
-        if expected is not None and self._sum(node) != expected:
+        expected = self._sums.pop(span, None)
+        if expected is not None and self._sum(span) != expected:
             raise CorruptKVError
 
     def check_if_due(self) -> bool:
@@ -47,18 +47,18 @@ class KVGuard:
         begin = time.perf_counter()
         if begin - self._checked_at < self._interval_s:
             return False
-        for node, expected in self._sums.items():
-            if self._sum(node) != expected:
+        for span, expected in self._sums.items():
+            if self._sum(span) != expected:
                 raise CorruptKVError
         self._checked_at = time.perf_counter()
         took = self._checked_at - begin
         self._interval_s = max(_LEAST_INTERVAL_S, took / _SHARE_OF_TIME)
         return True
 
-    def _sum(self, node: LiveNode) -> int:
+    def _sum(self, span: SharedSpan) -> int:
         """Of all bytes as integers, which one flipped bit always changes."""
         arena = self._cache.arena
-        slots = arena[..., node.kv.start : node.kv.start + node.kv.length, :]
+        slots = arena[..., span.kv.start : span.kv.stop, :]
         row_bytes = arena.shape[-1] * arena.element_size()
         words = slots.view(next(kind for size, kind in _WORDS if row_bytes % size == 0))
         if words.device.type == "cpu":  # torch's sum of a narrow range costs 12 ms, numpy's 0.03

@@ -38,10 +38,10 @@ def make_engine(settings: JobSettings) -> Engine:
 
 def _tested(loaded: LoadedModel, settings: EngineSettings) -> Engine:
     """The prefix engine, or the naive one where the self-test shows that reuse is unsound."""
-    from pipeline.engine.cost_model import calibrated
     from pipeline.engine.naive_engine import NaiveEngine
     from pipeline.engine.prefix_engine import PrefixEngine
     from pipeline.engine.self_test import self_test
+    from pipeline.engine.sharing_cost import break_even_tokens
     from pipeline.engine.strict_probe import strict_probe
 
     is_strict = settings.fidelity == "strict"
@@ -57,5 +57,5 @@ def _tested(loaded: LoadedModel, settings: EngineSettings) -> Engine:
     notes = [f"self-test passed: within {worst:.1e} of the model's own largest logit"]
     if is_strict:
         notes.append(f"strict: the same bits in {strict_probe(engine)} of as many ways")
-    cost_model = calibrated(loaded, engine.backend)
-    return PrefixEngine(loaded, settings, engine.backend, cost_model, notes)
+    break_even = break_even_tokens(loaded, engine.backend)
+    return PrefixEngine(loaded, settings, engine.backend, break_even, notes)

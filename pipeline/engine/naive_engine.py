@@ -17,10 +17,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from pipeline.engine.base import (
-    NO_HOOKS,
-    EngineCapabilities,
-    EngineCounters,
     EngineHooks,
+    Indices,
+    LocalEngine,
     Replay,
     RunControl,
     one_at_a_time,
@@ -52,38 +51,22 @@ class _FiniteLogits:
         return scores
 
 
-class NaiveEngine:
+class NaiveEngine(LocalEngine):
     """`Engine` and `Baseline` at once, with transformers' own attention and cache."""
 
     name = "naive"
-    capabilities = EngineCapabilities()
 
     def __init__(self, loaded: LoadedModel, notes: Sequence[str] = ()) -> None:
         """`notes`: why this engine runs, where another one was asked for."""
+        super().__init__(notes)
         self.loaded: Final = loaded
-        self.counters = EngineCounters()
-        self.notes = [*notes]
         self._eos = frozenset(loaded.shape.eos_token_ids)
         self._sampler = Sampler(loaded)
 
-    def generate(
-        self,
-        plan: Plan,
-        sequences: NDArray[np.int64],
-        control: RunControl,
-        hooks: EngineHooks = NO_HOOKS,
-    ) -> Iterator[Completion]:
-        """See `Engine.generate`. One sequence after the other; each prompt is computed in full."""
-        self.capabilities.check(hooks)
-        self.counters = EngineCounters()
-        return self._completions(plan, sequences, control)
-
-    def close(self) -> None:
-        """See `Engine.close`: it holds memory alone."""
-
     def _completions(
-        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks
     ) -> Iterator[Completion]:
+        """One sequence after the other; each prompt is computed in full."""
         counters, start = self.counters, time.perf_counter()
         for sequence in one_at_a_time(sequences, control):
             prompt = plan.prompt_token_ids(sequence).astype(np.int64).tolist()
@@ -239,7 +222,7 @@ def _sampled_replay(
     predicted: NDArray[np.int64],
 ) -> Replay:
     """For sampled rows the distance is one of probability mass, not of nats: how far the noise lies
-    from the interval of the product's token (deficit), and from leaving its own (margin)."""
+    from the interval of the run's token (deficit), and from leaving its own (margin)."""
     order, cumulative = truncated_cdf(logits, [params] * len(output))
     noise = torch.from_numpy(uniform_noise(keys, np.arange(len(output)))).to(logits.device)
     upper, lower = _intervals(order, cumulative, torch.tensor(output, device=logits.device))

@@ -1,8 +1,8 @@
 """Llama and its near relatives, layer by layer, with packed weights and fused CPU kernels.
 
-The same arithmetic as transformers' code in fewer passes over memory: one product for Q, K and V;
+The same arithmetic as transformers' code in fewer passes over memory: one GEMM for Q, K and V;
 rotary embedding, norms of heads and the cache write in one step; activation, gate and residual as
-epilogues of the products. The self-test compares it with the model's own forward at every load.
+epilogues of the GEMMs. The self-test compares it with the model's own forward at every load.
 
     x ─ norm ─ [Q K V] ─ rotate, store ─ attend ─ [O] + x ─ norm ─ silu[gate] * [up] ─ [down] + x
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.engine.attention import copy_shared_heads
+from pipeline.engine.attention import copy_short_edges
 from pipeline.engine.forward import can_pack
 from pipeline.engine.kernels.rules import AttentionRules
 from pipeline.engine.kv_cache import KVCache
@@ -94,7 +94,7 @@ class _Layer:
             key_norm.weight if key_norm else None,
             query_norm.eps if query_norm else 0.0,
         )  # fmt: skip
-        copy_shared_heads(batch, keys, values)
+        copy_short_edges(batch, keys, values)
         heads = qkv.view(len(qkv), -1, keys.shape[2])[:, : -2 * keys.shape[0]]
         attended = batch.kernel.attend(heads, keys, values, batch.work, self.rules)
         x = self.output.plus(attended.flatten(1), x)

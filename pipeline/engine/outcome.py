@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.engine.live import LiveRow, nodes_above
+from pipeline.engine.live import LiveRow
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, FinishReason, Timing
 
@@ -19,7 +19,8 @@ def complete(row: LiveRow, reason: FinishReason, now_s: float) -> Completion:
         timing=_timing(row, now_s),
         error_type="NonFiniteLogits" if failed else None,
         error_message=message if failed else None,
-        stored_tokens=row.stored_tokens + sum(node.stored_tokens for node in nodes_above(row)),
+        stored_tokens=row.place.span.stored_tokens
+        + sum(above.span.stored_tokens for above in row.place.all_above()),
     )
 
 
@@ -42,14 +43,12 @@ def refuse(plan: Plan, sequence: int, budget: int, now_s: float) -> Completion:
 
 
 def _timing(row: LiveRow, now_s: float) -> Timing:
-    """See the picture in `records`. A shared node's time is divided among the sequences below."""
-    shared, node = 0.0, row.above
-    while node is not None:
-        shared += node.prefill_s / node.num_sequences
-        node = node.above
+    """See the picture in `records`. A shared span's time is divided among the sequences below."""
+    spans = [above.span for above in row.place.all_above()]
+    shared = sum(span.prefill_s / span.num_sequences for span in spans)
     return Timing(
         queue_s=row.admitted_s,
-        prefill_s=row.prefill_s,
+        prefill_s=row.place.span.prefill_s,
         prefill_amortized_s=shared,
         decode_s=now_s - row.first_token_s,
         ttft_s=row.first_token_s,

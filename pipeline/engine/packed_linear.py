@@ -1,7 +1,7 @@
 """A linear layer whose weight lies as oneDNN wants it, with the step that follows it fused.
 
 torch's own `linear` brings the weight into this order on every call, and in float32 takes a
-product that leaves half of an AVX-512 core unused (`LOG.md` has the figures). The operators are
+GEMM that leaves half of an AVX-512 core unused (`LOG.md` has the figures). The operators are
 private in torch; without them the plain layer computes the same.
 """
 

@@ -1,22 +1,23 @@
 """From pieces of prompts to one packed forward `[1, N]`. Knows slots and positions, not the model.
 
-A *piece* is a run of new tokens of one node or row. Its queries see, in this order:
+A *piece* is a run of new tokens of one span. Its queries see, in this order:
 
 ```
- shared ranges above        own range, up to itself
+ shared spans above         own span, up to itself
  [s0 .. e0) [s1 .. e1) ...  [.. slot + n)
- |-- segments, one for     |-- segment, causal by position
-     all queries below --|
+ |-- one for all queries   |-- causal by position
+     below them --|
 ```
 
-Pieces come in depth-first order, so all queries below one node lie side by side: one segment
-serves them all (ARCHITECTURE.md, Packed forwards). A decoding row is a piece of one token.
+Pieces come in depth-first order, so all queries below one shared span lie side by side: one row of
+`KVSpans` serves them all (ARCHITECTURE.md, Packed forwards). A decoding row is a piece of one
+token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,23 +25,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.kernels.kernel import AttentionKernel
-from pipeline.engine.kernels.rules import Segments
+from pipeline.engine.kernels.rules import KVSpans
 
-SlotRange = tuple[int, int]
+
+class PlacedSlots(NamedTuple):
+    """Slots `[low, high)`, which hold consecutive positions from `position` on."""
+
+    low: int
+    high: int
+    position: int
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """New tokens of one span: ids [n], first position, first slot, and what they see.
 
-    `own` are the slots of the span's earlier tokens, `ancestors` those of the positions before.
+    `past`: as many of the span's tokens lie right before; `above`: what is seen besides.
     """
 
     token_ids: NDArray[np.int64]
     position: int
     slot: int
-    own: SlotRange
-    ancestors: tuple[SlotRange, ...]
+    past: int
+    above: tuple[PlacedSlots, ...]
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -70,12 +77,12 @@ def pack_prefill(
     device: torch.device,
 ) -> PackedBatch:
     """One forward over `pieces`, in depth-first order, with slots `copies` (from, to)."""
-    columns = [(len(p), p.position, p.slot, p.own[1] - p.own[0]) for p in pieces]
+    columns = [(len(p), p.position, p.slot, p.past) for p in pieces]
     length, position, slot, past = np.array(columns, np.int64).T
     high = np.cumsum(length)
     low = high - length
     bounds = list(zip(low.tolist(), high.tolist(), strict=True))
-    shared = shared_segments([p.ancestors for p in pieces], bounds)
+    shared = shared_spans([p.above for p in pieces], bounds)
     own = np.stack([low, high, slot - past, slot + length, position - past], 1)
     place = np.arange(high[-1]) - np.repeat(low, length)
     positions = np.repeat(position, length) + place
@@ -94,58 +101,54 @@ def pack_prefill(
 def pack_decode(
     token_ids: NDArray[np.int64],
     positions: NDArray[np.int64],
-    own: tuple[NDArray[np.int64], NDArray[np.int64]],
-    before: Segments,
+    own_slots: tuple[NDArray[np.int64], NDArray[np.int64]],
+    before: KVSpans,
     kernel: AttentionKernel,
     device: torch.device,
 ) -> PackedBatch:
     """One forward of one new token a row, rows in depth-first order; all arrays [rows] int64.
 
-    `own` is (first slot, last slot + 1) of each row's last block, with the new token's slot as the
-    last; `before` are the segments of the nodes above and of the rows' earlier blocks.
+    `own_slots` is (first, last + 1) of each row's last block, with the new token's slot as the
+    last; `before` are the shared spans above and the rows' earlier blocks.
     """
-    segments = decode_segments(positions, own, before)
+    spans = decode_spans(positions, own_slots, before)
     return PackedBatch(
         input_ids=_row(token_ids, device),
         position_ids=_row(positions, device),
-        slots=_row(own[1] - 1, device)[0],
+        slots=_row(own_slots[1] - 1, device)[0],
         kernel=kernel,
-        work=kernel.prepare(segments, positions),
+        work=kernel.prepare(spans, positions),
     )
 
 
-def decode_segments(
+def decode_spans(
     positions: NDArray[np.int64],
-    own: tuple[NDArray[np.int64], NDArray[np.int64]],
-    before: Segments,
-) -> Segments:
+    own_slots: tuple[NDArray[np.int64], NDArray[np.int64]],
+    before: KVSpans,
+) -> KVSpans:
     """What decoding rows see: `before`, and each its own last block; see `pack_decode`."""
-    low, high = own
+    low, high = own_slots
     rows = np.arange(len(low))
-    own_segments = np.stack([rows, rows + 1, low, high, positions - (high - low) + 1], 1)
-    return np.concatenate([before, own_segments])
+    own = np.stack([rows, rows + 1, low, high, positions - (high - low) + 1], 1)
+    return np.concatenate([before, own])
 
 
-def shared_segments(
-    ancestors: list[tuple[SlotRange, ...]], bounds: list[tuple[int, int]]
-) -> Segments:
-    """One segment for each shared range, over all the neighbouring queries below it.
+def shared_spans(above: list[tuple[PlacedSlots, ...]], bounds: list[tuple[int, int]]) -> KVSpans:
+    """One span for each shared range, over all the neighbouring queries below it.
 
-    `ancestors[i]` tile the prompt positions before piece i, whose queries are `bounds[i]`.
+    `above[i]` is seen by all queries of piece i, which are `bounds[i]`.
     """
-    segments: list[list[int]] = []
+    spans: list[list[int]] = []
     latest: list[list[int]] = []  # by depth
-    for spans, (low, high) in zip(ancestors, bounds, strict=True):
-        position = 0
-        for depth, (kv_lo, kv_hi) in enumerate(spans):
-            if depth < len(latest) and latest[depth][1:3] == [low, kv_lo]:
+    for seen, (low, high) in zip(above, bounds, strict=True):
+        for depth, placed in enumerate(seen):
+            if depth < len(latest) and latest[depth][1:] == [low, *placed]:
                 latest[depth][1] = high
             else:
-                segment = [low, high, kv_lo, kv_hi, position]
-                latest[depth : depth + 1] = [segment]
-                segments.append(segment)
-            position += kv_hi - kv_lo
-    return np.array(segments, np.int64).reshape(-1, 5)
+                span = [low, high, *placed]
+                latest[depth : depth + 1] = [span]
+                spans.append(span)
+    return np.array(spans, np.int64).reshape(-1, 5)
 
 
 def _row(values: NDArray[np.int64], device: torch.device) -> Tensor:

@@ -54,7 +54,7 @@ def write_with_fault(
     backend = engine.backend
     if fault is not None:
         backend = replace(backend, forward=FaultyForward(backend.forward, fault, at))
-    writer = PrefixEngine(engine.loaded, engine.settings, backend, engine.cost_model)
+    writer = PrefixEngine(engine.loaded, engine.settings, backend, engine.break_even)
     done = list(writer.generate(plan, np.arange(len(plan.sequences)), RunControl()))
     return sorted(done, key=lambda completion: int(plan.sequences.row[completion.sequence]))
 

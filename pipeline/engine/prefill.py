@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from pipeline.engine.kernels.kernel import AttentionKernel
-from pipeline.engine.live import LiveRow, PrefillJob, copied_head, spans_before
+from pipeline.engine.live import LiveRow, PrefillJob
 from pipeline.engine.packing import PackedBatch, Piece, pack_prefill
 
 Chunk = tuple[PrefillJob, int, int]
@@ -44,17 +44,16 @@ def split_chunks(chunks: list[Chunk], num_tokens: int) -> tuple[list[Chunk], lis
 
 def pack_chunks(chunks: list[Chunk], kernel: AttentionKernel, device: torch.device) -> PackedBatch:
     """One forward; a span's first chunk also copies the short shared edges that it absorbed."""
-    pieces, heads, places = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    pieces, copied, copies = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for job, low, high in chunks:
-        target = job.target
-        slot = target.kv.start + low - target.span_start
-        ids = job.token_ids[low - target.start : high - target.start]
-        own = (slot - (low - target.start), slot)
-        pieces.append(Piece(ids, low, slot, own, spans_before(target, target.start)))
-        if low == target.start > target.span_start:
-            heads.append(copied_head(target))
-            places.append(target.kv.start + np.arange(len(heads[-1])))
-    return pack_prefill(pieces, (np.concatenate(heads), np.concatenate(places)), kernel, device)
+        place, start = job.place, job.place.start
+        ids = job.token_ids[low - start : high - start]
+        slot = place.slots(low, high).start
+        pieces.append(Piece(ids, low, slot, low - start, place.seen_before(start)))
+        if low == start > place.position:
+            copied.append(place.copied_slots())
+            copies.append(place.span.kv.start + np.arange(len(copied[-1])))
+    return pack_prefill(pieces, (np.concatenate(copied), np.concatenate(copies)), kernel, device)
 
 
 def needs_logits(chunk: Chunk) -> bool:
@@ -64,4 +63,4 @@ def needs_logits(chunk: Chunk) -> bool:
         return False
     if isinstance(job.target, LiveRow):
         return not job.target.token_ids
-    return job.target.unread > 0
+    return job.target.span.unread > 0

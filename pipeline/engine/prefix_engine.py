@@ -19,28 +19,30 @@ from torch import Tensor
 
 from pipeline.engine.backend import Backend, choose_backend
 from pipeline.engine.base import (
-    NO_HOOKS,
     EngineCapabilities,
-    EngineCounters,
     EngineHooks,
+    Indices,
     KVFormat,
-    KVStates,
+    LocalEngine,
     RunControl,
 )
-from pipeline.engine.cost_model import CostModel
 from pipeline.engine.cuda_graphs import DecodeStep, NextTokens, decode_runner
 from pipeline.engine.decode_view import DecodeView, own_slots
 from pipeline.engine.kv_cache import kv_capacity, reserve_kv
 from pipeline.engine.kv_guard import CorruptKVError, KVGuard
-from pipeline.engine.live import LiveNode, LiveRow, PrefillJob, copied_head
+from pipeline.engine.layout import most_kv_tokens
+from pipeline.engine.live import LiveRow, PrefillJob
 from pipeline.engine.memory import is_exhausted, keep_freed_pages, release_cached
 from pipeline.engine.model import LoadedModel
 from pipeline.engine.outcome import complete, fail, refuse
-from pipeline.engine.packing import PackedBatch, decode_segments, pack_decode
+from pipeline.engine.packing import PackedBatch, decode_spans, pack_decode
+from pipeline.engine.policy import DepthFirstPolicy
 from pipeline.engine.prefill import Chunk, needs_logits, pack_chunks, split_chunks, take_chunks
+from pipeline.engine.residency import Residency
 from pipeline.engine.sampler import Context, Sampler
 from pipeline.engine.sampling import Sampled
-from pipeline.engine.scheduler import History, Scheduler, kv_tokens_if_all_at_once
+from pipeline.engine.scheduler import History, Scheduler
+from pipeline.engine.spans import SharedPlacement
 from pipeline.engine.strict_backend import choose_strict_backend
 from pipeline.engine.support import why_unsupported
 from pipeline.errors import EngineError, ModelError
@@ -52,7 +54,7 @@ _MOST_KV_FAULTS = 3
 _logger = logging.getLogger("coppice")
 
 
-class PrefixEngine:
+class PrefixEngine(LocalEngine):
     """Runs a plan with KV reuse. Raises ModelError for a model whose KV cannot be shared, and
     UsageError for one that strict mode does not cover."""
 
@@ -63,11 +65,11 @@ class PrefixEngine:
         loaded: LoadedModel,
         settings: EngineSettings,
         backend: Backend | None = None,
-        cost_model: CostModel | None = None,
+        break_even: float | None = None,
         notes: Sequence[str] = (),
     ) -> None:
-        """`backend` None: the one that suits model and settings. `cost_model`: where it is known it
-        decides which spans rows share in decode, not the plan's rule. `notes`: more of them."""
+        """`backend` None: the one that suits model and settings. `break_even`: see `sharing_cost`;
+        where it is known it decides which spans rows share in decode, not the plan's rule."""
         reason = why_unsupported(loaded.model.config)
         if reason:
             raise ModelError(f"{loaded.source}: {reason}")
@@ -78,43 +80,25 @@ class PrefixEngine:
         self.settings: Final = settings
         self.backend: Final = backend or choose(loaded, settings.kernels)
         self.sampler: Final = Sampler(loaded, self.backend.likeliest)
-        self.cost_model: Final = cost_model
-        self.counters = EngineCounters()
-        self.notes = [*([self.backend.note] if self.backend.note else []), *notes]
-
-    @property
-    def capabilities(self) -> EngineCapabilities:
-        """See `Engine.capabilities`."""
-        dtype = str(self.loaded.model.dtype).removeprefix("torch.")
-        kv = KVFormat(dtype, self.loaded.shape.kv_bytes_per_token(dtype))
-        return EngineCapabilities(computes_once=True, measures_rates=True, shows_logits=True, kv=kv)
-
-    def generate(
-        self,
-        plan: Plan,
-        sequences: NDArray[np.int64],
-        control: RunControl,
-        hooks: EngineHooks = NO_HOOKS,
-    ) -> Iterator[Completion]:
-        """See `Engine.generate`.
-
-        Where the KV of a shared prefix changes by itself, all that has not been yielded is computed
-        again. Raises EngineError if that happens again and again.
-        """
-        self.counters = EngineCounters()
-        return self._completions(plan, sequences, control, hooks)
-
-    def close(self) -> None:
-        """See `Engine.close`: it holds memory alone."""
+        self.break_even: Final = break_even
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        self.capabilities = EngineCapabilities(
+            computes_once=True,
+            measures_rates=True,
+            shows_logits=True,
+            kv=KVFormat(dtype, loaded.shape.kv_bytes_per_token(dtype)),
+        )
+        super().__init__([*([self.backend.note] if self.backend.note else []), *notes])
 
     def _completions(
-        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl, hooks: EngineHooks
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks
     ) -> Iterator[Completion]:
-        if self.cost_model is not None:
-            below = plan.count_below(sequences)
-            plan = cut_by_cost(plan, below, self.cost_model.break_even_tokens)
-        work = _Work(plan, control, hooks, kv_tokens_if_all_at_once(plan, sequences))
-        left, history = sequences, History()
+        """Where the KV of a shared prefix changes by itself, what has not been yielded is computed
+        again. Raises EngineError if that happens again and again."""
+        if self.break_even is not None:
+            plan = cut_by_cost(plan, plan.count_below(sequences), self.break_even)
+        work = _Work(plan, control, hooks, most_kv_tokens(plan, sequences))
+        left, history = sequences, History(hooks.kv_states)
         while len(left):
             yielded = []
             try:
@@ -167,10 +151,9 @@ class _Run:
         self.runner = decode_runner(engine.backend, self.cache, self.device)
         self.guard = KVGuard(self.cache)
         self.states = work.hooks.kv_states
-        self.scheduler = Scheduler(
-            self.plan, sequences, self.cache, settings.max_rows,
-            history, self.guard.release, self.states,
-        )  # fmt: skip
+        self.policy = DepthFirstPolicy(settings.max_rows)
+        residency = Residency(self.cache, self.guard.release)
+        self.scheduler = Scheduler(self.plan, sequences, residency, self.policy, history)
         self.eos = frozenset(loaded.shape.eos_token_ids)
         self.start_s = time.perf_counter()
         self.first_step_s: float | None = None
@@ -211,37 +194,31 @@ class _Run:
         if job.loaded is None:
             return
         begin = self._now()
-        target = job.target
-        slots = slice(target.kv.start, target.kv.start + job.done - target.span_start)
-        self.cache.arena[..., slots, :] = job.loaded.to(self.device)
+        place, span = job.place, job.place.span
+        self.cache.arena[..., place.slots(place.position, job.done), :] = job.loaded.to(self.device)
         job.loaded = None
-        target.stored_tokens = job.done - target.start
+        span.stored_tokens = job.done - place.start
         if not job.is_repeat:
-            self.counters.loaded_tokens += target.stored_tokens
-        if isinstance(target, LiveNode) and job.done == job.end:
-            self._note_full(target)
-            self.scheduler.note_computed(target)
+            self.counters.loaded_tokens += span.stored_tokens
+        if not isinstance(job.target, LiveRow) and job.done == job.end:
+            self._note_full(job.target)
+            self.scheduler.note_computed(job.target.span)
         seconds = self._now() - begin
-        target.prefill_s += seconds
+        span.prefill_s += seconds
         self.counters.load_s += seconds
 
-    def _note_full(self, node: LiveNode) -> None:
-        """All of the node's KV is there; before rows that end below may take the node with them."""
-        self.guard.watch(node)
-        if self.states is not None and node.stored_tokens < node.end - node.start:
-            self._offer(node, self.states)
-
-    def _offer(self, node: LiveNode, states: KVStates) -> None:
-        if not states.wants(node.node):
+    def _note_full(self, shared: SharedPlacement) -> None:
+        """All of the span's KV is there; before rows that end below may take it with them."""
+        self.guard.watch(shared.span)
+        states, low = self.hooks.kv_states, shared.start + shared.span.stored_tokens
+        if states is None or low == shared.end or not states.wants(shared.span.key):
             return
-        low = node.start + node.stored_tokens
-        slots = slice(node.kv.start + low - node.span_start, node.kv.start + node.kv.length)
-        kv = self.cache.arena[..., slots, :].to("cpu", copy=True)
-        states.keep(int(self.plan.sequence_lo[node.node]), low, node.end, kv)
+        kv = self.cache.arena[..., shared.slots(low, shared.end), :].to("cpu", copy=True)
+        states.keep(int(self.plan.sequence_lo[shared.span.key]), low, shared.end, kv)
 
     def _prefill_or_halve(self, taken: list[Chunk]) -> None:
         """Where memory ends, half of the tokens at a time; one token that finds none fails."""
-        taken = [chunk for chunk in taken if chunk[0].target.is_needed]
+        taken = [chunk for chunk in taken if chunk[0].is_needed]
         if not taken:
             return
         try:
@@ -264,7 +241,7 @@ class _Run:
         release_cached(self.device)
         return size > 1
 
-    def _lose(self, target: LiveNode | LiveRow, error: BaseException) -> None:
+    def _lose(self, target: SharedPlacement | LiveRow, error: BaseException) -> None:
         """Rows that need `target` become errors, never the job."""
         message = f"not even one token fits into memory: {str(error).splitlines()[0]}"
         for row in self.scheduler.rows_below(target):
@@ -281,15 +258,15 @@ class _Run:
         rows, of_rows = [], []
         for i, place in enumerate(readable):
             target = taken[place][0].target
-            if isinstance(target, LiveNode):
-                target.logits = logits[i].clone()
-            else:
+            if isinstance(target, LiveRow):
                 rows.append(target)
                 of_rows.append(i)
+            else:
+                target.span.logits = logits[i].clone()
         seconds = self._now() - begin
         self._charge_prefill(taken, seconds / int(lengths.sum()))
         for job, _, high in taken:
-            if isinstance(job.target, LiveNode) and high == job.end:
+            if not isinstance(job.target, LiveRow) and high == job.end:
                 self._note_full(job.target)
         self._append_tokens(rows, logits[of_rows])
         self._count_prefill(taken)  # here: a step may end half done
@@ -299,7 +276,7 @@ class _Run:
         """A row pays for what it is the first to need, not for what must be repeated."""
         for job, low, high in taken:
             if not job.is_repeat:
-                job.target.prefill_s += per_token_s * (high - low)
+                job.place.span.prefill_s += per_token_s * (high - low)
 
     def _count_prefill(self, taken: list[Chunk]) -> None:
         for job, low, high in taken:
@@ -307,26 +284,27 @@ class _Run:
                 self.counters.recomputed_tokens += high - low
             else:
                 self.counters.prefilled_tokens += high - low
-            if isinstance(job.target, LiveNode) and high == job.end:
-                self.scheduler.note_computed(job.target)
+            if not isinstance(job.target, LiveRow) and high == job.end:
+                self.scheduler.note_computed(job.target.span)
 
     def _start_ready(self, ready: list[LiveRow]) -> None:
-        """Rows that end at a shared node: its KV is theirs, and its logits were kept for them."""
+        """Rows that end with a shared span: its KV is theirs, and its logits were kept for them."""
         rows, logits = [], []
         for row in ready:
             if row.has_ended:
                 continue
-            head = copied_head(row)
-            self.cache.copy(head, row.kv.start + np.arange(len(head)))
+            copied = row.place.copied_slots()
+            self.cache.copy(copied, row.place.span.kv.start + np.arange(len(copied)))
             if row.token_ids:  # was preempted after its first token
                 continue
-            node = row.above
-            assert node is not None and node.logits is not None and row.start == row.end
+            assert row.place.above is not None and row.place.start == row.end
+            span = row.place.above.span
+            assert span.logits is not None
             rows.append(row)
-            logits.append(node.logits)
-            node.unread -= 1
-            if not node.unread:
-                node.logits = None
+            logits.append(span.logits)
+            span.unread -= 1
+            if not span.unread:
+                span.logits = None
         if rows:
             self._append_tokens(rows, torch.stack(logits))
 
@@ -341,7 +319,7 @@ class _Run:
             except (MemoryError, RuntimeError) as error:
                 if self._can_halve(error, len(rows[:width])):
                     self.max_decode_rows = len(rows[:width]) // 2
-                    self.scheduler.max_rows = max(1, self.scheduler.max_rows // 2)
+                    self.policy.halve()
                     continue
                 self._lose(rows[0], error)
             rows = rows[width:]
@@ -357,8 +335,8 @@ class _Run:
             batch = pack_decode(token_ids, positions, own, before, kernel, device)
             self._append_tokens(rows, self._forward(batch, np.arange(len(rows))))
         else:
-            segments = decode_segments(positions, own, before)
-            chosen = self._run_recorded(DecodeStep(token_ids, positions, own[1] - 1, segments))
+            spans = decode_spans(positions, own, before)
+            chosen = self._run_recorded(DecodeStep(token_ids, positions, own[1] - 1, spans))
             self._append_tokens(rows, chosen.logits, chosen.greedy)
         self.counters.decode_s += self._now() - begin
 

@@ -1,4 +1,4 @@
-"""Does tree attention compute what this very model computes alone? Asked once, at load.
+"""Does cascade attention compute what this very model computes alone? Asked once, at load.
 
 A handful of random prompts that share, extend and repeat each other go through the engine; every
 logit that chose a token is compared with the model's own eager attention, teacher-forced. One more
@@ -54,8 +54,8 @@ def self_test(engine: PrefixEngine) -> float:
         limit *= _ROUTED
     if not worst <= limit:
         raise EngineError(
-            f"self-test: tree attention differs from the model's own by {worst:.1e} of the largest "
-            f"logit (limit {limit:.0e}); reuse would be unsound for this model"
+            f"self-test: cascade attention differs from the model's own by {worst:.1e} of the "
+            f"largest logit (limit {limit:.0e}); reuse would be unsound for this model"
         )
     return worst
 

@@ -1,4 +1,4 @@
-"""Strict mode's backend: products in tiles of known sizes, attention in one order of roundings.
+"""Strict mode's backend: GEMMs in tiles of known sizes, attention in one order of roundings.
 
 Whether that makes a model's bits independent of what runs beside it is shown by `strict_probe`.
 """
@@ -27,14 +27,15 @@ def choose_strict_backend(loaded: LoadedModel, kernels: str) -> Backend:
     if reason:
         raise UsageError(f"--fidelity strict: {reason}")
     kernel: AttentionKernel = StrictTorchKernel()
-    if kernels == "torch":
-        return Backend(_tiled(loaded, pack=False), kernel)
-    reason = native.why_unavailable()
-    if reason is None and knows_heads(loaded):
-        kernel = StrictNativeKernel()
-        return Backend(_tiled(loaded, pack=True), kernel, None, native_kernel.likeliest_token)
-    note = f"strict attention runs query by query in plain torch: {reason or 'unusual heads'}"
-    return Backend(_tiled(loaded, pack=True), kernel, note, likeliest_token)
+    forward = _tiled(loaded, pack=kernels != "torch")
+    note, likeliest = None, likeliest_token
+    if kernels != "torch":
+        reason = native.why_unavailable() or (None if knows_heads(loaded) else "unusual heads")
+        if reason is None:
+            kernel, likeliest = StrictNativeKernel(), native_kernel.likeliest_token
+        else:
+            note = f"strict attention runs query by query in plain torch: {reason}"
+    return Backend(forward, kernel, note, likeliest, forward.sizes)
 
 
 def why_not_strict(loaded: LoadedModel) -> str | None:
@@ -46,14 +47,14 @@ def why_not_strict(loaded: LoadedModel) -> str | None:
         return f"it is defined for float32 only, not for {name}; choose --dtype float32"
     if has_experts(loaded.model.config):
         return (
-            "an expert computes as many tokens at once as a router sends it, so a row's products "
+            "an expert computes as many tokens at once as a router sends it, so a row's GEMMs "
             "depend on its neighbours; leave it out for this model"
         )
     return None
 
 
 def _tiled(loaded: LoadedModel, *, pack: bool) -> TiledForward:
-    """Packed products keep their bits in all `SIZES` on the machines that we saw; others do not."""
+    """Packed GEMMs keep their bits in all `SIZES` on the machines that we saw; others do not."""
     model = loaded.model
     if not pack or not can_pack(model):
         return TiledForward(TransformersForward(model, pack_weights=False), ONE_SIZE)

@@ -6,7 +6,7 @@ bit with those of other ways to the same tokens:
 ```
  the same call twice             prompt
  each tile size, another slot    others .. | prompt | .. others, so that the tile has that size
- prompt cut into segments        [range] [range] .. [range] prompt's end
+ prompt cut into spans        [range] [range] .. [range] prompt's end
  decode, with rows beside it     .. | one token | ..
 ```
 
@@ -26,9 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.packing import Piece, SlotRange, pack_decode, pack_prefill
+from pipeline.engine.packing import Piece, PlacedSlots, pack_decode, pack_prefill
 from pipeline.engine.prefix_engine import PrefixEngine
-from pipeline.engine.tiled_forward import TiledForward
 from pipeline.errors import UsageError
 
 _PROMPT = 70  # more than a key tile of the kernel, so that a row's state is carried on
@@ -70,8 +69,7 @@ class _Trial:
     @property
     def _sizes(self) -> tuple[int, ...]:
         """Tile sizes of the engine; a forward that is not tiled has the prompt's own."""
-        forward = self.engine.backend.forward
-        return forward.sizes if isinstance(forward, TiledForward) else (self._length,)
+        return self.engine.backend.tile_sizes or (self._length,)
 
     def ways(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """(what it shows, completing "the same ..", a call that computes the logits)."""
@@ -100,12 +98,12 @@ class _Trial:
         """Each range is a prefill of its own, in slots far from the others'."""
         cache, logits = self._cache(4 * self._length), []
         edges = [0, *(int(share * self._length) for share in _CUTS), self._length]
-        ranges: list[SlotRange] = []
+        ranges: list[PlacedSlots] = []
         for i, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
             slot = (len(edges) - i) * self._length
-            piece = Piece(self._ids[low:high], low, slot, (slot, slot), tuple(ranges))
+            piece = Piece(self._ids[low:high], low, slot, 0, tuple(ranges))
             logits.append(self._prefill([piece], cache, 0))
-            ranges.append((slot, slot + high - low))
+            ranges.append(PlacedSlots(slot, slot + high - low, low))
         return torch.cat(logits)
 
     def decoded(self) -> Tensor:
@@ -134,7 +132,7 @@ class _Trial:
 
     def _piece(self, low: int, high: int, slot: int) -> Piece:
         """Prompt positions `[low, high)`, the prompt's KV lying from `slot` on."""
-        return Piece(self._ids[low:high], low, slot + low, (slot, slot + low), ())
+        return Piece(self._ids[low:high], low, slot + low, low, ())
 
     def _others(self, count: int, seed: int) -> list[Piece]:
         """`count` tokens of other prompts, none longer than the context."""
@@ -144,7 +142,7 @@ class _Trial:
             length = min(self._length, count - low)
             ids = draw.integers(0, self.engine.loaded.shape.vocabulary_size, length)
             slot = self._length + low
-            pieces.append(Piece(ids, 0, slot, (slot, slot), ()))
+            pieces.append(Piece(ids, 0, slot, 0, ()))
         return pieces
 
     def _prefill(self, pieces: list[Piece], cache: KVCache, first: int) -> Tensor:

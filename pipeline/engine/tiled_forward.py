@@ -1,10 +1,10 @@
-"""A packed batch in calls of a few fixed sizes, so that every product meets shapes it has proved.
+"""A packed batch in calls of a few fixed sizes, so that every GEMM meets shapes it has proved.
 
 ```
  N tokens   |------ 256 ------|------ 256 ------|-- 96 --:pad|
 ```
 
-The library behind a product chooses its code by the number of rows. With few sizes, all of which
+The library behind a GEMM chooses its code by the number of rows. With few sizes, all of which
 `strict_probe` compares on this very machine, a token's bits depend neither on that choice nor on
 the tokens around it. What pads a tile sees nothing and writes to the slot that belongs to nobody.
 """
@@ -26,7 +26,7 @@ SIZES = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Rising: at most a third of a tile is padding from 33 tokens on. 256 rows reach 96 % of the rate
 of 2,048 in float32."""
 ONE_SIZE = (64,)
-"""For products whose bits were not seen to be the same in all `SIZES`."""
+"""For GEMMs whose bits were not seen to be the same in all `SIZES`."""
 
 
 class TiledForward:

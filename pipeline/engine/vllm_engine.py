@@ -21,13 +21,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from pipeline.engine.base import (
-    NO_HOOKS,
-    EngineCapabilities,
-    EngineCounters,
-    EngineHooks,
-    RunControl,
-)
+from pipeline.engine.base import EngineCapabilities, EngineHooks, Indices, LocalEngine, RunControl
 from pipeline.engine.model import read_shape
 from pipeline.errors import EngineError, ModelError, UsageError, install_extra
 from pipeline.generation import read_rules
@@ -46,7 +40,7 @@ _ENVIRONMENT = {
 }
 
 
-class VllmEngine:
+class VllmEngine(LocalEngine):
     """`Engine` on vLLM's own scheduler, KV cache and kernels."""
 
     name = "vllm"
@@ -54,32 +48,17 @@ class VllmEngine:
 
     def __init__(self, model: ModelSettings, settings: EngineSettings) -> None:
         """Load the model. Raises UsageError where vLLM is not installed, ModelError."""
-        self.counters = EngineCounters()
-        self.notes: list[str] = []
+        super().__init__()
         self._eos = list(read_shape(model.model, model.revision).eos_token_ids)
         self._max_waiting = settings.max_rows + _AHEAD
         self._engine = _load(model, settings).llm_engine
         block_size = self._engine.vllm_config.cache_config.block_size
         self.notes.append(f"vLLM {_version()} shares prefixes in blocks of {block_size} tokens")
 
-    def generate(
-        self,
-        plan: Plan,
-        sequences: NDArray[np.int64],
-        control: RunControl,
-        hooks: EngineHooks = NO_HOOKS,
-    ) -> Iterator[Completion]:
-        """See `Engine.generate`. Raises EngineError if vLLM itself fails."""
-        self.capabilities.check(hooks)
-        self.counters = EngineCounters()
-        return self._completions(plan, sequences, control)
-
-    def close(self) -> None:
-        """See `Engine.close`: vLLM runs in this process and lets go with it."""
-
     def _completions(
-        self, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks
     ) -> Iterator[Completion]:
+        """Raises EngineError if vLLM itself fails."""
         started = time.monotonic()
         salts = _salts(plan)
         waiting = iter(sequences.tolist())

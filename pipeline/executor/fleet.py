@@ -25,6 +25,7 @@ from pipeline.engine.base import (
     EngineCapabilities,
     EngineCounters,
     EngineHooks,
+    Indices,
     RunControl,
 )
 from pipeline.errors import EngineError
@@ -58,11 +59,7 @@ class Fleet:
         return EngineCapabilities(known.computes_once, known.replays_noise)
 
     def generate(
-        self,
-        plan: Plan,
-        sequences: NDArray[np.int64],
-        control: RunControl,
-        hooks: EngineHooks = NO_HOOKS,
+        self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks = NO_HOOKS
     ) -> Iterator[Completion]:
         """See `Engine.generate`. Raises EngineError where no worker is left or none gets on."""
         self.capabilities.check(hooks)

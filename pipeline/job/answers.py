@@ -11,6 +11,7 @@ A greedy prompt that many rows share runs once; the rows that did not run name t
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple

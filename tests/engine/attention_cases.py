@@ -1,8 +1,8 @@
-"""Random trees of segments, the rules of a layer and its tensors: what every kernel is tried on.
+"""Random trees of spans, the rules of a layer and its tensors: what every kernel is tried on.
 
 ```
  node  [past .......|fresh]      a node's last `fresh` tokens are queries of this forward;
-          node  [past ..|fresh]  all queries at or below it get one segment over all of its slots
+          node  [past ..|fresh]  all queries at or below it get one span over all of its slots
 ```
 
 A decoding row is a leaf with one fresh token, a prefill piece one with several.
@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.kernels.rules import AttentionRules, Segments
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Segments over `positions` [N] and an arena of `capacity` slots, some of which nobody owns."""
+    """KVSpans over `positions` [N] and an arena of `capacity` slots, some of which nobody owns."""
 
-    segments: Segments
+    spans: KVSpans
     positions: NDArray[np.int64]
     capacity: int
 
@@ -49,7 +49,7 @@ def build_tree(nodes: list[Node], order: list[int], blind: bool = False) -> Tree
     for node in order:
         slots[node] = capacity
         capacity += nodes[node][1] + node % 2
-    segments: list[list[int]] = []
+    spans: list[list[int]] = []
     positions: list[int] = []
 
     def visit(node: int, position: int) -> None:
@@ -60,13 +60,13 @@ def build_tree(nodes: list[Node], order: list[int], blind: bool = False) -> Tree
             visit(child, end)
         if low < len(positions):
             slot = slots[node]
-            segments.append([low, len(positions), slot, slot + length, position])
+            spans.append([low, len(positions), slot, slot + length, position])
 
     for root in [i for i, node in enumerate(nodes) if node[0] == 0]:
         visit(root, 0)
     if blind or not positions:
         positions.append(9)
-    table = np.array(segments, np.int64).reshape(-1, 5)
+    table = np.array(spans, np.int64).reshape(-1, 5)
     in_order = np.argsort(table[:, 0], kind="stable")
     return Tree(table[in_order], np.array(positions, np.int64), capacity + 1)
 
@@ -104,7 +104,7 @@ def random_layer(
     query = torch.randn(1, num_heads, len(tree.positions), head_dim, generator=draw) * 2
     arena = torch.randn(2, 2, kv_heads, tree.capacity, head_dim, generator=draw)
     is_owned = torch.zeros(tree.capacity, dtype=torch.bool)
-    for _, _, kv_lo, kv_hi, _ in tree.segments.tolist():
+    for _, _, kv_lo, kv_hi, _ in tree.spans.tolist():
         is_owned[kv_lo:kv_hi] = True
     arena[..., ~is_owned, :] = float("nan")
     keys, values = arena[1].to(device, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -79,8 +80,8 @@ def decode(model: ToyModel, record: Recorder | None) -> tuple[DecodeRunner, list
         rows = np.arange(ROWS - step)
         low = SHARED + rows * STEPS
         own = np.stack([rows, rows + 1, low, low + step + 1, rows * 0 + SHARED], 1)
-        segments = np.concatenate([[[0, len(rows), 0, SHARED, 0]], own])
-        fed = DecodeStep(token_ids[: len(rows)], rows * 0 + SHARED + step, low + step, segments)
+        spans = np.concatenate([[[0, len(rows), 0, SHARED, 0]], own])
+        fed = DecodeStep(token_ids[: len(rows)], rows * 0 + SHARED + step, low + step, spans)
         token_ids = runner(fed).greedy.token_ids
         results.append(runner(fed))  # writing the same KV twice changes nothing
         assert results[-1].greedy.is_finite.all() and len(token_ids) == len(rows)
@@ -117,14 +118,19 @@ def test_without_a_recorder_nothing_is_padded() -> None:
     assert choose_recorder(torch.device("cpu")) is None
 
 
-def test_a_model_that_cannot_be_recorded_still_decodes() -> None:
+def test_a_model_that_cannot_be_recorded_still_decodes_and_a_person_is_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen red: a note on the runner that nobody read."""
+    monkeypatch.setattr(logging.getLogger("coppice"), "propagate", True)
     runner, results = decode(ToyModel(), RefusesToRecord())
     plain = decode(ToyModel(), None)[1]
     assert [r.greedy.token_ids.tolist() for r in results] == [
         r.greedy.token_ids.tolist() for r in plain
     ]
     reason = "operation not permitted when stream is capturing"
-    assert runner.note == f"decoding without CUDA graphs: {reason}"
+    assert [r.getMessage() for r in caplog.records] == [f"decoding without CUDA graphs: {reason}"]
+    assert not runner.is_recording
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -16,7 +16,7 @@ from pipeline.engine.kernels.kernel import AttentionKernel
 from pipeline.engine.kernels.native_kernel import NativeKernel, cut_tiles
 from pipeline.engine.kernels.rules import AttentionRules, attend_reference
 from pipeline.engine.kernels.torch_kernel import TorchKernel
-from pipeline.engine.packing import Piece, SlotRange, pack_prefill, shared_segments
+from pipeline.engine.packing import Piece, PlacedSlots, pack_prefill, shared_spans
 
 CPU = torch.device("cpu")
 
@@ -38,26 +38,26 @@ def forests(draw: st.DrawFn) -> Forest:
     """A few nested shared ranges; below each, pieces that continue them."""
     forest, used = Forest(), 0
 
-    def take(length: int) -> SlotRange:
+    def take(length: int, position: int) -> PlacedSlots:
         nonlocal used
         used += length + draw(st.integers(0, 3))
-        return used - length, used
+        return PlacedSlots(used - length, used, position)
 
-    def grow(above: tuple[SlotRange, ...], depth: int) -> None:
+    def grow(above: tuple[PlacedSlots, ...], depth: int, position: int) -> None:
         for _ in range(draw(st.integers(1, 3))):
             if depth < 3 and draw(st.booleans()):
-                grow((*above, take(draw(st.integers(1, 300)))), depth + 1)
+                length = draw(st.integers(1, 300))
+                grow((*above, take(length, position)), depth + 1, position + length)
                 continue
             past, new = draw(st.integers(0, 80)), draw(st.sampled_from([1, 1, 2, 5, 33, 70]))
-            low, _ = take(past + new)
-            position = sum(hi - lo for lo, hi in above) + past
+            low = take(past + new, position).low
             ids = np.zeros(new, np.int64)
-            forest.pieces.append(Piece(ids, position, low + past, (low, low + past), above))
-            path = [slot for lo, hi in above for slot in range(lo, hi)]
+            forest.pieces.append(Piece(ids, position + past, low + past, past, above))
+            path = [slot for placed in above for slot in range(placed.low, placed.high)]
             for i in range(new):
                 forest.slots_of_query.append(path + list(range(low, low + past + i + 1)))
 
-    grow((), 0)
+    grow((), 0, 0)
     forest.capacity = used
     return forest
 
@@ -121,13 +121,13 @@ def test_kernels_equal_the_oracle(
 
 
 def test_the_reference_equals_the_oracle() -> None:
-    piece = Piece(np.zeros(3, np.int64), 7, 20, (18, 20), ((2, 7),))
+    piece = Piece(np.zeros(3, np.int64), 7, 20, 2, (PlacedSlots(2, 7, 0),))
     path = [2, 3, 4, 5, 6, 18, 19]
     forest = Forest([piece], [[*path, *range(20, 21 + i)] for i in range(3)])
-    segments = np.array([[0, 3, 2, 7, 0], [0, 3, 18, 23, 5]])
+    spans = np.array([[0, 3, 2, 7, 0], [0, 3, 18, 23, 5]])
     query, keys, values = (torch.randn(*shape) for shape in ((3, 6, 8), (2, 30, 8), (2, 30, 8)))
     for rules in RULES:
-        out = attend_reference(query, keys, values, torch.tensor([7, 8, 9]), segments, rules)
+        out = attend_reference(query, keys, values, torch.tensor([7, 8, 9]), spans, rules)
         expected = by_path(query, keys, values, forest, rules)
         torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-4)
 
@@ -138,7 +138,7 @@ def test_a_kernel_does_not_hide_a_nan(tokens: int, head_dim: int) -> None:
     """A broken number must reach the check of the logits, whatever computes attention."""
     keys, values = torch.randn(2, 40, head_dim), torch.randn(2, 40, head_dim)
     keys[:, 5] = float("nan")
-    piece = Piece(np.zeros(tokens, np.int64), 8, 20, (20, 20), ((0, 8),))
+    piece = Piece(np.zeros(tokens, np.int64), 8, 20, 0, (PlacedSlots(0, 8, 0),))
     nothing = np.zeros(0, np.int64)
     for kernel in kernels(4, 2):
         batch = pack_prefill([piece], (nothing, nothing), kernel, CPU)
@@ -151,11 +151,11 @@ def test_a_kernel_does_not_hide_a_nan(tokens: int, head_dim: int) -> None:
     st.lists(st.tuples(st.integers(0, 90), st.integers(1, 60)), max_size=30), st.integers(1, 100)
 )
 @settings(max_examples=200, deadline=None)
-def test_tiles_hold_every_query_of_every_segment_once(
-    spans: list[tuple[int, int]], tile_tokens: int
+def test_tiles_hold_every_query_of_every_span_once(
+    drawn: list[tuple[int, int]], tile_tokens: int
 ) -> None:
-    segments = [[lo, lo + n, 10 * i, 10 * i + 10, 0] for i, (lo, n) in enumerate(spans)]
-    table = np.array(segments, np.int64).reshape(-1, 5)
+    spans = [[lo, lo + n, 10 * i, 10 * i + 10, 0] for i, (lo, n) in enumerate(drawn)]
+    table = np.array(spans, np.int64).reshape(-1, 5)
     cut, tiles = cut_tiles(table, 150, tile_tokens)
     served = {
         (query, int(row[2]))
@@ -163,17 +163,21 @@ def test_tiles_hold_every_query_of_every_segment_once(
         for row in cut[low:high]
         for query in range(max(q_lo, int(row[0])), min(q_hi, int(row[1])))
     }
-    assert served == {(q, s[2]) for s in segments for q in range(s[0], s[1])}
-    assert int((cut[:, 1] - cut[:, 0]).sum()) == sum(n for _, n in spans)
+    assert served == {(q, s[2]) for s in spans for q in range(s[0], s[1])}
+    assert int((cut[:, 1] - cut[:, 0]).sum()) == sum(n for _, n in drawn)
     assert tiles[:, 0].tolist() == list(range(0, 150, tile_tokens)) and tiles[-1, 1] == 150
 
 
-def test_neighbours_below_one_node_share_one_segment() -> None:
-    top, left, right = (0, 10), (10, 14), (14, 20)
-    segments = shared_segments(
-        [(top, left), (top, left), (top, right), ()], [(0, 1), (1, 3), (3, 4), (4, 5)]
-    )
-    assert segments.tolist() == [[0, 4, 0, 10, 0], [0, 3, 10, 14, 10], [3, 4, 14, 20, 10]]
+def test_neighbours_that_see_a_span_at_one_position_share_it() -> None:
+    """Elsewhere in the frame, or after a gap, it is another one; positions are never counted from
+    slots."""
+    top, left, right = PlacedSlots(0, 10, 0), PlacedSlots(10, 14, 10), PlacedSlots(14, 20, 10)
+    bounds = [(0, 1), (1, 3), (3, 4), (4, 5)]
+    spans = shared_spans([(top, left), (top, left), (top, right), ()], bounds)
+    assert spans.tolist() == [[0, 4, 0, 10, 0], [0, 3, 10, 14, 10], [3, 4, 14, 20, 10]]
+    moved = left._replace(position=90)
+    spans = shared_spans([(top, left), (top, moved), (top, moved), ()], bounds)
+    assert spans.tolist() == [[0, 4, 0, 10, 0], [0, 1, 10, 14, 10], [1, 4, 10, 14, 90]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,9 +15,9 @@ from pipeline.engine.base import RunControl
 from pipeline.engine.forward import Forward
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.kv_guard import CorruptKVError, KVGuard
-from pipeline.engine.live import LiveNode
 from pipeline.engine.packing import PackedBatch
 from pipeline.engine.prefix_engine import PrefixEngine
+from pipeline.engine.spans import SharedSpan
 from pipeline.errors import EngineError
 from pipeline.plan.plan import Plan
 from pipeline.settings import EngineSettings
@@ -95,7 +95,7 @@ def test_without_the_guard_the_bit_changes_answers(monkeypatch: pytest.MonkeyPat
     """Or the test above would be blind."""
     plan = plan_of([[*SHARED, 4 + own, 9] for own in range(12)], (LONGER,))
     expected = answers(engine_of(), plan)
-    monkeypatch.setattr(KVGuard, "watch", lambda self, node: None)
+    monkeypatch.setattr(KVGuard, "watch", lambda self, span: None)
     assert answers(flipping(engine_of(), {1}), plan) != expected
 
 
@@ -126,17 +126,17 @@ def test_every_bit_of_a_range_counts_and_no_other(dtype: torch.dtype, head_dim: 
     cache = KVCache((2, 2, head_dim), 10, torch.zeros(1, dtype=dtype))
     cache.arena.normal_()
     guard = KVGuard(cache)
-    node = LiveNode(0, None, 0, 4, 0, 2, 2, 0)
+    span = SharedSpan(key=0, length=4, num_sequences=2, unfinished=2, unread=0)
     kv_range = cache.acquire(4, from_left=True)
     assert kv_range is not None
-    node.kv = kv_range
+    span.kv = kv_range
     kind = torch.int16 if dtype == torch.bfloat16 else torch.int32
     bits = cache.arena.view(kind)
     for bit in (0, 7, 8 * dtype.itemsize - 2):
-        guard.watch(node)
+        guard.watch(span)
         bits[0, 0, 1, 4, 0] ^= 1 << bit  # behind the range
-        guard.release(node)
-        guard.watch(node)
+        guard.release(span)
+        guard.watch(span)
         bits[1, 0, 1, 3, head_dim - 1] ^= 1 << bit
         with pytest.raises(CorruptKVError):
-            guard.release(node)
+            guard.release(span)

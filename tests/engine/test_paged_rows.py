@@ -26,10 +26,10 @@ from pipeline.engine.backend import Backend
 from pipeline.engine.base import EngineHooks, RunControl, TokenIds
 from pipeline.engine.decode_view import DecodeView
 from pipeline.engine.forward import Forward, TransformersForward
-from pipeline.engine.kernels.rules import AttentionRules, Segments, attend_reference
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans, attend_reference
 from pipeline.engine.kernels.triton_kernel import DeviceWork, TritonKernel
 from pipeline.engine.kv_cache import KVCache, KVRange
-from pipeline.engine.live import LiveRow, nodes_above
+from pipeline.engine.live import LiveRow
 from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.packing import PackedBatch
 from pipeline.engine.prefix_engine import PrefixEngine
@@ -88,9 +88,11 @@ class Watch:
             grow(s)
             assert s.rows == before[: len(s.rows)], "others than the last rows were preempted"
             assert bool(s.rows) == bool(before), "the first row was preempted"
-            assert all(row.next_position < row.kv_end <= row.kv_limit for row in s.rows)
+            assert all(row.next_position < row.reserved_end <= row.last_position for row in s.rows)
             self.preempted |= {row.sequence for row in before[len(s.rows) :]}
-            self.tokens_lost += sum(row.next_position - row.start for row in before[len(s.rows) :])
+            self.tokens_lost += sum(
+                row.next_position - row.place.start for row in before[len(s.rows) :]
+            )
             self._must_wait |= len(s.rows) < len(before)
             self._check(s)
 
@@ -111,20 +113,28 @@ class Watch:
     def assert_all_released(self) -> None:
         """After a run: not a slot is left to anybody."""
         assert self.scheduler is not None
-        assert self.scheduler.live_ranges() == [] and self.scheduler.cache.used_tokens == 0
+        residency = self.scheduler._residency
+        assert residency.ranges == [] and residency.cache.used_tokens == 0
+        assert residency.placed == {}
 
     def _check(self, s: Scheduler) -> None:
         self.scheduler = s
-        s.cache.check_integrity(s.live_ranges())
-        assert s.cache.used_tokens == sum(r.length for r in s.live_ranges())
-        assert s.cache.used_tokens <= s.cache.peak_tokens <= s.cache.capacity
+        cache, spans = s._residency.cache, [p.span for p in s._residency.placed.values()]
+        owned = [span.kv for span in spans if span.is_resident]
+        owned += [block for row in s.rows for block in row.blocks if block.length]
+        assert set(owned) == set(s._residency.ranges), "a range is reserved for nobody"
+        cache.check_integrity(owned)
+        assert cache.used_tokens == sum(kv.length for kv in owned)
+        assert cache.used_tokens <= cache.peak_tokens <= cache.capacity
         order = [row.sequence for row in s.rows] + list(s.waiting)
         assert order == sorted(set(order))
         for row in s.rows:
-            assert sum(block.length for block in row.blocks) == row.kv_end - row.span_start
-            assert all(node.is_resident and node.live_rows for node in nodes_above(row))
-        idle = {n.node for n in s._nodes.values() if n.is_resident and not n.live_rows}
-        assert idle <= set(_path(s.plan, s.waiting[0]) if s.waiting else [])
+            reserved = row.reserved_end - row.place.position
+            assert sum(block.length for block in row.blocks) == reserved
+            above = [placement.span for placement in row.place.all_above()]
+            assert all(span.is_resident and span.live_rows for span in above)
+        idle = {span.key for span in s._residency.idle()}
+        assert idle <= set(_path(s._plan, s.waiting[0]) if s.waiting else [])
         self.most_rows = max(self.most_rows, len(s.rows))
 
 
@@ -183,7 +193,8 @@ def run(
     engine = PrefixEngine(loaded, EngineSettings(kv_budget=budget, kernels=chosen, **limits))
     if kernels == "recorded":
         forward = TransformersForward(loaded.model, pack_weights=False)
-        backend = Backend(forward, ItemsByReference(4, 2, torch.device("cpu")))
+        kernel = ItemsByReference(4, 2, torch.device("cpu"))
+        backend = Backend(forward, kernel, recordable=kernel)
         engine = PrefixEngine(loaded, engine.settings, backend)
     return collect(engine, plan, control), engine
 
@@ -241,7 +252,7 @@ def test_any_budget_gives_the_same_answers(
     """From room for the largest row alone to room for all; the prompt is prefilled once in each.
 
     Red with: the last generated token but one left out of what is computed again; a block's
-    position counted from the row's start; kept segments not dropped after growth; `cached_tokens`
+    position counted from the row's start; kept spans not dropped after growth; `cached_tokens`
     set anew at the second admission; what is computed again counted as prefilled, of a row or of a
     node; a node kept where it is idle and in the way; the gaps not closed; the first row preempted
     instead of the last; a preempted row at the end of the queue; admission in spite of a
@@ -281,7 +292,7 @@ def test_rows_may_be_preempted_at_any_moment(
 
     def disturbed(s: Scheduler) -> None:
         for _ in range(draw.choice([0, 0, 0, 0, 1, 3])):
-            if len(s.rows) > 1 or s._idle_nodes():
+            if len(s.rows) > 1 or s._residency.idle():
                 s._make_room()
         grow(s)
 
@@ -489,7 +500,7 @@ def test_ranges_that_grow_and_move_keep_their_contents(steps: list[tuple[str, in
             assert slots.tolist() == contents
 
 
-def test_a_range_goes_where_it_can_grow_and_is_one_segment_then() -> None:
+def test_a_range_goes_where_it_can_grow_and_is_one_span_then() -> None:
     cache = KVCache((1, 1, 1), 100, like=torch.zeros(1))
     one, two = (cache.acquire(10, from_left=False, reach=40) for _ in range(2))
     assert one and two and (one.start, two.start) == (60, 20)
@@ -500,11 +511,11 @@ def test_a_range_goes_where_it_can_grow_and_is_one_segment_then() -> None:
 
 
 def test_with_room_a_row_stays_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paging costs decode steps nothing where memory is no limit: the same segments as before."""
+    """Paging costs decode steps nothing where memory is no limit: the same spans as before."""
     before = DecodeView.before
     most_blocks = []
 
-    def watched(view: DecodeView, rows: list[LiveRow], changes: int) -> Segments:
+    def watched(view: DecodeView, rows: list[LiveRow], changes: int) -> KVSpans:
         most_blocks.append(max(len(row.blocks) for row in rows))
         return before(view, rows, changes)
 

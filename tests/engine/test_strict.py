@@ -18,7 +18,7 @@ from pipeline.engine.forward import Forward
 from pipeline.engine.kernels import native
 from pipeline.engine.kernels.kernel import AttentionKernel
 from pipeline.engine.kernels.native_kernel import NativeKernel
-from pipeline.engine.kernels.rules import AttentionRules, Segments, attend_reference
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans, attend_reference
 from pipeline.engine.kernels.strict_native_kernel import StrictNativeKernel
 from pipeline.engine.kernels.strict_torch_kernel import StrictTorchKernel
 from pipeline.engine.kernels.strict_work import StrictWork
@@ -214,36 +214,34 @@ def test_strict_kernels_mean_what_the_reference_means(
 ) -> None:
     layer = random_layer(tree, (4, 2), 16, seed=seed)
     positions = torch.from_numpy(tree.positions)
-    expected = attend_reference(
-        layer.query, layer.keys, layer.values, positions, tree.segments, rules
-    )
+    expected = attend_reference(layer.query, layer.keys, layer.values, positions, tree.spans, rules)
     for kernel in strict_kernels():
-        work = kernel.prepare(tree.segments, tree.positions)
+        work = kernel.prepare(tree.spans, tree.positions)
         out = kernel.attend(layer.query, layer.keys, layer.values, work, rules)
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
 
 
 @given(trees(max_length=90), st.sampled_from(RULES), st.data())
 @settings(max_examples=25, deadline=None)
-def test_a_query_alone_with_its_segments_cut_has_the_same_bits(
+def test_a_query_alone_with_its_spans_cut_has_the_same_bits(
     tree: Tree, rules: AttentionRules, data: st.DataObject
 ) -> None:
-    """Seen red: one softmax a segment, merged; a grid that began at the oldest key of a tile."""
+    """Seen red: one softmax a span, merged; a grid that began at the oldest key of a tile."""
     layer = random_layer(tree, (4, 2), 16)
     query = data.draw(st.integers(0, len(tree.positions) - 1))
     for kernel in strict_kernels():
-        work = kernel.prepare(tree.segments, tree.positions)
+        work = kernel.prepare(tree.spans, tree.positions)
         together = kernel.attend(layer.query, layer.keys, layer.values, work, rules)[query]
-        part = StrictWork(tree.segments, tree.positions).part(query, query + 1, 1)
-        cuts = [cut for row in part.segments for cut in cut_in_two(row, data)]
+        part = StrictWork(tree.spans, tree.positions).part(query, query + 1, 1)
+        cuts = [cut for row in part.spans for cut in cut_in_two(row, data)]
         alone = kernel.prepare(np.array(cuts, np.int64).reshape(-1, 5), part.positions)
         one = layer.query[query : query + 1]
         out = kernel.attend(one, layer.keys, layer.values, alone, rules)[0]
         assert torch.equal(out, together), kernel.name
 
 
-def cut_in_two(segment: Segments, data: st.DataObject) -> list[list[int]]:
-    q_lo, q_hi, kv_lo, kv_hi, position = segment.tolist()
+def cut_in_two(span: KVSpans, data: st.DataObject) -> list[list[int]]:
+    q_lo, q_hi, kv_lo, kv_hi, position = span.tolist()
     cut = data.draw(st.integers(kv_lo, kv_hi))
     halves = [[q_lo, q_hi, kv_lo, cut, position], [q_lo, q_hi, cut, kv_hi, position + cut - kv_lo]]
     return [half for half in halves if half[2] < half[3]]
@@ -252,9 +250,9 @@ def cut_in_two(segment: Segments, data: st.DataObject) -> list[list[int]]:
 def test_a_nan_is_not_hidden() -> None:
     keys, values = torch.randn(2, 40, 16), torch.randn(2, 40, 16)
     keys[:, 5] = float("nan")
-    segments = np.array([[0, 3, 0, 12, 0]], np.int64)
+    spans = np.array([[0, 3, 0, 12, 0]], np.int64)
     for kernel in strict_kernels():
-        work = kernel.prepare(segments, np.array([8, 9, 10]))
+        work = kernel.prepare(spans, np.array([8, 9, 10]))
         out = kernel.attend(torch.randn(3, 4, 16), keys, values, work, AttentionRules(0.3))
         assert out.isnan().all(), kernel.name
 
@@ -279,21 +277,21 @@ class Faulty:
         return logits + gain + self._by_call * (self._calls > 1) * 1e-5
 
 
-class SplitBySegment:
-    """Attention that merges one softmax a segment: exact in numbers, not in bits."""
+class SplitBySpan:
+    """Attention that merges one softmax a span: exact in numbers, not in bits."""
 
     name = "split"
 
     def __init__(self, kernel: AttentionKernel) -> None:
         self._kernel = kernel
 
-    def prepare(self, segments: Segments, positions: np.ndarray) -> StrictWork:
-        return StrictWork(segments, positions)
+    def prepare(self, spans: KVSpans, positions: np.ndarray) -> StrictWork:
+        return StrictWork(spans, positions)
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, work: StrictWork, rules: AttentionRules
     ) -> Tensor:
-        planned = self._kernel.prepare(work.segments, work.positions)
+        planned = self._kernel.prepare(work.spans, work.positions)
         return self._kernel.attend(query, keys, values, planned, rules)
 
 
@@ -327,7 +325,7 @@ def test_the_probe_catches_a_forward_that_does_not(fault: dict[str, float], says
 def test_the_probe_catches_attention_that_splits_its_softmax(compiled: bool) -> None:
     engine = engine_for(load("llama, grouped heads"))
     kernel = NativeKernel(4, 2) if compiled else TorchKernel(torch.device("cpu"))
-    engine = tiny.with_backend(engine, kernel=SplitBySegment(kernel))
+    engine = tiny.with_backend(engine, kernel=SplitBySpan(kernel))
     with pytest.raises(UsageError, match="bits of this model's logits are not the same"):
         strict_probe(engine)
 

@@ -6,7 +6,7 @@ of keys left out; keys beyond the item not masked; the running sum or the runnin
 rescaled when the best score rises, in either program; partials stored by row instead of by token;
 query heads of the first KV head for all; keys of the first KV head for all; the sink left out or
 counted twice; an absent partial counted with a score of 0; half the soft cap's slope; positions
-that do not advance where a segment is cut.
+that do not advance where a span is cut.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_the_programs_compile_for_a_card(
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     layer = random_layer(FOREST, (8, 2), head_dim, dtype)
-    work = upload(plan_work(FOREST.segments, FOREST.positions, 4, 64, 256), torch.device("cpu"))
+    work = upload(plan_work(FOREST.spans, FOREST.positions, 4, 64, 256), torch.device("cpu"))
     rules = AttentionRules(0.1, window=64, softcap=5.0, sinks=torch.zeros(8))
     programs = {name: getattr(triton_programs, name) for name in ("attend_items", "merge_partials")}
     launches = {name: Launches() for name in programs}
@@ -104,7 +104,7 @@ def test_the_programs_compile_for_a_card(
 def test_a_card_equals_the_reference(dtype: torch.dtype) -> None:
     for heads, head_dim in itertools.product([(8, 8), (6, 2), (32, 8)], [64, 80, 128, 256]):
         layer = random_layer(FOREST, heads, head_dim, dtype, "cuda")
-        plan = plan_work(FOREST.segments, FOREST.positions, heads[0] // heads[1], 64, 256)
+        plan = plan_work(FOREST.spans, FOREST.positions, heads[0] // heads[1], 64, 256)
         work = upload(plan, torch.device("cuda"))
         for rules in (
             AttentionRules(head_dim**-0.5),
@@ -113,7 +113,7 @@ def test_a_card_equals_the_reference(dtype: torch.dtype) -> None:
             out = attend(layer.query, layer.keys, layer.values, work, rules)
             expected = attend_reference(
                 layer.query, layer.keys, layer.values, work.positions[: len(out)],
-                FOREST.segments, rules,
+                FOREST.spans, rules,
             )  # fmt: skip
             tolerance = 1e-5 if dtype == torch.float32 else 2e-2
             torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)

@@ -1,4 +1,4 @@
-"""Work items say exactly what the segments say, whatever the cut; no kernel runs here."""
+"""Work items say exactly what the spans say, whatever the cut; no kernel runs here."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def all_items(work: WorkItems) -> np.ndarray:
 
 @given(st.data(), trees(), PLANS)
 @settings(max_examples=100, deadline=None)
-def test_items_mean_what_the_segments_mean(
+def test_items_mean_what_the_spans_mean(
     data: st.DataObject, tree: Tree, plan: tuple[int, int, int]
 ) -> None:
-    """The first five fields of an item are a segment again, so the oracle can read both."""
+    """The first five fields of an item are a span again, so the oracle can read both."""
     rep, block_m, split_keys = plan
     layer, layer_rules = random_layer(tree, (2, 1), head_dim=4), data.draw(rules(2))
-    items = all_items(plan_work(tree.segments, tree.positions, rep, block_m, split_keys))
+    items = all_items(plan_work(tree.spans, tree.positions, rep, block_m, split_keys))
     positions = torch.from_numpy(tree.positions)
-    by_item, by_segment = (
+    by_item, by_span = (
         attend_reference(layer.query, layer.keys, layer.values, positions, s, layer_rules)
-        for s in (items[:, :5], tree.segments)
+        for s in (items[:, :5], tree.spans)
     )
-    torch.testing.assert_close(by_item, by_segment, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by_item, by_span, rtol=1e-5, atol=1e-5)
 
 
 @given(trees(max_nodes=9, max_length=60), PLANS)
@@ -52,7 +52,7 @@ def test_items_keep_their_size_and_partials_their_token(
     tree: Tree, plan: tuple[int, int, int]
 ) -> None:
     rep, block_m, split_keys = plan
-    work = plan_work(tree.segments, tree.positions, rep, block_m, split_keys)
+    work = plan_work(tree.spans, tree.positions, rep, block_m, split_keys)
     items = all_items(work)
     tokens, keys = items[:, 1] - items[:, 0], items[:, 3] - items[:, 2]
     assert ((tokens > 0) & (tokens * rep <= block_m)).all()
@@ -69,16 +69,16 @@ def test_items_keep_their_size_and_partials_their_token(
         assert all(token_of_partial[part] == token for part in listed)
 
 
-def test_no_segments_make_no_items() -> None:
-    work = plan_work(NOTHING.segments, NOTHING.positions, rep=2, block_m=16, split_keys=8)
+def test_no_spans_make_no_items() -> None:
+    work = plan_work(NOTHING.spans, NOTHING.positions, rep=2, block_m=16, split_keys=8)
     assert work.shape == WorkShape(tokens=2, large=0, small=0, partials=0)
     assert work.offsets.tolist() == [0, 0, 0]
 
 
 def test_a_causal_piece_has_no_items_in_its_own_future() -> None:
     """64 tokens of one prompt: of the 4 x 4 tiles only those on and below the diagonal are work."""
-    segments = np.array([[0, 64, 0, 64, 100]])
-    work = plan_work(segments, np.arange(100, 164), rep=1, block_m=16, split_keys=16)
+    spans = np.array([[0, 64, 0, 64, 100]])
+    work = plan_work(spans, np.arange(100, 164), rep=1, block_m=16, split_keys=16)
     assert work.shape.small == 10
 
 
@@ -100,16 +100,16 @@ def test_a_plan_that_does_not_fit_the_shape_is_refused() -> None:
         work.flatten(WorkShape(tokens=1, large=0, small=2, partials=3))
 
 
-def test_planning_thousands_of_segments_takes_less_than_a_millisecond() -> None:
+def test_planning_thousands_of_spans_takes_less_than_a_millisecond() -> None:
     """Best of 20, so that other load on the machine does not count; measured 0.3 ms."""
     rows, groups = np.arange(4096), np.arange(800)
     own = np.stack([rows, rows + 1, rows * 300, rows * 300 + 150, rows * 0 + 2000], 1)
     queries, slots = groups * 5, groups * 2000
     shared = np.stack([queries, queries + 5, slots, slots + 2000, groups * 0], 1)
-    segments, positions = np.concatenate([shared, own]), np.full(4096, 2149)
+    spans, positions = np.concatenate([shared, own]), np.full(4096, 2149)
     best = float("inf")
     for _ in range(20):
         begin = time.perf_counter()
-        plan_work(segments, positions, rep=4, block_m=64, split_keys=4096)
+        plan_work(spans, positions, rep=4, block_m=64, split_keys=4096)
         best = min(best, time.perf_counter() - begin)
     assert best < 1e-3

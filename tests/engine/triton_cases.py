@@ -63,7 +63,7 @@ def assert_equals_reference(
     out = attend(layer.query, layer.keys, layer.values, work, layer_rules)
     expected = attend_reference(
         layer.query, layer.keys, layer.values, torch.from_numpy(tree.positions),
-        tree.segments, layer_rules,
+        tree.spans, layer_rules,
     )  # fmt: skip
     assert out.dtype == expected.dtype and out.is_contiguous()
     tolerance = TOLERANCE[out.dtype]
@@ -78,7 +78,7 @@ def test_any_tree_equals_the_reference(
     layer_rules = data.draw(rules(heads[0]))
     layer = random_layer(tree, heads, head_dim=16)
     block_m = data.draw(st.sampled_from([16, 32]))
-    plan = plan_work(tree.segments, tree.positions, heads[0] // heads[1], block_m, split_keys)
+    plan = plan_work(tree.spans, tree.positions, heads[0] // heads[1], block_m, split_keys)
     assert_equals_reference(tree, layer, upload(plan, CPU), layer_rules)
 
 
@@ -87,7 +87,7 @@ def test_any_tree_equals_the_reference(
 def test_head_sizes_and_dtypes(head_dim: int, dtype: torch.dtype) -> None:
     layer = random_layer(FOREST, (6, 2), head_dim, dtype)
     layer_rules = AttentionRules(head_dim**-0.5, window=25, softcap=5.0, sinks=torch.randn(6))
-    plan = plan_work(FOREST.segments, FOREST.positions, rep=3, block_m=32, split_keys=32)
+    plan = plan_work(FOREST.spans, FOREST.positions, rep=3, block_m=32, split_keys=32)
     assert plan.shape.large and plan.shape.small, "both sizes of tiles are to be tried"
     assert_equals_reference(FOREST, layer, upload(plan, CPU), layer_rules)
 
@@ -99,7 +99,8 @@ def test_the_engine_on_this_kernel_gives_the_tokens_of_the_plain_model() -> None
     params = SamplingParams(max_new_tokens=3), SamplingParams(max_new_tokens=3, temperature=0.8)
     plan = tiny.plan_of(prompts, params, [0, 1, 0, 1, 0])
     forward = TransformersForward(loaded.model, pack_weights=False)
-    backend = Backend(forward, TritonKernel(4, 2, CPU))
+    kernel = TritonKernel(4, 2, CPU)
+    backend = Backend(forward, kernel, recordable=kernel)
     engine = PrefixEngine(loaded, EngineSettings(max_batch_tokens=24), backend)
     ours, plain = (
         {c.sequence: c.token_ids for c in e.generate(plan, np.arange(5), RunControl())}
@@ -118,7 +119,7 @@ def test_padding_changes_nothing_and_is_zero() -> None:
     query[: len(FOREST.positions)] = layer.query
     layer_rules = AttentionRules(0.3, sinks=torch.randn(6))
     for split_keys in (8, 16):
-        plan = plan_work(FOREST.segments, FOREST.positions, 3, 32, split_keys)
+        plan = plan_work(FOREST.spans, FOREST.positions, 3, 32, split_keys)
         flat.copy_(torch.from_numpy(plan.flatten(shape)))
         out = attend(query, layer.keys, layer.values, work, layer_rules)
         exact = attend(layer.query, layer.keys, layer.values, upload(plan, CPU), layer_rules)
@@ -128,10 +129,10 @@ def test_padding_changes_nothing_and_is_zero() -> None:
 
 @pytest.mark.parametrize("sinks", [None, torch.zeros(2)])
 def test_a_query_that_sees_nothing_gives_zeros(sinks: torch.Tensor | None) -> None:
-    """One without segments, one whose only segment lies in its future or before its window."""
+    """One without spans, one whose only span lies in its future or before its window."""
     tree = Tree(np.array([[0, 1, 1, 9, 6], [1, 2, 1, 9, 0]]), np.array([5, 50, 0]), capacity=10)
     layer = random_layer(tree, (2, 1), head_dim=16)
-    work = upload(plan_work(tree.segments, tree.positions, 2, 16, 64), CPU)
+    work = upload(plan_work(tree.spans, tree.positions, 2, 16, 64), CPU)
     layer_rules = AttentionRules(0.3, window=4, sinks=sinks)
     assert not attend(layer.query, layer.keys, layer.values, work, layer_rules).any()
     assert_equals_reference(tree, layer, work, layer_rules)

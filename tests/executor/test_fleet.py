@@ -255,7 +255,7 @@ def test_the_engine_forgets_what_is_taken_back(
     assert all(expected[s] == ids for s, ids in kept.items())
     needed = prefill_tokens(plan, np.array(sorted(kept), np.int64))
     assert engine.counters.prefilled_tokens == needed
-    assert not schedulers[0].live_ranges()
+    assert not schedulers[0]._residency.ranges
 
 
 class Dying(EchoEngine):

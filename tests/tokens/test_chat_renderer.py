@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.tokens.chat_template import ChatTemplate
+from pipeline.confined import Confined
+from pipeline.tokens.chat_renderer import ChatRenderer
 from tests.tokens.conftest import CHATML
 
 TEMPLATES = {
@@ -45,4 +47,6 @@ def test_texts_are_those_of_transformers(folder: Path, name: str) -> None:
         )
         for chat in CHATS
     ]
-    assert ChatTemplate(TEMPLATES[name], tokenizer).render_all(CHATS) == expected
+    tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    renderer = Confined(ChatRenderer, (TEMPLATES[name], tokens, datetime.now(), 10.0), 12.0)
+    assert renderer.map(CHATS) == expected

@@ -19,6 +19,8 @@ import polars as pl
 import pytest
 from numpy.typing import NDArray
 
+from pipeline.engine.base import EngineFactory
+from pipeline.engine.load import make_engine
 from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.status import read_status
 from pipeline.run import run_job
@@ -72,6 +74,7 @@ class RunBench:
     base: Path
     model: Path
     changes: tuple[tuple[str, Any], ...] = ()
+    make_engine: EngineFactory = make_engine
 
     @property
     def output(self) -> Path:
@@ -105,7 +108,9 @@ class RunBench:
             patch.setenv("XDG_CACHE_HOME", str(self.base / "cache"))
             patch.setattr(parquet_input, "BATCH_ROWS", 5)
             patch.setattr(Checkpoint, "every_rows", 10)
-            return run_job(str(self.base / "p.parquet"), self.output, self.settings)
+            make = self.make_engine
+            source = str(self.base / "p.parquet")
+            return run_job(source, self.output, self.settings, make_engine=make)
 
     def content(self) -> Content:
         """Answers and plan."""

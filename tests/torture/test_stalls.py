@@ -147,9 +147,9 @@ def test_a_stopped_process_is_not_a_stalled_one(
 
 def _slow_job(folder: Path, model: Path, log: Path, answered: Synchronized[int]) -> None:
     """Ten prompts, then half of the timeout without a step."""
-    bench = RunBench(folder / "job", model, (("stall_timeout", TIMEOUT_S),))
+    engine = StuckEngine(lambda: _count_and_wait(answered))
+    bench = RunBench(folder / "job", model, (("stall_timeout", TIMEOUT_S),), on(engine))
     bench.prepare()
-    _stuck_device(lambda: _count_and_wait(answered))
     bench.run()
 
 

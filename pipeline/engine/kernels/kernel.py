@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.kernels.rules import AttentionRules, Segments
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans
 
 
 class AttentionKernel(Protocol):
@@ -16,7 +16,7 @@ class AttentionKernel(Protocol):
 
     name: str
 
-    def prepare(self, segments: Segments, positions: NDArray[np.int64]) -> Any:
+    def prepare(self, spans: KVSpans, positions: NDArray[np.int64]) -> Any:
         """The work of one forward of N queries at `positions` [N]; valid for all its layers."""
         ...
 

@@ -1,9 +1,9 @@
 // The CPU kernels: attention over a tree of KV ranges, and the element-wise steps around it.
 //
-// tree_attention has the meaning of `attend_reference` in rules.py. A task is one tile of queries
-// and one KV head; all query heads of a KV head are rows of one product, so K and V are read once:
+// cascade_attention has the meaning of `attend_reference` in rules.py. A task is one tile of queries
+// and one KV head; all query heads of a KV head are rows of one GEMM, so K and V are read once:
 //
-//   for each segment of the tile, for each block of its keys:
+//   for each span of the tile, for each block of its keys:
 //     S = Q K^T                  [rows, keys]   brgemm (oneDNN), float32
 //     P = exp(S * scale - m)     running maximum m (base 2) and sum l of each row, float32
 //     O = O * shrink + P V       [rows, d]      brgemm, float32
@@ -30,19 +30,22 @@
 #include <vector>
 
 #include "exp2.h"
+#include "rules.h"
 
 namespace {
 
 using at::BFloat16;
 using at::Tensor;
+using coppice::kLog2E;
+using coppice::kUnseen;
+using coppice::Rules;
+using coppice::Span;
 using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kKeys = 256;  // keys of a block
-constexpr int64_t kRows = 48;   // queries of a product; native_kernel.py cuts tiles to fit
-constexpr int64_t kFew = 5;     // rows of a product that needs no packed keys
-constexpr float kLog2E = 1.44269504f;
-constexpr float kUnseen = -std::numeric_limits<float>::infinity();
+constexpr int64_t kRows = 48;   // queries of a GEMM; native_kernel.py cuts tiles to fit
+constexpr int64_t kFew = 5;     // rows of a GEMM that needs no packed keys
 
 // ---------------------------------------------------------------- rows of numbers
 
@@ -185,10 +188,10 @@ void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T*
 
 int64_t padded_keys(int64_t n) { return (n + 31) / 32 * 32; }
 
-// ---------------------------------------------------------------- products of few rows
+// ---------------------------------------------------------------- GEMMs of few rows
 
 // A row's own keys serve the `rep` queries of one token: to bring them into the order of brgemm
-// would cost more than the product. They come from memory, so the next ones are asked for early,
+// would cost more than the GEMM. They come from memory, so the next ones are asked for early,
 // and a few at a time: a core waits where it has asked for many.
 
 template <typename T>
@@ -283,26 +286,15 @@ void add_few(int64_t m, int64_t n, int64_t d, const T* weights, const T* v, cons
   }
 }
 
-// ---------------------------------------------------------------- tree attention
-
-struct Rules {
-  float scale;
-  int64_t window;
-  float softcap;
-  const float* sinks;
-};
-
-struct Segment {
-  int64_t q_lo, q_hi, kv_lo, kv_hi, position;
-};
+// ---------------------------------------------------------------- cascade attention
 
 struct Tile {
-  int64_t q_lo, q_hi, segment_lo, segment_hi;
+  int64_t q_lo, q_hi, span_lo, span_hi;
 };
 
-// Keys `[slot, slot + n)` of one segment, for `count` rows from row `state` of the task.
+// Keys `[slot, slot + n)` of one span, for `count` rows from row `state` of the task.
 struct Block {
-  const Segment* segment;
+  const Span* span;
   int64_t state, count, offset, slot, n;
 };
 
@@ -365,7 +357,7 @@ struct Task {
 
 template <typename T>
 void attend(const Tensor& out, const Tensor& query, const Tensor& keys, const Tensor& values,
-            const int64_t* positions, const Segment* segments, const Tile* tiles,
+            const int64_t* positions, const Span* spans, const Tile* tiles,
             int64_t num_tiles, const Rules& rules) {
   const int64_t heads = query.size(1), d = query.size(2), kv_heads = keys.size(0);
   const int64_t rep = heads / kv_heads, num_tasks = num_tiles * kv_heads;
@@ -391,7 +383,7 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& keys, const Te
       }
       std::fill_n(task.o.data(), rows * d, 0.f);
       task.blocks.clear();
-      for (const Segment* g = segments + tile.segment_lo; g != segments + tile.segment_hi; ++g) {
+      for (const Span* g = spans + tile.span_lo; g != spans + tile.span_hi; ++g) {
         const auto [first, last] =
             std::minmax_element(positions + g->q_lo, positions + g->q_hi);
         const int64_t offset = g->kv_lo - g->position;  // slot of prompt position 0
@@ -413,7 +405,7 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& keys, const Te
         float* o = task.o.data() + block.state * d;
         const int64_t n = block.n, padded = padded_keys(n);
         const auto weigh = [&](int64_t row, int64_t place) {
-          const int64_t query = block.segment->q_lo + row / rep;
+          const int64_t query = block.span->q_lo + row / rep;
           const int64_t now = block.offset + positions[query] - block.slot;
           const int64_t lo = rules.window ? std::max<int64_t>(0, now - rules.window + 1) : 0;
           task.weigh(place, block.state + row, lo, std::min(n, now + 1), padded, rules);
@@ -452,9 +444,9 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& keys, const Te
 }
 
 // query [N, Hq, d] (last dimension dense); keys, values [Hkv, capacity, d], each head dense;
-// positions [N], segments [S, 5], tiles [T, 4] int64. Returns [N, Hq, d].
-Tensor tree_attention(const Tensor& query, const Tensor& keys, const Tensor& values,
-                      const Tensor& positions, const Tensor& segments, const Tensor& tiles,
+// positions [N], spans [S, 5], tiles [T, 4] int64. Returns [N, Hq, d].
+Tensor cascade_attention(const Tensor& query, const Tensor& keys, const Tensor& values,
+                         const Tensor& positions, const Tensor& spans, const Tensor& tiles,
                       double scale, int64_t window, double softcap,
                       const std::optional<Tensor>& sinks) {
   TORCH_CHECK(query.size(2) % kLanes == 0, "head size must be a multiple of ", kLanes);
@@ -462,13 +454,13 @@ Tensor tree_attention(const Tensor& query, const Tensor& keys, const Tensor& val
   const Rules rules{float(scale), window, float(softcap),
                     sinks ? sinks->const_data_ptr<float>() : nullptr};
   const auto* position_data = positions.const_data_ptr<int64_t>();
-  const auto* segment_data = reinterpret_cast<const Segment*>(segments.const_data_ptr<int64_t>());
+  const auto* span_data = reinterpret_cast<const Span*>(spans.const_data_ptr<int64_t>());
   const auto* tile_data = reinterpret_cast<const Tile*>(tiles.const_data_ptr<int64_t>());
   if (query.scalar_type() == at::kBFloat16)
-    attend<BFloat16>(out, query, keys, values, position_data, segment_data, tile_data,
+    attend<BFloat16>(out, query, keys, values, position_data, span_data, tile_data,
                      tiles.size(0), rules);
   else
-    attend<float>(out, query, keys, values, position_data, segment_data, tile_data,
+    attend<float>(out, query, keys, values, position_data, span_data, tile_data,
                   tiles.size(0), rules);
   return out;
 }
@@ -588,9 +580,9 @@ void rotate_and_store(Tensor& qkv, const Tensor& cos, const Tensor& sin, const T
 
 TORCH_LIBRARY(coppice, m) {
   m.def(
-      "tree_attention(Tensor query, Tensor keys, Tensor values, Tensor positions, Tensor segments, "
+      "cascade_attention(Tensor query, Tensor keys, Tensor values, Tensor positions, Tensor spans, "
       "Tensor tiles, float scale, int window, float softcap, Tensor? sinks) -> Tensor",
-      &tree_attention);
+      &cascade_attention);
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", &rms_norm);
   m.def("largest_of_rows(Tensor x) -> (Tensor, Tensor)", &largest_of_rows);
   m.def(

@@ -1,4 +1,4 @@
-"""Tree attention by the compiled CPU kernel: segments cut into tiles of neighbouring queries."""
+"""Cascade attention by the compiled CPU kernel: spans cut into tiles of neighbouring queries."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.kernels.rules import AttentionRules, Segments
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans
 from pipeline.engine.sampling import Sampled
 
 Tiles = NDArray[np.int64]
-"""[tiles, 4]: queries `[q_lo, q_hi)` and their segments `[segment_lo, segment_hi)`."""
+"""[tiles, 4]: queries `[q_lo, q_hi)` and their spans `[span_lo, span_hi)`."""
 
-_MOST_ROWS = 256  # of one product: its scores must stay in a core's cache
-_FEWEST_ROWS = 32  # below, a product costs more than it computes
-_STEP_TOKENS = 16  # tiles are multiples of it, so that no product has a few rows left over
+_MOST_ROWS = 256  # of one GEMM: its scores must stay in a core's cache
+_FEWEST_ROWS = 32  # below, a GEMM costs more than it computes
+_STEP_TOKENS = 16  # tiles are multiples of it, so that no GEMM has a few rows left over
 _TASKS_A_THREAD = 4  # so that no thread waits long for the last one
 
 
 @dataclass(frozen=True, slots=True)
 class NativeWork:
-    """`positions` [N], `segments` [S, 5], `tiles` [T, 4], all int64, in the order of the tiles."""
+    """`positions` [N], `spans` [S, 5], `tiles` [T, 4], all int64, in the order of the tiles."""
 
     positions: Tensor
-    segments: Tensor
+    spans: Tensor
     tiles: Tensor
 
 
@@ -40,17 +40,17 @@ class NativeKernel:
         self._rep = num_heads // num_kv_heads
         self._num_kv_heads = num_kv_heads
 
-    def prepare(self, segments: Segments, positions: NDArray[np.int64]) -> NativeWork:
-        """Cut segments at the borders of tiles that keep all threads busy."""
-        cut, tiles = cut_tiles(segments, len(positions), self._tile_tokens(len(positions)))
+    def prepare(self, spans: KVSpans, positions: NDArray[np.int64]) -> NativeWork:
+        """Cut spans at the borders of tiles that keep all threads busy."""
+        cut, tiles = cut_tiles(spans, len(positions), self._tile_tokens(len(positions)))
         return NativeWork(*(torch.from_numpy(x) for x in (positions, cut, tiles)))
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, work: NativeWork, rules: AttentionRules
     ) -> Tensor:
         """As `attend_reference`."""
-        out: Tensor = torch.ops.coppice.tree_attention(
-            query, keys, values, work.positions, work.segments, work.tiles,
+        out: Tensor = torch.ops.coppice.cascade_attention(
+            query, keys, values, work.positions, work.spans, work.tiles,
             rules.scale, rules.window, rules.softcap, rules.sinks,
         )  # fmt: skip
         return out
@@ -71,14 +71,14 @@ def likeliest_token(logits: Tensor) -> Sampled:
     return Sampled(token_ids.numpy(), best.isfinite().numpy())
 
 
-def cut_tiles(segments: Segments, num_tokens: int, tile_tokens: int) -> tuple[Segments, Tiles]:
-    """(segments that lie within one tile each, sorted by tile; tiles of `tile_tokens` queries)."""
-    first = segments[:, 0] // tile_tokens
-    pieces = (segments[:, 1] - 1) // tile_tokens - first + 1
-    source = np.repeat(np.arange(len(segments)), pieces)
+def cut_tiles(spans: KVSpans, num_tokens: int, tile_tokens: int) -> tuple[KVSpans, Tiles]:
+    """(spans that lie within one tile each, sorted by tile; tiles of `tile_tokens` queries)."""
+    first = spans[:, 0] // tile_tokens
+    pieces = (spans[:, 1] - 1) // tile_tokens - first + 1
+    source = np.repeat(np.arange(len(spans)), pieces)
     tile = first[source] + np.arange(len(source)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     order = np.argsort(tile, kind="stable")
-    cut, tile = segments[source[order]], tile[order]
+    cut, tile = spans[source[order]], tile[order]
     cut[:, 0] = np.maximum(cut[:, 0], tile * tile_tokens)
     cut[:, 1] = np.minimum(cut[:, 1], (tile + 1) * tile_tokens)
     q_lo = np.arange(0, num_tokens, tile_tokens)

@@ -1,6 +1,6 @@
-"""What tree attention computes, in plain torch: the words, the rule, and the slow oracle.
+"""What cascade attention computes, in plain torch: the words, the rule, and the slow oracle.
 
-Every kernel of this folder has this meaning. A *segment* says that queries `[q_lo, q_hi)` of a
+Every kernel of this folder has this meaning. A *span* says that queries `[q_lo, q_hi)` of a
 packed forward may look at slots `[kv_lo, kv_hi)` of the KV arena, which hold consecutive prompt
 positions from `position` on. Position alone decides what is seen, so shared prefixes, a row's own
 past and causality within one forward are all the same thing:
@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Segments = NDArray[np.int64]
-"""[segments, 5]: q_lo, q_hi, kv_lo, kv_hi, position. No key is seen twice by a query."""
+KVSpans = NDArray[np.int64]
+"""[spans, 5]: q_lo, q_hi, kv_lo, kv_hi, position. No key is seen twice by a query."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def attend_reference(
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
-    segments: Segments,
+    spans: KVSpans,
     rules: AttentionRules,
 ) -> Tensor:
     """One layer. query [N, Hq, d]; keys, values [Hkv, capacity, d]; positions [N] int64.
@@ -55,7 +55,7 @@ def attend_reference(
     lse = torch.full((tokens, heads), float("-inf"), device=query.device)
     if rules.sinks is not None:
         lse = lse.logaddexp(rules.sinks)
-    for q_lo, q_hi, kv_lo, kv_hi, position in segments.tolist():
+    for q_lo, q_hi, kv_lo, kv_hi, position in spans.tolist():
         k, v = (x[:, kv_lo:kv_hi].float().repeat_interleave(rep, 0) for x in (keys, values))
         scores = torch.einsum("nhd,hld->nhl", query[q_lo:q_hi].float(), k) * rules.scale
         if rules.softcap:

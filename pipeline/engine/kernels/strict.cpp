@@ -31,21 +31,24 @@
 #include <vector>
 
 #include "exp2.h"
+#include "rules.h"
 
 namespace {
 
 using at::Tensor;
+using coppice::kLog2E;
+using coppice::kUnseen;
+using coppice::Rules;
+using coppice::Span;
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kGrid = 64;       // positions of a key tile
 constexpr int64_t kVectors = kGrid / kLanes;
-constexpr int64_t kBlockRows = 6;   // rows x vectors of a product that fit into registers
+constexpr int64_t kBlockRows = 6;   // rows x vectors of a GEMM that fit into registers
 constexpr int64_t kTaskRows = 192;  // of one task: its state stays in a core's cache
 constexpr int64_t kTasksAThread = 4;
-constexpr float kLog2E = 1.44269504f;
-constexpr float kUnseen = -std::numeric_limits<float>::infinity();
 
-// ---------------------------------------------------------------- products
+// ---------------------------------------------------------------- GEMMs
 
 // c [R, C vectors] = a [R, depth] b [depth, C vectors] (+ c): a chain over depth for each number,
 // so neither R nor C nor a cut of depth changes a bit. Only lanes `last` of the last vector count.
@@ -104,17 +107,6 @@ void transpose_keys(const float* k, int64_t n, int64_t d, float* to) {
 
 // ---------------------------------------------------------------- attention
 
-struct Rules {
-  float scale;
-  int64_t window;
-  float softcap;
-  const float* sinks;
-};
-
-struct Segment {
-  int64_t q_lo, q_hi, kv_lo, kv_hi, position;
-};
-
 // Rows `[row, row + count)` of a task see slots `[slot, slot + n)`, columns `[column, column + n)`
 // of the key tile.
 struct Piece {
@@ -124,7 +116,7 @@ struct Piece {
 // Queries `[q_lo, q_hi)` of one KV head with their running results.
 struct Task {
   std::vector<float> q, s, o, l, m, k;
-  std::vector<Segment> segments;
+  std::vector<Span> spans;
   std::vector<Piece> pieces;
   int64_t d, rep;
   int64_t q_lo = 0, q_hi = 0;
@@ -149,21 +141,21 @@ struct Task {
   }
 
   // Those of the call that lie in this task, in the order of their positions.
-  void take_segments(const Segment* from, int64_t count) {
-    segments.clear();
-    for (const Segment* g = from; g != from + count; ++g)
+  void take_spans(const Span* from, int64_t count) {
+    spans.clear();
+    for (const Span* g = from; g != from + count; ++g)
       if (g->q_lo < q_hi && g->q_hi > q_lo)
-        segments.push_back({std::max(g->q_lo, q_lo), std::min(g->q_hi, q_hi), g->kv_lo, g->kv_hi,
+        spans.push_back({std::max(g->q_lo, q_lo), std::min(g->q_hi, q_hi), g->kv_lo, g->kv_hi,
                             g->position});
-    std::stable_sort(segments.begin(), segments.end(), [](const Segment& a, const Segment& b) {
+    std::stable_sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) {
       return a.position < b.position;
     });
   }
 
-  // What of the key tile from position `first` on some query of its segment sees.
+  // What of the key tile from position `first` on some query of its span sees.
   void take_pieces(int64_t first, const int64_t* positions, int64_t window) {
     pieces.clear();
-    for (const Segment& g : segments) {
+    for (const Span& g : spans) {
       const int64_t from = std::max(g.position, first);
       int64_t to = std::min(g.position + g.kv_hi - g.kv_lo, first + kGrid);
       const auto sees = [&](int64_t i) {
@@ -274,9 +266,9 @@ int64_t task_tokens(int64_t tokens, int64_t rep, int64_t kv_heads) {
 }
 
 // query [N, Hq, d] (last dimension dense); keys, values [Hkv, capacity, d], each head dense;
-// positions [N], segments [S, 5] int64. Returns [N, Hq, d].
+// positions [N], spans [S, 5] int64. Returns [N, Hq, d].
 Tensor strict_attention(const Tensor& query, const Tensor& keys, const Tensor& values,
-                        const Tensor& positions, const Tensor& segments, double scale,
+                        const Tensor& positions, const Tensor& spans, double scale,
                         int64_t window, double softcap, const std::optional<Tensor>& sinks) {
   const int64_t tokens = query.size(0), heads = query.size(1), d = query.size(2);
   const int64_t kv_heads = keys.size(0), rep = heads / kv_heads;
@@ -285,7 +277,7 @@ Tensor strict_attention(const Tensor& query, const Tensor& keys, const Tensor& v
   const Rules rules{float(scale), window, float(softcap),
                     sinks ? sinks->const_data_ptr<float>() : nullptr};
   const auto* at = positions.const_data_ptr<int64_t>();
-  const auto* all = reinterpret_cast<const Segment*>(segments.const_data_ptr<int64_t>());
+  const auto* all = reinterpret_cast<const Span*>(spans.const_data_ptr<int64_t>());
   Tensor out = at::empty(query.sizes(), query.options());
   const int64_t step = task_tokens(tokens, rep, kv_heads);
   const int64_t num_tasks = (tokens + step - 1) / step * kv_heads;
@@ -297,7 +289,7 @@ Tensor strict_attention(const Tensor& query, const Tensor& keys, const Tensor& v
       task.q_lo = i / kv_heads * step;
       task.q_hi = std::min(tokens, task.q_lo + step);
       task.start(query, head, rules.sinks);
-      task.take_segments(all, segments.size(0));
+      task.take_spans(all, spans.size(0));
       const auto [low, high] = std::minmax_element(at + task.q_lo, at + task.q_hi);
       const int64_t oldest = window ? std::max<int64_t>(0, *low - window + 1) : 0;
       for (int64_t first = oldest / kGrid * kGrid; first <= *high; first += kGrid)
@@ -314,6 +306,6 @@ Tensor strict_attention(const Tensor& query, const Tensor& keys, const Tensor& v
 TORCH_LIBRARY_FRAGMENT(coppice, m) {
   m.def(
       "strict_attention(Tensor query, Tensor keys, Tensor values, Tensor positions, "
-      "Tensor segments, float scale, int window, float softcap, Tensor? sinks) -> Tensor",
+      "Tensor spans, float scale, int window, float softcap, Tensor? sinks) -> Tensor",
       &strict_attention);
 }

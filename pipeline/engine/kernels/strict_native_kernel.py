@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.kernels.rules import AttentionRules, Segments
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans
 from pipeline.engine.kernels.strict_work import StrictWork
 
 
@@ -16,16 +16,16 @@ class StrictNativeKernel:
 
     name = "strict native"
 
-    def prepare(self, segments: Segments, positions: NDArray[np.int64]) -> StrictWork:
+    def prepare(self, spans: KVSpans, positions: NDArray[np.int64]) -> StrictWork:
         """Nothing to plan."""
-        return StrictWork(np.ascontiguousarray(segments), np.ascontiguousarray(positions))
+        return StrictWork(np.ascontiguousarray(spans), np.ascontiguousarray(positions))
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, work: StrictWork, rules: AttentionRules
     ) -> Tensor:
         """As `attend_reference`; a query's bits follow from its own keys and values alone."""
         out: Tensor = torch.ops.coppice.strict_attention(
-            query, keys, values, torch.from_numpy(work.positions), torch.from_numpy(work.segments),
+            query, keys, values, torch.from_numpy(work.positions), torch.from_numpy(work.spans),
             rules.scale, rules.window, rules.softcap, rules.sinks,
         )  # fmt: skip
         return out

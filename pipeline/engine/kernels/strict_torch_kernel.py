@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.kernels.rules import AttentionRules, Segments
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans
 from pipeline.engine.kernels.strict_work import StrictWork
 
 
@@ -20,9 +20,9 @@ class StrictTorchKernel:
 
     name = "strict torch"
 
-    def prepare(self, segments: Segments, positions: NDArray[np.int64]) -> StrictWork:
+    def prepare(self, spans: KVSpans, positions: NDArray[np.int64]) -> StrictWork:
         """Nothing to plan."""
-        return StrictWork(segments, positions)
+        return StrictWork(spans, positions)
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, work: StrictWork, rules: AttentionRules
@@ -51,11 +51,11 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> Tenso
 
 def _seen_slots(work: StrictWork, query: int, window: int) -> NDArray[np.int64]:
     """Slots of the keys that a query sees, by position: [L] int64."""
-    segments = work.segments
+    spans = work.spans
     now = work.positions[query]
     oldest = max(0, now - window + 1) if window else 0
     slots = [np.zeros(0, np.int64)]
-    mine = segments[(segments[:, 0] <= query) & (query < segments[:, 1])]
+    mine = spans[(spans[:, 0] <= query) & (query < spans[:, 1])]
     for _, _, kv_lo, kv_hi, position in mine[np.argsort(mine[:, 4], kind="stable")].tolist():
         low = kv_lo + max(0, oldest - position)
         slots.append(np.arange(low, min(kv_hi, kv_lo + now + 1 - position)))

@@ -11,20 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.kernels.rules import Segments
+from pipeline.engine.kernels.rules import KVSpans
 
 
 @dataclass(frozen=True, slots=True)
 class StrictWork:
-    """`segments` [S, 5] and `positions` [N] int64 of one forward, as `AttentionKernel.prepare`."""
+    """`spans` [S, 5] and `positions` [N] int64 of one forward, as `AttentionKernel.prepare`."""
 
-    segments: Segments
+    spans: KVSpans
     positions: NDArray[np.int64]
 
     def part(self, low: int, high: int, size: int) -> StrictWork:
         """Queries `[low, high)`, then others that see nothing, `size` in all."""
-        segments = self.segments[(self.segments[:, 0] < high) & (self.segments[:, 1] > low)].copy()
-        segments[:, :2] = segments[:, :2].clip(low, high) - low
+        spans = self.spans[(self.spans[:, 0] < high) & (self.spans[:, 1] > low)].copy()
+        spans[:, :2] = spans[:, :2].clip(low, high) - low
         positions = np.zeros(size, np.int64)
         positions[: high - low] = self.positions[low:high]
-        return StrictWork(segments, positions)
+        return StrictWork(spans, positions)

@@ -1,7 +1,7 @@
-"""Tree attention in plain torch, for every device and dtype: the fallback of the compiled kernels.
+"""Cascade attention in plain torch, for every device and dtype: where no compiled kernel is.
 
-Segments become *levels*: within a level no query occurs twice, so its results can be merged into
-the running ones at once. A large segment is a product of its own, small ones share padded products.
+KVSpans become *levels*: within a level no query occurs twice, so its results can be merged into
+the running ones at once. A large span is a GEMM of its own, small ones share padded GEMMs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.kernels import partial
-from pipeline.engine.kernels.rules import AttentionRules, Segments
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans
 
 _BUCKET_CELLS = 1 << 16  # query x key pairs above which an item fills the device alone
 _BUCKET_KEYS = 512  # keys above which gathering them costs more than a call of its own
@@ -23,7 +23,7 @@ _PADDED_CELLS = 1 << 24  # padded query x key pairs of one bucket: bounds its me
 
 @dataclass(frozen=True, slots=True)
 class DenseItem:
-    """A segment that is a product of its own; see `Segments` for the fields."""
+    """A span that is a GEMM of its own; see `KVSpans` for the fields."""
 
     q_lo: int
     q_hi: int
@@ -34,7 +34,7 @@ class DenseItem:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Small segments done as one padded product.
+    """Small spans done as one padded GEMM.
 
     `queries` [B, M] and `keys` [B, L] index tokens and slots, `key_positions` [B, L] prompt
     positions; a padded key repeats a valid slot (so that its value is finite) and `bias`
@@ -51,7 +51,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """Segments whose queries do not overlap: large ones on their own, small ones in buckets."""
+    """KVSpans whose queries do not overlap: large ones on their own, small ones in buckets."""
 
     singles: tuple[DenseItem, ...]
     buckets: tuple[Bucket, ...]
@@ -76,9 +76,9 @@ class TorchKernel:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def prepare(self, segments: Segments, positions: NDArray[np.int64]) -> TorchWork:
+    def prepare(self, spans: KVSpans, positions: NDArray[np.int64]) -> TorchWork:
         """Each query's own past first, causally, then the shared ranges above it."""
-        own, causal, shared = _split_at_diagonal(segments, positions)
+        own, causal, shared = _split_at_diagonal(spans, positions)
         levels = [(own, False, True), (causal, True, True)]
         levels += [(level, False, False) for level in _levels(shared, len(positions))]
         return TorchWork(
@@ -97,43 +97,43 @@ class TorchKernel:
 
 
 def _split_at_diagonal(
-    segments: Segments, positions: NDArray[np.int64]
-) -> tuple[Segments, Segments, Segments]:
-    """(single queries with their own range, causal blocks, segments that all their queries see).
+    spans: KVSpans, positions: NDArray[np.int64]
+) -> tuple[KVSpans, KVSpans, KVSpans]:
+    """(single queries with their own range, causal blocks, spans that all their queries see).
 
-    A segment that holds its queries' own tokens is cut where those begin.
+    A span that holds its queries' own tokens is cut where those begin.
     """
-    first = positions[segments[:, 0]]
-    length = segments[:, 3] - segments[:, 2]
-    holds_own = segments[:, 4] + length > first
-    is_single = holds_own & (segments[:, 1] - segments[:, 0] == 1)
-    block = segments[holds_own & ~is_single]
+    first = positions[spans[:, 0]]
+    length = spans[:, 3] - spans[:, 2]
+    holds_own = spans[:, 4] + length > first
+    is_single = holds_own & (spans[:, 1] - spans[:, 0] == 1)
+    block = spans[holds_own & ~is_single]
     before = first[holds_own & ~is_single] - block[:, 4]
     causal, past = block.copy(), block.copy()
     causal[:, 2] += before
     causal[:, 4] += before
     past[:, 3] = causal[:, 2]
     past = past[before > 0]
-    return segments[is_single], causal, np.concatenate([segments[~holds_own], past])
+    return spans[is_single], causal, np.concatenate([spans[~holds_own], past])
 
 
-def _levels(segments: Segments, num_tokens: int) -> list[Segments]:
-    """Segments by depth: the one nearest the root first."""
+def _levels(spans: KVSpans, num_tokens: int) -> list[KVSpans]:
+    """KVSpans by depth: the one nearest the root first."""
     seen = np.zeros(num_tokens, np.int64)
-    depth = np.empty(len(segments), np.int64)
-    for place in np.argsort(segments[:, 4], kind="stable").tolist():
-        q_lo, q_hi = segments[place, 0], segments[place, 1]
+    depth = np.empty(len(spans), np.int64)
+    for place in np.argsort(spans[:, 4], kind="stable").tolist():
+        q_lo, q_hi = spans[place, 0], spans[place, 1]
         depth[place] = seen[q_lo]
         seen[q_lo:q_hi] += 1
-    return [segments[depth == d] for d in range(int(depth.max(initial=-1)) + 1)]
+    return [spans[depth == d] for d in range(int(depth.max(initial=-1)) + 1)]
 
 
-def make_level(segments: Segments, is_causal: bool, is_first: bool, device: torch.device) -> Level:
-    """Split segments into singles and buckets of similar shape."""
-    queries, keys = segments[:, 1] - segments[:, 0], segments[:, 3] - segments[:, 2]
+def make_level(spans: KVSpans, is_causal: bool, is_first: bool, device: torch.device) -> Level:
+    """Split spans into singles and buckets of similar shape."""
+    queries, keys = spans[:, 1] - spans[:, 0], spans[:, 3] - spans[:, 2]
     is_single = (queries * keys > _BUCKET_CELLS) | (keys > _BUCKET_KEYS)
-    singles = tuple(DenseItem(*item) for item in segments[is_single].tolist())
-    small = segments[~is_single]
+    singles = tuple(DenseItem(*item) for item in spans[is_single].tolist())
+    small = spans[~is_single]
     shape = (_grade(queries[~is_single]) << 32) | _grade(keys[~is_single])
     order = np.argsort(shape, kind="stable")
     graded = shape[order]
@@ -156,8 +156,8 @@ def _grade(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return graded
 
 
-def _bucket(segments: Segments, device: torch.device) -> Bucket:
-    q_lo, q_hi, kv_lo, kv_hi, position = (segments[:, i : i + 1] for i in range(5))
+def _bucket(spans: KVSpans, device: torch.device) -> Bucket:
+    q_lo, q_hi, kv_lo, kv_hi, position = (spans[:, i : i + 1] for i in range(5))
     queries = q_lo + np.arange((q_hi - q_lo).max())
     valid = np.flatnonzero(queries < q_hi)
     queries = np.minimum(queries, q_hi - 1)
@@ -254,7 +254,7 @@ class _LayerAttention:
                 out.view(*shape, -1).permute(2, 0, 3, 1, 4),
                 lse.view(shape).permute(2, 0, 3, 1),
             )
-        # All query heads of a KV head become rows of one product: K and V are read once.
+        # All query heads of a KV head become rows of one GEMM: K and V are read once.
         folded = q.flatten(2, 3).transpose(0, 1)
         if level.is_causal:
             ahead = torch.ones(queries, k.shape[2], dtype=torch.bool, device=q.device).triu(1)

@@ -1,4 +1,4 @@
-"""Tree attention on a GPU: starts the Triton programs over work items. Knows no model, no prompts.
+"""Cascade attention on a GPU: starts the Triton programs over work items. Knows no prompts.
 
 Every launch takes its size from the shape of the work, never from its contents, and the host reads
 nothing back, so that a step can be recorded into a CUDA graph. Imports without triton. Under
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.kernels.rules import AttentionRules, Segments
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans
 from pipeline.engine.kernels.work_items import (
     ITEM_FIELDS,
     SMALL_ROWS,
@@ -75,16 +75,14 @@ class TritonKernel:
         self._num_kv_heads = num_kv_heads
         self._programs = _PROGRAMS_A_PROCESSOR * _num_processors(device)
 
-    def plan(self, segments: Segments, positions: NDArray[np.int64]) -> WorkItems:
+    def plan(self, spans: KVSpans, positions: NDArray[np.int64]) -> WorkItems:
         """The work of one forward, still on the host."""
-        keys = choose_split_keys(
-            segments, self.rep, self.block_m, self._num_kv_heads, self._programs
-        )
-        return plan_work(segments, positions, self.rep, self.block_m, keys)
+        keys = choose_split_keys(spans, self.rep, self.block_m, self._num_kv_heads, self._programs)
+        return plan_work(spans, positions, self.rep, self.block_m, keys)
 
-    def prepare(self, segments: Segments, positions: NDArray[np.int64]) -> DeviceWork:
+    def prepare(self, spans: KVSpans, positions: NDArray[np.int64]) -> DeviceWork:
         """The work of one forward, on the device."""
-        return upload(self.plan(segments, positions), self.device)
+        return upload(self.plan(spans, positions), self.device)
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, work: DeviceWork, rules: AttentionRules

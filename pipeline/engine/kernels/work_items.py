@@ -1,10 +1,10 @@
-"""From the segments of a forward to the work items of the GPU kernel. Knows no tensors, no model.
+"""From the spans of a forward to the work items of the GPU kernel. Knows no tensors, no model.
 
 A *work item* is a tile of queries times a range of keys. A long shared prefix becomes many items,
 so that even a few rows keep the whole card busy, and an item reads its keys once for its tile:
 
 ```
-             keys of one segment, cut into even parts of at most `split_keys`
+             keys of one span, cut into even parts of at most `split_keys`
              |-- item --|-- item --|-- item --|
   its        |-- item --|-- item --|-- item --|   a tile is `block_m` rows of one KV head:
   queries    |-- item --|-- item --|-- item --|   block_m // rep tokens, rep query heads of each
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.kernels.rules import Segments
+from pipeline.engine.kernels.rules import KVSpans
 
 ITEM_FIELDS = 6
 SMALL_ROWS = 16  # the fewest that a tensor core takes; a decoding row's own range needs no more
@@ -91,11 +91,11 @@ class WorkItems:
 
 
 def plan_work(
-    segments: Segments, positions: NDArray[np.int64], rep: int, block_m: int, split_keys: int
+    spans: KVSpans, positions: NDArray[np.int64], rep: int, block_m: int, split_keys: int
 ) -> WorkItems:
-    """Cut segments into items of at most `block_m` rows (tokens x `rep`) and `split_keys` keys."""
+    """Cut spans into items of at most `block_m` rows (tokens x `rep`) and `split_keys` keys."""
     assert rep <= block_m, f"a tile of {block_m} rows cannot hold the {rep} query heads of a token"
-    items = _drop_future(_cut(segments, block_m // rep, split_keys), positions)
+    items = _drop_future(_cut(spans, block_m // rep, split_keys), positions)
     tokens = items[:, 1] - items[:, 0]
     items[:, 5] = np.cumsum(tokens) - tokens
     token = np.arange(tokens.sum()) + np.repeat(items[:, 0] - items[:, 5], tokens)
@@ -106,27 +106,25 @@ def plan_work(
     return WorkItems(block_m, rep, items[~is_small], items[is_small], offsets, partials, positions)
 
 
-def choose_split_keys(
-    segments: Segments, rep: int, block_m: int, kv_heads: int, programs: int
-) -> int:
+def choose_split_keys(spans: KVSpans, rep: int, block_m: int, kv_heads: int, programs: int) -> int:
     """Keys of an item such that about `programs` equal ones would be the whole work."""
-    tiles = -(-(segments[:, 1] - segments[:, 0]) * rep // block_m)
-    keys = int((tiles * (segments[:, 3] - segments[:, 2])).sum()) * kv_heads
+    tiles = -(-(spans[:, 1] - spans[:, 0]) * rep // block_m)
+    keys = int((tiles * (spans[:, 3] - spans[:, 2])).sum()) * kv_heads
     return max(_FEWEST_KEYS, -(-keys // programs))
 
 
-def _cut(segments: Segments, tile: int, split_keys: int) -> Items:
-    """Items by segment, then keys, then queries: neighbours read the same keys, out of the cache.
+def _cut(spans: KVSpans, tile: int, split_keys: int) -> Items:
+    """Items by span, then keys, then queries: neighbours read the same keys, out of the cache.
 
     The number of the first partial is left open.
     """
-    tokens, keys = segments[:, 1] - segments[:, 0], segments[:, 3] - segments[:, 2]
+    tokens, keys = spans[:, 1] - spans[:, 0], spans[:, 3] - spans[:, 2]
     tiles, splits = -(-tokens // tile), -(-keys // split_keys)
     count = tiles * splits
-    source = np.repeat(np.arange(len(segments)), count)
+    source = np.repeat(np.arange(len(spans)), count)
     nth = np.arange(len(source)) - np.repeat(np.cumsum(count) - count, count)
     split, place = np.divmod(nth, tiles[source])
-    q_lo, q_hi, kv_lo, kv_hi, position = segments[source].T
+    q_lo, q_hi, kv_lo, kv_hi, position = spans[source].T
     step = -(-keys // np.maximum(splits, 1))[source]
     first = split * step
     items = np.empty((len(source), ITEM_FIELDS), np.int64)

@@ -1,10 +1,9 @@
-"""What a forward costs on this machine, measured once per model and device, and kept.
+"""From which size on it pays that rows share a span in decode, measured once and kept.
 
-    seconds = step + token * tokens + segment * segments + key * keys + pair * pairs
+A span of `p` tokens above G rows costs a kernel one more span when it is shared, and p * (G - 1)
+more keys when each row has a copy (ARCHITECTURE.md, Packed forwards). So it pays from
 
-`keys` counts a segment's keys once whatever the number of its queries, `pairs` every query's own
-keys. The decision that rests on it: a span of `p` tokens above G rows costs one segment when it is
-shared in decode, and p * (G - 1) more keys when each row has a copy.
+    p * (G - 1) >= (seconds of a span) / (seconds of a key)
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import statistics
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +22,7 @@ import torch
 from pydantic import Field, TypeAdapter
 
 from pipeline.engine.backend import Backend
-from pipeline.engine.kernels.rules import Segments
+from pipeline.engine.kernels.rules import KVSpans
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.machine import cpu_description, private_cache
 from pipeline.engine.model import LoadedModel
@@ -33,45 +31,16 @@ from pipeline.private_folder import private_folder
 
 _ROWS = 32
 _KEYS = 128  # of each row, or as many as the model's context holds
-_PARTS = 8  # segments that they are cut into
+_PARTS = 8  # spans that they are cut into
 _REPEATS = 5
 _ALWAYS_SHARE = 1.0
 
 
-_Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+_SCHEMA = TypeAdapter(Annotated[float, Field(ge=0.0, allow_inf_nan=False)])
 
 
-@dataclass(frozen=True)
-class CostModel:
-    """Seconds; see the module's formula. None is negative."""
-
-    step_s: _Seconds
-    token_s: _Seconds
-    segment_s: _Seconds
-    key_s: _Seconds
-    pair_s: _Seconds
-
-    def forward_s(self, tokens: int, segments: int, keys: int, pairs: int) -> float:
-        """Expected seconds of one forward."""
-        return (
-            self.step_s
-            + self.token_s * tokens
-            + self.segment_s * segments
-            + self.key_s * keys
-            + self.pair_s * pairs
-        )
-
-    @property
-    def break_even_tokens(self) -> float:
-        """p * (G - 1) from which sharing a span in decode pays."""
-        return self.segment_s / self.key_s if self.key_s > 0 else _ALWAYS_SHARE
-
-
-_SCHEMA = TypeAdapter(CostModel)
-
-
-def calibrated(loaded: LoadedModel, backend: Backend, cache: Path | None = None) -> CostModel:
-    """The cost model of this model on this device: from the cache, else measured and kept.
+def break_even_tokens(loaded: LoadedModel, backend: Backend, cache: Path | None = None) -> float:
+    """The least p * (G - 1) for this model on this device: from the cache, else measured and kept.
 
     `cache` is a folder; by default the user's. A cache that cannot be written is no error.
     """
@@ -82,33 +51,28 @@ def calibrated(loaded: LoadedModel, backend: Backend, cache: Path | None = None)
         return measure(loaded, backend)
     with suppress(OSError, ValueError):  # absent, or written by another version
         return _SCHEMA.validate_json(path.read_bytes(), strict=True)
-    model = measure(loaded, backend)
+    measured = measure(loaded, backend)
     with (
         suppress(OSError),
         tempfile.NamedTemporaryFile("wb", dir=path.parent, delete=False) as file,
     ):
-        file.write(_SCHEMA.dump_json(model))
+        file.write(_SCHEMA.dump_json(measured))
         os.replace(file.name, path)
-    return model
+    return measured
 
 
 @torch.inference_mode()
-def measure(loaded: LoadedModel, backend: Backend) -> CostModel:
+def measure(loaded: LoadedModel, backend: Backend) -> float:
     """Time forwards of decoding rows that differ in one thing each; about a second."""
     shape = (loaded.shape.num_layers, loaded.shape.num_kv_heads, loaded.shape.head_dim)
     keys = min(_KEYS, (loaded.shape.context_length or _KEYS + 1) - 1)
     cache = KVCache(shape, _ROWS * (keys + 1), like=next(loaded.model.parameters()))
     cache.arena.zero_()
     bench = _Bench(loaded, backend, cache, keys)
-    few, many = bench.seconds(_ROWS // 4, 0), bench.seconds(_ROWS, 0)
-    token_s = max(0.0, (many - few) / (_ROWS - _ROWS // 4))
-    shared = bench.seconds(_ROWS, 0, shared=1)
-    own, parts = bench.seconds(_ROWS, 1), bench.seconds(_ROWS, _PARTS)
-    segment_s = max(0.0, (parts - own) / (_ROWS * (_PARTS - 1)))
-    key_s = max(0.0, (own - shared - segment_s * (_ROWS - 1)) / (keys * (_ROWS - 1)))
-    pair_s = max(0.0, (shared - many - segment_s - key_s * keys) / (keys * _ROWS))
-    step_s = max(0.0, few - token_s * (_ROWS // 4))
-    return CostModel(step_s, token_s, segment_s, key_s, pair_s)
+    shared, own, parts = bench.seconds(0), bench.seconds(1), bench.seconds(_PARTS)
+    span_s = max(0.0, (parts - own) / (_ROWS * (_PARTS - 1)))
+    key_s = (own - shared - span_s * (_ROWS - 1)) / (keys * (_ROWS - 1))
+    return span_s / key_s if key_s > 0 else _ALWAYS_SHARE
 
 
 class _Bench:
@@ -120,19 +84,18 @@ class _Bench:
         self._keys = keys
         self._device = loaded.device
 
-    def seconds(self, rows: int, parts: int, shared: int = 0) -> float:
-        """Median time. The earlier keys are the row's own in `parts` segments, or all share one."""
-        segments = [self._own_parts(row, parts) for row in range(rows)] if parts else []
-        if shared:
-            segments.append(np.array([[0, rows, 0, self._keys, 0]], np.int64))
-        above = np.concatenate([np.zeros((0, 5), np.int64), *segments])
-        slot = _ROWS * self._keys + np.arange(rows)
-        keep = torch.arange(rows, device=self._device)
+    def seconds(self, parts: int) -> float:
+        """Median time. The earlier keys are the row's own in `parts` spans; 0: all share one."""
+        above = np.array([[0, _ROWS, 0, self._keys, 0]], np.int64)
+        if parts:
+            above = np.concatenate([self._own_parts(row, parts) for row in range(_ROWS)])
+        slot = _ROWS * self._keys + np.arange(_ROWS)
+        keep = torch.arange(_ROWS, device=self._device)
         times = []
         for _ in range(_REPEATS + 1):
             begin = time.perf_counter()
             batch = pack_decode(
-                np.ones(rows, np.int64), np.full(rows, self._keys), (slot, slot + 1), above,
+                np.ones(_ROWS, np.int64), np.full(_ROWS, self._keys), (slot, slot + 1), above,
                 self._backend.kernel, self._device,
             )  # fmt: skip
             self._backend.forward(batch, self._cache, keep)
@@ -141,7 +104,7 @@ class _Bench:
             times.append(time.perf_counter() - begin)
         return statistics.median(times[1:])
 
-    def _own_parts(self, row: int, parts: int) -> Segments:
+    def _own_parts(self, row: int, parts: int) -> KVSpans:
         edges = np.linspace(0, self._keys, parts + 1).astype(np.int64)
         low, high = edges[:-1], edges[1:]
         queries, first = np.full(parts, row), row * self._keys
