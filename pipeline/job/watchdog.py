@@ -137,10 +137,7 @@ class Watchdog:
         if cancel is not None:
             cancel(error)
         self.has_fired = True  # after the cancel: who stops because of it must find the error there
-        _say_within(
-            _LAST_WORDS_S,
-            lambda: _logger.error("nothing has moved for %s:", minutes, extra={"stacks": text}),
-        )
+        _say_within(_LAST_WORDS_S, lambda: _log_lines(f"nothing has moved for {minutes}:\n{text}"))
         if not self._ended.wait(min(_GRACE_S, self._timeout_s)):
             _say_within(_LAST_WORDS_S, lambda: self._take_leave(error))
             os._exit(error.exit_code)
@@ -160,6 +157,12 @@ def describe_threads() -> str:
         stack = list(traceback.walk_stack(frame))
         lines += [f"  {f.f_code.co_filename}:{line} {f.f_code.co_name}" for f, line in stack[::-1]]
     return "\n".join(lines)
+
+
+def _log_lines(text: str) -> None:
+    """A record a line: no log lets a message break its lines."""
+    for line in text.splitlines():
+        _logger.error("%s", line)
 
 
 def _say_within(seconds: float, say: Callable[[], None]) -> None:

@@ -53,12 +53,11 @@ def log_error(error: CoppiceError) -> None:
 
 
 class _TextFormatter(logging.Formatter):
-    """One line; below it the stacks of threads, where a record brings them."""
+    """One line a record."""
 
     def format(self, record: logging.LogRecord) -> str:
         """What others wrote acts on no terminal and begins no line."""
-        stacks = getattr(record, "stacks", "")
-        return "\n".join([visible(super().format(record)), *stacks.splitlines()])
+        return visible(super().format(record))
 
 
 class _JsonFormatter(JsonFormatter):
