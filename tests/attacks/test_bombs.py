@@ -31,7 +31,7 @@ from pathlib import Path
 from pipeline.errors import CoppiceError
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
-flat = {"model": sys.argv[3], "engine": "echo", "max_new_tokens": 4, "fail_on_error": "100%"}
+flat = {"model": sys.argv[3], "engine": "echo", "max_new_tokens": 4, "fail_on_error": "4000"}
 try:
     run_job(sys.argv[1], Path(sys.argv[2]), JobSettings.from_flat(flat | {"rows_per_part": 500}))
 except CoppiceError as error:
