@@ -90,10 +90,10 @@ def identify_states(settings: JobSettings, tokenizer: str, dtype: str) -> Identi
 def recycling(
     engine: Engine, planned: PlannedJob, sequences: NDArray[np.int64], observer: Observer
 ) -> Iterator[None]:
-    """Meanwhile the engine loads what `--kv-store` has, and what is worth it is kept there.
+    """Inside it the engine loads KV from `--kv-store`, and keeps there what later runs can use.
 
-    Raises UsageError where the folder cannot be a store. Engines without KV of their own go
-    without, which is said.
+    Raises UsageError where the folder cannot be a store. An engine without KV of its own uses no
+    store, and the observer is told.
     """
     settings = planned.job.settings
     folder = settings.recycle.kv_store
