@@ -190,7 +190,11 @@ def python_page() -> str:
     has_front_door = (ROOT / "kvcoppice" / "__init__.py").exists()
     modules = ["kvcoppice.api", "kvcoppice.results"] if has_front_door else ["pipeline.run"]
     modules += ["pipeline.settings", "pipeline.records", "pipeline.errors"]
-    return "# Python\n\n" + "\n\n".join(f"::: {module}" for module in modules) + "\n"
+    text = [
+        "# Python",
+        "The calls and results of `import kvcoppice`, then the records that they take.",
+    ]
+    return "\n\n".join([*text, *(f"::: {module}" for module in modules)]) + "\n"
 
 
 def note_page(path: Path) -> str:
