@@ -6,6 +6,7 @@ The Python API is left to mkdocstrings, and the notes of the repository are show
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -64,17 +65,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+@functools.cache
+def commands() -> dict[str, Any]:
+    """Every command that does something, by its full name, those of groups as well."""
+    return dict(leaves(typer.main.get_command(app), "coppice"))
+
+
 def commands_page() -> str:
     """Every command with its arguments and flags."""
     text = ["# Commands", "Each line of `coppice --help`, with the defaults of the settings."]
-    for name, command in leaves(typer.main.get_command(app), "coppice"):
+    for name, command in commands().items():
         text += [f"## {name}", described(command.help)]
         text += ["```\n" + usage(name, command) + "\n```", parameters_table(command)]
     return "\n\n".join(text) + "\n"
 
 
 def leaves(command: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """(full name, command) of every command that does something, below groups as well."""
+    """(full name, command) of this command, or of all below it if it is a group."""
     inner = getattr(command, "commands", None)
     if inner is None:
         yield name, command
@@ -141,7 +148,7 @@ def settings_page() -> str:
 
 def settings_table(section: type[BaseModel]) -> str:
     help_of: dict[str, str] = {}
-    for _, command in leaves(typer.main.get_command(app), "coppice"):
+    for command in commands().values():
         for parameter in command.params:
             help_of.setdefault(parameter.name, parameter.help)  # `run` comes before `recycle`
     help_of = NIGHT_HELP if section is NightSettings else help_of

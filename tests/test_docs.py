@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shlex
 from collections.abc import Iterator
@@ -39,9 +40,14 @@ def commands(page: Path) -> Iterator[list[str]]:
                 yield shlex.split(found[1].rstrip('"&; '), comments=True)
 
 
+@functools.cache
+def whole_command() -> Any:
+    return typer.main.get_command(app)
+
+
 def find_command(words: list[str]) -> Any:
     """The command of Typer that the words call."""
-    command: Any = typer.main.get_command(app)
+    command = whole_command()
     for word in words:
         inner = getattr(command, "commands", None)
         if inner is None:
