@@ -6,17 +6,19 @@ The Python API is left to mkdocstrings, and the notes of the repository are show
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the checkout that the pages are of, whatever is installed
@@ -40,6 +42,9 @@ NIGHT_HELP = {
     "on_no_input": "Whether a night without input failed or is skipped.",
     "catch_up": "Unfinished nights of so many days before are done first; 0: none.",
 }
+# What is a number to the code and has a unit for people.
+SIZES = ("plan_memory", "kv_budget", "kv_store_budget")
+DURATIONS = ("time_budget", "stall_timeout")
 SECTIONS: dict[str, type[BaseModel]] = {
     name: field.annotation
     for name, field in JobSettings.model_fields.items()
@@ -60,17 +65,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+@functools.cache
+def commands() -> dict[str, Any]:
+    """Every command that does something, by its full name, those of groups as well."""
+    return dict(leaves(typer.main.get_command(app), "coppice"))
+
+
 def commands_page() -> str:
     """Every command with its arguments and flags."""
     text = ["# Commands", "Each line of `coppice --help`, with the defaults of the settings."]
-    for name, command in leaves(typer.main.get_command(app), "coppice"):
+    for name, command in commands().items():
         text += [f"## {name}", described(command.help)]
         text += ["```\n" + usage(name, command) + "\n```", parameters_table(command)]
     return "\n\n".join(text) + "\n"
 
 
 def leaves(command: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """(full name, command) of every command that does something, below groups as well."""
+    """(full name, command) of this command, or of all below it if it is a group."""
     inner = getattr(command, "commands", None)
     if inner is None:
         yield name, command
@@ -107,7 +118,7 @@ def spelled(parameter: Any) -> str:
     field = DEFAULTS.get(parameter.name)
     annotation = parameter.bare_type if field is None else field.annotation
     listed = get_origin(annotation) is Literal
-    return f"{flags} {values(annotation)}" if listed else flags
+    return f"{flags} {values(parameter.name, annotation)}" if listed else flags
 
 
 def parameter_default(parameter: Any) -> str:
@@ -115,8 +126,8 @@ def parameter_default(parameter: Any) -> str:
         return "required"
     field = DEFAULTS.get(parameter.name)
     if field is not None and parameter.default in (None, []):
-        return "required" if field.is_required() else shown(field.get_default())
-    return shown(parameter.default)
+        return default_of(parameter.name, field)
+    return shown(parameter.name, parameter.default)
 
 
 def settings_page() -> str:
@@ -136,25 +147,27 @@ def settings_page() -> str:
 
 
 def settings_table(section: type[BaseModel]) -> str:
-    help_of = {
-        parameter.name: parameter.help
-        for _, command in leaves(typer.main.get_command(app), "coppice")
-        for parameter in command.params
-    }
+    help_of: dict[str, str] = {}
+    for command in commands().values():
+        for parameter in command.params:
+            help_of.setdefault(parameter.name, parameter.help)  # `run` comes before `recycle`
     help_of = NIGHT_HELP if section is NightSettings else help_of
     rows = ["| Setting | Values | Default | |", "| --- | --- | --- | --- |"]
     for name, field in section.model_fields.items():
-        default = "required" if field.is_required() else shown(field.get_default())
+        flag, written = name.replace("_", "-"), cell(values(name, field.annotation))
         help_text = cell(help_of.get(name))
-        flag = name.replace("_", "-")
-        rows.append(f"| `{flag}` | {cell(values(field.annotation))} | {default} | {help_text} |")
+        rows.append(f"| `{flag}` | {written} | {default_of(name, field)} | {help_text} |")
     return "\n".join(rows)
 
 
-def values(annotation: Any) -> str:
-    """What may be written for a type: `auto, float32`, `number`, `text`."""
+def values(name: str, annotation: Any) -> str:
+    """What may be written: `auto, float32`, `number`, `text`, `size like 8GiB`."""
+    if name in SIZES or name in DURATIONS:
+        return "size like 8GiB" if name in SIZES else "duration like 4h"
     if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(values(a) for a in get_args(annotation) if a is not type(None))
+        return " or ".join(values(name, a) for a in get_args(annotation) if a is not type(None))
+    if get_origin(annotation) is Annotated:
+        return values(name, get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return ", ".join(map(str, get_args(annotation)))
     names = {bool: "true, false", int: "whole number", float: "number", str: "text", Path: "path"}
@@ -164,14 +177,21 @@ def values(annotation: Any) -> str:
     )
 
 
-def shown(default: Any) -> str:
-    """A default as a person writes it; nothing where there is none."""
+def default_of(name: str, field: FieldInfo) -> str:
+    """The default of a setting as a person writes it."""
+    return "required" if field.is_required() else shown(name, field.get_default())
+
+
+def shown(name: str, default: Any) -> str:
+    """A default as a person writes it; a dash where there is none."""
     if default is None or default in ((), {}, []):
         return "–"
     if isinstance(default, bool):
         return "`true`" if default else "`false`"
-    if isinstance(default, int) and default >= 2**30 and default % 2**30 == 0:
-        return f"`{default // 2**30}GiB`"
+    if name in SIZES:
+        return f"`{default / 2**30:g}GiB`"
+    if name in DURATIONS:
+        return f"`{default / 60:g}m`"
     return f"`{default}`"
 
 
@@ -190,7 +210,11 @@ def python_page() -> str:
     has_front_door = (ROOT / "kvcoppice" / "__init__.py").exists()
     modules = ["kvcoppice.api", "kvcoppice.results"] if has_front_door else ["pipeline.run"]
     modules += ["pipeline.settings", "pipeline.records", "pipeline.errors"]
-    return "# Python\n\n" + "\n\n".join(f"::: {module}" for module in modules) + "\n"
+    text = [
+        "# Python",
+        "The calls and results of `import kvcoppice`, then the records that they take.",
+    ]
+    return "\n\n".join([*text, *(f"::: {module}" for module in modules)]) + "\n"
 
 
 def note_page(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shlex
 from collections.abc import Iterator
@@ -39,9 +40,14 @@ def commands(page: Path) -> Iterator[list[str]]:
                 yield shlex.split(found[1].rstrip('"&; '), comments=True)
 
 
+@functools.cache
+def whole_command() -> Any:
+    return typer.main.get_command(app)
+
+
 def find_command(words: list[str]) -> Any:
     """The command of Typer that the words call."""
-    command: Any = typer.main.get_command(app)
+    command = whole_command()
     for word in words:
         inner = getattr(command, "commands", None)
         if inner is None:
@@ -131,6 +137,8 @@ def test_the_page_of_settings_has_every_setting_with_its_default() -> None:
         for name, field in section.model_fields.items():
             flag = name.replace("_", "-")
             line = next(line for line in page.splitlines() if line.startswith(f"| `{flag}` |"))
-            default = "required" if field.is_required() else generate.shown(field.get_default())
-            assert line.split(" | ")[2] == default
+            assert line.split(" | ")[2] == generate.default_of(name, field)
             assert len(line.split(" | ")[3]) > 4, f"{flag} is not described"
+    assert "| `plan-memory` | size like 8GiB | `2GiB` |" in page
+    assert "| `stall-timeout` | duration like 4h | `30m` |" in page
+    assert "| `dtype` | auto, float32, bfloat16 | `auto` |" in page

@@ -14,7 +14,7 @@ LIKELY_SHARE = 0.75
 
 
 class DepthFirstPolicy:
-    """Rows run in depth-first order of the plan, in which nothing is to be guessed (ARCHITECTURE.md).
+    """Rows run in depth-first order of the plan, in which nothing is to be guessed.
 
     A shared span is kept until the last sequence below it has ended. Where there is no more room,
     the last idle span is evicted, or else the last row gives up its KV. So every live row comes

@@ -118,12 +118,11 @@ class Dispatch:
         return len(self._benches[worker].pieces)
 
     def take(self, worker: int) -> Piece | None:
-        """Hand out the piece of longest predicted cost; to a worker that has one already only as
-        long as there are some for all.
+        """Hand out the waiting piece of the highest predicted cost, or None.
 
-        What two workers died of comes last, and to a worker that has nothing else: what it had
-        answered when it died nobody knows, so only of a single piece can it be said that it died
-        of that.
+        A worker that has a piece already gets a second one only while more pieces wait than there
+        are workers. A piece on which two workers have died is handed out last, to a worker that
+        has nothing else: if that worker dies too, the piece is to blame, and no other can be.
         """
         bench = self._benches[worker]
         if not self._waiting:

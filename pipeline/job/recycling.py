@@ -89,10 +89,10 @@ def identify_states(settings: JobSettings, tokenizer: str, dtype: str) -> Identi
 def recycling(
     engine: Engine, planned: PlannedJob, sequences: NDArray[np.int64], observer: Observer
 ) -> Iterator[KVStates | None]:
-    """States for the engine to load from `--kv-store` and keep there; None, and why is said, where
-    it goes without.
+    """States for the engine to load from `--kv-store`, and to keep there for later runs.
 
-    Raises UsageError where the folder cannot be a store.
+    None, and the observer is told why, where the engine has no KV of its own or loading would not
+    pay. Raises UsageError where the folder cannot be a store.
     """
     settings = planned.job.settings
     folder = settings.recycle.kv_store

@@ -46,7 +46,7 @@ class NightOutcome:
 
 @dataclass(frozen=True)
 class NightFailure:
-    """A night that did not, and why."""
+    """A night that was stopped or failed; `error` says why."""
 
     date: datetime.date
     error: CoppiceError

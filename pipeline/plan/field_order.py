@@ -49,7 +49,7 @@ class FieldTable:
 
     @property
     def num_fields(self) -> int:
-        """At least one."""
+        """How many fields each row has; never 0."""
         return len(self.codes)
 
     def total(self) -> int:

@@ -118,7 +118,7 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
 
 
 def _bits(operator: str, left: int, right: int) -> int:
-    """Of the product or power, about."""
+    """An upper bound of the bits that `left * right` or `left ** right` needs."""
     if operator == "**":
         return left.bit_length() * max(0, right)
     return left.bit_length() + right.bit_length()
