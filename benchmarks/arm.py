@@ -21,7 +21,7 @@ from benchmarks.prompts import Prompts, plan_prompts
 from benchmarks.transformers_arms import ContinuousArm, GenerateArm
 from pipeline.engine.base import RunControl
 from pipeline.engine.load import make_engine
-from pipeline.engine.model import read_shape
+from pipeline.model.shape import read_shape
 from pipeline.settings import JobSettings
 
 

@@ -39,9 +39,10 @@ from pipeline.engine.forward import TransformersForward
 from pipeline.engine.kernels.rules import AttentionRules
 from pipeline.engine.kernels.triton_kernel import TritonKernel, attend, is_available
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.model import LoadedModel, ModelShape
 from pipeline.engine.packing import PackedBatch
 from pipeline.engine.prefix_engine import PrefixEngine
+from pipeline.model.model import LoadedModel
+from pipeline.model.shape import ModelShape
 from pipeline.settings import EngineSettings
 
 _SHAPES = SHAPES | {

@@ -29,10 +29,10 @@ import torch
 
 from benchmarks.machine import describe_machine
 from benchmarks.scratch import scratch
-from pipeline.recycle.folder import StoreFolder
-from pipeline.recycle.identity import Identity, TokenIds, entry_key
-from pipeline.recycle.retrieval import EmbeddingIndex, Vectors
-from pipeline.recycle.store import KVStore
+from pipeline.experiment.retrieval import EmbeddingIndex, Vectors
+from pipeline.kvstore.folder import StoreFolder
+from pipeline.kvstore.identity import Identity, TokenIds, entry_key
+from pipeline.kvstore.store import KVStore
 
 _INSTRUCTIONS, _DOCUMENT_ROWS = 20, 5
 _LENGTHS = (180, 90, 30)  # instruction, document, the row's own

@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.scratch import scratch
-from pipeline.engine.model import LoadedModel, load_model
+from pipeline.model.model import LoadedModel, load_model
 from pipeline.settings import ModelSettings
 
 SHAPES: dict[str, dict[str, Any]] = {

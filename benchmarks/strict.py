@@ -21,7 +21,7 @@ from benchmarks.setup import Setup, add_options, setup_of
 from benchmarks.shapes import load_random
 from pipeline.engine.base import RunControl
 from pipeline.engine.prefix_engine import PrefixEngine
-from pipeline.engine.strict_probe import strict_probe
+from pipeline.engine.verify.strict_probe import strict_probe
 from pipeline.plan.plan import Plan
 from pipeline.settings import EngineSettings
 

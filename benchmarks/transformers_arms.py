@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from benchmarks.job import Job
 from benchmarks.prompts import Prompts
-from pipeline.engine.model import LoadedModel, load_model
+from pipeline.model.model import LoadedModel, load_model
 from pipeline.settings import ModelSettings
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.scratch import ROOT, scratch
 from benchmarks.shapes import model_folder
-from pipeline.job.auditing import audit_run
+from pipeline.audit.auditing import audit_run
 from pipeline.run import run_job
 from pipeline.settings import AuditSettings, JobSettings
 

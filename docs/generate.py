@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the checkout that the pages are of, whatever is installed
 
-from pipeline.cli import app  # noqa: E402
+from pipeline.cli.app import app  # noqa: E402
 from pipeline.night.settings import NightSettings  # noqa: E402
 from pipeline.settings import JobSettings  # noqa: E402
 

@@ -15,13 +15,13 @@ from uuid import UUID
 import prefect.artifacts as prefect
 from prefect.logging import get_run_logger
 
-from pipeline.job.messenger import Messenger
+from flows.messenger import Messenger
+from flows.part_table import part_table
+from pipeline.cli.progress import plain_line, planning_line
 from pipeline.job.observer import Planning, Snapshot
-from pipeline.night.parts import part_table
 from pipeline.night.settings import Night
 from pipeline.settings import StoreSettings
 from pipeline.storage.object_store import ObjectUrl, endpoint_url, is_url
-from pipeline.terminal.progress import plain_line, planning_line
 from pipeline.visible import visible
 
 _LOG_EVERY_ROWS_SHARE = 0.1

@@ -6,11 +6,11 @@ from flows.artifacts import PrefectObserver
 from flows.credentials import find_credentials
 from flows.parameters import AuditForm, checked_flow
 from flows.tasks import as_task
+from pipeline.audit.auditing import audit_run
+from pipeline.cli.options import merge_section, split_store
 from pipeline.errors import AuditFailed
-from pipeline.job.auditing import audit_run
 from pipeline.run import write_report
 from pipeline.settings import AuditSettings
-from pipeline.terminal.options import merge_section, split_store
 
 
 @checked_flow("coppice-audit")

@@ -21,8 +21,8 @@ from flows.credentials import find_credentials
 from flows.tasks import as_task, without_text
 from pipeline.errors import CoppiceError, FolderInUse, Interrupted, TimeBudgetReached
 from pipeline.night.dates import logical_date, parse_date
+from pipeline.night.ending import Ending, worst
 from pipeline.night.night import run_nights
-from pipeline.night.outcome import Ending, worst
 from pipeline.night.settings import Night, read_night
 from pipeline.night.steps import Step
 

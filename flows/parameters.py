@@ -23,8 +23,9 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.cli.options import help_of, is_written_as_text
 from pipeline.settings import STORAGE_SECRETS, AuditSettings, JobSettings, StoreSettings
-from pipeline.terminal.options import help_of, is_written_as_text, read_config
+from pipeline.settings_file import read_config
 
 _TEXT = "system_prompt"
 _SECRETS = frozenset(STORAGE_SECRETS)

@@ -7,7 +7,7 @@ load("pipeline")  # before anything is imported from it, in a process that this 
 
 def main() -> None:
     """Run the command."""
-    from pipeline.cli import main as command
+    from pipeline.cli.app import main as command
 
     command()
 

@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from kvcoppice.frames import keep_frame
 from kvcoppice.results import Audit, Plan, Report, Run
+from pipeline.cli.logs import make_observer
+from pipeline.cli.options import merge_section, split_store
 from pipeline.settings import AuditSettings, JobSettings, StoreSettings
-from pipeline.terminal.logs import make_observer
-from pipeline.terminal.options import merge_section, split_store
 
 Place: TypeAlias = str | os.PathLike[str]
 Prompts: TypeAlias = Place | pl.DataFrame | pl.LazyFrame | pa.Table
@@ -52,7 +52,7 @@ def audit(run: Run | Place, *, progress: Progress = "none", **settings: Any) -> 
     `settings` are those of `coppice audit`, with `_` for `-`. Raises UsageError, and InputError or
     ModelError if input or model have changed since the run.
     """
-    from pipeline.job.auditing import audit_run, describe_audit
+    from pipeline.audit.auditing import audit_run, describe_audit
 
     others, store = split_store(settings)
     chosen = merge_section(AuditSettings, others)

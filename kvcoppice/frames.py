@@ -20,8 +20,8 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 
-from pipeline.engine.machine import cache_folder
 from pipeline.errors import UsageError
+from pipeline.model.machine import cache_folder
 from pipeline.storage.durable import replace_file, write_errors
 from pipeline.storage.writer import encode_parquet
 

@@ -10,7 +10,7 @@ import polars as pl
 
 from pipeline.settings import StoreSettings
 from pipeline.storage.object_store import is_url
-from pipeline.storage.run_place import reading_run
+from pipeline.storage.run_location import reading_run
 
 if TYPE_CHECKING:
     from pipeline.audit.verdict import Verdict

@@ -5,7 +5,7 @@
             storage/   tokens/      plan/         plan/   engine/   storage/  audit/   report/
 ```
 
-`pipeline.run` is the only module that knows this order; `pipeline.cli` wraps it for people, and
+`pipeline.run` is the only module that knows this order; `pipeline.cli.app` wraps it for people, and
 the package `flows` for Prefect. Importing this package imports nothing heavy.
 """
 

@@ -22,13 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.early_checks import check_early
 from pipeline.engine.base import Engine, EngineFactory
 from pipeline.engine.load import make_engine
-from pipeline.engine.machine import cache_folder
 from pipeline.errors import ModelError, UsageError, install_extra
 from pipeline.job.device_lock import holding_device
-from pipeline.job.early_checks import check_early
-from pipeline.job.fingerprint import describe_versions, fingerprint_fields, identify_model
 from pipeline.job.metrics_export import exporting
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.outcome import RunOutcome
@@ -42,17 +40,19 @@ from pipeline.job.planning import (
     select_rows,
 )
 from pipeline.job.planning_watch import PlanningWatch
-from pipeline.job.rates import recall_rates
 from pipeline.job.recorded import keep_system_prompt, settings_to_show, with_recorded_clock
 from pipeline.job.recycling import expected_hits
 from pipeline.job.session import Session
 from pipeline.job.stopping import StopRequest, interruptible
 from pipeline.job.watchdog import Watchdog
+from pipeline.model.identity import describe_versions, fingerprint_fields, identify_model
+from pipeline.model.machine import cache_folder
+from pipeline.model.rates import recall_rates
 from pipeline.plan.summary import largest_nodes, tree_frame
 from pipeline.settings import JobSettings, StoreSettings
 from pipeline.storage.durable import replace_file
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.run_place import Place, holds_run, reading_run, take_run
+from pipeline.storage.run_location import Place, holds_run, reading_run, take_run
 from pipeline.storage.targets import check_apart, check_replaceable
 from pipeline.storage.writer import encode_parquet
 

@@ -82,10 +82,10 @@ KINDS = ("prompt", "chat")
 def render(kind: str, template: str, folder: Path) -> str:
     """The error that a person is told of, or "" where the template only printed something."""
     from pipeline.errors import UsageError
+    from pipeline.inputs import prompt_template
+    from pipeline.inputs.cells import BadCell
+    from pipeline.inputs.prompt_template import PromptTemplate
     from pipeline.settings import TokenSettings
-    from pipeline.storage import prompt_template
-    from pipeline.storage.cells import BadCell
-    from pipeline.storage.prompt_template import PromptTemplate
     from pipeline.tokens import chat_template
     from pipeline.tokens.tokenizer import PromptTokenizer
 

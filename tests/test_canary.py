@@ -21,11 +21,11 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.inputs import parquet_input
 from pipeline.job.checkpoint import Checkpoint
 from pipeline.run import run_job
-from pipeline.storage import parquet_input
 from pipeline.storage.run_directory import SYSTEM_PROMPT_NAME
-from tests.test_cli import Shell
+from tests.cli.test_app import Shell
 from tests.tiny_job import FailingEngine, on, write_model, write_prompts
 
 PROMPT, SYSTEM, VALUE, COLUMN, TENANT, STOP = (

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.inputs.reader import open_source
 from pipeline.run import run_job
 from pipeline.settings import JobSettings, ReadSettings
-from pipeline.storage.reader import open_source
 from tests.tiny_job import answers, echo_settings
 
 _BIG = Decimal("-99999999999999999999.99")

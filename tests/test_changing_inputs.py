@@ -15,12 +15,12 @@ from pipeline import run as run_module
 from pipeline.engine.base import EngineFactory
 from pipeline.engine.load import make_engine
 from pipeline.errors import InputError, RunDirectoryError
+from pipeline.inputs import parquet_input
 from pipeline.job.planning import Job, open_job, plan_rows
 from pipeline.job.prepare import Preparation, PreparedBatch
 from pipeline.records import PromptBatch
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
-from pipeline.storage import parquet_input
 from tests.tiny_job import FailingEngine, answers, on, write_prompts
 
 ROWS = 60

@@ -14,7 +14,7 @@ import pytest
 import typer
 import yaml
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.errors import install_extra
 from pipeline.night.settings import NightSettings
 from pipeline.settings import JobSettings

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
-from pipeline.storage import prompt_template
-from pipeline.storage.cells import BadCell
-from pipeline.storage.prompt_template import PromptTemplate
+from pipeline.inputs import prompt_template
+from pipeline.inputs.cells import BadCell
+from pipeline.inputs.prompt_template import PromptTemplate
 from tests import hostile
 from tests.tiny_job import write_tokenizer
 

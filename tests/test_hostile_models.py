@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.engine.model import load_model
 from pipeline.errors import ModelError
 from pipeline.job.planning import open_job
+from pipeline.model.model import load_model
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
 from tests.tiny_job import answers, write_prompts

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.inputs.conversion import convert
+from pipeline.inputs.reader import open_source
 from pipeline.job.planning import Job, open_job, plan_rows
 from pipeline.records import PromptBatch, SamplingParams
 from pipeline.run import run_job
 from pipeline.settings import JobSettings, ReadSettings, WriteSettings
-from pipeline.storage.conversion import convert
-from pipeline.storage.reader import open_source
 from tests.tiny_job import answers, echo_settings
 
 WRITE = WriteSettings(rows_per_part=1000)

@@ -29,7 +29,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_carries_model_prompts_templates_and_all_packages(built: Path) -> None:
     names = set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())
     assert {f"pipeline/demo/{name}" for name in _DEMO} <= names
-    assert {"pipeline/report/page.html.j2", "pipeline/cli.py", "flows/generate.py"} <= names
+    assert {"pipeline/report/page.html.j2", "pipeline/cli/app.py", "flows/generate.py"} <= names
     assert {"flows/automations.yaml", "flows/prefect.yaml"} <= names
     assert {"kvcoppice/__init__.py", "kvcoppice/flows.py", "kvcoppice/py.typed"} <= names
     assert not [name for name in names if name.startswith(("tests/", "data/"))]

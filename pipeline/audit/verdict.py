@@ -27,7 +27,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import polars as pl
 
-from pipeline.audit.arms import NO_EVIDENCE, Evidence
+from pipeline.audit.evidence import NO_EVIDENCE, Evidence
 from pipeline.audit.replay import BARS, ROW_CLASSES, RowAudit, RowClass, Tier
 from pipeline.settings import AuditSettings
 

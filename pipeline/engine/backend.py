@@ -15,8 +15,8 @@ from pipeline.engine.kernels.kernel import AttentionKernel
 from pipeline.engine.kernels.native_kernel import NativeKernel
 from pipeline.engine.kernels.torch_kernel import TorchKernel
 from pipeline.engine.kernels.triton_kernel import TritonKernel
-from pipeline.engine.model import LoadedModel
 from pipeline.engine.sampling import Sampled, likeliest_token
+from pipeline.model.model import LoadedModel
 
 _NATIVE_DTYPES = (torch.bfloat16, torch.float32)
 _NATIVE_HEAD = 16  # the head size must be a multiple of it

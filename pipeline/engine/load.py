@@ -9,7 +9,7 @@ from pipeline.errors import EngineError, UsageError
 from pipeline.settings import EngineSettings, JobSettings
 
 if TYPE_CHECKING:
-    from pipeline.engine.model import LoadedModel
+    from pipeline.model.model import LoadedModel
 
 
 def make_engine(settings: JobSettings) -> Engine:
@@ -29,8 +29,8 @@ def make_engine(settings: JobSettings) -> Engine:
         from pipeline.engine.vllm_engine import VllmEngine
 
         return VllmEngine(settings.model, settings.engine)
-    from pipeline.engine.model import load_model
     from pipeline.engine.naive_engine import NaiveEngine
+    from pipeline.model.model import load_model
 
     loaded = load_model(settings.model)
     return NaiveEngine(loaded) if chosen == "naive" else _tested(loaded, settings.engine)
@@ -40,9 +40,9 @@ def _tested(loaded: LoadedModel, settings: EngineSettings) -> Engine:
     """The prefix engine, or the naive one where the self-test shows that reuse is unsound."""
     from pipeline.engine.naive_engine import NaiveEngine
     from pipeline.engine.prefix_engine import PrefixEngine
-    from pipeline.engine.self_test import self_test
     from pipeline.engine.sharing_cost import break_even_tokens
-    from pipeline.engine.strict_probe import strict_probe
+    from pipeline.engine.verify.self_test import self_test
+    from pipeline.engine.verify.strict_probe import strict_probe
 
     is_strict = settings.fidelity == "strict"
     engine = PrefixEngine(loaded, settings)

@@ -24,9 +24,9 @@ from pipeline.engine.base import (
     RunControl,
     one_at_a_time,
 )
-from pipeline.engine.model import LoadedModel, own_attention
 from pipeline.engine.sampler import Sampler, configured
 from pipeline.engine.sampling import truncated_cdf, uniform_noise
+from pipeline.model.model import LoadedModel, own_attention
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, FinishReason, SamplingParams, Timing
 

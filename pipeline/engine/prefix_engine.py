@@ -26,6 +26,7 @@ from pipeline.engine.base import (
     LocalEngine,
     RunControl,
 )
+from pipeline.engine.completions import complete, fail, refuse
 from pipeline.engine.cuda_graphs import DecodeStep, NextTokens, decode_runner
 from pipeline.engine.decode_view import DecodeView, own_slots
 from pipeline.engine.kv_cache import kv_capacity, reserve_kv
@@ -33,8 +34,6 @@ from pipeline.engine.kv_guard import CorruptKVError, KVGuard
 from pipeline.engine.layout import most_kv_tokens
 from pipeline.engine.live import LiveRow, PrefillJob
 from pipeline.engine.memory import is_exhausted, keep_freed_pages, release_cached
-from pipeline.engine.model import LoadedModel
-from pipeline.engine.outcome import complete, fail, refuse
 from pipeline.engine.packing import PackedBatch, decode_spans, pack_decode
 from pipeline.engine.policy import DepthFirstPolicy
 from pipeline.engine.prefill import Chunk, needs_logits, pack_chunks, split_chunks, take_chunks
@@ -44,8 +43,9 @@ from pipeline.engine.sampling import Sampled
 from pipeline.engine.scheduler import History, Scheduler
 from pipeline.engine.spans import SharedPlacement
 from pipeline.engine.strict_backend import choose_strict_backend
-from pipeline.engine.support import why_unsupported
 from pipeline.errors import EngineError, ModelError
+from pipeline.model.families import why_unsupported
+from pipeline.model.model import LoadedModel
 from pipeline.plan.plan import Plan, cut_by_cost
 from pipeline.records import Completion, FinishReason
 from pipeline.settings import EngineSettings

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
-from pipeline.engine.model import LoadedModel
 from pipeline.engine.sampling import Sampled, likeliest_token, sample_next_token
 from pipeline.generation import active_rules, read_rules
+from pipeline.model.model import LoadedModel
 from pipeline.records import SamplingParams
 
 _ORDER_FREE: Final = {

@@ -24,9 +24,9 @@ from pydantic import Field, TypeAdapter
 from pipeline.engine.backend import Backend
 from pipeline.engine.kernels.rules import KVSpans
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.machine import cpu_description, private_cache
-from pipeline.engine.model import LoadedModel
 from pipeline.engine.packing import pack_decode
+from pipeline.model.machine import cpu_description, private_cache
+from pipeline.model.model import LoadedModel
 from pipeline.private_folder import private_folder
 
 _ROWS = 32

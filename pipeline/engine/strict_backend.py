@@ -14,11 +14,11 @@ from pipeline.engine.kernels import native, native_kernel
 from pipeline.engine.kernels.kernel import AttentionKernel
 from pipeline.engine.kernels.strict_native_kernel import StrictNativeKernel
 from pipeline.engine.kernels.strict_torch_kernel import StrictTorchKernel
-from pipeline.engine.model import LoadedModel
 from pipeline.engine.sampling import likeliest_token
-from pipeline.engine.support import has_experts
 from pipeline.engine.tiled_forward import ONE_SIZE, SIZES, TiledForward
 from pipeline.errors import UsageError
+from pipeline.model.families import has_experts
+from pipeline.model.model import LoadedModel
 
 
 def choose_strict_backend(loaded: LoadedModel, kernels: str) -> Backend:

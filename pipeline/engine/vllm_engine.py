@@ -22,9 +22,9 @@ import yaml
 from numpy.typing import NDArray
 
 from pipeline.engine.base import EngineCapabilities, EngineHooks, Indices, LocalEngine, RunControl
-from pipeline.engine.model import read_shape
 from pipeline.errors import EngineError, ModelError, UsageError, install_extra
 from pipeline.generation import read_rules
+from pipeline.model.shape import read_shape
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, FinishReason, SamplingParams, Timing
 from pipeline.settings import EngineSettings, ModelSettings

@@ -26,8 +26,8 @@ from typing import Any, BinaryIO, ClassVar
 
 import polars as pl
 
-from pipeline.engine.machine import private_cache
 from pipeline.errors import RunDirectoryError
+from pipeline.model.machine import private_cache
 from pipeline.private_folder import NotPrivate, private_folder
 from pipeline.storage.durable import replace_file, write_errors
 from pipeline.storage.lock import FolderLock

@@ -50,7 +50,7 @@ def holding_device(
 def _wait(
     settings: JobSettings, observer: Observer, check: Callable[[], None], given_up: threading.Event
 ) -> FileLock:
-    from pipeline.engine.model import name_device
+    from pipeline.model.device import name_device
 
     device = name_device(settings.model.device)
     has_said = False

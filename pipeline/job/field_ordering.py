@@ -14,8 +14,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
+from pipeline.inputs.reader import PromptSource
 from pipeline.plan.field_order import FieldTable, best_fixed_order, best_order, given_order
-from pipeline.storage.reader import PromptSource
 
 _CELL_BYTES = 60  # of memory, measured
 _MOST_FIELDS = 255

@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 from pipeline.errors import Interrupted, TimeBudgetReached, UsageError
 from pipeline.job.observer import Observer, Planning, Snapshot
 from pipeline.settings import MonitorSettings
-from pipeline.storage.run_place import Place
+from pipeline.storage.run_location import Place
 from pipeline.storage.targets import check_replaceable
 
 _STATES = ("waiting", "planning", "running", "complete", "stopped", "failed")

@@ -12,9 +12,9 @@ from typing import overload
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pipeline.inputs.columns import ColumnMap
 from pipeline.plan.plan import Names
 from pipeline.plan.token_table import TokenTable
-from pipeline.storage.columns import ColumnMap
 
 
 def noise_names(columns: ColumnMap, ids: Names, table: TokenTable) -> Names:

@@ -19,35 +19,35 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from pipeline.engine.machine import cache_folder
 from pipeline.errors import InputError, ModelError, UsageError
 from pipeline.generation import PLAIN, RULES, ids_of, resolve_sampling, why_not_by_vllm
+from pipeline.inputs.parquet_copies import ParquetCopies
+from pipeline.inputs.reader import PromptSource, find_duplicate_ids, open_source
 from pipeline.job.advice import SAMPLE_CHARACTERS, SAMPLE_ROWS, advise
 from pipeline.job.channel import Stages
 from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.field_ordering import FieldSaving, memory_needed, order_fields
-from pipeline.job.fingerprint import describe_versions
-from pipeline.job.hub import check_model_exists
-from pipeline.job.model_folder import check_model_folder
 from pipeline.job.noise_names import noise_names
 from pipeline.job.observer import Planning
 from pipeline.job.prepare import Limits, Preparation
 from pipeline.job.prepared_rows import PreparedRows
-from pipeline.job.rates import recall_rates
 from pipeline.job.rejections import describe_rejected
 from pipeline.job.row_faults import call_by_halves
+from pipeline.model.folder import check_model_folder
+from pipeline.model.hub import check_model_exists
+from pipeline.model.identity import describe_versions
+from pipeline.model.machine import cache_folder
+from pipeline.model.rates import recall_rates
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.shards import cut_into_shards
 from pipeline.plan.summary import KVLimits, PlanSummary, plan_frame, summarise
 from pipeline.plan.token_table import narrowest_dtype
 from pipeline.records import PromptBatch, Rejected
 from pipeline.settings import JobSettings, ModelSettings, PlanSettings
-from pipeline.storage.parquet_copies import ParquetCopies
-from pipeline.storage.reader import PromptSource, find_duplicate_ids, open_source
 from pipeline.tokens.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
-    from pipeline.engine.model import ModelShape
+    from pipeline.model.shape import ModelShape
 
 _BATCHES_AHEAD = 4
 _ROW_BYTES = 250  # of the plan's own columns while it is built, measured
@@ -215,7 +215,7 @@ def _read_shape(settings: ModelSettings) -> ModelShape | None:
     folder = Path(settings.model)
     if settings.engine == "echo" and folder.is_dir() and not (folder / "config.json").exists():
         return None
-    from pipeline.engine.model import read_shape
+    from pipeline.model.shape import read_shape
 
     return read_shape(settings.model, settings.revision)
 

@@ -17,9 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.engine.machine import cache_folder
 from pipeline.errors import StorageError
 from pipeline.job.observer import Observer, Planning
+from pipeline.model.machine import cache_folder
 from pipeline.private_folder import private_folder
 from pipeline.storage.durable import replace_file
 from pipeline.storage.lock import is_dead, own_name

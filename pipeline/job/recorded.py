@@ -15,7 +15,7 @@ from pipeline.errors import RunDirectoryError
 from pipeline.settings import JobSettings
 from pipeline.storage.manifest import MANIFEST_NAME
 from pipeline.storage.run_directory import SYSTEM_PROMPT_NAME, RunDirectory
-from pipeline.storage.run_place import Place, find_manifest
+from pipeline.storage.run_location import Place, find_manifest
 
 
 def settings_to_show(settings: JobSettings) -> dict[str, Any]:

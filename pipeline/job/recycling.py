@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.machine import cpu_description
 from pipeline.errors import UsageError
-from pipeline.job.fingerprint import describe_versions, identify_model
 from pipeline.job.observer import Observer
 from pipeline.job.planning import PlannedJob
-from pipeline.job.rates import recall_rates
+from pipeline.model.identity import describe_versions, identify_model
+from pipeline.model.machine import cpu_description
+from pipeline.model.rates import recall_rates
 from pipeline.plan.plan import Plan
 from pipeline.settings import JobSettings
 
 if TYPE_CHECKING:
     from pipeline.engine.base import Engine, KVStates
-    from pipeline.recycle.identity import Identity
-    from pipeline.recycle.store import KVStore
+    from pipeline.kvstore.identity import Identity
+    from pipeline.kvstore.store import KVStore
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def nodes_to_keep(
 
 def identify_states(settings: JobSettings, tokenizer: str, dtype: str) -> Identity:
     """What the KV of a job depends on besides its token ids. `dtype`: of the loaded weights."""
-    from pipeline.engine.model import read_rope, read_shape
-    from pipeline.recycle.identity import Identity
+    from pipeline.kvstore.identity import Identity
+    from pipeline.model.shape import read_rope, read_shape
 
     model = settings.model
     shape = read_shape(model.model, model.revision)
@@ -106,8 +106,8 @@ def recycling(
         observer.say(f"--kv-store is left out: {who} keeps no KV of prefixes")
         yield None
         return
-    from pipeline.recycle.states import StoredStates
-    from pipeline.recycle.store import KVStore
+    from pipeline.kvstore.connector import StoredStates
+    from pipeline.kvstore.store import KVStore
 
     identity = identify_states(settings, planned.job.tokenizer.fingerprint, kv.dtype)
     least = least_depth(settings, identity, kv.bytes_per_token)
@@ -137,7 +137,7 @@ def expected_hits(planned: PlannedJob) -> dict[str, Any] | None:
     folder = settings.recycle.kv_store
     if folder is None or shape is None:
         return None
-    from pipeline.recycle.store import KVStore
+    from pipeline.kvstore.store import KVStore
 
     dtype = shape.dtype if settings.model.dtype == "auto" else settings.model.dtype
     identity = identify_states(settings, planned.job.tokenizer.fingerprint, dtype)
@@ -172,7 +172,7 @@ def least_depth(settings: JobSettings, identity: Identity, bytes_per_token: int)
 
     1 on a machine that has not run the model yet.
     """
-    from pipeline.recycle.break_even import break_even_tokens, measure_load_cost
+    from pipeline.kvstore.break_even import break_even_tokens, measure_load_cost
 
     rates = recall_rates(settings.model)
     assert settings.recycle.kv_store is not None

@@ -34,10 +34,10 @@ from pipeline.job.channel import Stages
 from pipeline.job.observer import Observer, Snapshot
 from pipeline.job.outcome import RunOutcome, count_committed, count_reasons
 from pipeline.job.planning import PlannedJob
-from pipeline.job.rates import remember_rates
 from pipeline.job.recycling import recycling
 from pipeline.job.stopping import StopRequest
 from pipeline.job.watchdog import Watchdog
+from pipeline.model.rates import remember_rates
 from pipeline.plan.summary import tree_frame
 from pipeline.storage.run_directory import PLAN_NAME, RunDirectory
 from pipeline.storage.summaries import PLAN_SUMMARY

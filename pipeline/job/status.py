@@ -9,7 +9,7 @@ from pipeline.job.planning_watch import read_note
 from pipeline.settings import StoreSettings
 from pipeline.storage.metrics_log import last_metrics
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.run_place import Place, reading_run
+from pipeline.storage.run_location import Place, reading_run
 from pipeline.storage.summaries import AUDIT_SUMMARY
 
 _UNKNOWN: dict[str, Any] = {

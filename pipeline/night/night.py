@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.engine.machine import cache_folder
 from pipeline.errors import (
     AuditFailed,
     CoppiceError,
@@ -21,8 +20,9 @@ from pipeline.errors import (
     TooManyFailedRows,
 )
 from pipeline.job.observer import Observer
+from pipeline.model.machine import cache_folder
 from pipeline.night.calendar import forget_due, mark_due, unfinished_before
-from pipeline.night.outcome import Ending, NightFailure, NightOutcome
+from pipeline.night.ending import Ending, NightFailure, NightOutcome
 from pipeline.night.settings import Night, read_night
 from pipeline.night.state import NightState, read_state
 from pipeline.night.steps import (

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.audit.gate import WHY_NOT, current_verdict
 from pipeline.errors import AuditFailed, RunDirectoryError, UsageError
-from pipeline.job.gate import WHY_NOT, current_verdict
 from pipeline.night.dates import parse_date
+from pipeline.night.folder_target import FolderTarget
+from pipeline.night.published import Content
+from pipeline.night.s3_target import StoreTarget
 from pipeline.night.settings import check_apart
 from pipeline.report.page import render
 from pipeline.settings import AuditSettings, StoreSettings
-from pipeline.storage.folder_target import FolderTarget
 from pipeline.storage.object_store import is_url
-from pipeline.storage.published import Content
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.run_place import Place, reading_run
-from pipeline.storage.store_target import StoreTarget
+from pipeline.storage.run_location import Place, reading_run
 from pipeline.storage.summaries import PLAN_SUMMARY
 
 _PAGES = ("report.html", "report.md")

@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.errors import UsageError
 from pipeline.forms import say_fault, unknown_name
 from pipeline.settings import JobSettings, StoreSettings
+from pipeline.settings_file import read_config
 from pipeline.storage.object_store import is_url
-from pipeline.terminal.options import read_config
 
 _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
 _PATHS = ("input", "output", "publish", "template", "chat_template", "metrics_file")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.job.gate import current_verdict
+from pipeline.audit.gate import current_verdict
 from pipeline.night.publication import edition_of, open_target
 from pipeline.night.settings import Night
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.run_place import holds_run, reading_run
+from pipeline.storage.run_location import holds_run, reading_run
 
 Stage = Literal[
     "waiting", "begun", "too many failed", "generated", "audit failed", "audited", "done"

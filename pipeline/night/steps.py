@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.audit.auditing import audit_run
+from pipeline.audit.gate import current_verdict
 from pipeline.errors import AuditFailed, InputError, TimeBudgetReached
-from pipeline.job.auditing import audit_run
-from pipeline.job.gate import current_verdict
 from pipeline.job.observer import Observer
 from pipeline.job.planning import open_job
 from pipeline.night.publication import publish_run
 from pipeline.night.settings import Night
 from pipeline.run import plan_job, run_job, with_absolute_paths, write_report
-from pipeline.storage.run_place import holds_run, reading_run
+from pipeline.storage.run_location import holds_run, reading_run
 from pipeline.storage.summaries import AUDIT_SUMMARY, PLAN_SUMMARY
 
 Step = Callable[[], dict[str, Any]]

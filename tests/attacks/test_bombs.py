@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError, ModelError
+from pipeline.inputs import json_lines
+from pipeline.inputs.parquet_copies import ParquetCopies
+from pipeline.inputs.reader import open_source
 from pipeline.settings import ReadSettings
-from pipeline.storage import json_lines
-from pipeline.storage.parquet_copies import ParquetCopies
-from pipeline.storage.reader import open_source
 from pipeline.tokens.loading import load_tokenizer
 from tests.tiny_job import answers, write_tokenizer
 
@@ -111,7 +111,7 @@ def test_rows_of_a_block_that_is_not_kept_are_the_same(tmp_path: Path) -> None:
     wanted = pa.array([599, 0, 3, 3, 251, 250, 249])
     kept = opened.take(wanted.to_numpy())
     object.__setattr__(opened._files[0], "num_bytes", 0)
-    from pipeline.storage import parquet_input
+    from pipeline.inputs import parquet_input
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parquet_input, "_MOST_KEPT_BYTES", 1000)

@@ -15,8 +15,8 @@ import pytest
 
 from pipeline import run as run_module
 from pipeline.errors import CoppiceError, EngineError, UsageError
-from pipeline.job import hub
 from pipeline.job.observer import Planning, SilentObserver
+from pipeline.model import hub
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
 from tests.job.preparing import watch_prepared
@@ -91,7 +91,7 @@ def no_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     def lookup(name: str, package: str | None = None) -> Any:
         return None if name in ("ray", "vllm") else find(name, package)
 
-    monkeypatch.setattr("pipeline.job.early_checks.find_spec", lookup)
+    monkeypatch.setattr("pipeline.early_checks.find_spec", lookup)
     monkeypatch.setitem(__import__("sys").modules, "boto3", None)
 
 
@@ -128,7 +128,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_planning(
         raise EngineError("no device")
 
     monkeypatch.setattr(run_module, "make_engine", fail)
-    monkeypatch.setattr("pipeline.storage.reader._BATCH_ROWS", 1, raising=False)
+    monkeypatch.setattr("pipeline.inputs.reader._BATCH_ROWS", 1, raising=False)
     source = write_prompts(tmp_path / "p.parquet", PROMPTS * 2000)
     with pytest.raises(EngineError, match="no device"):
         run_job(str(source), tmp_path / "out", settings, Slow())

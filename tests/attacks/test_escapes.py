@@ -17,7 +17,7 @@ import pytest
 from pipeline.audit.similarity import Encoder
 from pipeline.errors import CoppiceError
 from pipeline.visible import visible, visible_json
-from tests.test_cli import Shell
+from tests.cli.test_app import Shell
 from tests.tiny_job import write_model, write_prompts
 
 EVIL = "x\x1b]0;owned\x07\x1b[2Jy\x9b31mz\u202eabc\u2028\rforged"

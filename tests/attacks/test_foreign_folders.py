@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.engine import machine
 from pipeline.engine.kernels import native
 from pipeline.errors import UsageError
 from pipeline.job.checkpoint import Checkpoint
+from pipeline.kvstore.entry import map_entry
+from pipeline.kvstore.folder import StoreFolder
+from pipeline.kvstore.header import BadEntry
+from pipeline.model import machine
 from pipeline.private_folder import NotPrivate, private_folder
-from pipeline.recycle.entry import map_entry
-from pipeline.recycle.folder import StoreFolder
-from pipeline.recycle.head import BadEntry
 
 STRANGER = 54321
 

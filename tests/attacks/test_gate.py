@@ -15,15 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.audit.auditing import audit_run
+from pipeline.audit.gate import current_verdict
 from pipeline.errors import CoppiceError, RunDirectoryError, StorageError
-from pipeline.job.auditing import audit_run
-from pipeline.job.gate import current_verdict
+from pipeline.inputs.conversion import convert
 from pipeline.job.status import read_status
 from pipeline.night.publication import publish_by_hand, publish_run
 from pipeline.night.state import read_state
 from pipeline.run import report_run
 from pipeline.settings import AuditSettings, StoreSettings
-from pipeline.storage.conversion import convert
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.schema import OUTPUT_FIELDS
 from pipeline.storage.writer import (

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.inputs.parquet_copies import ParquetCopies
+from pipeline.inputs.reader import open_source
 from pipeline.settings import ReadSettings
-from pipeline.storage.parquet_copies import ParquetCopies
-from pipeline.storage.reader import open_source
 from tests.tiny_job import write_prompts, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,9 +95,9 @@ from pathlib import Path
 import numpy as np
 from pipeline.job.planning import open_job, plan_rows
 from pipeline.settings import ReadSettings
-from pipeline.storage.input_files import InputFile
-from pipeline.storage.parquet_copies import ParquetCopies
-from pipeline.storage.reader import open_source
+from pipeline.inputs.input_files import InputFile
+from pipeline.inputs.parquet_copies import ParquetCopies
+from pipeline.inputs.reader import open_source
 from tests.tiny_job import echo_settings
 path, lines, cache = Path(sys.argv[1]), InputFile.local(Path(sys.argv[2])), sys.argv[3]
 settings = echo_settings(Path(sys.argv[4]))

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
+from pipeline.audit.auditing import describe_audit, reopen_job
+from pipeline.audit.gate import current_verdict
 from pipeline.errors import CoppiceError
-from pipeline.job.auditing import describe_audit, reopen_job
-from pipeline.job.gate import current_verdict
-from pipeline.job.rates import recall_rates
+from pipeline.inputs.conversion import convert
 from pipeline.job.status import read_status
+from pipeline.model.rates import recall_rates
 from pipeline.night.publication import publish_by_hand
 from pipeline.run import report_run
 from pipeline.settings import ModelSettings, StoreSettings
-from pipeline.storage.conversion import convert
 from pipeline.storage.run_directory import RunDirectory
 from tests.night.job import DAY, NightlyJob
 
@@ -135,7 +135,7 @@ def test_wrong_rates_in_the_cache_are_no_rates(
 ) -> None:
     """Seen red: text as a rate was kept, and dividing by it ended in a traceback."""
     place = tmp_path / "rates.json"
-    monkeypatch.setattr("pipeline.job.rates._place", lambda *_: place)
+    monkeypatch.setattr("pipeline.model.rates._place", lambda *_: place)
     said = {"prefill_tokens_per_s": value, "decode_tokens_per_s": 1.0, "measured_on": "today"}
     place.write_text(json.dumps(said))
     assert recall_rates(ModelSettings(model=str(model_folder))) is None

@@ -18,8 +18,8 @@ import pytest
 from pipeline.errors import FolderInUse, RunDirectoryError, UsageError
 from pipeline.job.device_lock import holding_device
 from pipeline.job.observer import SilentObserver
+from pipeline.night.folder_target import FolderTarget
 from pipeline.settings import JobSettings
-from pipeline.storage.folder_target import FolderTarget
 from pipeline.storage.lock import FileLock, FolderLock, HeldElsewhere, is_abandoned
 from pipeline.storage.run_directory import RunDirectory
 from tests.night.publisher import content
@@ -140,8 +140,8 @@ def test_a_lock_folder_that_is_a_link_is_refused(
 _PUBLISH = """
 import os, sys
 from pathlib import Path
-from pipeline.storage.folder_target import FolderTarget
-from pipeline.storage.published import Content
+from pipeline.night.folder_target import FolderTarget
+from pipeline.night.published import Content
 user, umask, target, page, day = sys.argv[1:]
 os.setgroups([]); os.setgid(4242); os.setuid(int(user)); os.umask(int(umask, 8))
 content = Content({"edition": "run-1"}, {"report.html": Path(page)}, None)

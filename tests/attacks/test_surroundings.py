@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_cli import Shell
+from tests.cli.test_app import Shell
 from tests.tiny_job import PROMPTS, write_prompts, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +110,7 @@ import pwd, sys
 def getpwuid(uid):
     raise KeyError(uid)
 pwd.getpwuid = getpwuid
-from pipeline.cli import main
+from pipeline.cli.app import main
 sys.argv[0] = "coppice"
 main()
 """

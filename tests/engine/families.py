@@ -15,9 +15,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.engine import native_forward
-from pipeline.engine.model import LoadedModel, read_shape
-from pipeline.engine.support import why_unsupported
 from pipeline.errors import ModelError
+from pipeline.model.families import why_unsupported
+from pipeline.model.model import LoadedModel
+from pipeline.model.shape import read_shape
 from tests.engine.tiny import EOS, VOCABULARY
 
 Options = dict[str, Any]

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.engine import attention, native_forward, support
+from pipeline.engine import attention, native_forward
 from pipeline.engine.base import NO_HOOKS, EngineHooks, RunControl
 from pipeline.engine.kernels import partial
 from pipeline.engine.kernels.rules import AttentionRules
-from pipeline.engine.model import LoadedModel, load_model, read_shape
 from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.prefix_engine import PrefixEngine
-from pipeline.engine.self_test import self_test
+from pipeline.engine.verify.self_test import self_test
 from pipeline.errors import EngineError, ModelError
+from pipeline.model import families as support
+from pipeline.model.model import LoadedModel, load_model
+from pipeline.model.shape import read_shape
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion
 from pipeline.settings import EngineSettings, ModelSettings

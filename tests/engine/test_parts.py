@@ -11,16 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.engine import self_test as self_test_module
 from pipeline.engine.base import RunControl
 from pipeline.engine.kernels import partial
 from pipeline.engine.kv_cache import KVCache, KVRange, kv_capacity
-from pipeline.engine.model import LoadedModel, load_model
 from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.engine.sampling import sample_next_token, uniform_noise
-from pipeline.engine.self_test import self_test
+from pipeline.engine.verify import self_test as self_test_module
+from pipeline.engine.verify.self_test import self_test
 from pipeline.errors import EngineError
+from pipeline.model.model import LoadedModel, load_model
 from pipeline.records import SamplingParams
 from pipeline.settings import EngineSettings, ModelSettings
 from tests.engine import tiny

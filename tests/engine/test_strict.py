@@ -25,12 +25,12 @@ from pipeline.engine.kernels.strict_work import StrictWork
 from pipeline.engine.kernels.torch_kernel import TorchKernel
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.load import make_engine
-from pipeline.engine.model import LoadedModel, load_model
 from pipeline.engine.packing import PackedBatch
 from pipeline.engine.prefix_engine import PrefixEngine
-from pipeline.engine.strict_probe import strict_probe
 from pipeline.engine.tiled_forward import TiledForward
+from pipeline.engine.verify.strict_probe import strict_probe
 from pipeline.errors import UsageError
+from pipeline.model.model import LoadedModel, load_model
 from pipeline.plan.plan import Plan
 from pipeline.records import SamplingParams
 from pipeline.settings import EngineSettings, JobSettings, ModelSettings

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.audit.auditing import audit_run
 from pipeline.engine.base import RunControl
 from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.vllm_engine import VllmEngine, _salts, parse_options
 from pipeline.errors import ModelError, UsageError
-from pipeline.job.auditing import audit_run
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.token_table import TokenTable
 from pipeline.records import SamplingParams
@@ -95,7 +95,7 @@ def engine() -> Iterator[VllmEngine]:
 
 @pytest.fixture(scope="module")
 def naive() -> NaiveEngine:
-    from pipeline.engine.model import load_model
+    from pipeline.model.model import load_model
 
     return NaiveEngine(load_model(MODEL.model_copy(update={"engine": "naive"})))
 

@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from pipeline.engine.base import EngineHooks
-from pipeline.engine.model import LoadedModel, ModelShape
 from pipeline.engine.prefix_engine import PrefixEngine
+from pipeline.model.model import LoadedModel
+from pipeline.model.shape import ModelShape
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.token_table import TokenTable
 from pipeline.records import SamplingParams

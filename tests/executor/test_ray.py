@@ -18,9 +18,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from pipeline.audit.auditing import audit_run
 from pipeline.errors import Interrupted, TimeBudgetReached, UsageError
 from pipeline.job import stopping
-from pipeline.job.auditing import audit_run
 from pipeline.run import run_job
 from pipeline.settings import AuditSettings, FleetSettings, JobSettings
 from tests.executor.ray_engines import make_watched

@@ -32,7 +32,8 @@ ray.shutdown(wait_for_processes=True)
 # The command, with workers that can be told to be slow and a shorter patience than Ray's minute.
 _COMMAND = """
 from functools import partial
-from pipeline import cli, run
+from pipeline import run
+from pipeline.cli import app as cli
 from pipeline.executor import ray_crew
 from tests.executor import ray_engines
 run.run_job = partial(run.run_job, make_engine=ray_engines.make_watched)

@@ -11,7 +11,7 @@ from prefect.client.schemas.objects import StateType
 import flows
 from flows.nightly import final_state
 from pipeline.errors import AuditFailed, CoppiceError, FolderInUse, Interrupted, TimeBudgetReached
-from pipeline.night.outcome import Ending, NightFailure, NightOutcome, worst
+from pipeline.night.ending import Ending, NightFailure, NightOutcome, worst
 from tests.night.job import DAY, before
 
 AUTOMATIONS = Path(flows.__path__[0]) / "automations.yaml"

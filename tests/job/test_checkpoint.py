@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.inputs import parquet_input
 from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.planning import PlannedJob, open_job, plan_rows
 from pipeline.settings import JobSettings
-from pipeline.storage import parquet_input
 from tests.job.preparing import fail_after, watch_prepared
 from tests.tiny_job import echo_settings, write_prompts
 
@@ -189,7 +189,7 @@ import sys, time
 from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.planning import open_job, plan_rows
 from pipeline.job.prepare import Preparation
-from pipeline.storage import parquet_input
+from pipeline.inputs import parquet_input
 from tests.tiny_job import echo_settings
 parquet_input.BATCH_ROWS = 5
 Checkpoint.every_rows = 20

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.audit.auditing import reopen_job
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.errors import EngineError, RunDirectoryError, UsageError
-from pipeline.job.auditing import reopen_job
 from pipeline.job.planning import open_job
 from pipeline.run import run_job
 from pipeline.settings import JobSettings

@@ -174,7 +174,7 @@ def test_an_audit_waits_for_its_turn_as_well(
     tmp_path: Path, model_folder: Path, locks: Path
 ) -> None:
     """Seen red: without the lock the audit ends while another job holds the device."""
-    from pipeline.job.auditing import audit_run
+    from pipeline.audit.auditing import audit_run
     from pipeline.settings import AuditSettings
 
     source = write_prompts(tmp_path / "p.parquet", PROMPTS)

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import generation
+from pipeline.audit.auditing import audit_run
 from pipeline.audit.similarity import Encoder
 from pipeline.errors import CoppiceError, RunDirectoryError, UsageError
 from pipeline.generation import GenerationRules
-from pipeline.job import fingerprint
-from pipeline.job.auditing import audit_run
+from pipeline.model import identity as fingerprint
 from pipeline.run import plan_job, run_job, validate_input
 from pipeline.settings import AuditSettings, JobSettings
 from tests.tiny_job import answers, echo_settings, write_model, write_prompts

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.job.auditing import audit_run
+from pipeline.audit.auditing import audit_run
 from pipeline.job.observer import SilentObserver
 from pipeline.job.recycling import nodes_to_keep
+from pipeline.kvstore.store import KVStore
 from pipeline.plan.plan import Plan
-from pipeline.recycle.store import KVStore
 from pipeline.run import plan_job, run_job
 from pipeline.settings import AuditSettings, JobSettings
 from tests.engine import tiny
@@ -249,7 +249,7 @@ def test_the_writer_of_a_store_that_breaks_ends_no_job(
         raise RuntimeError("a fault of ours")
 
     monkeypatch.setattr(KVStore, "put", fall)
-    monkeypatch.setattr("pipeline.recycle.states._WAITING_BYTES", 0)
+    monkeypatch.setattr("pipeline.kvstore.connector._WAITING_BYTES", 0)
     monkeypatch.setattr(logging.getLogger("coppice"), "propagate", True)
     _, counters, _ = nights.run(PROMPTS)
     assert counters["rows_ok"] == len(PROMPTS)

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from pipeline.job.observer import SilentObserver
+from pipeline.night.ending import Ending
 from pipeline.night.night import run_nights
-from pipeline.night.outcome import Ending
 from pipeline.night.settings import Night, read_night
 from tests.tiny_job import write_prompts
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage.folder_target import FolderTarget
-from pipeline.storage.published import Content
+from pipeline.night.folder_target import FolderTarget
+from pipeline.night.published import Content
 from tests.torture.disk import DeadlyDisk, When
 
 

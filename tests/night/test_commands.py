@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.test_app import Shell, shell  # noqa: F401
 from tests.night.job import DAY, PROMPTS, NightlyJob
 from tests.night.test_night import fail_audits
-from tests.test_cli import Shell, shell  # noqa: F401
 
 DATE = DAY.isoformat()
 

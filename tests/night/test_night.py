@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.audit.auditing import audit_run, reopen_job
 from pipeline.audit.verdict import Verdict
 from pipeline.engine.base import Engine
 from pipeline.engine.load import make_engine
@@ -27,21 +28,20 @@ from pipeline.errors import (
     TimeBudgetReached,
     TooManyFailedRows,
 )
-from pipeline.job.auditing import audit_run, reopen_job
+from pipeline.inputs import parquet_input
 from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.observer import SilentObserver
 from pipeline.night import night as night_module
 from pipeline.night import steps
 from pipeline.night.calendar import mark_due
+from pipeline.night.ending import Ending, NightFailure, NightOutcome, worst
 from pipeline.night.night import run_nights, sitting
-from pipeline.night.outcome import Ending, NightFailure, NightOutcome, worst
 from pipeline.night.settings import Night
 from pipeline.night.state import read_state
 from pipeline.night.steps import Step
 from pipeline.records import Completion
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
-from pipeline.storage import parquet_input
 from pipeline.storage.lock import FolderLock
 from pipeline.storage.run_directory import RunDirectory
 from tests.job.preparing import watch_prepared

@@ -14,12 +14,12 @@ import polars as pl
 import pytest
 
 from pipeline.errors import AuditFailed, CoppiceError, RunDirectoryError, StorageError, UsageError
+from pipeline.night import folder_target
+from pipeline.night.folder_target import FolderTarget
 from pipeline.night.publication import Published, publish_by_hand, publish_run
+from pipeline.night.published import Content
 from pipeline.settings import StoreSettings
-from pipeline.storage import folder_target
-from pipeline.storage.folder_target import FolderTarget
 from pipeline.storage.lock import FolderLock
-from pipeline.storage.published import Content
 from pipeline.storage.run_directory import RunDirectory
 from tests.night.job import DAY, NightlyJob
 from tests.night.publisher import content, publish_and_die

@@ -11,10 +11,10 @@ import pytest
 from pipeline.errors import CoppiceError, RunDirectoryError, StorageError
 from pipeline.night.calendar import forget_due, mark_due, unfinished_before
 from pipeline.night.publication import publish_run
+from pipeline.night.published import Content
+from pipeline.night.s3_target import StoreTarget
 from pipeline.settings import StoreSettings
-from pipeline.storage.published import Content
 from pipeline.storage.remote_folder import RemoteFolder
-from pipeline.storage.store_target import StoreTarget
 from tests.night.job import DAY, NightlyJob, before
 from tests.night.publisher import content
 from tests.storage.buckets import FailingStore, Store

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.inputs.input_files import find_input_files
+from pipeline.inputs.parquet_copies import ParquetCopies
+from pipeline.inputs.reader import open_source
 from pipeline.settings import ReadSettings, StoreSettings
-from pipeline.storage.input_files import find_input_files
-from pipeline.storage.parquet_copies import ParquetCopies
-from pipeline.storage.reader import open_source
 from tests.storage.buckets import KEY_ID, SECRET, Store
 from tests.tiny_job import write_prompts
 

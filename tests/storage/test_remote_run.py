@@ -17,10 +17,10 @@ from botocore.client import BaseClient
 
 from pipeline.engine.base import Engine
 from pipeline.errors import RunDirectoryError, StorageError, UsageError
+from pipeline.inputs.conversion import convert
 from pipeline.job.status import read_status
 from pipeline.run import report_run, run_job
 from pipeline.settings import JobSettings, StoreSettings
-from pipeline.storage.conversion import convert
 from pipeline.storage.remote_folder import RemoteFolder
 from pipeline.storage.remote_run import RemoteRun
 from pipeline.storage.run_directory import RunDirectory
@@ -638,7 +638,7 @@ def test_status_tells_a_running_job_from_a_dead_one(store: Store, bucket: str, c
 def test_an_audit_reads_and_writes_there(
     store: Store, bucket: str, model_folder: Path, tmp_path: Path
 ) -> None:
-    from pipeline.job.auditing import audit_run, describe_audit
+    from pipeline.audit.auditing import audit_run, describe_audit
 
     url = f"s3://{bucket}/run"
     source = write_prompts(tmp_path / "p.parquet", ["hello world", "hello there"])

@@ -10,8 +10,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from pipeline.audit.auditing import audit_run
 from pipeline.audit.similarity import Encoder
-from pipeline.job.auditing import audit_run
 from pipeline.run import report_run, run_job
 from pipeline.settings import AuditSettings, JobSettings
 from tests.tiny_job import write_prompts

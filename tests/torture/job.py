@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from pipeline.engine.base import EngineFactory
 from pipeline.engine.load import make_engine
+from pipeline.inputs import parquet_input
 from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.status import read_status
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
-from pipeline.storage import parquet_input
 from pipeline.storage.durable import is_temp
 from pipeline.storage.lock import LOCK_NAME
 from pipeline.storage.run_directory import SUCCESS_NAME, RunDirectory

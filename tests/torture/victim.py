@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import cli
+from pipeline.cli import app as cli
 from pipeline.engine import prefix_engine  # noqa: F401  (imported for the children, as the next)
 from pipeline.job.channel import Channel
 from pipeline.records import Completion

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from pipeline.engine.machine import cpu_description, private_cache
+from pipeline.model.machine import cpu_description, private_cache
 from pipeline.private_folder import NotPrivate, check_private
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "strict.cpp"))

@@ -1,0 +1,308 @@
+"""Audits a finished run: sample, replay through the baseline, judge, write. Changes no answer.
+
+```
+ committed parts ─► choose rows ─► tokenise those rows again ─► baseline ─► verdict ─► audit/
+```
+
+Everything is taken from the run directory and the input it names; if input, tokenizer or model are
+not the ones of the run any more, the audit is refused.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from pipeline.audit.evidence import NO_EVIDENCE
+from pipeline.audit.gate import describe_bar, seed_of_output
+from pipeline.audit.other_arms import Arms
+from pipeline.audit.replay import BARS, AuditInput, RowAudit, Tier, audit_row
+from pipeline.audit.sample import candidate_rows, choose_rows
+from pipeline.audit.similarity import Encoder
+from pipeline.audit.verdict import (
+    GroupCoverage,
+    Verdict,
+    audit_frame,
+    describe_similarity,
+    judge,
+)
+from pipeline.engine.base import Baseline, EngineCapabilities
+from pipeline.errors import InputError, ModelError, RunDirectoryError, UsageError
+from pipeline.job.device_lock import holding_device
+from pipeline.job.noise_names import noise_name
+from pipeline.job.observer import Observer, SilentObserver
+from pipeline.job.planning import Job, open_job, select_rows
+from pipeline.job.recorded import recall_settings
+from pipeline.job.stopping import interruptible
+from pipeline.model.identity import THREADS, fingerprint_fields
+from pipeline.plan.plan import noise_key
+from pipeline.settings import AuditSettings, JobSettings, StoreSettings
+from pipeline.storage.run_directory import RunDirectory
+from pipeline.storage.run_location import Place, reading_run
+from pipeline.storage.summaries import AUDIT_SUMMARY
+
+if TYPE_CHECKING:
+    from pipeline.model.model import LoadedModel
+
+_ANSWER_COLUMNS = ("row_index", "generated_text", "finish_reason", "completion_token_ids")
+_SAY_EVERY_S = 30.0
+_EMBEDDED_CHARACTERS = 400
+
+
+@interruptible()
+def audit_run(
+    output: Place,
+    settings: AuditSettings,
+    observer: Observer | None = None,
+    store: StoreSettings | None = None,
+) -> Verdict:
+    """Audit the rows committed in `output`; writes `audit/audit.parquet` and `summary.json`.
+
+    `store` reaches output and input, over what run.json says of it: secrets are not there.
+
+    A failed audit is a result, not an error. Raises UsageError where there is nothing to compare,
+    InputError or ModelError where input or model have changed since the run, StorageError where
+    the answers have.
+    """
+    store = store or StoreSettings()
+    with reading_run(output, store) as directory:
+        return _audit(directory, settings, observer or SilentObserver(), store)
+
+
+def _audit(
+    directory: RunDirectory, settings: AuditSettings, observer: Observer, store: StoreSettings
+) -> Verdict:
+    started = time.monotonic()
+    Encoder.check(settings.audit_encoder)
+    job = reopen_job(directory, store)
+    if job.settings.model.engine == "echo":
+        raise UsageError("the echo engine has no model to compare with; run with --engine prefix")
+    _check_complete(directory)
+    ran = EngineCapabilities.recorded(directory.read_manifest().get("engine", {}))
+    encoder = Encoder.load(settings.audit_encoder)
+    candidates = candidate_rows(directory.scan())
+    seed = seed_of_output(directory)
+    chosen = _choose(job, candidates, settings, seed, encoder)
+    observer.say(f"auditing {len(chosen)} of {len(candidates)} rows against plain full prefill")
+    with holding_device(job.settings, observer):
+        loaded, baseline = _load_baseline(job)
+        tier = _tier(job.settings, loaded)
+        inputs = _audit_inputs(job, directory, chosen["row_index"].to_numpy(), loaded)
+        num_chosen = len(chosen)
+        chosen, inputs = _replayable(ran, chosen, inputs, observer)
+        replay_started = time.monotonic()
+        audits = _replay(baseline, inputs, tier, _free_rows(inputs, settings, seed), observer)
+        seconds = {"replay_seconds": time.monotonic() - replay_started}
+        similarity = _similarity(job, encoder, inputs, audits)
+        evidence, kl = NO_EVIDENCE, {}
+        if settings.audit_arms and inputs and ran.computes_once:
+            observer.say(f"computing up to {settings.audit_arms} of them in other ways as well")
+            arms = Arms(loaded, baseline, job.settings.engine, tier)
+            some = np.random.default_rng(seed).permutation(len(inputs))[: settings.audit_arms]
+            rows = [item.row for item in inputs]
+            evidence = arms.gather(rows, chosen["group_id"].to_list(), some.tolist())
+            kl = arms.kl
+    verdict = judge(audits, GroupCoverage.of(candidates, chosen), tier, settings, evidence)
+    directory.write_frame("audit/audit.parquet", audit_frame(chosen, audits, similarity, kl))
+    seconds["seconds"] = time.monotonic() - started
+    described = describe_similarity(
+        None if encoder is None else encoder.name, list(similarity.values())
+    )
+    asked = {
+        "bar": describe_bar(settings),
+        "rows_auditable": len(candidates),
+        "rows_left_out": num_chosen - len(chosen),
+    }
+    directory.write_json(AUDIT_SUMMARY.name, verdict.to_json(seed, described) | asked | seconds)
+    return verdict
+
+
+def _tier(settings: JobSettings, loaded: LoadedModel) -> Tier:
+    if str(loaded.model.dtype) != "torch.float32":
+        return "16-bit"
+    return "strict" if settings.engine.fidelity == "strict" else "exact"
+
+
+def _choose(
+    job: Job, candidates: pl.DataFrame, settings: AuditSettings, seed: int, encoder: Encoder | None
+) -> pl.DataFrame:
+    def embed(rows: Sequence[int]) -> NDArray[np.float32]:
+        assert encoder is not None
+        # Beginnings are what rows share and an encoder reads a few hundred tokens, so the ends.
+        return encoder.encode([text[-_EMBEDDED_CHARACTERS:] for text in _render(job, rows)])
+
+    size = settings.num_rows(len(candidates))
+    return choose_rows(candidates, size, seed, None if encoder is None else embed)
+
+
+def reopen_job(directory: RunDirectory, store: StoreSettings | None = None) -> Job:
+    """The job of a run directory, from what it recorded.
+
+    Raises InputError or ModelError if the input, the tokenizer or the model is another one now.
+    """
+    manifest = directory.read_manifest()
+    settings = recall_settings(directory)
+    if "argument" not in manifest.get("input", {}):
+        raise RunDirectoryError(f"{directory.name} does not say how it was made; run the job again")
+    if store is not None:
+        settings = settings.model_copy(update={"store": settings.store.overridden_by(store)})
+    job = open_job(manifest["input"]["argument"], settings)
+    now = fingerprint_fields(
+        job.settings, job.source.fingerprint(), job.tokenizer.fingerprint, job.rules
+    )
+    before = manifest["fingerprint"]
+    if now["input"] != before.get("input"):
+        raise InputError(
+            f"{manifest['input']['argument']} has changed since the run in {directory.name}; "
+            "bring the old file back, or run the new one into another folder"
+        )
+    # An audit computes both sides of every comparison itself, with the threads that it has.
+    changed = [name for name in now if name != THREADS and now[name] != before.get(name)]
+    if "template" in changed:
+        raise InputError(
+            f"the template {settings.read.template} has changed since the run in "
+            f"{directory.name}; bring the old one back"
+        )
+    if changed:
+        raise ModelError(
+            f"{settings.model.model} is not the model of the run in {directory.name} any more: "
+            f"{changed[0]} differs; bring the old one back"
+        )
+    return job
+
+
+def _check_complete(directory: RunDirectory) -> None:
+    """A verdict holds for what it was given on: all rows, as they were committed.
+
+    Raises RunDirectoryError for an unfinished run, StorageError for an altered or missing part.
+    """
+    if not directory.is_sealed:
+        raise directory.incomplete()
+    directory.check_committed()
+
+
+def _load_baseline(job: Job) -> tuple[LoadedModel, Baseline]:
+    from pipeline.engine.naive_engine import NaiveEngine
+    from pipeline.model.model import load_model
+
+    loaded = load_model(job.settings.model)
+    return loaded, NaiveEngine(loaded)
+
+
+def _render(job: Job, rows: Sequence[int]) -> list[str]:
+    """Rendered prompts of these rows, in the order given."""
+    batch = select_rows(job, rows)
+    texts = [job.tokenizer.render(c) if c is not None else "" for c in batch.contents]
+    by_row = dict(zip(sorted(rows), texts, strict=True))
+    return [by_row[row] for row in rows]
+
+
+@dataclass(frozen=True)
+class _Audited:
+    """A row to replay, and its text as the run wrote it."""
+
+    row: AuditInput
+    text: str
+
+
+def _audit_inputs(
+    job: Job, directory: RunDirectory, rows: NDArray[np.int64], loaded: LoadedModel
+) -> list[_Audited]:
+    """Prompt ids made anew from the input, answers from the committed parts; by `row_index`."""
+    batch = select_rows(job, rows)
+    prepared = job.preparation().prepare(batch)
+    prompts = np.split(prepared.flat, np.cumsum(prepared.lengths)[:-1])
+    answers = directory.scan().filter(pl.col("row_index").is_in(rows.tolist()))
+    written = answers.select(_ANSWER_COLUMNS).sort("row_index").collect()
+    inputs = []
+    for answer, row_id, prompt, params in zip(
+        written.iter_rows(named=True), batch.ids, prompts, prepared.params, strict=True
+    ):
+        name = noise_name(job.source.columns, row_id, answer["row_index"], prompt)
+        row = AuditInput(
+            row_index=answer["row_index"],
+            prompt=prompt.tolist(),
+            output=answer["completion_token_ids"],
+            params=params,
+            finish_reason=answer["finish_reason"],
+            noise_key=0 if params.is_greedy else noise_key(params.seed, name),
+            eos_token_ids=frozenset(loaded.shape.eos_token_ids),
+            is_stopped=job.tokenizer.answers.is_stopped,
+        )
+        inputs.append(_Audited(row, answer["generated_text"]))
+    return inputs
+
+
+def _replayable(
+    ran: EngineCapabilities, chosen: pl.DataFrame, inputs: list[_Audited], observer: Observer
+) -> tuple[pl.DataFrame, list[_Audited]]:
+    """Those rows whose answer follows from prompt and parameters alone.
+
+    Raises UsageError if there is none among them.
+    """
+    if ran.replays_noise:
+        return chosen, inputs
+    greedy = [item for item in inputs if item.row.params.is_greedy]
+    if inputs and not greedy:
+        raise UsageError(
+            "the engine drew every audited answer with noise of its own, which nothing can replay; "
+            "run some rows with temperature 0 to have something to compare"
+        )
+    if len(greedy) < len(inputs):
+        left_out = len(inputs) - len(greedy)
+        observer.say(f"{left_out} of them are left out: the engine drew them with noise of its own")
+    rows = [item.row.row_index for item in greedy]
+    return chosen.filter(pl.col("row_index").is_in(rows)), greedy
+
+
+def _free_rows(inputs: list[_Audited], settings: AuditSettings, seed: int) -> set[int]:
+    """Positions of the greedy rows that the baseline generates on its own as well."""
+    greedy = [i for i, item in enumerate(inputs) if item.row.params.is_greedy]
+    shuffled = np.random.default_rng(seed).permutation(greedy)
+    return set(shuffled[: settings.audit_free_running].tolist())
+
+
+def _replay(
+    baseline: Baseline, inputs: list[_Audited], tier: Tier, free: set[int], observer: Observer
+) -> list[RowAudit]:
+    audits = []
+    said_at = time.monotonic()
+    for index, item in enumerate(inputs):
+        audits.append(audit_row(baseline, item.row, BARS[tier], free_run=index in free))
+        if time.monotonic() - said_at > _SAY_EVERY_S:
+            said_at = time.monotonic()
+            observer.say(f"{index + 1}/{len(inputs)} rows audited")
+    return audits
+
+
+def _similarity(
+    job: Job, encoder: Encoder | None, inputs: list[_Audited], audits: list[RowAudit]
+) -> dict[int, float]:
+    """Cosine of our text and the baseline's by `row_index`; empty without an encoder.
+
+    The baseline's text is its free run where there is one, else what it said position by position.
+    """
+    if encoder is None or not audits:
+        return {}
+    said = [a.baseline_ids if a.free_run is None else a.free_run.token_ids for a in audits]
+    rows = [item.row for item in inputs]
+    texts = job.tokenizer.answers.decode(
+        [row.prompt for row in rows], said, [row.params.stop for row in rows]
+    )
+    cosines = encoder.cosine([item.text for item in inputs], texts)
+    return {a.row_index: float(c) for a, c in zip(audits, cosines, strict=True)}
+
+
+def describe_audit(output: Place, store: StoreSettings | None = None) -> dict[str, Any]:
+    """The content of `audit/summary.json`. Raises RunDirectoryError if there was no audit."""
+    with reading_run(output, store or StoreSettings(), parts=False) as directory:
+        summary = AUDIT_SUMMARY.read(directory.root)
+    if summary is None:
+        raise RunDirectoryError(f"{output} was not audited yet; run: coppice audit {output}")
+    return summary

@@ -1,0 +1,146 @@
+"""The audit's other arms on some of its rows: which rows, which positions, which planted faults.
+
+A model whose run shared nothing (the naive engine) has no arms: there is nothing to compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import TYPE_CHECKING
+
+from pipeline.audit.evidence import NO_EVIDENCE, ArmSummary, Evidence, PlantedFault
+from pipeline.audit.replay import BARS, AuditInput, Tier, audit_row
+from pipeline.records import SamplingParams
+from pipeline.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from pipeline.engine.base import Baseline
+    from pipeline.engine.verify.arms import ForcedRow
+    from pipeline.engine.verify.planted_faults import Fault
+    from pipeline.model.model import LoadedModel
+
+_MOST_POSITIONS = 32  # of an answer that are compared
+_MOST_LOGIT_BYTES = 512 << 20
+_FAULT_ROWS = 4
+_ROWS_A_FAULTY_GROUP = 8  # of those that are computed in other ways
+_FAULT_TOKENS = 16
+
+
+class Arms:
+    """Runs the arms on audited rows; `kl` of each row is known afterwards."""
+
+    def __init__(
+        self, loaded: LoadedModel, baseline: Baseline, settings: EngineSettings, tier: Tier
+    ) -> None:
+        """Raises ModelError for a model whose KV cannot be shared."""
+        from pipeline.engine.prefix_engine import PrefixEngine
+
+        self._engine = PrefixEngine(loaded, settings)
+        self._baseline = baseline
+        self._bars = BARS[tier]
+        self.kl: dict[int, float] = {}
+
+    def gather(
+        self, rows: Sequence[AuditInput], groups: Sequence[int | None], some: Sequence[int]
+    ) -> Evidence:
+        """The arms on `some` of `rows`, faults in the largest of `groups`. Raises EngineError.
+
+        `groups`: the prefix group of each row.
+        """
+        fitting = [rows[i] for i in some if rows[i].output][: self._most_rows()]
+        if not fitting:
+            return NO_EVIDENCE
+        faults = self._faults(rows, groups, max(1, len(some) // _ROWS_A_FAULTY_GROUP))
+        return Evidence(self._arms(fitting), faults, self._same_bits(fitting))
+
+    def _most_rows(self) -> int:
+        """The logits of two arms must fit into memory."""
+        vocabulary = self._engine.loaded.shape.vocabulary_size
+        return max(1, _MOST_LOGIT_BYTES // (2 * 4 * _MOST_POSITIONS * vocabulary))
+
+    def _arms(self, rows: Sequence[AuditInput]) -> dict[str, ArmSummary]:
+        from pipeline.engine.verify.arms import compare_arms
+
+        found = {}
+        for name, deviations in compare_arms(self._engine, _forced(rows)):
+            found[name] = ArmSummary.of(deviations)
+            if name == "product":
+                worst = [float(deviation.kl.max()) for deviation in deviations]
+                self.kl = dict(zip((row.row_index for row in rows), worst, strict=True))
+        return found
+
+    def _same_bits(self, rows: Sequence[AuditInput]) -> list[bool]:
+        from pipeline.engine.verify.arms import same_bits_alone
+
+        if self._engine.settings.fidelity != "strict":
+            return []
+        return same_bits_alone(self._engine, _forced(rows))
+
+    def _faults(
+        self, rows: Sequence[AuditInput], groups: Sequence[int | None], num_groups: int
+    ) -> list[PlantedFault]:
+        """Each fault at three places of the prefixes that rows of the largest groups share."""
+        from pipeline.engine.verify.planted_faults import FAULTS
+
+        found = []
+        for prompts in _prompts_by_group(rows, groups)[:num_groups]:
+            shared = _common_prefix(prompts)
+            clean = self._write(prompts, None, 0)
+            for fault, at in product(FAULTS, sorted({shared // 3, 2 * shared // 3, shared - 1})):
+                spoilt = self._write(prompts, fault, at)
+                changed = any(a.output != b.output for a, b in zip(spoilt, clean, strict=True))
+                caught = not all(map(self._passes, spoilt))
+                found.append(PlantedFault(fault, at, changed, caught))
+        return found
+
+    def _write(
+        self, prompts: Sequence[Sequence[int]], fault: Fault | None, at: int
+    ) -> list[AuditInput]:
+        """Answers as the audit would find them; a row that failed has no tokens."""
+        from pipeline.engine.verify.planted_faults import write_with_fault
+
+        params = SamplingParams(max_new_tokens=_FAULT_TOKENS)
+        done = write_with_fault(self._engine, prompts, _FAULT_TOKENS, fault, at)
+        eos = frozenset(self._engine.loaded.shape.eos_token_ids)
+        return [
+            AuditInput(
+                place, prompt, answer.token_ids, params, answer.finish_reason, eos_token_ids=eos
+            )
+            for place, (prompt, answer) in enumerate(zip(prompts, done, strict=True))
+        ]
+
+    def _passes(self, row: AuditInput) -> bool:
+        if not row.output:
+            return False
+        return audit_row(self._baseline, row, self._bars).row_class in ("identical", "near_tie")
+
+
+def _forced(rows: Sequence[AuditInput]) -> list[ForcedRow]:
+    from pipeline.engine.verify.arms import ForcedRow
+
+    return [
+        ForcedRow(row.prompt, row.output[:_MOST_POSITIONS], row.params, row.noise_key)
+        for row in rows
+    ]
+
+
+def _prompts_by_group(
+    rows: Sequence[AuditInput], groups: Sequence[int | None]
+) -> list[list[Sequence[int]]]:
+    """Distinct prompts of each group, those that share most tokens first; without one, one each."""
+    prompts: dict[int, list[Sequence[int]]] = {}
+    for place, (row, group) in enumerate(zip(rows, groups, strict=True)):
+        known = prompts.setdefault(-1 - place if group is None else group, [])
+        if len(known) < _FAULT_ROWS and row.prompt not in known and len(row.prompt) > 2:
+            known.append(row.prompt)
+    found = [known for known in prompts.values() if known and _common_prefix(known) > 0]
+    return sorted(found, key=lambda known: -_common_prefix(known) * (len(known) - 1))
+
+
+def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens, but never all of the shortest prompt."""
+    shortest = min(map(len, prompts)) - 1
+    return next(
+        (i for i in range(shortest) if len({prompt[i] for prompt in prompts}) > 1), shortest
+    )

@@ -1,0 +1,1 @@
+"""How people see and steer a job: commands, flags, progress, tables. No logic of the job."""

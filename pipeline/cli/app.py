@@ -1,0 +1,307 @@
+"""The command `coppice`: flags in, a call of the library, a table or JSON out. Holds no logic.
+
+Results go to stdout; progress, headers and errors go to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.cli import recycle
+from pipeline.cli.arguments import (
+    Config,
+    Input,
+    Json,
+    LogFormat,
+    Progress,
+    RunFolder,
+    check_arguments,
+    describe_wrong_call,
+)
+from pipeline.cli.logs import log_error, log_to_stderr, make_observer
+from pipeline.cli.night import app as night_app
+from pipeline.cli.options import merge, merge_section, split_store, takes_settings, to_flat
+from pipeline.cli.streams import prepare_streams, result_is_kept, say, write_result
+from pipeline.errors import AuditFailed, CoppiceError, OutputLost, UsageError, place_of
+from pipeline.settings import (
+    AuditSettings,
+    EngineSettings,
+    FleetSettings,
+    JobSettings,
+    ModelSettings,
+    MonitorSettings,
+    PlanSettings,
+    ReadSettings,
+    RecycleSettings,
+    SamplingSettings,
+    StoreSettings,
+    TokenSettings,
+    WriteSettings,
+)
+
+if TYPE_CHECKING:
+    from pipeline.job.observer import Observer
+    from pipeline.job.planning import PlannedJob
+
+app = typer.Typer(
+    name="coppice",
+    help="Bulk text generation from Parquet that computes shared prompt prefixes once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.add_typer(night_app)
+app.add_typer(recycle.app, name="recycle")
+_READ = (ModelSettings, ReadSettings, TokenSettings, StoreSettings)
+_JOB = (*_READ, SamplingSettings, PlanSettings, EngineSettings, RecycleSettings)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Bulk text generation from Parquet that computes shared prompt prefixes once."""
+
+
+@app.command()
+@takes_settings(*_JOB)
+def plan(
+    input: Input,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="Write the plan's files here.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with the tree.")] = None,
+    config: Config = None,
+    json: Json = False,
+    progress: Progress = "auto",
+    log_format: LogFormat = "text",
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """Show what sharing would save; no weights, no device."""
+    folder = None if output is None else _local(output)
+    from pipeline.run import check_plan_targets, write_plan, write_plan_page
+
+    check_plan_targets(folder, html)
+    planned = _plan(input, merge(flags, config), make_observer(progress, log_format))
+    if folder is not None:
+        write_plan(planned, folder)
+    if html is not None:
+        write_plan_page(planned, Path(input).name, html)
+    _show_plan(input, planned, json)
+
+
+@app.command()
+@takes_settings(*_JOB, WriteSettings, FleetSettings, MonitorSettings)
+def run(
+    input: Input,
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="Run directory, or s3:// URL of one.")
+    ],
+    config: Config = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Show settings.")] = False,
+    progress: Progress = "auto",
+    log_format: LogFormat = "text",
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """Do the job; the same command again resumes it."""
+    if print_config:
+        _print_config(flags, config)
+    elif dry_run:
+        _show_plan(input, _plan(input, merge(flags, config), make_observer(progress, log_format)))
+    else:
+        from pipeline.cli.tables import counter_table, print_table
+        from pipeline.run import run_job
+
+        outcome = run_job(input, output, merge(flags, config), make_observer(progress, log_format))
+        with result_is_kept(output):
+            print_table(output, counter_table(outcome.counters, outcome.reasons))
+
+
+@app.command()
+@takes_settings(StoreSettings)
+def status(
+    directory: RunFolder,
+    watch: Annotated[bool, typer.Option("--watch", help="Wait for it, and until it ends.")] = False,
+    json: Json = False,
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """How far a job is; works while it runs."""
+    from pipeline.cli.tables import print_json, print_table, status_table, watch_status
+    from pipeline.job.status import read_status, wait_for_status
+
+    store = merge_section(StoreSettings, flags)
+    if watch and not json:
+        watch_status(directory, lambda: wait_for_status(directory, store))
+        return
+    state = read_status(directory, store)
+    if json:
+        print_json(state)
+    else:
+        print_table(directory, status_table(state))
+
+
+@app.command()
+@takes_settings(AuditSettings, StoreSettings)
+def audit(
+    directory: RunFolder,
+    json: Json = False,
+    progress: Progress = "auto",
+    log_format: LogFormat = "text",
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """Compare a sample with full prefill; exit code 4 if it fails."""
+    from pipeline.audit.auditing import audit_run, describe_audit
+    from pipeline.cli.tables import audit_table, print_json, print_table
+
+    flags, store = split_store(flags)
+    settings = merge_section(AuditSettings, flags)
+    verdict = audit_run(directory, settings, make_observer(progress, log_format), store)
+    summary = describe_audit(directory, store)
+    with result_is_kept(directory):
+        if json:
+            print_json(summary)
+        else:
+            print_table(directory, audit_table(summary))
+    if not verdict.passed:
+        raise AuditFailed(f"the audit of {directory} failed: {'; '.join(verdict.reasons)}")
+
+
+@app.command()
+@takes_settings(StoreSettings)
+def report(directory: RunFolder, *, flags: dict[str, Any]) -> None:
+    """Write report.html and report.md."""
+    from pipeline.run import report_run
+
+    page = report_run(directory, merge_section(StoreSettings, flags))
+    with result_is_kept(page):
+        write_result(page)
+
+
+@app.command()
+@takes_settings(*_JOB, WriteSettings)
+def validate(
+    input: Input,
+    config: Config = None,
+    json: Json = False,
+    progress: Progress = "auto",
+    log_format: LogFormat = "text",
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """Check every row; show the first prompt as the model will see it. Exit code as of a run."""
+    from pipeline.cli.tables import print_json, print_table, validation_table
+    from pipeline.job.outcome import check_failures
+    from pipeline.run import validate_input
+
+    settings = merge(flags, config)
+    observer = make_observer(progress, log_format)
+    found = validate_input(input, settings, observer)
+    observer.close()
+    if json:
+        print_json(found)
+    else:
+        print_table(input, validation_table(found))
+    remedy = "see the reasons above"
+    check_failures(settings.write, found["rows"], found["reasons"], remedy)
+
+
+@app.command()
+@takes_settings(StoreSettings)
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="JSONL, Parquet or run directory.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="Parquet or JSONL.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """OpenAI batch files or plain JSON lines to Parquet, and back."""
+    from pipeline.inputs.conversion import convert as convert_file
+
+    rows = convert_file(source, target, merge_section(StoreSettings, flags), overwrite)
+    with result_is_kept(target):
+        write_result(f"{rows:,} rows in {target}")
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option("-o", "--output", help="Run directory.")] = "coppice-demo",
+    progress: Progress = "auto",
+    log_format: LogFormat = "text",
+) -> None:
+    """Plan, run, audit and report on the embedded model and prompts."""
+    from pipeline.cli.demo import run_demo
+
+    run_demo(_local(output), progress, log_format)
+
+
+def _plan(input: str, settings: JobSettings, observer: Observer) -> PlannedJob:
+    from pipeline.run import plan_job
+
+    planned = plan_job(input, settings, observer=observer)
+    observer.close()
+    if planned.job.source.summary:
+        say(planned.job.source.summary)
+    say(planned.job.describe())
+    return planned
+
+
+def _show_plan(input: str, planned: PlannedJob, json: bool = False) -> None:
+    from pipeline.cli.tables import plan_table, print_json, print_table
+
+    if json:
+        print_json(planned.summary.to_json())
+    else:
+        print_table(f"Plan of {input}", plan_table(planned.summary.to_json()))
+
+
+def _local(output: str) -> Path:
+    """Raises UsageError for a URL, of which a path would make a folder."""
+    if "://" in output:
+        raise UsageError(f"{output} is not a folder of this machine; only runs are written there")
+    return Path(output)
+
+
+def _print_config(flags: dict[str, Any], config: Path | None) -> None:
+    import yaml
+
+    settings = merge(flags, config)
+    write_result(yaml.safe_dump(to_flat(settings), sort_keys=False).rstrip("\n"))
+
+
+def main() -> None:
+    """Run the command; an error that is meant for a person is one line and an exit code.
+
+    Anything else is a fault of ours: its message may quote a prompt, so only its place is named.
+    """
+    prepare_streams()
+    log_to_stderr()
+    try:
+        check_arguments(sys.argv)
+        sys.exit(app(prog_name="coppice", standalone_mode=False) or 0)
+    except OutputLost as error:
+        if not error.is_unwanted:
+            log_error(error)
+        sys.exit(error.exit_code)
+    except CoppiceError as error:
+        log_error(error)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        wrong_call = describe_wrong_call(error)
+        if wrong_call is not None:
+            log_error(wrong_call)
+            sys.exit(wrong_call.exit_code)
+        if "--debug" in sys.argv:
+            raise
+        remedy = "run coppice --debug ... to see the whole traceback"
+        log_error(CoppiceError(f"{place_of(error)}; {remedy}"))
+        sys.exit(1)

@@ -1,0 +1,53 @@
+"""The demo: plan, run, audit and report on the model and prompts that come along, offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.audit.auditing import audit_run, describe_audit
+from pipeline.cli.logs import make_observer
+from pipeline.cli.streams import result_is_kept, write_result
+from pipeline.cli.tables import audit_table, counter_table, print_table
+from pipeline.errors import AuditFailed, UsageError
+from pipeline.run import report_run, run_job
+from pipeline.settings import JobSettings
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def demo_folder() -> Path:
+    """Where model and prompts lie: inside the installed package, or `data/` of a checkout.
+
+    Raises UsageError if they are in neither.
+    """
+    for folder in (_PACKAGE / "demo", _PACKAGE.parent / "data"):
+        if (folder / "prompts.parquet").is_file():
+            return folder
+    raise UsageError("the demo's model and prompts are not installed; install coppice again")
+
+
+def run_demo(output: Path, progress: str, log_format: str) -> None:
+    """Do the main job in fp32 and print where everything is. Raises AuditFailed and its kin."""
+    folder = demo_folder()
+    flat = {"model": str(folder / "demo_model"), "dtype": "float32", "audit_sample": "10%"}
+    settings = JobSettings.from_flat(flat)
+    outcome = run_job(
+        str(folder / "prompts.parquet"), output, settings, make_observer(progress, log_format)
+    )
+    verdict = audit_run(output, settings.audit, make_observer(progress, log_format))
+    page = report_run(output)
+    summary = describe_audit(output)
+    places = [
+        ("answers", f"{output}/data/*.parquet"),
+        ("plan", f"{output}/plan/plan.parquet"),
+        ("audit", f"{output}/audit/audit.parquet"),
+        ("report", str(page)),
+    ]
+    with result_is_kept(output):
+        print_table("Run", counter_table(outcome.counters, outcome.reasons))
+        write_result("")
+        print_table("Audit against plain full prefill", audit_table(summary))
+        write_result("")
+        print_table("Where to look", places)
+    if not verdict.passed:
+        raise AuditFailed(f"the audit of {output} failed: {'; '.join(verdict.reasons)}")

@@ -1,0 +1,258 @@
+"""Command-line flags derived from the settings, and the three layers they are merged from.
+
+A flag has the name and type of its settings field; every flag defaults to "not said", so that
+flags > file > defaults can be told apart. Knows nothing about what a command does.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefinedType
+
+from pipeline.errors import UsageError
+from pipeline.forms import say_fault, write_duration, write_size
+from pipeline.settings import (
+    AuditSettings,
+    EngineSettings,
+    FleetSettings,
+    JobSettings,
+    ModelSettings,
+    MonitorSettings,
+    PlanSettings,
+    ReadSettings,
+    RecycleSettings,
+    SamplingSettings,
+    StoreSettings,
+    TokenSettings,
+    WriteSettings,
+    parse_storage_options,
+)
+from pipeline.settings_file import read_config
+
+PANELS: dict[type[BaseModel], str] = {
+    ModelSettings: "Model",
+    ReadSettings: "Input",
+    TokenSettings: "Prompt text",
+    SamplingSettings: "Sampling (a row's own columns win)",
+    PlanSettings: "Plan",
+    EngineSettings: "Device memory and batches (never change an answer)",
+    WriteSettings: "Output",
+    FleetSettings: "Machines",
+    RecycleSettings: "KV of earlier runs",
+    MonitorSettings: "Monitoring",
+    AuditSettings: "Audit",
+    StoreSettings: "Object store",
+}
+
+_HELP = {
+    "model": "Model folder or hub id.",
+    "revision": "Commit, tag or branch of a hub model.",
+    "engine": "prefix shares; vllm is vLLM; naive shares nothing.",
+    "engine_options": "For vLLM: tensor_parallel_size=2; may be repeated.",
+    "dtype": "Of weights and KV: float32 or bfloat16; auto: as saved.",
+    "device": "auto, cpu, cuda or cuda:1.",
+    "prompt_column": "Column of prompt text (found: prompt).",
+    "messages_column": "Column of conversations (found: messages).",
+    "template": "A Jinja file that makes prompts of the columns.",
+    "reorder_fields": "Reorder the template's fields so that rows share more.",
+    "id_column": "Column of row ids (found: id, custom_id).",
+    "limit": "Only the first N rows.",
+    "system_prompt": "A system message put before every row.",
+    "chat_template": "A Jinja file instead of the model's own template.",
+    "clock": "What a template that prints the date takes for now (today).",
+    "apply_chat_template": "Treat each prompt as one user message.",
+    "parse_special_tokens": "Let control tokens in the text be control tokens.",
+    "max_new_tokens": "Most tokens of an answer.",
+    "temperature": "0 is greedy.",
+    "top_p": "Keep the likeliest tokens of this total probability.",
+    "top_k": "Keep the k likeliest tokens.",
+    "seed": "Of the sampling's random numbers.",
+    "stop": "End an answer before this text; may be repeated.",
+    "ignore_eos": "Do not end at the end-of-sequence token.",
+    "generation_options": "Instead of the model's: min_p=0.1; may be repeated.",
+    "min_prefix_tokens": "Shortest prefix that gets KV of its own.",
+    "plan_memory": "Memory for planning; token ids lie on disk.",
+    "num_shards": "Cut the job into N parts; say which one by --shard.",
+    "shard": "Do only this part, from 0 to N - 1.",
+    "on_overlong": "Prompts that exceed the model's context.",
+    "max_batch_tokens": "Most prompt tokens of one forward pass.",
+    "max_rows": "Most rows that decode together.",
+    "kv_budget": "Memory for KV, like 8GiB. Default: half of what is free.",
+    "kernels": "auto: the fastest here; torch: nothing compiled.",
+    "fidelity": "strict: the same bits in any batch, shared or not.",
+    "busy_device": "While another job has the device: wait, fail or share it.",
+    "rows_per_part": "Rows of one output file; a part is a checkpoint.",
+    "preserve_order": "Parts in input order (answers wait in memory).",
+    "fail_on_error": "Rows that may fail: a share (1%, 0.01) or a count (50).",
+    "time_budget": "Stop by then, resumable: 4h30m, 90s.",
+    "stall_timeout": "End, resumable, if nothing moves so long; 0: never.",
+    "executor": "local: here; ray: on a cluster, one worker a device.",
+    "num_workers": "Workers on Ray. Default: all GPUs, or all machines.",
+    "ray_address": "Of the cluster: host:port, auto, local (found by Ray).",
+    "kv_store": "Load KV of prefixes from this folder, and keep it there.",
+    "kv_store_budget": "Most bytes of it; the least used go first.",
+    "metrics_port": "Serve Prometheus metrics here: 9464, 0.0.0.0:9464.",
+    "metrics_file": "Write them into this .prom file every 10 s.",
+    "audit_sample": "Rows to audit: a share (1%) or a count (200); every group gets one.",
+    "audit_min_exact": "Share that must be identical or near ties: 99%, 0.99.",
+    "audit_free_running": "Rows that the baseline also generates freely.",
+    "audit_arms": "Rows that are also batched, shared and spoilt; 0: none.",
+    "audit_encoder": "Sentence encoder for the similarity column.",
+    "storage_options": "Of s3://, like region=eu-west-1; may be repeated.",
+}
+# Fields that a person writes with a unit, or in one of two ways: the settings parse the text.
+_WRITTEN_AS = {
+    "kv_budget": "size", "kv_store_budget": "size", "plan_memory": "size",
+    "time_budget": "duration", "stall_timeout": "duration",
+    "clock": "time",
+    "fail_on_error": "rows", "audit_sample": "rows", "audit_min_exact": "share",
+    "engine_options": "name=value", "storage_options": "name=value",
+}  # fmt: skip
+
+Section = TypeVar("Section", bound=BaseModel)
+Command = Callable[..., None]
+
+
+def takes_settings(*sections: type[BaseModel]) -> Callable[[Command], Command]:
+    """Give a command one flag per field of `sections`; it receives them as the dict `flags`."""
+    fields = [(section, name) for section in sections for name in section.model_fields]
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def call(**arguments: Any) -> None:
+            denied = [name for _, name in fields if arguments.pop(f"no_{name}", False)]
+            flags = {name: arguments.pop(name) for _, name in fields} | dict.fromkeys(denied, False)
+            command(**arguments, flags=flags)
+
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.name != "flags"]
+        added = [p for section, name in fields for p in _parameters(section, name)]
+        # `inspect.signature` prefers __signature__, and Typer asks it.
+        call.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+        del call.__wrapped__
+        return call
+
+    return decorate
+
+
+def _parameters(section: type[BaseModel], name: str) -> list[inspect.Parameter]:
+    """The flag of a field; and one that takes back a yes of the file, which no help lists."""
+    field, flag = section.model_fields[name], name.replace("_", "-")
+    asked = _plain(field.annotation)
+    kind = asked if asked in (bool, list[str]) else str  # the settings know how to read the rest
+    option = typer.Option(
+        f"--{flag}",
+        help=f"{_HELP[name]}{_choices(name, asked)}{_default(name, field.default)}",
+        rich_help_panel=PANELS[section],
+        metavar=_metavar(name, asked),
+        show_default=False,
+    )
+    added = [_keyword(name, None, Annotated[kind | None, option])]
+    if kind is bool:
+        denial = typer.Option(f"--no-{flag}", hidden=True)
+        added.append(_keyword(f"no_{name}", False, Annotated[bool, denial]))
+    return added
+
+
+def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def _choices(name: str, asked: Any) -> str:
+    words = get_args(asked) if get_origin(asked) is Literal else ()
+    return "" if all(word in _HELP[name] for word in words) else f" One of: {', '.join(words)}."
+
+
+def _default(name: str, value: Any) -> str:
+    """As a person would write it; nothing where there is none, or where the help says it."""
+    if value is None or isinstance(value, bool | tuple | dict | PydanticUndefinedType):
+        return ""
+    if _WRITTEN_AS.get(name) == "size":
+        return f" Default: {write_size(value)}."
+    is_duration = _WRITTEN_AS.get(name) == "duration"
+    return f" Default: {write_duration(value) if is_duration else value}."
+
+
+def _metavar(name: str, asked: Any) -> str:
+    """Short: the room is better spent on help. A flag that is on or off has no value to name."""
+    if asked is bool:
+        return ""
+    if get_origin(asked) is Literal:
+        return "<choice>"
+    kinds = {int: "number", float: "number", Path: "path", list[str]: "text"}
+    return f"<{_WRITTEN_AS.get(name) or kinds.get(asked, 'text')}>"
+
+
+def _plain(annotation: Any) -> Any:
+    """`int | None` -> int, tuples and mappings -> list[str]; literals and scalars as they are."""
+    if get_origin(annotation) in (Union, UnionType):
+        return _plain(next(a for a in get_args(annotation) if a is not type(None)))
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    return list[str] if get_origin(annotation) in (tuple, dict) else annotation
+
+
+def merge(flags: dict[str, Any], config: Path | None) -> JobSettings:
+    """Flags over the YAML file over the defaults. Raises UsageError naming field or file."""
+    said = {name: value for name, value in flags.items() if value not in (None, [])}
+    written = {} if config is None else read_config(config)
+    written = {name.replace("-", "_"): value for name, value in written.items()}
+    merged = written | said
+    if "storage_options" in written.keys() & said.keys():
+        # The file says where the store is, a flag brings the key: neither drops the other.
+        merged["storage_options"] = _merge_options(written["storage_options"], said)
+    return JobSettings.from_flat(merged)
+
+
+def _merge_options(written: object, said: dict[str, Any]) -> dict[str, str]:
+    try:
+        return parse_storage_options(written) | parse_storage_options(said["storage_options"])
+    except ValueError as error:
+        raise UsageError(f"setting storage-options: {error}") from None
+
+
+def split_store(flags: dict[str, Any]) -> tuple[dict[str, Any], StoreSettings]:
+    """The other flags, and how an object store is reached. Raises UsageError."""
+    names = {name for name in flags if name.replace("-", "_") in StoreSettings.model_fields}
+    others = {name: value for name, value in flags.items() if name not in names}
+    return others, merge_section(StoreSettings, {name: flags[name] for name in names})
+
+
+def merge_section(section: type[Section], flags: dict[str, Any]) -> Section:
+    """One section of the settings from its flags alone. Raises UsageError."""
+    try:
+        said = {name: value for name, value in flags.items() if value not in (None, [])}
+        return section(**{name.replace("-", "_"): value for name, value in said.items()})
+    except ValidationError as error:
+        raise UsageError(say_fault(error, ("storage_options",))) from None
+
+
+def to_flat(settings: JobSettings) -> dict[str, Any]:
+    """The inverse of `JobSettings.from_flat`, in the flags' spelling."""
+    dumped = settings.model_dump(mode="json")
+    return {
+        name.replace("_", "-"): value
+        for section in dumped.values()
+        for name, value in section.items()
+    }
+
+
+def help_of(field: str) -> str:
+    """What a setting means, in a sentence."""
+    return _HELP[field]
+
+
+def is_written_as_text(field: str) -> bool:
+    """Whether a person writes it with a unit, or in one of two notations."""
+    return field in _WRITTEN_AS

@@ -1,0 +1,252 @@
+"""Tables and lines for people, 80 columns wide. Knows nothing about how the numbers were made."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.cli.progress import format_bytes, format_duration
+from pipeline.cli.streams import writing
+from pipeline.visible import visible, visible_json
+
+Rows = Sequence[tuple[str, str]]
+_SHOWN_IDS = 64
+_SHOWN_GROUPS = 3
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on stdout and nothing else. Raises OutputLost, as all that print here."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    writing(lambda out: out.write(visible_json(text) + "\n"))
+
+
+def print_table(title: str, rows: Rows) -> None:
+    """Two columns on stdout: what, and how much."""
+    table = _make_table(title, rows)
+    writing(lambda out: Console(file=out).print(table, highlight=False))
+
+
+def print_columns(title: str, names: Mapping[str, bool], rows: Sequence[Sequence[str]]) -> None:
+    """A table with a line of names on stdout. `names`: of the columns, and which are numbers."""
+    table = Table(title=Text(visible(title)), title_justify="left", box=None, pad_edge=False)
+    for name, is_number in names.items():
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    writing(lambda out: Console(file=out).print(table, highlight=False))
+
+
+def watch_status(title: str, read: Callable[[], Mapping[str, Any]], every_s: float = 2.0) -> None:
+    """Show what `read` says in one place of the screen until the job has ended, or Ctrl-C.
+
+    A job that is not there yet is waited for. Where stdout is no terminal, only the last state is
+    printed.
+    """
+    with suppress(KeyboardInterrupt), Live(auto_refresh=False) as live:
+        while True:
+            state = read()
+            live.update(_make_table(title, status_table(state)), refresh=True)
+            if state["status"] not in ("waiting", "planning", "running"):
+                return
+            time.sleep(every_s)
+
+
+def _make_table(title: str, rows: Rows) -> Table:
+    """Texts, so that no name and no path is taken for markup."""
+    table = Table(
+        title=Text(visible(title)),
+        title_justify="left",
+        show_header=False,
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(visible(name)), Text(visible(value, lines=True)))
+    return table
+
+
+def plan_table(summary: Mapping[str, Any]) -> Rows:
+    """`plan/summary.json` as a table."""
+    peak = summary["peak_kv_bytes"]
+    budget = format_bytes(summary["kv_budget_bytes"] or 0)
+    order = summary["saving_in_given_order"]
+    cache = f"{order['cache_tokens']:,}"
+    blocks = ", ".join(f"{x:.1%} at {size}" for size, x in summary["saving_by_blocks"].items())
+    rejected = f", {summary['rows_rejected']:,} cannot run" if summary["rows_rejected"] else ""
+    rows = [
+        ("rows", f"{summary['rows']:,}{rejected}"),
+        *(_rejections(summary["rejections"]) if summary["rejections"] else ()),
+        ("distinct prompts", f"{summary['distinct_prompts']:,}"),
+        ("sequences to run", f"{summary['sequences']:,}"),
+        ("prompt tokens T", f"{summary['prompt_tokens']:,}"),
+        ("unique tokens U", f"{summary['unique_tokens']:,}"),
+        ("prefill saved", f"{summary['saving']:.1%}  (1 - U/T)"),
+        ("  by blocks", f"{blocks} tokens  (a prefix cache without limit)"),
+        ("  in given order", f"{order['saving']:.1%}  (an LRU cache of {cache} tokens)"),
+        ("new tokens D", f"at most {summary['max_new_tokens']:,}"),
+        ("upper bound on gain", f"{summary['gain_bound']:.2f}x  ((T + D) / (U + D))"),
+        ("prefix groups", f"{summary['groups']:,}, and {summary['singletons']:,} rows in none"),
+        ("peak KV", "unknown (no model)" if peak is None else format_bytes(peak)),
+    ]
+    if summary["rows_at_once"] is not None:
+        rows.append(("rows at once", f"{summary['rows_at_once']:,} within {budget}"))
+    if summary["estimate"]:
+        prefill, decode = (summary["estimate"][name] for name in ("prefill_s", "decode_s"))
+        split = f"prefill {format_duration(prefill)}, decode {format_duration(decode)} at most"
+        measured = f"at the rates of {summary['estimate']['measured_on']}"
+        total = format_duration(prefill + decode)
+        rows.append(("estimated time", f"{total}  ({split}, {measured})"))
+    if summary["store"]:
+        least = summary["store"]["break_even_tokens"]
+        when = "loading never pays here" if least is None else f"loading pays from {least:,} on"
+        rows.append(("in the KV store", f"{summary['store']['tokens']:,} of U  ({when})"))
+    if summary["fields"]:
+        rows.append(("fields", summary["fields"]["text"]))
+    if summary.get("warning"):
+        rows.append(("warning", summary["warning"]))
+    if summary["advice"]:
+        rows.append(("advice", summary["advice"]["text"]))
+    for group in summary["largest_groups"][:_SHOWN_GROUPS]:
+        examples = ", ".join(group["example_ids"])
+        what = f"{group['rows']:,} rows share {group['prefix_tokens']:,} tokens, such as {examples}"
+        rows.append((f"group {group['group_id']}", what))
+    if summary["depth_histogram"]:
+        rows.append(("rows by reuse depth", histogram(summary["depth_histogram"])))
+    return rows
+
+
+def histogram(bins: Sequence[Mapping[str, int]]) -> str:
+    """One line per bin: range of tokens, rows, and a bar."""
+    most = max(b["rows"] for b in bins)
+    ranges = [
+        str(b["from"]) if b["to"] - b["from"] == 1 else f"{b['from']}-{b['to'] - 1}" for b in bins
+    ]
+    width = max(map(len, ranges))
+    return "\n".join(
+        f"{name:>{width}}  {b['rows']:>9,}  {'█' * round(24 * b['rows'] / most)}".rstrip()
+        for name, b in zip(ranges, bins, strict=True)
+        if b["rows"]
+    )
+
+
+def counter_table(counters: Mapping[str, float], reasons: Mapping[str, int]) -> Rows:
+    """The counters of `run.json` as a table, and why rows failed."""
+    whole = {name: f"{int(value):,}" for name, value in counters.items()}
+    rows = [
+        ("rows", f"{whole['rows_ok']} ok, {whole['rows_error']} failed"),
+        *((f"  {reason}", f"{count:,}") for reason, count in reasons.items()),
+        ("prompt tokens", whole["prompt_tokens"]),
+        ("prefilled tokens", f"{whole['prefilled_tokens']} (unique: {whole['unique_tokens']})"),
+        ("cached tokens", whole["cached_tokens"]),
+        ("generated tokens", whole["generated_tokens"]),
+        ("time", format_duration(counters["wall_s"]) + phases(counters)),
+    ]
+    if counters["span_s"] > 0:
+        rows.append(("device busy", f"{counters['busy_s'] / counters['span_s']:.0%}"))
+    if counters["peak_kv_bytes"]:
+        rows.append(("peak KV", format_bytes(int(counters["peak_kv_bytes"]))))
+    return rows
+
+
+def phases(counters: Mapping[str, float]) -> str:
+    """` (prefill 3s, decode 10s)`, or nothing where the engine does not tell them apart."""
+    if not counters["prefill_s"] and not counters["decode_s"]:
+        return ""
+    prefill, decode = (format_duration(counters[name]) for name in ("prefill_s", "decode_s"))
+    return f" (prefill {prefill}, decode {decode})"
+
+
+def audit_table(summary: Mapping[str, Any]) -> Rows:
+    """`audit/summary.json` as a table."""
+    free = summary["free_running"]
+    classes = ", ".join(f"{n:,} {name}" for name, n in summary["classes"].items() if n)
+    rows = [
+        ("verdict", f"{summary['verdict'].upper()} (tier {summary['tier']})"),
+        ("rows audited", f"{summary['rows_audited']:,}: {classes or 'none'}"),
+        ("differing share", f"at most {summary['bound_95']:.2%} of all rows (95 %)"),
+        ("prefix groups", f"{summary['groups_covered']:,} of {summary['groups_total']:,} covered"),
+        ("free-running", f"{free['exact']:,} of {free['rows']:,} identical"),
+        ("tokens checked", f"{summary['tokens_checked']:,}"),
+        *_evidence_rows(summary),
+    ]
+    return rows + [("because", reason) for reason in summary["reasons"]]
+
+
+def _evidence_rows(summary: Mapping[str, Any]) -> Rows:
+    """The audit's other arms, where there were any."""
+    arms, faults, strict = (summary.get(name) for name in ("arms", "faults", "strict"))
+    rows: list[tuple[str, str]] = []
+    if arms:
+        shared, alone = arms["product"], arms["batched"]
+        said = (
+            f"{shared['rows_exact']} of {shared['rows']} with reuse, {alone['rows_exact']} without"
+        )
+        rows.append(("exact in a batch", said))
+    if strict and strict["rows"]:
+        rows.append(("same bits alone", f"{strict['rows_same_bits']} of {strict['rows']}"))
+    if faults and faults["planted"]:
+        changed = f"{faults['changed_an_answer']} that changed an answer"
+        planted = f"({faults['planted']} planted)"
+        rows.append(("planted faults", f"{faults['caught']} of {changed} caught  {planted}"))
+    return rows
+
+
+def status_table(state: Mapping[str, Any]) -> Rows:
+    """What `read_status` found as a table."""
+    if state["status"] == "waiting":
+        return [("status", "waiting: there is no run yet")]
+    rows = [
+        ("status", state["status"]),
+        ("rows", f"{state['rows_done']:,} of {state['rows']:,} ({state['rows_failed']:,} failed)"),
+        ("rows left", f"{state['rows_left']:,}"),
+    ]
+    if "rows_read" in state:
+        rows.append(("rows read", f"{state['rows_read']:,}"))
+    if state["rows_per_s"] is not None:
+        rows += [
+            ("rows per second", f"{state['rows_per_s']:.2f}"),
+            ("prefill tokens/s", f"{state['prefill_tokens_per_s']:,.0f}"),
+            ("decode tokens/s", f"{state['decode_tokens_per_s']:,.0f}"),
+            ("last heard from", state["at"]),
+        ]
+    if state["eta_s"] is not None:
+        rows.append(("ETA", format_duration(state["eta_s"])))
+    if state["audit"] is not None:
+        rows.append(("audit", state["audit"]))
+    return rows
+
+
+def _rejections(found: Mapping[str, Any]) -> Rows:
+    """Why rows cannot run: reasons with counts, and examples."""
+    return [
+        *((f"  {reason}", f"{count:,}") for reason, count in found["reasons"].items()),
+        *((f"  e.g. {e['id']}", f"{e['error_type']}: {e['message']}") for e in found["examples"]),
+    ]
+
+
+def validation_table(found: Mapping[str, Any]) -> Rows:
+    """What `validate_input` found as a table."""
+    rows = [("rows", f"{found['rows']:,}"), ("cannot run", f"{found['rows_rejected']:,}")]
+    rows += _rejections(found)
+    rows += [("note", note) for note in found["notes"]]
+    if found["warning"] is not None:
+        rows.append(("warning", found["warning"]))
+    if found["first"] is not None:
+        ids = found["first"]["token_ids"]
+        shown = " ".join(map(str, ids[:_SHOWN_IDS])) + (" ..." if len(ids) > _SHOWN_IDS else "")
+        rows += [
+            ("first prompt", found["first"]["id"]),
+            ("rendered", found["first"]["rendered"]),
+            (f"{len(ids):,} token ids", shown),
+        ]
+    return rows

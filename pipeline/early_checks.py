@@ -1,0 +1,67 @@
+"""All that can be found wrong with a job before its first row is read, in one list.
+
+What needs the input's columns, the tokenizer or the model's config is checked when these are
+opened, by `planning.open_job`; what needs the device, while it is taken.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+
+from pipeline.audit.similarity import Encoder
+from pipeline.errors import UsageError
+from pipeline.model.hub import check_model_exists
+from pipeline.settings import JobSettings
+from pipeline.storage.run_location import Place, check_place
+
+_NEEDED: tuple[tuple[str, str, str, Callable[[JobSettings], bool]], ...] = (
+    ("--executor ray", "ray", "kvcoppice[ray]", lambda s: s.fleet.executor == "ray"),
+    ("--engine vllm", "vllm", "kvcoppice[vllm]", lambda s: s.model.engine == "vllm"),
+)  # fmt: skip
+
+
+def check_early(output: Place, settings: JobSettings) -> None:
+    """Raises UsageError and its kin, of the first of these that is at fault."""
+    checks: tuple[Callable[[], None], ...] = (
+        lambda: _check_name(output),
+        lambda: _check_packages(settings),
+        lambda: check_place(output, settings.store),
+        lambda: check_model_exists(settings.model),
+        lambda: _check_strict(settings),
+        lambda: _check_kv_store(settings),
+        lambda: Encoder.check(settings.audit.audit_encoder),
+    )
+    for check in checks:
+        check()
+
+
+def _check_name(output: Place) -> None:
+    try:
+        os.path.abspath(output).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"the output {output} has a name that is not UTF-8, which Parquet's readers cannot "
+            "open; choose another one"
+        ) from None
+
+
+def _check_packages(settings: JobSettings) -> None:
+    for flag, package, extra, is_needed in _NEEDED:
+        if is_needed(settings) and find_spec(package) is None:
+            raise UsageError(f"{flag} needs {package}; run: pip install '{extra}'")
+
+
+def _check_strict(settings: JobSettings) -> None:
+    if settings.engine.fidelity == "strict" and settings.model.engine != "prefix":
+        raise UsageError(
+            "--fidelity strict is a promise of the prefix engine alone; "
+            f"leave it out with --engine {settings.model.engine}"
+        )
+
+
+def _check_kv_store(settings: JobSettings) -> None:
+    store = settings.recycle.kv_store
+    if store is not None and store.exists() and not store.is_dir():
+        raise UsageError(f"--kv-store {store} is a file; name a folder")

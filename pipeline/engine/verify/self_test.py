@@ -1,0 +1,107 @@
+"""Does cascade attention compute what this very model computes alone? Asked once, at load.
+
+A handful of random prompts that share, extend and repeat each other go through the engine; every
+logit that chose a token is compared with the model's own eager attention, teacher-forced. One more
+prompt crosses a sliding window of at most 512 tokens; that wider ones are right is shown by
+`tests/engine/test_families.py` alone, on tiny models.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.engine.base import EngineHooks, RunControl
+from pipeline.engine.prefix_engine import PrefixEngine
+from pipeline.errors import EngineError, UsageError
+from pipeline.model.families import has_experts
+from pipeline.plan.plan import Plan, build_plan
+from pipeline.plan.token_table import TokenTable
+from pipeline.records import Completion, SamplingParams
+
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference of a logit, as a share of the largest logit."""
+_ROUTED = 4.0
+"""Times that in half precision behind routers: rounding alone reaches 0.1 in bfloat16 over 24
+random layers of gpt-oss, a missing merge or window 0.4 and more in the tests' tiny ones."""
+_WIDEST_CROSSED_WINDOW = 512
+
+
+def self_test(engine: PrefixEngine) -> float:
+    """Worst difference, as a share of the largest logit. Raises EngineError above the tolerance,
+    UsageError where the KV budget has no room for the test."""
+    model = engine.loaded.model
+    plan = _small_plan(engine.loaded.shape.vocabulary_size, _window_to_cross(engine))
+    seen: dict[tuple[int, int], Tensor] = {}
+
+    def record(sequences: list[int], positions: list[int], logits: Tensor) -> None:
+        seen.update(zip(zip(sequences, positions, strict=True), logits.clone(), strict=True))
+
+    every, hooks = np.arange(len(plan.sequences)), EngineHooks(on_logits=record)
+    done = list(engine.generate(plan, every, RunControl(), hooks))
+    for failed in (completion for completion in done if completion.error_type):
+        if failed.error_type != "KVBudgetExceeded":
+            raise EngineError(f"self-test: {failed.error_message}")
+        raise UsageError(
+            f"the KV budget of {engine.settings.kv_budget} bytes cannot hold even a prompt of "
+            f"{plan.prompt_lengths.max()} tokens; raise --kv-budget"
+        )
+    model.set_attn_implementation("eager")
+    worst = float(torch.stack([_difference(engine, plan, row, seen) for row in done]).max())
+    limit = _TOLERANCE[model.dtype]
+    if has_experts(model.config) and model.dtype != torch.float32:
+        limit *= _ROUTED
+    if not worst <= limit:
+        raise EngineError(
+            f"self-test: cascade attention differs from the model's own by {worst:.1e} of the "
+            f"largest logit (limit {limit:.0e}); reuse would be unsound for this model"
+        )
+    return worst
+
+
+def _difference(
+    engine: PrefixEngine, plan: Plan, row: Completion, seen: dict[tuple[int, int], Tensor]
+) -> Tensor:
+    """Of the row's logits from the model's own, as a share of the largest of these.
+
+    Attention that is wrong shows in every token of a row. A rounding error in half precision shows
+    in single ones, where attention is undecided between two places, or a router between experts,
+    in the model's own fused attention as well.
+    """
+    model = engine.loaded.model
+    prompt = plan.prompt_token_ids(row.sequence).astype(np.int64).tolist()
+    ids = torch.tensor([[*prompt, *row.token_ids[:-1]]], device=engine.loaded.device)
+    keep = torch.arange(len(prompt) - 1, ids.shape[1], device=ids.device)
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False, logits_to_keep=keep).logits[0].float()
+    got = torch.stack([seen[row.sequence, i] for i in range(len(row.token_ids))])
+    by_token: Tensor = (got - expected).abs().amax(-1) / expected.abs().max().clamp_min(1e-6)
+    if has_experts(model.config):
+        return by_token.min()
+    return by_token.max() if model.dtype == torch.float32 else by_token.median()
+
+
+def _window_to_cross(engine: PrefixEngine) -> int:
+    """Tokens of the model's sliding window, or 0 where it has none that is cheap to cross."""
+    window: int = getattr(engine.loaded.model.config, "sliding_window", None) or 0
+    context = engine.loaded.shape.context_length or 0
+    return window if window <= min(_WIDEST_CROSSED_WINDOW, context - 40) else 0
+
+
+def _small_plan(vocabulary_size: int, window: int) -> Plan:
+    draw = np.random.default_rng(0)
+    shared, short, own = (draw.integers(0, vocabulary_size, n) for n in (24, 3, 9))
+    rows = [
+        [*shared, *own],
+        [*shared, *own, *short],
+        [*shared, *short, *own],
+        [*shared, *short],
+        [*own],
+    ]
+    if window:  # its border lies inside the shared prefix when the row starts to decode
+        rows.append([*shared, *draw.integers(0, vocabulary_size, max(window - 12, 10))])
+    params = (SamplingParams(max_new_tokens=3, ignore_eos=True),)
+    ids = [str(i) for i in range(len(rows))]
+    table = TokenTable.from_lists(rows, vocabulary_size)
+    return build_plan(table, ids, params, np.zeros(len(rows), np.int64))

@@ -1,0 +1,1 @@
+"""What people bring: Parquet, JSON lines, tables and templates become prompts. Knows no tokens."""

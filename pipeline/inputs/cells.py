@@ -1,0 +1,194 @@
+"""One input cell becomes a conversation or sampling fields, or one sentence that says why not.
+
+Knows nothing about files or columns. No message quotes what a cell holds: it may be private.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+
+from pipeline.inputs.request_fields import (
+    BESIDE,
+    LIMITS,
+    OBEYED,
+    REFUSED,
+    describe_unsupported,
+    is_neutral,
+)
+from pipeline.records import Message
+
+
+class BadCell(ValueError):
+    """The cell cannot be used; the message says why, without quoting it."""
+
+
+def read_text(cell: str) -> str:
+    """The prompt as it is; white space counts. Raises BadCell if it is empty or not text."""
+    if not cell:
+        raise BadCell("the prompt is empty")
+    _check_unicode(cell)
+    return cell
+
+
+def read_messages(cell: object) -> list[Message]:
+    """A list of {role, content} dicts, or that as JSON text, as plain messages.
+
+    Content may be parts of text, which become its lines. Further fields of text are kept for the
+    chat template, null ones dropped, and those of other types too, unless a template could mean
+    them. Raises BadCell.
+    """
+    is_json = isinstance(cell, str)
+    turns = _read_json(cell) if isinstance(cell, str) else cell
+    if not isinstance(turns, list):
+        raise BadCell("messages is not a list of {role, content}")
+    if not turns:
+        raise BadCell("messages holds no message")
+    messages = [_read_message(number, turn) for number, turn in enumerate(turns)]
+    if is_json:  # a column of texts holds nothing but text
+        _check_unicode(*(text for message in messages for pair in message.items() for text in pair))
+    return messages
+
+
+def _read_message(number: int, turn: object) -> Message:
+    if not isinstance(turn, dict):
+        raise BadCell(f"message {number} is not a {{role, content}} object")
+    said = {str(field): value for field, value in turn.items() if value is not None}
+    for field in ("role", "content"):
+        if field not in said:
+            raise BadCell(f"message {number} has no {field}")
+    if isinstance(said["content"], list):
+        said["content"] = _join_parts(number, said["content"])
+    message = {field: value for field, value in said.items() if isinstance(value, str)}
+    for field in ("role", "content"):
+        if field not in message:
+            kind = type(said[field]).__name__
+            raise BadCell(f"message {number} has {field} of type {kind}, not text")
+    if len(message) < len(said) and (meant := [f for f in _MEANT if _is_meant(said, f)]):
+        raise BadCell(f"message {number} has {', '.join(meant)}, which coppice cannot use")
+    return message
+
+
+def _is_meant(said: Mapping[str, object], field: str) -> bool:
+    return bool(said.get(field)) and not isinstance(said[field], str)
+
+
+def _join_parts(number: int, parts: list[object]) -> str:
+    """As vLLM does for templates that take text: a line for each part."""
+    texts = []
+    for part in parts:
+        fields = part if isinstance(part, dict) else {}
+        kind, text = fields.get("type", "text"), fields.get("text")
+        if kind not in _TEXT_PARTS or not isinstance(text, str):
+            known = f" ({kind})" if kind in _OTHER_PARTS else ""
+            raise BadCell(f"message {number} has a part that is no text{known}")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+_MEANT = ("tool_calls", "function_call", "audio", "images", "videos", "documents")
+TURN_FIELDS = ("role", "content", *_MEANT)
+"""Fields of a message that are used, or refused where they say something."""
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_OTHER_PARTS = (
+    "image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url",
+    "file", "input_file", "refusal", "thinking", "tool_use", "tool_result",
+)  # fmt: skip
+
+
+def read_sampling(cell: object) -> dict[str, object]:
+    """Sampling fields from a struct or a JSON object, as `read_fields` has them. Raises BadCell."""
+    fields = _read_json(cell) if isinstance(cell, str) else cell
+    if not isinstance(fields, dict):
+        raise BadCell("sampling_params is not an object")
+    return read_fields(fields)
+
+
+def read_fields(fields: Mapping[str, object]) -> dict[str, object]:
+    """Fields of a request as those of `SamplingParams`; null and neutral ones are left out.
+
+    Names and types are checked here, ranges by `SamplingParams`. Raises BadCell, which names all
+    fields that cannot be done and does not quote a name that is not a known one.
+    """
+    said = {name: value for name, value in fields.items() if value is not None}
+    refused = [name for name in said if name in REFUSED and not is_neutral(name, said[name])]
+    num_unknown = len(said.keys() - OBEYED.keys() - REFUSED - BESIDE)
+    if refused or num_unknown:
+        raise BadCell(f"the row {describe_unsupported(refused, num_unknown)}")
+    chosen: dict[str, object] = {}
+    for name in filter(OBEYED.__contains__, said):
+        value = _read_field(name, said[name])
+        if chosen.setdefault(OBEYED[name], value) != value:
+            both = " and ".join(limit for limit in LIMITS if limit in said)
+            raise BadCell(f"{both} mean the same and differ; leave one of them")
+    return chosen
+
+
+def _read_field(name: str, value: object) -> object:
+    wanted, read = _READERS[OBEYED[name]]
+    try:
+        return read(value)
+    except BadCell:
+        raise
+    except (TypeError, ValueError, OverflowError):
+        raise BadCell(f"{name} must be {wanted}, not {type(value).__name__}") from None
+
+
+def _number(value: object) -> float:
+    """Of a decimal, which databases write, the float."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise TypeError
+    return float(value)
+
+
+def _integer(value: object) -> int:
+    """Also a float that is whole: a column of integers with a gap is one of floats to pandas."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise TypeError
+    whole = int(value)
+    if whole != value or whole not in _INT64:
+        raise ValueError
+    return whole
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _stops(value: object) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise TypeError
+    _check_unicode(*stops)
+    return tuple(stops)
+
+
+_INT64 = range(-(2**63), 2**63)
+_READERS: Mapping[str, tuple[str, Callable[[object], object]]] = {
+    "max_new_tokens": ("a whole number of 64 bits", _integer),
+    "temperature": ("a number", _number),
+    "top_p": ("a number", _number),
+    "top_k": ("a whole number of 64 bits", _integer),
+    "seed": ("a whole number of 64 bits", _integer),
+    "stop": ("a text that is not empty, or a list of them", _stops),
+    "ignore_eos": ("true or false", _boolean),
+}
+
+
+def _read_json(text: str) -> object:
+    try:
+        value: object = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadCell("the cell is not valid JSON") from None
+    return value
+
+
+def _check_unicode(*texts: str) -> None:
+    # JSON can spell half a surrogate pair; no tokenizer can encode it and no Parquet file hold it.
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise BadCell("a text holds half a surrogate pair, which is not text") from None

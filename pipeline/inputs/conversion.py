@@ -1,0 +1,144 @@
+"""JSON lines to Parquet and back, streamed. Knows files; what a line means is `openai_batch`'s.
+
+```
+ requests.jsonl ─► rows.parquet        OpenAI batch requests, or plain objects of a row each
+ rows.parquet   ─► requests.jsonl      OpenAI batch requests
+ run directory  ─► responses.jsonl     OpenAI batch responses, in input order
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError, UsageError
+from pipeline.inputs.input_files import InputFile
+from pipeline.inputs.json_lines import is_json_lines, write_rows
+from pipeline.inputs.openai_batch import ANSWER_COLUMNS, request_of_row, response_of_answer
+from pipeline.inputs.reader import open_source
+from pipeline.settings import ReadSettings, StoreSettings
+from pipeline.storage.durable import write_whole
+from pipeline.storage.object_store import is_url
+from pipeline.storage.run_directory import RunDirectory
+from pipeline.storage.run_location import Place, holds_run, reading_run
+
+_ROWS_AT_A_TIME = 4096
+
+
+def convert(
+    source: Place, target: Place, store: StoreSettings | None = None, overwrite: bool = False
+) -> int:
+    """Convert by the names' endings, see the module's picture; returns the rows written.
+
+    The target appears whole or not at all, in place of a file only to `overwrite` it; `store` is
+    how an `s3://` source is reached. Raises InputError naming the line, UsageError, StorageError.
+    """
+    if is_url(target):
+        raise UsageError("convert writes a file of this machine; copy it to the store afterwards")
+    path, reads_lines = Path(target), is_json_lines(str(source))
+    if path.exists() and (not overwrite or _is_same(path, source)):
+        remedy = "" if overwrite else ", or add --overwrite"
+        raise UsageError(f"{path} is there already; choose another name{remedy}")
+    if reads_lines and path.suffix == ".parquet" and not is_url(source):
+        return write_whole(path, lambda file: write_rows(InputFile.local(Path(source)), file))
+    if path.suffix != ".jsonl" or reads_lines:
+        raise UsageError(
+            "convert from a local .jsonl to .parquet, or from a Parquet file or run directory to "
+            ".jsonl"
+        )
+    store = store or StoreSettings()
+    if not holds_run(source, store):
+        return write_whole(path, lambda file: _write_lines(_requests(source, store), file))
+    with reading_run(source, store) as run:
+        return write_whole(path, lambda file: _write_responses(run, file, path.parent))
+
+
+def _is_same(path: Path, source: Place) -> bool:
+    return os.path.realpath(path) == os.path.realpath(source)
+
+
+def _write_lines(lines: Iterable[dict[str, Any]], file: BinaryIO) -> int:
+    count = 0
+    for line in lines:
+        file.write(_encode(line))
+        count += 1
+    return count
+
+
+def _encode(line: dict[str, Any]) -> bytes:
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+def _requests(source: Place, store: StoreSettings) -> Iterator[dict[str, Any]]:
+    """Rows that a run would take; one that it would reject is refused here by its number."""
+    prompts = open_source(source, ReadSettings(), store)
+    columns = prompts.columns
+    has_model = "model" in prompts.schema.names
+    for batch in prompts.iter_prompts():
+        for bad in batch.rejected:
+            raise InputError(f"row {bad.row_index} of {source}: {bad.message}")
+        models: list[Any] = [None] * len(batch.ids)
+        if has_model:
+            rows = np.arange(batch.row_start, batch.row_start + len(batch.ids))
+            models = prompts.take(rows).column("model").to_pylist()
+        for name, content, override, model in zip(
+            batch.ids, batch.contents, batch.overrides, models, strict=True
+        ):
+            sampling = dict(override)
+            row = {
+                "custom_id": name,
+                "prompt" if columns.messages is None else "messages": content,
+                "max_new_tokens": sampling.pop("max_new_tokens", None),
+                "sampling_params": sampling,
+                "model": model,
+            }
+            yield request_of_row(row)
+
+
+def _write_responses(directory: RunDirectory, file: BinaryIO, folder: Path) -> int:
+    """Responses in input order. They wait, in the order of the parts, in a nameless file.
+
+    Raises RunDirectoryError for a run that is not complete: half an output looks like one.
+    """
+    if not directory.is_sealed:
+        raise directory.incomplete()
+    directory.check_committed()
+    run_id, is_chat = directory.run_id, _is_chat(directory)
+    rows, sizes = array("q"), array("q")
+    with TemporaryFile(dir=folder) as waiting:
+        for answer in _answers(directory):
+            rows.append(answer["row_index"])
+            sizes.append(waiting.write(_encode(response_of_answer(answer, run_id, is_chat))))
+        waiting.flush()
+        order = np.argsort(rows)
+        starts = np.cumsum(sizes) - sizes
+        for start, size in zip(starts[order], np.array(sizes)[order], strict=True):
+            file.write(os.pread(waiting.fileno(), size, start))
+    return len(rows)
+
+
+def _answers(directory: RunDirectory) -> Iterator[dict[str, Any]]:
+    """What a response is made of, in the order of the parts."""
+    for footer in directory.footers():
+        with pq.ParquetFile(footer.path) as part:
+            names = [n for n in (*ANSWER_COLUMNS, "model") if n in part.schema_arrow.names]
+            for batch in part.iter_batches(_ROWS_AT_A_TIME, columns=names):
+                yield from batch.to_pylist()
+
+
+def _is_chat(directory: RunDirectory) -> bool:
+    """Whether the run took conversations, by its settings and the rules of `find_columns`."""
+    read = directory.read_manifest().get("settings", {}).get("read", {})
+    if read.get("messages_column"):
+        return True
+    columns = directory.scan().collect_schema().names()
+    return not (read.get("template") or read.get("prompt_column") or "prompt" in columns)

@@ -1,0 +1,319 @@
+"""JSON lines to Parquet, a batch of lines at a time. What a request means is `openai_batch`'s.
+
+```
+ lines ─► types of all lines, merged (plain objects only) ─► lines again ─► row groups of a batch
+```
+
+Plain objects are read twice, since the last line may widen the type of the first. What is no JSON
+object is refused by its line's number. A line that says what no row can say is refused too, or kept
+as a row with the reason in `REFUSED_COLUMN`: one row shall not stop a job. None is quoted.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError
+from pipeline.inputs.columns import REFUSED_COLUMN
+from pipeline.inputs.input_files import InputFile, damage_named
+from pipeline.inputs.openai_batch import TEXT_URL, BadRequest, is_request, row_of_request
+from pipeline.inputs.refused_lines import (
+    MISFITS,
+    Line,
+    RefusedLines,
+    is_text_value,
+    with_json_text,
+    without_misfits,
+)
+
+_ENDINGS = (".jsonl", ".jsonl.gz")
+_ROWS_AT_A_TIME = 4096
+_BYTES_AT_A_TIME = 8 << 20  # of lines; parsed they take some ten times that
+_LONGEST_LINE = 256 << 20
+_MOST_VALUES = 10_000_000  # of a line; each takes some 60 bytes
+_MOST_FIELDS = 50_000  # of all lines together
+_MOST_CELLS = 4_000_000  # of a batch: a field that a line lacks takes room there too
+_DEEPEST = 30  # lists in lists; each is three levels of a Parquet schema
+_READ_AT_A_TIME = 1 << 20
+_REQUEST_SCHEMA = pa.schema(
+    {
+        "custom_id": pa.large_string(),
+        "prompt": pa.large_string(),
+        "messages": pa.large_string(),
+        "max_new_tokens": pa.int64(),
+        "sampling_params": pa.large_string(),
+        "model": pa.large_string(),
+        REFUSED_COLUMN: pa.large_string(),
+    }
+)
+
+
+def is_json_lines(name: str) -> bool:
+    """Whether a file of this name is read as JSON lines."""
+    return name.endswith(_ENDINGS)
+
+
+def write_rows(
+    source: InputFile,
+    sink: BinaryIO,
+    metadata: Mapping[str, str] | None = None,
+    keeps_refused: bool = False,
+) -> int:
+    """Write a row for each line of `source` as Parquet, and `metadata` into its footer.
+
+    `keeps_refused`: whether lines that no row can say are rows with a reason, unless all of them
+    are so. Returns the rows. Raises InputError naming line or field, and where the file changes
+    meanwhile.
+    """
+    with damage_named(source.name):
+        stamp = source.stamp()
+    first = next(_read_lines(source), None)
+    if first is None:
+        raise InputError(f"{source.name} holds no line; check how it was written")
+    read = _requests if is_request(first[1]) else _plain
+    schema, make_table = read(source, first[1], keeps_refused)
+    rows, refused = 0, RefusedLines()
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
+        for batch in _read_batches(source, _count_fields(pa.struct(list(schema)))):
+            table = make_table(batch)
+            writer.write_table(table)
+            rows += len(batch)
+            refused.count(table)
+        writer.add_key_value_metadata(metadata or {})
+    with damage_named(source.name):
+        if source.stamp() != stamp:
+            raise InputError(f"{source.name} changed while it was being read; start again")
+    refused.check(rows)
+    return rows
+
+
+_MakeTable = Callable[[list[Line]], pa.Table]
+
+
+def _requests(
+    source: InputFile, first: dict[str, Any], keeps_refused: bool
+) -> tuple[pa.Schema, _MakeTable]:
+    """All lines must be of the first one's kind, chat or text."""
+    content, other = "messages", "prompt"
+    if first.get("url") == TEXT_URL:
+        content, other = other, content
+    left_out = {other} if keeps_refused else {other, REFUSED_COLUMN}
+    schema = pa.schema([field for field in _REQUEST_SCHEMA if field.name not in left_out])
+
+    def make_row(number: int, line: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return _row_of_kind(source, number, line, content)
+        except InputError as error:
+            if not keeps_refused:
+                raise
+            name = line.get("custom_id")
+            is_name = isinstance(name, str) and is_text_value(name)
+            return {"custom_id": name if is_name else None, REFUSED_COLUMN: str(error)}
+
+    def make_table(batch: list[Line]) -> pa.Table:
+        return pa.Table.from_pylist([make_row(*line) for line in batch], schema)
+
+    return schema, make_table
+
+
+def _row(source: InputFile, number: int, line: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return row_of_request(line)
+    except BadRequest as error:
+        raise InputError(f"line {number} of {source.name}: {error}") from None
+
+
+def _row_of_kind(
+    source: InputFile, number: int, line: dict[str, Any], content: str
+) -> dict[str, Any]:
+    row = _row(source, number, line)
+    if content not in row:
+        raise InputError(
+            f"line {number} of {source.name} is of another kind than the first; "
+            "put chat and text completions into two files"
+        )
+    return row
+
+
+def _plain(
+    source: InputFile, _: dict[str, Any], keeps_refused: bool
+) -> tuple[pa.Schema, _MakeTable]:
+    """Objects of any fields; a field that a line lacks is null there.
+
+    A field that Parquet cannot hold, of objects without fields or too deep, is JSON text.
+    """
+    kind = pa.struct([])
+    bad: set[int] | None = set() if keeps_refused else None
+    for batch in _read_batches(source):
+        kind = _widen_by(source, kind, batch, bad)
+        if _count_fields(kind) > _MOST_FIELDS:
+            raise _too_many_fields(source, batch[-1][0])
+    as_json = [field.name for field in kind if not _is_storable(field.type)]
+    types = {field.name: field.type for field in kind}
+    types |= dict.fromkeys(as_json, pa.string())
+    stored = pa.struct(types)
+    kinds = {name: pa.json_() if name in as_json else types[name] for name in types}
+    schema = pa.schema(kinds)
+
+    def make_table(batch: list[Line]) -> pa.Table:
+        lines = batch
+        if bad and not bad.isdisjoint(number for number, _ in batch):
+            lines = without_misfits(source.name, batch)
+        if as_json:
+            lines = with_json_text(lines, as_json)
+        try:
+            rows = pa.array([line for _, line in lines], stored)
+        except MISFITS as error:
+            raise _blame(
+                source, lines, lambda name, value: pa.array([value], types[name])
+            ) from error
+        return pa.Table.from_struct_array(rows).cast(schema)
+
+    return schema, make_table
+
+
+def _count_fields(kind: pa.DataType) -> int:
+    """Of a type and all types inside of it."""
+    return 1 + sum(_count_fields(kind.field(n).type) for n in range(kind.num_fields))
+
+
+def _too_many_fields(source: InputFile, number: int) -> InputError:
+    return InputError(
+        f"the lines of {source.name} have over {_MOST_FIELDS:,} different fields by line {number}; "
+        "put what has names of its own into one field as text"
+    )
+
+
+def _widen_by(
+    source: InputFile, kind: pa.StructType, batch: list[Line], bad: set[int] | None
+) -> pa.StructType:
+    """The type that holds all lines before, which `kind` holds, and those of `batch`.
+
+    `bad`: takes the numbers of lines that no column holds; None: these are refused.
+    """
+    try:
+        return _widen(kind, pa.array([line for _, line in batch]).type)
+    except MISFITS as error:
+        if bad is not None:
+            mended = without_misfits(source.name, batch)
+            bad |= {number for number, line in mended if REFUSED_COLUMN in line}
+            return _widen_by(source, kind, mended, None)
+        types = {field.name: field.type for field in kind}
+
+        def widen(name: str, value: object) -> None:
+            types[name] = _widen(types.get(name, pa.null()), pa.array([value]).type)
+
+        raise _blame(source, batch, widen) from error
+
+
+def _widen(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """Null gives way, integers become floats, objects get each other's fields; else it raises."""
+    both = [pa.schema([("x", kind)]) for kind in (one, other)]
+    return pa.unify_schemas(both, promote_options="permissive").field("x").type
+
+
+def _blame(
+    source: InputFile, batch: list[Line], take: Callable[[str, object], object]
+) -> InputError:
+    """The error of the first line with a field that `take` does not take."""
+    for number, line in batch:
+        for name, value in line.items():
+            try:
+                take(name, value)
+            except MISFITS as error:
+                return _misfit(source, f"line {number}", name, type(error).__name__)
+    return InputError(
+        f"the lines of {source.name} do not fit into columns; give each field one type"
+    )
+
+
+def _misfit(source: InputFile, where: str, name: str, why: str) -> InputError:
+    return InputError(
+        f"the field {name!r} of {where} of {source.name} does not fit into a column ({why}); "
+        "give it one type in all lines"
+    )
+
+
+def _is_storable(kind: pa.DataType, depth: int = 0) -> bool:
+    """Parquet has no object without fields, and few readers take a hundred levels of schema."""
+    if depth > _DEEPEST:
+        return False
+    inner = [kind.field(n).type for n in range(kind.num_fields)]
+    is_empty = pa.types.is_struct(kind) and not inner
+    return not is_empty and all(_is_storable(part, depth + 1) for part in inner)
+
+
+def _read_batches(source: InputFile, num_fields: int = 1) -> Iterator[list[Line]]:
+    """Lines in batches that are bounded by rows, bytes and cells, of at least so many fields."""
+    batch: list[Line] = []
+    names: set[str] = set()
+    size = 0
+    for number, text in _read_texts(source):
+        line = _object(source, number, text)
+        batch.append((number, line))
+        names.update(line)
+        if len(names) > _MOST_FIELDS:
+            raise _too_many_fields(source, number)
+        size += len(text)
+        cells = len(batch) * max(num_fields, len(names))
+        if len(batch) >= _ROWS_AT_A_TIME or size >= _BYTES_AT_A_TIME or cells >= _MOST_CELLS:
+            yield batch
+            batch, names, size = [], set(), 0
+    if batch:
+        yield batch
+
+
+def _read_lines(source: InputFile) -> Iterator[Line]:
+    return ((number, _object(source, number, text)) for number, text in _read_texts(source))
+
+
+def _read_texts(source: InputFile) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes); empty lines are skipped."""
+    with damage_named(source.name), source.open_stream() as stream:
+        lines = io.BufferedReader(stream, _READ_AT_A_TIME)
+        for number in count(1):
+            text = lines.readline(_LONGEST_LINE)
+            if len(text) == _LONGEST_LINE:
+                raise InputError(
+                    f"line {number} of {source.name} is longer than {_LONGEST_LINE:,} bytes; split "
+                    "it, or write the rows as Parquet"
+                )
+            if not text:
+                return
+            if text.strip():
+                yield number, text
+
+
+def _object(source: InputFile, number: int, text: bytes) -> dict[str, Any]:
+    if len(text) > _MOST_VALUES and sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise InputError(
+            f"line {number} of {source.name} holds over {_MOST_VALUES:,} values; split it"
+        )
+    try:
+        value = json.loads(text.removeprefix(codecs.BOM_UTF8), parse_constant=_no_number)
+    except _NoNumber as error:
+        raise InputError(
+            f"line {number} of {source.name} holds {error}, which JSON does not have; "
+            "write null instead"
+        ) from None
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(f"line {number} of {source.name} is not a JSON object in UTF-8")
+    return value
+
+
+class _NoNumber(Exception):
+    """NaN or Infinity, which Python and JavaScript write."""
+
+
+def _no_number(name: str) -> float:
+    raise _NoNumber(name)

@@ -1,0 +1,93 @@
+"""Parquet copies of JSON lines files, made once each and kept for some days.
+
+```
+ <user's cache>/coppice/inputs/<path>-<size and time>.parquet     footer: sha256 of the original
+```
+
+A copy holds what the original does, so it is its owner's alone to read. Errors, ids and the
+fingerprint speak of the original.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.errors import InputError, StorageError
+from pipeline.inputs.input_files import InputFile, damage_named
+from pipeline.inputs.json_lines import write_rows
+from pipeline.inputs.parquet_input import ORIGIN_HASH, ParquetInput
+from pipeline.private_folder import private_folder
+from pipeline.storage.durable import write_whole
+
+_VERSION = 2  # another one where the same lines would become other rows
+_STALE_S = 3 * 24 * 3600  # what nobody came back for
+_DIGITS = 24
+
+
+class ParquetCopies:
+    """The copies in one folder, which need not exist."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def open(self, original: InputFile) -> ParquetInput:
+        """`original` as a Parquet file, made anew where there is no whole copy of it as it is now.
+
+        Raises InputError naming file and line, StorageError.
+        """
+        with damage_named(original.name):
+            stamp = original.stamp()
+        place = f"{original.filesystem.type_name}:{original.path}"
+        copy = self._folder / f"{_short(place)}-{_short(f'{stamp} {_VERSION}')}.parquet"
+        file = replace(InputFile.local(copy), name=f"the copy of {original.name}")
+        try:
+            private_folder(self._folder)
+        except OSError as error:
+            raise self._refusal(original, error) from error
+        if not _is_whole(file, copy):
+            self._make(original, copy)
+        return replace(ParquetInput.open(file), origin=original, stamp=stamp)
+
+    def drop_stale(self) -> None:
+        """Remove copies, and what killed calls left of some, that nobody used for three days."""
+        for path in self._folder.glob("*"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_S:
+                    path.unlink()
+
+    def _make(self, original: InputFile, copy: Path) -> None:
+        """Copies of what the original was before are of no use to anybody any more."""
+        metadata = {ORIGIN_HASH.decode(): original.content_hash().hex()}
+        try:
+            for old in self._folder.glob(f"{copy.name.partition('-')[0]}-*"):
+                if old != copy:  # that one may be another process's, whole by now
+                    old.unlink(missing_ok=True)
+            write_whole(copy, lambda sink: write_rows(original, sink, metadata, keeps_refused=True))
+        except (OSError, StorageError) as error:
+            raise self._refusal(original, error) from error
+
+    def _refusal(self, original: InputFile, error: Exception) -> StorageError:
+        return StorageError(
+            f"cannot keep a Parquet copy of {original.name} in {self._folder} "
+            f"({error.__cause__ or error}); set XDG_CACHE_HOME to a folder of your own on a disk "
+            "with room, or convert the file with coppice convert"
+        )
+
+
+def _is_whole(file: InputFile, copy: Path) -> bool:
+    """Whether the copy is there and has its end; it counts as used from now on."""
+    try:
+        os.utime(copy)
+        ParquetInput.open(file)
+    except (OSError, InputError):
+        return False
+    return True
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:_DIGITS]

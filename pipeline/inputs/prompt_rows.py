@@ -1,0 +1,217 @@
+"""Rows of a table become prompts, or a reason why not, each by itself. Knows no files.
+
+Whatever is wrong with a row, the rows beside it are read as if it were not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from pipeline.errors import UsageError
+from pipeline.inputs.cells import BadCell, read_fields, read_messages, read_sampling, read_text
+from pipeline.inputs.columns import ColumnMap
+from pipeline.inputs.prompt_template import PromptTemplate
+from pipeline.records import Message, PromptBatch, Rejected
+from pipeline.storage.plain_types import UNREADABLE, python_cells, text_of
+
+Content = str | list[Message]
+Value = TypeVar("Value")
+
+
+class _Fault(Exception):
+    """Why a row cannot run: the type of its error, and a sentence."""
+
+
+_Faults = dict[int, _Fault]
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Makes prompts of the rows of plain tables with the columns `columns.names`."""
+
+    columns: ColumnMap
+    template: PromptTemplate | None = None
+
+    def read(
+        self,
+        table: pa.Table,
+        row_start: int,
+        make_ids: Callable[[], list[str]],
+        orders: Sequence[Sequence[int]] | None = None,
+    ) -> PromptBatch:
+        """The prompts of `table`, whose first row is the job's row `row_start`.
+
+        `make_ids`: an id for each row, for those without one. `orders`: of each row, what
+        `PromptTemplate.render` takes.
+
+        Raises UsageError where the template takes too long on row after row.
+        """
+        columns = self.columns
+        ids, faults = _read_ids(table, columns.id, make_ids)
+        for row, reason in enumerate(_cells(table, columns.refused)):
+            if reason is not None:
+                faults[row] = _Fault("BadRequest", reason)
+        contents = self._contents(table, orders, faults)
+        overrides = _read_overrides(table, columns, faults)
+        for row in faults:
+            contents[row], overrides[row] = None, {}
+        rejected = tuple(Rejected(row_start + row, *faults[row].args) for row in sorted(faults))
+        tenants = _cells(table, columns.tenant)
+        return PromptBatch(row_start, ids, contents, overrides, tenants, rejected)
+
+    def _contents(
+        self, table: pa.Table, orders: Sequence[Sequence[int]] | None, faults: _Faults
+    ) -> list[Content | None]:
+        if self.template is not None:
+            return self._rendered(self.template, table, orders, faults)
+        name = self.columns.prompt or self.columns.messages
+        cells = python_cells(table.column(name))
+        for row, cell in enumerate(cells):
+            if cell is None:
+                faults.setdefault(row, _Fault("NullPrompt", "the prompt is null"))
+            elif not cell and self.columns.messages is None:
+                faults.setdefault(row, _Fault("EmptyPrompt", "the prompt is empty"))
+        if self.columns.messages is None:
+            return cells
+        return _each(lambda cell: _attempt("BadMessages", read_messages, cell), cells, faults)
+
+    def _rendered(
+        self,
+        template: PromptTemplate,
+        table: pa.Table,
+        orders: Sequence[Sequence[int]] | None,
+        faults: _Faults,
+    ) -> list[Content | None]:
+        """Rows that can be read are rendered together: each call costs a message to a process."""
+        cells = _template_cells(table, template, orders)
+        fit = [
+            row for row, (value, _) in enumerate(cells)
+            if row not in faults and value is not UNREADABLE
+        ]  # fmt: skip
+        found: list[Any] = [value for value, _ in cells]
+        for row, text in zip(fit, template.render_all([cells[row] for row in fit]), strict=True):
+            found[row] = text
+        return _each(lambda text: _attempt("TemplateError", _read_rendered, text), found, faults)
+
+
+def _read_rendered(rendered: str | BadCell) -> str:
+    if isinstance(rendered, BadCell):
+        raise rendered
+    return read_text(rendered)
+
+
+_BEYOND = (
+    "a value of the row is beyond what can be read: a time after the year 9999, or bytes that are "
+    "not text in UTF-8"
+)
+
+
+def _each(read: Callable[[Any], Value], cells: Sequence[Any], faults: _Faults) -> list[Any]:
+    """What `read` makes of each cell, None where it raises _Fault or there is one already."""
+    found: list[Any] = [None] * len(cells)
+    for row, cell in enumerate(cells):
+        if row not in faults:
+            try:
+                found[row] = read(cell)
+            except _Fault as fault:
+                faults[row] = fault
+    return found
+
+
+def _attempt(error_type: str, read: Callable[[Any], Value], cell: Any) -> Value:
+    """What `read` makes of a cell. Raises _Fault, whatever it raises but UsageError."""
+    if cell is UNREADABLE:
+        raise _Fault(error_type, _BEYOND)
+    try:
+        return read(cell)
+    except BadCell as error:
+        raise _Fault(error_type, str(error)) from None
+    except UsageError:
+        raise
+    except Exception as error:  # what it is we cannot know; what it says may quote the row
+        raise _Fault(error_type, f"the row cannot be read ({type(error).__name__})") from None
+
+
+def _read_overrides(
+    table: pa.Table, columns: ColumnMap, faults: _Faults
+) -> list[dict[str, object]]:
+    """Of the columns, and of `sampling_params` what they leave open. Equal rows are read once."""
+    names = [name for name in (columns.sampling_params, *columns.fields) if name is not None]
+    if not names:
+        return [{}] * table.num_rows
+    known: dict[Any, dict[str, object]] = {}
+
+    def read(cells: tuple[Any, ...]) -> dict[str, object]:
+        key = _as_key(cells)
+        found = known.get(key) if key is not None else None
+        if found is None:
+            if UNREADABLE in cells:
+                raise _Fault("BadSamplingParams", _BEYOND)
+            found = _attempt(
+                "BadSamplingParams", lambda said: _override(names, said, columns), cells
+            )
+            if key is not None:
+                known[key] = found
+        return found
+
+    rows = list(zip(*(python_cells(table.column(name)) for name in names), strict=True))
+    return [override or {} for override in _each(read, rows, faults)]
+
+
+def _as_key(cells: tuple[Any, ...]) -> Any:
+    """None for lists and structs. Equal numbers of two types are two keys."""
+    try:
+        hash(cells)
+    except TypeError:
+        return None
+    return cells, tuple(map(type, cells))
+
+
+def _override(names: Sequence[str], cells: Sequence[Any], columns: ColumnMap) -> dict[str, object]:
+    """Raises BadCell."""
+    said = dict(zip(names, cells, strict=True))
+    sampling = said.pop(columns.sampling_params or "", None)
+    return ({} if sampling is None else read_sampling(sampling)) | read_fields(said)
+
+
+def _template_cells(
+    table: pa.Table, template: PromptTemplate, orders: Sequence[Sequence[int]] | None
+) -> list[tuple[Any, Sequence[int] | None]]:
+    """Of each row what `PromptTemplate.render` takes."""
+    names = template.columns
+    rows = zip(*(python_cells(table.column(name)) for name in names), strict=True)
+    cells = [
+        UNREADABLE if UNREADABLE in row else dict(zip(names, row, strict=True)) for row in rows
+    ]
+    return list(zip(cells, orders or repeat(None, len(cells)), strict=True))
+
+
+def _cells(table: pa.Table, name: str | None) -> list[Any]:
+    """Of a column of text; nulls without a column."""
+    if name is None:
+        return [None] * table.num_rows
+    cells: list[Any] = table.column(name).to_pylist()
+    return cells
+
+
+def _read_ids(
+    table: pa.Table, name: str | None, make_ids: Callable[[], list[str]]
+) -> tuple[list[str], dict[int, _Fault]]:
+    """Of each row an id, and why a row's own cannot be used."""
+    if name is None:
+        return make_ids(), {}
+    column = table.column(name)
+    found = text_of(column)
+    without = [row for row, text in enumerate(found) if text is None]
+    if not without:
+        return found, {}  # type: ignore[return-value]
+    made, is_null = make_ids(), column.is_null().to_pylist()
+    null = _Fault("NullId", f"the row has no id in the column {name!r}")
+    bad = _Fault("BadId", f"the id of the row in the column {name!r} is not text")
+    ids = [made[row] if text is None else text for row, text in enumerate(found)]
+    return ids, {row: null if is_null[row] else bad for row in without}

@@ -1,0 +1,271 @@
+"""The prompts of a job, read in a stream. Knows nothing about tokens or models."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.errors import NoInput, UsageError
+from pipeline.inputs.block_cache import BlockCache
+from pipeline.inputs.carriage import check_carriage, check_types_carried
+from pipeline.inputs.columns import REFUSED_COLUMN, ColumnMap, find_columns
+from pipeline.inputs.common_schema import with_one_schema
+from pipeline.inputs.input_files import InputFile, find_input_files
+from pipeline.inputs.json_lines import is_json_lines
+from pipeline.inputs.parquet_copies import ParquetCopies
+from pipeline.inputs.parquet_input import ParquetInput
+from pipeline.inputs.partitions import read_partitions
+from pipeline.inputs.prompt_rows import RowReader
+from pipeline.inputs.prompt_template import PromptTemplate
+from pipeline.records import PromptBatch
+from pipeline.settings import ReadSettings, StoreSettings
+
+_CACHE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class PromptSource:
+    """A frozen view of the input. Row i of the job is row i of the files in order.
+
+    `schema`: the columns that the output carries, with plain types (`plain_types`).
+    `_first_row[b]` is the row at which block b of all files together begins: [blocks + 1].
+    `summary`: which files it was found in, where that has to be said. `_field_order`: see
+    `with_field_order`.
+    """
+
+    num_rows: int
+    schema: pa.Schema
+    columns: ColumnMap
+    _files: tuple[ParquetInput, ...]
+    _labels: tuple[str, ...]
+    _first_row: NDArray[np.int64]
+    _template: PromptTemplate | None = None
+    summary: str = ""
+    _field_order: NDArray[np.uint8] | None = None
+    _cache: BlockCache = field(default_factory=lambda: BlockCache(_CACHE_BYTES))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What ids of rows without one begin with: a name for each file."""
+        return self._labels
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The columns whose order in the prompt is free: those in a template's `fields(...)`."""
+        return () if self._template is None else self._template.fields
+
+    def with_field_order(self, order: NDArray[np.uint8]) -> PromptSource:
+        """The same rows with `fields` in another order: [rows, fields] places in `fields`."""
+        return replace(self, _field_order=order)
+
+    def iter_fields(self) -> Iterator[pl.DataFrame]:
+        """The columns `fields` of all rows, in batches. Raises InputError on a damaged page."""
+        for file, _, start, stop in self._file_ranges():
+            for table in file.iter_batches(self.fields, stop - start):
+                yield pl.DataFrame(table)
+
+    def iter_prompts(self, first_row: int = 0) -> Iterator[PromptBatch]:
+        """All rows in order, in batches of at most `parquet_input.BATCH_ROWS`.
+
+        Batches that end before `first_row` are left out; it must be where a batch begins.
+
+        Raises InputError on a damaged page.
+        """
+        reader = RowReader(self.columns, self._template)
+        for file, label, start, stop in self._file_ranges():
+            row = start
+            for table in file.iter_batches(self.columns.names, stop - start):
+                end = row + table.num_rows
+                if row >= first_row:
+                    make_ids = self._make_ids(file, label, row - start, end - start)
+                    yield reader.read(table, row, make_ids, self._orders(row, end))
+                row = end
+
+    def take(self, row_indices: NDArray[np.int64]) -> pa.Table:
+        """All columns of these rows, in the order given: a table of `schema`, [len(row_indices)].
+
+        Raises InputError on a damaged page, IndexError for a row that is not there.
+        """
+        rows = np.asarray(row_indices, np.int64)
+        if not len(rows):
+            return self.schema.empty_table()
+        if not 0 <= rows.min() <= rows.max() < self.num_rows:
+            raise IndexError(f"rows must lie in [0, {self.num_rows})")
+        block_of_row = np.searchsorted(self._first_row, rows, side="right") - 1
+        # Block by block in file order, and then back into the order asked for.
+        by_block = np.argsort(rows, kind="stable")
+        blocks, counts = np.unique(block_of_row, return_counts=True)
+        pieces: list[pa.Table] = []
+        wanted = {
+            block: rows[chosen] - self._first_row[block]
+            for block, chosen in zip(
+                blocks.tolist(), np.split(by_block, np.cumsum(counts)[:-1]), strict=True
+            )
+        }
+        for taken in self._take_from_blocks(wanted):
+            pieces.append(taken.select(self.schema.names))  # each file has an order of its own
+        table = pa.concat_tables(pieces)
+        if (by_block[1:] > by_block[:-1]).all():
+            return table
+        inverse = np.empty(len(rows), np.int64)
+        inverse[by_block] = np.arange(len(rows))
+        return table.take(pa.array(inverse))
+
+    def check_carried_columns(self) -> None:
+        """Read the columns that planning skips, so that damage shows before the device is used.
+
+        Raises InputError on a damaged page, text that is not UTF-8, and a first row that does not
+        come back from the output.
+        """
+        carried = [name for name in self.schema.names if name not in self.columns.names]
+        if not carried:
+            return
+        for file, _, start, stop in self._file_ranges():
+            for place, table in enumerate(file.iter_batches(carried, stop - start), start):
+                if place == 0:
+                    check_carriage(table.slice(0, 1), self.columns.id, file.origin.name)
+
+    def fingerprint(self) -> str:
+        """sha256 over the bytes of all files and the number of rows used; read once.
+
+        Of names what folders say as `key=value` matters and, of several files, which they are.
+        """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(f"rows={self.num_rows}\n".encode())
+        if len(self._files) > 1:
+            digest.update(repr(self._labels).encode(errors="surrogateescape"))
+        for file in self._files:
+            digest.update(file.content_hash())
+        return digest.hexdigest()
+
+    def _file_ranges(self) -> Iterator[tuple[ParquetInput, str, int, int]]:
+        """Each file in use, its label, and the rows `[start, stop)` of the job that it holds."""
+        start = 0
+        for file, label in zip(self._files, self._labels, strict=True):
+            stop = min(self.num_rows, start + int(file.group_rows.sum()))
+            if stop > start:
+                yield file, label, start, stop
+            start = stop
+
+    def _make_ids(
+        self, file: ParquetInput, label: str, start: int, stop: int
+    ) -> Callable[[], list[str]]:
+        """A function that names rows `[start, stop)` of the file by their place in it."""
+
+        def make_ids() -> list[str]:
+            groups, rows = file.places(start, stop)
+            places = zip(groups.tolist(), rows.tolist(), strict=True)
+            return [f"{label}:{group}:{row}" for group, row in places]
+
+        return make_ids
+
+    def _orders(self, start: int, stop: int) -> list[list[int]] | None:
+        order: list[list[int]] | None = None
+        if self._field_order is not None:
+            order = self._field_order[start:stop].tolist()
+        return order
+
+    def _take_from_blocks(self, wanted: dict[int, NDArray[np.int64]]) -> Iterator[pa.Table]:
+        """These rows, ascending, of these blocks; a block is kept where there is room for it."""
+        first_block = np.cumsum([0] + [len(file.first_group) - 1 for file in self._files])
+        blocks = np.array(sorted(wanted), np.int64)
+        files = np.searchsorted(first_block, blocks, side="right") - 1
+        for number in np.unique(files).tolist():
+            file, low = self._files[number], int(first_block[number])
+            with file.open_blocks() as read_block:
+                for block in blocks[files == number].tolist():
+                    read = partial(read_block, block - low)
+                    most = file.most_kept_bytes
+                    yield from self._cache.take(block, wanted[block], read, most)
+
+
+def open_source(
+    path: str | Path,
+    settings: ReadSettings,
+    store: StoreSettings | None = None,
+    copies: ParquetCopies | None = None,
+) -> PromptSource:
+    """Open a file, a folder of files, or a glob; of Parquet footers are read, rows are not.
+
+    `store` is how an `s3://` URL is reached; `copies`: where JSON lines files are kept as Parquet;
+    without, they are refused.
+
+    Raises NoInput: nothing there, no rows. InputError: not Parquet, truncated, a line that is no
+    row, columns missing or of the wrong type, files that differ in their columns. StorageError
+    where a copy cannot be kept.
+    """
+    if copies is not None:
+        copies.drop_stale()
+    found = find_input_files(path, store)
+    files = with_one_schema(_open_files(path, found.files, copies))
+    schema = files[0].schema
+    template = _read_template(settings, schema.names)
+    asked = None if template is None else template.columns
+    columns = find_columns(schema, settings, files[0].origin.name, asked)
+    block_rows = np.concatenate([file.block_rows for file in files])
+    first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(block_rows)])
+    num_rows = int(first_row[-1])
+    if num_rows == 0:
+        raise NoInput(f"{path} holds no rows; check how it was written")
+    if settings.limit is not None:
+        num_rows = min(num_rows, settings.limit)
+    labels = _make_labels([file.origin for file in files])
+    schema = pa.schema([field for field in schema if field.name != REFUSED_COLUMN])
+    check_types_carried(schema, columns.id, files[0].origin.name)
+    return PromptSource(
+        num_rows, schema, columns, files, labels, first_row, template, found.summary
+    )
+
+
+def _open_files(
+    path: str | Path, found: Sequence[InputFile], copies: ParquetCopies | None
+) -> tuple[ParquetInput, ...]:
+    """All files of the input, with the columns that their folders stand for."""
+    folders = read_partitions(path, [file.name for file in found])
+    opened = []
+    for row, file in enumerate(found):
+        values = {name: folders.column(name)[row] for name in folders.column_names}
+        opened.append(_open_file(file, copies).with_constants(values))
+    return tuple(opened)
+
+
+def _open_file(file: InputFile, copies: ParquetCopies | None) -> ParquetInput:
+    if copies is None or not is_json_lines(file.base_name):
+        return ParquetInput.open(file)
+    return copies.open(file)
+
+
+def _read_template(settings: ReadSettings, columns: list[str]) -> PromptTemplate | None:
+    if settings.template is None:
+        return None
+    if settings.prompt_column or settings.messages_column:
+        raise UsageError("--template makes the prompt: drop --prompt-column and --messages-column")
+    return PromptTemplate.read(settings.template, columns)
+
+
+def find_duplicate_ids(ids: pl.Series, at_most: int = 5) -> list[str]:
+    """The first few ids that occur more than once, in order of appearance."""
+    twice = ids.filter(ids.is_duplicated())
+    found: list[str] = twice.unique(maintain_order=True).head(at_most).to_list()
+    return found
+
+
+def _make_labels(files: Sequence[InputFile]) -> tuple[str, ...]:
+    """Base names for ids; where two are equal, paths from the folder that all files share."""
+    names = tuple(file.base_name for file in files)
+    if len(set(names)) == len(names):
+        return names
+    top = os.path.commonpath([os.path.dirname(file.path) for file in files])
+    return tuple(os.path.relpath(file.path, top) for file in files)

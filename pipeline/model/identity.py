@@ -1,0 +1,122 @@
+"""What of a job decides its text: the fields of the fingerprint. Knows nothing about rows or plans.
+
+Batch sizes, memory limits, the device and every path are left out: they may change between two
+sessions of one job. A field that is here may not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ModelError
+from pipeline.model.machine import num_threads
+from pipeline.settings import JobSettings, ModelSettings
+
+THREADS = "threads"
+"""Of strict runs: how many threads share a product's sums decides their last bits."""
+_WHOLE_FILES_BELOW = 1 << 30  # bytes of a model folder that are hashed completely
+_MAX_HEADER = 100 << 20
+_SAMPLED_BLOCKS = 512  # of each file: 2 MiB, a fraction of a second from a disk
+_BLOCK_BYTES = 4096
+_MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt")
+_PACKAGES = ("kvcoppice", "torch", "transformers", "tokenizers", "polars", "pyarrow", "numpy")
+
+
+def fingerprint_fields(
+    settings: JobSettings, input_hash: str, tokenizer: str, rules: str = ""
+) -> dict[str, Any]:
+    """The fingerprint as plain values; `settings` are those of the opened job.
+
+    `input_hash` and `tokenizer` are hashes made elsewhere. `rules`: of rows without fields of their
+    own, see `pipeline/generation.py`.
+    """
+    return {
+        "input": input_hash,
+        **settings.read.model_dump(mode="json", exclude={"template"}),
+        "template": _hash_file(settings.read.template),
+        **identify_model(settings.model),
+        "tokenizer": tokenizer,
+        **settings.tokens.model_dump(include={"apply_chat_template", "parse_special_tokens"}),
+        **_some("clock", settings.tokens.model_dump(mode="json")["clock"]),
+        "system_prompt": _hash_text(settings.tokens.system_prompt),
+        "sampling": settings.sampling.model_dump(mode="json", exclude={"generation_options"}),
+        **_some("generation_options", settings.sampling.generation_options),
+        **_some("generation_rules", rules),
+        "dtype": settings.model.dtype,
+        "engine": settings.model.engine,
+        **_some("engine_options", settings.model.engine_options),
+        "fidelity": settings.engine.fidelity,
+        **_some(THREADS, num_threads() if settings.engine.fidelity == "strict" else None),
+        "min_prefix_tokens": settings.plan.min_prefix_tokens,
+        "on_overlong": settings.plan.on_overlong,
+        "shard": f"{settings.plan.shard_number} of {settings.plan.num_shards}",
+    }
+
+
+def _some(name: str, value: object) -> dict[str, Any]:
+    """Runs without any stay as they are named."""
+    return {name: value} if value else {}
+
+
+def _hash_file(path: Path | None) -> str | None:
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _hash_text(text: str | None) -> str | None:
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def identify_model(settings: ModelSettings) -> dict[str, Any]:
+    """`model` and `revision`: a folder by the hash of its files, a hub id by its commit."""
+    folder = Path(settings.model)
+    if folder.is_dir():
+        return {"model": hash_model_folder(folder), "revision": None}
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(settings.model, "config.json", revision=settings.revision)
+    if not isinstance(config, str):
+        raise ModelError(
+            f"model {settings.model!r} is neither a folder nor in the local hub cache; "
+            "download it first or check the name"
+        )
+    # The cache keeps snapshots/<commit>/config.json, and a commit names the content of all files.
+    return {"model": settings.model, "revision": Path(config).parent.name}
+
+
+def hash_model_folder(folder: Path) -> str:
+    """sha256 over names, sizes and contents; of large models' weights the header and a sample.
+
+    Models that were tuned from one another have the same header, so the sample is what tells them
+    apart: blocks all over each file.
+    """
+    files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
+    total = sum(path.stat().st_size for path in files)
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name}\x1f{path.stat().st_size}\x1f".encode())
+        if path.suffix == ".safetensors" and total >= _WHOLE_FILES_BELOW:
+            with path.open("rb") as stream:
+                length = min(int.from_bytes(stream.read(8), "little"), _MAX_HEADER)
+                digest.update(stream.read(length))
+                for block in range(_SAMPLED_BLOCKS):
+                    stream.seek(path.stat().st_size * block // _SAMPLED_BLOCKS)
+                    digest.update(stream.read(_BLOCK_BYTES))
+        else:
+            with path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that compute; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

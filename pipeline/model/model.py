@@ -1,0 +1,96 @@
+"""A Hugging Face decoder, loaded safely: safetensors only, no code from the repository is run.
+
+Knows nothing about prompts, plans or attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from pipeline.errors import ModelError
+from pipeline.model.device import choose_device
+from pipeline.model.families import why_unsupported
+from pipeline.model.shape import ModelShape, read_config, read_shape
+from pipeline.model.weights import check_weights
+from pipeline.settings import ModelSettings
+
+_SHOWN_CHARACTERS = 200  # of what transformers says
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode on its device. `source` says where it came from."""
+
+    model: PreTrainedModel
+    shape: ModelShape
+    source: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return torch.device(self.model.device)
+
+
+def load_model(settings: ModelSettings) -> LoadedModel:
+    """Load weights onto the device.
+
+    Raises ModelError: missing, partial, or pickle-only weights, or a family the engine cannot run.
+    """
+    shape = read_shape(settings.model, settings.revision)
+    check_weights(settings.model)
+    _check_support(settings)
+    dtype = shape.dtype if settings.dtype == "auto" else settings.dtype
+    config = read_config(settings.model, settings.revision)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what it would warn of is an error here, said once
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            settings.model,
+            revision=settings.revision,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=own_attention(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config),
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers raises a dozen kinds; all mean the same to the user
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:_SHOWN_CHARACTERS]
+        raise ModelError(
+            f"{settings.model}: the weights cannot be loaded ({reason}); "
+            "check that the download is complete"
+        ) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"{settings.model}: {len(missing)} weights are missing, {missing[0]!r} among them; "
+            "the download is partial or belongs to another architecture"
+        )
+    model.eval().requires_grad_(False)
+    return LoadedModel(model.to(choose_device(settings.device)), shape, settings.model)
+
+
+def own_attention(model_class: Any, config: Any) -> str:
+    """transformers' fused attention; its plain one for the models that have no other.
+
+    transformers 5.19 offers the fused one to Gemma 2 as well, and leaves the soft cap out there.
+    """
+    has_cap = getattr(config, "attn_logit_softcapping", None) is not None
+    return "sdpa" if model_class._supports_sdpa and not has_cap else "eager"
+
+
+def _check_support(settings: ModelSettings) -> None:
+    """Say what the prefix engine lacks before transformers fails on what it lacks itself."""
+    if settings.engine != "prefix":
+        return
+    reason = why_unsupported(read_config(settings.model, settings.revision))
+    if reason:
+        raise ModelError(f"{settings.model}: {reason}")

@@ -1,0 +1,49 @@
+"""Whether a folder's weights may be loaded: safetensors, complete, within the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pipeline.errors import ModelError
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def check_weights(model: str) -> None:
+    """Refuse a local folder whose weights are absent, incomplete or pickled. Raises ModelError."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return
+    present = {p.name for p in folder.iterdir()}
+    if not present.intersection(_WEIGHTS):
+        pickled = sorted(n for n in present if n.endswith((".bin", ".pt", ".pth", ".pkl")))
+        if pickled:
+            raise ModelError(
+                f"{model}: only pickled weights ({pickled[0]}), which can run code when loaded; "
+                "convert them to safetensors first"
+            )
+        raise ModelError(f"{model}: no model.safetensors in this folder; is the download complete?")
+    if _WEIGHTS[1] in present:
+        _check_index(model, folder / _WEIGHTS[1], present)
+
+
+def _check_index(model: str, index: Path, present: set[str]) -> None:
+    """What the index names is opened as it says: by torch's unpickler, or outside of the folder."""
+    try:
+        named = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{model}: {index.name} cannot be read; download it again") from error
+    for name in named:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise ModelError(f"{model}: {index.name} names a file outside of the folder, {name!r}")
+        if not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{model}: {index.name} names {name!r}, which is not safetensors; convert it"
+            )
+    absent = sorted(named - present)
+    if absent:
+        raise ModelError(
+            f"{model}: {len(absent)} of the weight files are missing, {absent[0]} first; "
+            "finish the download"
+        )

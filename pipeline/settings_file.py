@@ -1,0 +1,34 @@
+"""Settings in a YAML file, as people write them. Knows no names of settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UsageError
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A flat mapping of flag names from a YAML file. Raises UsageError."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; check the path") from None
+    except UnicodeError:
+        raise UsageError(f"{path} is not YAML: it is not UTF-8; write it anew") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {_describe_fault(error)}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UsageError(f"{path} must be a mapping of settings, like 'max-new-tokens: 64'")
+    return content
+
+
+def _describe_fault(error: Exception) -> str:
+    """What is wrong and in which line; the error's own words quote it, and it may be a prompt."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = "" if mark is None else f" in line {mark.line + 1}"
+    return f"{problem or 'it cannot be read'}{where}; correct it"
