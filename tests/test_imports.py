@@ -69,7 +69,13 @@ ROOMS: dict[str, set[str]] = {
 HOMES = {
     "prefect": {"flows"},
     "torch": _rooms(
-        "model.model", "model.device", "engine", "audit.replay", "kvstore", "experiment"
+        "model.model",
+        "model.device",
+        "model.machine",
+        "engine",
+        "audit.replay",
+        "kvstore",
+        "experiment",
     ),
     "sentence_transformers": _rooms("audit.similarity", "experiment.retrieval"),
     "faiss": _rooms("audit.sample", "experiment.retrieval"),
