@@ -25,7 +25,6 @@ from typing import IO, Any
 MOST_BYTES = 2 << 30
 """Of a child's memory."""
 _SIZE_BYTES = 8
-_READY = "ready"
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,17 @@ class Ended:
     is_slow: bool
 
 
+class NotMade(Exception):
+    """There is no function: `make` failed or took too long; the message says how."""
+
+
 class Confined:
     """A function in a child: what `make(*arguments)` returns there, which makes texts of items.
 
     `make` is a function of a module; arguments and items can be pickled. What the child says is
     JSON: nothing that a stranger's code could send makes this process do anything. An item over
     which the function works for `seconds` ends the child, as does one that takes all its memory.
+    `make` has the same limits: to compile a stranger's code can be to run it.
     """
 
     def __init__(
@@ -61,8 +65,13 @@ class Confined:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
 
+    def start(self) -> None:
+        """Make the function, unless it is there. Raises NotMade."""
+        with self._lock:
+            self._child = self._child or _start(self)
+
     def map(self, items: Sequence[Any]) -> list[str | Fault | Ended]:
-        """The text of each item, or why there is none."""
+        """The text of each item, or why there is none. Raises NotMade."""
         results: list[str | Fault | Ended] = []
         with self._lock:
             while len(results) < len(items):
@@ -74,11 +83,16 @@ class Confined:
         return results
 
     def send_task(self, child: subprocess.Popen[bytes]) -> None:
-        """Tell a child what to do. Raises RuntimeError if it cannot."""
+        """Tell a child what to do. Raises NotMade."""
         assert child.stdin is not None and child.stdout is not None
-        _write(child.stdin, pickle.dumps(self._task))
-        if json.loads(_read(child.stdout)) != _READY:
-            raise RuntimeError("the process for templates does not start")
+        try:
+            _write(child.stdin, pickle.dumps(self._task))
+            reason = json.loads(_read(child.stdout))
+        except (EOFError, BrokenPipeError):
+            is_slow = child.wait() == -signal.SIGALRM
+            reason = f"takes over {self._task[-1]:g} s" if is_slow else "takes all memory"
+        if reason is not None:
+            raise NotMade(reason)
 
 
 def _start(owner: Confined) -> subprocess.Popen[bytes]:
@@ -108,9 +122,8 @@ def _ask(child: subprocess.Popen[bytes], items: Sequence[Any]) -> list[str | Fau
     assert child.stdin is not None and child.stdout is not None
     results: list[str | Fault] = []
     try:
-        _write(
-            child.stdin, pickle.dumps(list(items))
-        )  # the child reads all of them before it answers
+        # The child reads all of them before it answers.
+        _write(child.stdin, pickle.dumps(list(items)))
         while len(results) < len(items):
             said = json.loads(_read(child.stdout))
             results.append(said if isinstance(said, str) else Fault(str(said[0]), bool(said[1])))
@@ -139,13 +152,19 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
     own, out = sys.stdin.buffer, sys.stdout.buffer
     module, name, arguments, seconds = pickle.loads(_read(own))
-    function = getattr(importlib.import_module(module), name)(*arguments)
+    make = getattr(importlib.import_module(module), name)
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _write(out, json.dumps(_READY).encode())
+    signal.setitimer(signal.ITIMER_REAL, seconds)  # ends the process, within any step
+    try:
+        function, reason = make(*arguments), None
+    except Exception as error:
+        function, reason = None, f"cannot be compiled ({type(error).__name__})"
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    _write(out, json.dumps(reason).encode())
     while True:
         for item in pickle.loads(_read(own)):
-            signal.setitimer(signal.ITIMER_REAL, seconds)  # ends the process, within any step
+            signal.setitimer(signal.ITIMER_REAL, seconds)
             result = function(item)
             signal.setitimer(signal.ITIMER_REAL, 0)
             said = result if isinstance(result, str) else [result.message, result.is_slow]

@@ -175,5 +175,5 @@ def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
 def test_numbers_that_no_engine_can_count_are_refused(fields: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must lie in"):
         SamplingParams(**fields)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="less than or equal to"):
+    with pytest.raises(UsageError, match="must be at most 2147483647"):
         JobSettings.from_flat({"model": "m"} | fields)

@@ -19,13 +19,12 @@ from typing import Any
 import jinja2
 from jinja2 import meta, nodes
 
-from pipeline.confined import Confined, Ended, Fault
+from pipeline.confined import Confined, Ended, Fault, NotMade
 from pipeline.errors import UsageError
 from pipeline.inputs.cells import BadCell
 from pipeline.inputs.template_renderer import Renderer, make_environment
 
 # What Python says of code that nests too deeply, or of a number that is too long.
-_NOT_COMPILED = (SyntaxError, RecursionError, ValueError, ArithmeticError, MemoryError)
 _MOST_SECONDS = 10.0  # for a row
 _MOST_SLOW_ROWS = 10
 _GRACE_S = 1.0  # before a single step that does not end is ended with its process
@@ -49,20 +48,21 @@ class PromptTemplate:
             self.fields = _find_fields(tree, name)
             named = meta.find_undeclared_variables(tree) - ({"fields"} if self.fields else set())
             self.columns = tuple(sorted({*named, *self.fields}))
-            environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
                 f"{name}, line {error.lineno}, is not valid Jinja: {error.message}"
             ) from error
-        except _NOT_COMPILED as error:
-            raise UsageError(
-                f"{name} cannot be compiled ({type(error).__name__}); nest less and shorten it"
-            ) from error
+        except RecursionError as error:
+            raise UsageError(f"{name} is nested too deep; nest less and shorten it") from error
         for other in tree.find_all((nodes.Include, nodes.Extends, nodes.Import, nodes.FromImport)):
             raise UsageError(f"{name}, line {other.lineno}: other files cannot be read; copy it in")
         self._check_columns(known)
         arguments = (source, tuple(known), bool(self.fields), _MOST_SECONDS)
         self._renderer = Confined(Renderer, arguments, _MOST_SECONDS * 1.2 + _GRACE_S)
+        try:
+            self._renderer.start()
+        except NotMade as error:
+            raise UsageError(f"{name} {error}; nest less and shorten it") from error
 
     @classmethod
     def read(cls, path: Path, known: Sequence[str]) -> PromptTemplate:

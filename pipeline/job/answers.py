@@ -158,7 +158,11 @@ def _decode(
     sequences = list(completions)
     texts: dict[int, str] = {}
     faults: dict[int, BaseException] = {}
-    for start, decoded in call_by_halves(lambda some: text.decode(*zip(*some, strict=True)), items):
+
+    def decode(some: Sequence[tuple[Ids, Ids, tuple[str, ...]]]) -> list[str]:
+        return text.decode([p for p, _, _ in some], [a for _, a, _ in some], [s for *_, s in some])
+
+    for start, decoded in call_by_halves(decode, items):
         if isinstance(decoded, BaseException):
             faults[sequences[start]] = decoded
         else:

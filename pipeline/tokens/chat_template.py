@@ -20,7 +20,7 @@ from typing import Any
 
 import jinja2
 
-from pipeline.confined import Confined, Ended, Fault
+from pipeline.confined import Confined, Ended, Fault, NotMade
 from pipeline.errors import UsageError
 from pipeline.records import Message
 from pipeline.tokens.chat_renderer import CLOCK_NAME, ChatRenderer, make_environment
@@ -28,7 +28,6 @@ from pipeline.tokens.chat_renderer import CLOCK_NAME, ChatRenderer, make_environ
 _MOST_SECONDS = 10.0  # for a conversation
 _MOST_SLOW_ROWS = 10
 _GRACE_S = 1.0  # before a single step that does not end is ended with its process
-_NOT_COMPILED = (RecursionError, ValueError, ArithmeticError, MemoryError)
 _SHOWN_CHARACTERS = 32  # of a role
 _END_OF_REASONING = "</think>"
 
@@ -71,23 +70,27 @@ class ChatTemplate:
         Raises UsageError if the template is not valid Jinja, draws lots, or takes too long on many
         rows.
         """
-        results = self._renderer.map(conversations)
+        try:
+            results = self._renderer.map(conversations)
+        except NotMade as error:
+            raise UsageError(
+                f"the chat template {error}; pass another with --chat-template"
+            ) from error
         return [self._text(*pair) for pair in zip(conversations, results, strict=True)]
 
     @cached_property
     def _renderer(self) -> Confined:
         try:
-            make_environment(self.clock).from_string(self.source)
+            make_environment(self.clock).parse(self.source)
             refuse_lots(self.source)
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
                 f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); "
                 "correct it or pass another with --chat-template"
             ) from error
-        except (SyntaxError, *_NOT_COMPILED) as error:  # Python's, of the code that Jinja wrote
-            said = error.msg if isinstance(error, SyntaxError) else type(error).__name__
+        except RecursionError as error:
             raise UsageError(
-                f"the chat template cannot be compiled ({said}); pass another with --chat-template"
+                "the chat template is nested too deep; pass another with --chat-template"
             ) from error
         tokens = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
         arguments = (self.source, tokens, self.clock, _MOST_SECONDS)

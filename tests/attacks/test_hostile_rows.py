@@ -22,6 +22,7 @@ from pipeline.job.planning import open_job, plan_rows
 from pipeline.job.prepare import Preparation
 from pipeline.run import plan_job, run_job, validate_input
 from pipeline.settings import JobSettings
+from pipeline.tokens.answer_text import AnswerText
 from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.tiny_job import answers, echo_settings, write_tokenizer
 
@@ -298,6 +299,14 @@ def test_an_answer_that_is_no_text_is_its_rows_error(
     tokenizer = PromptTokenizer.load(str(model), None, job(tmp_path).tokens)
     bad = tuple(tokenizer.encode_batch(["dad"]).flat.tolist()[::-1])
     refuse_one(monkeypatch, "decode_batch", error, bad)
+    whole = AnswerText.decode
+
+    def decode(self: AnswerText, prompts: Any, answers: Any, stops: Any) -> list[str]:
+        if bad in [tuple(answer) for answer in answers]:
+            raise error
+        return whole(self, prompts, answers, stops)
+
+    monkeypatch.setattr(AnswerText, "decode", decode)
     pq.write_table(pa.table({"prompt": between("good", "dad")}), tmp_path / "in.parquet")
     assert plan_job(str(tmp_path / "in.parquet"), job(tmp_path)).summary.rows == 3
     check(tmp_path / "in.parquet", tmp_path, "BadAnswer")

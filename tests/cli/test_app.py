@@ -131,7 +131,7 @@ def test_the_exit_code_of_validate_is_that_of_a_run(shell: Shell, prompts: str, 
     """Seen red: 0, also where 300 of 300 rows could not run."""
     job = ("validate", prompts, "--model", model, "--engine", "echo")
     assert shell(*job) == 3
-    assert "NullPrompt" in shell.out and "1 of 3 rows failed, 0 are allowed" in shell.err
+    assert "NullPrompt" in shell.out and "1 of 3 rows failed (1 NullPrompt)" in shell.err
     assert shell(*job, "--fail-on-error", "1") == 0 == shell(*job, "--fail-on-error", "0.5")
     assert shell(*job, "--limit", "2") == 0
 
