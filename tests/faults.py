@@ -39,6 +39,10 @@ CASES = (
     "embeddings beside a KV store altered, cut or not safetensors",
     "recycled KV that is another prompt's, in the experiment",
     "recycling experiment called with what cannot work",
+    "bombs",
+    "inputs in very many pieces",
+    "a file in the way",
+    "output inside the input folder",
     "a row that cannot run, at any stage", "types that polars cannot read back",
     "columns and fields named like those of a request",
 )  # fmt: skip
