@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 
+from pipeline.generation import ROW_RULES
 from pipeline.records import Message
 from pipeline.storage.request_fields import (
     BESIDE,
@@ -167,7 +168,10 @@ def _stops(value: object) -> tuple[str, ...]:
 
 
 _INT64 = range(-(2**63), 2**63)
+_COUNTS = ("no_repeat_ngram_size", "min_new_tokens")
 _READERS: Mapping[str, tuple[str, Callable[[object], object]]] = {
+    **dict.fromkeys(ROW_RULES, ("a number", _number)),
+    **dict.fromkeys(_COUNTS, ("a whole number of 64 bits", _integer)),
     "max_new_tokens": ("a whole number of 64 bits", _integer),
     "temperature": ("a number", _number),
     "top_p": ("a number", _number),

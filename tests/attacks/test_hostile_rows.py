@@ -264,6 +264,17 @@ class PanicException(BaseException):
 PanicException.__module__ = "pyo3_runtime"
 
 
+@pytest.mark.parametrize("num_good", [0, 1])
+def test_a_part_of_failed_rows_alone_is_written(tmp_path: Path, num_good: int) -> None:
+    """Seen red: "unexpected IndexError", after all others were answered, and at each resume."""
+    prompts = ["", None] * 3 + ["good"] * num_good
+    pq.write_table(pa.table({"prompt": pa.array(prompts, "string")}), tmp_path / "in.parquet")
+    settings = job(tmp_path, rows_per_part=2, fail_on_error="6")
+    outcome = run_job(str(tmp_path / "in.parquet"), tmp_path / "out", settings)
+    assert (outcome.rows_failed, outcome.counters["rows_ok"]) == (6, num_good)
+    assert answers(tmp_path / "out")["error_type"].to_list()[:2] == ["EmptyPrompt", "NullPrompt"]
+
+
 def refuse_one(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException, bad: Any) -> None:
     """Let the tokenizer's method raise where `bad` is among what it is given."""
     whole = getattr(PromptTokenizer, name)
