@@ -118,6 +118,9 @@ def test_what_cannot_be_done_is_refused_before_anything_ran(
         ({"bad_words_ids": [[-1]]}, "token id -1"),
         ({"repetition_penalty": -1.0}, "repetition_penalty"),
         ({"no_repeat_ngram_size": "x"}, "no_repeat_ngram_size"),
+        ({"stop_strings": 5}, "stop must be a text or a list of texts"),
+        ({"stop_strings": {"x": 1}}, "stop must be a text or a list of texts"),
+        ({"stop_strings": ["x", 5]}, "stop must be a text or a list of texts"),
     ],
 )
 def test_rules_that_make_no_sense_are_refused_before_anything_ran(
