@@ -329,6 +329,25 @@ def test_rules_of_a_row_are_obeyed(tmp_path: Path, chat: JobSettings) -> None:
     assert json.loads(own.rules) == {"repetition_penalty": 1.0}
 
 
+def test_columns_named_like_settings_of_other_tools_are_named(
+    tmp_path: Path, chat: JobSettings
+) -> None:
+    """Seen red: ignored in silence."""
+    names = ["do_sample", "max_length", "stop_sequences", "system_prompt", "num_return_sequences"]
+    source = write(tmp_path / "in.parquet", prompt=["p"], **{name: ["x"] for name in names})
+    (note,) = open_job(str(source), chat).source.columns.describe()
+    assert note.endswith(f"the columns {', '.join(names)}")
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+def test_a_setting_that_is_no_number_says_so(tmp_path: Path, chat: JobSettings, name: str) -> None:
+    """Seen red: " mean the same and differ"."""
+    source = write(tmp_path / "in.parquet", prompt=["p"], sampling_params=[f'{{"{name}": NaN}}'])
+    job = open_job(str(source), chat)
+    (bad,) = job.preparation().prepare(first_batch(job)).rejected.values()
+    assert bad.message.startswith(name)
+
+
 def test_a_rule_of_the_wrong_kind_is_its_rows_error(tmp_path: Path, chat: JobSettings) -> None:
     lines = [{"prompt": "p", "repetition_penalty": 0}, {"prompt": "p", "no_repeat_ngram_size": 1.5}]
     for line in lines:

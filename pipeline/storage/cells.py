@@ -120,7 +120,8 @@ def read_fields(fields: Mapping[str, object]) -> dict[str, object]:
     chosen: dict[str, object] = {}
     for name in filter(OBEYED.__contains__, said):
         value = _read_field(name, said[name])
-        if chosen.setdefault(OBEYED[name], value) != value:
+        before = chosen.setdefault(OBEYED[name], value)
+        if before is not value and before != value:  # NaN differs from itself
             both = " and ".join(limit for limit in LIMITS if limit in said)
             raise BadCell(f"{both} mean the same and differ; leave one of them")
     return chosen

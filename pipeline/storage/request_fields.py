@@ -41,9 +41,11 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "chat_template": _EMPTY,
     "chat_template_kwargs": _EMPTY,
     "continue_final_message": _FALSE,
+    "do_sample": (),
     "documents": _EMPTY,
     "early_stopping": _FALSE,
     "echo": _FALSE,
+    "extra_body": _EMPTY,
     "frequency_penalty": _ZERO,
     "function_call": ("none", "auto"),
     "functions": _EMPTY,
@@ -56,10 +58,13 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "logit_bias": _EMPTY,
     "logits_processors": _EMPTY,
     "logprobs": (False, 0),
+    "max_length": (),
+    "min_length": _ZERO,
     "min_tokens": _ZERO,
     "modalities": (["text"],),
     "n": _ONE,
     "num_beams": _ONE,
+    "num_return_sequences": _ONE,
     "prediction": _EMPTY,
     "presence_penalty": _ZERO,
     "prompt_logprobs": _ZERO,
@@ -67,10 +72,13 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "response_format": ({"type": "text"}, *_EMPTY),
     "skip_special_tokens": _TRUE,
     "spaces_between_special_tokens": _TRUE,
+    "stop_sequences": _EMPTY,
     "stop_token_ids": _EMPTY,
     "stream": _FALSE,
     "structured_outputs": _EMPTY,
     "suffix": _EMPTY,
+    "system": _EMPTY,
+    "system_prompt": _EMPTY,
     "thinking": ({"type": "disabled"}, *_EMPTY),
     "tool_choice": ("none", "auto"),
     "tools": _EMPTY,
@@ -84,8 +92,9 @@ REFUSED = frozenset(_NEUTRAL)
 """Change the answer in a way that coppice cannot do."""
 AMBIGUOUS = frozenset(
     (
-        "audio", "documents", "echo", "functions", "modalities", "n", "prediction", "stream",
-        "suffix", "thinking", "verbosity",
+        "audio", "do_sample", "documents", "echo", "extra_body", "functions", "max_length",
+        "min_length", "modalities", "n", "num_return_sequences", "prediction", "stop_sequences",
+        "stream", "suffix", "system", "system_prompt", "thinking", "verbosity",
     )
 )  # fmt: skip
 """Names that a column of a table may have without being a field of a request."""
