@@ -96,7 +96,7 @@ def test_a_template_that_is_slow_on_every_row_ends_the_job(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("kind", ["prompt", "chat"])
 def test_slow_rows_among_others_end_no_job(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Seen red: ten slow rows of a million ended it, wherever they stood."""
+    """They were counted over the whole job: ten of a million ended it, wherever they stood."""
     for module in (prompt_template, chat_template):
         monkeypatch.setattr(module, "_MOST_SECONDS", 0.05)
     loops = "{% if x == 's' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"

@@ -312,7 +312,7 @@ def test_columns_named_like_settings_are_obeyed(tmp_path: Path, chat: JobSetting
 
 
 def test_rules_of_a_row_are_obeyed(tmp_path: Path, chat: JobSettings) -> None:
-    """Seen red: refused, and a `repetition_penalty` of 1 was the model's own, whatever that was."""
+    """They were refused, and a `repetition_penalty` of 1 was the model's own, whatever that was."""
     rules = {"repetition_penalty": 1.5, "min_p": 0.1, "no_repeat_ngram_size": 3, "typical_p": 0.9}
     lines = [
         request("line", **rules),
