@@ -127,8 +127,7 @@ def resolve_sampling(
         del said["stop"]
     chosen |= said | {k: v for k, v in override.items() if v is not None}
     of_row = {name: chosen.pop(name) for name in ROW_RULES if name in chosen}
-    stop = chosen.get("stop", ())
-    chosen["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    chosen["stop"] = _read_stop(chosen.get("stop", ()))
     if model.get("do_sample") and chosen["temperature"] >= GREEDY_BELOW:
         chosen.setdefault("top_k", _TRANSFORMERS_TOP_K)
     if chosen.get("top_k") == 0 or chosen.get("top_k") == -1:
@@ -141,6 +140,14 @@ def resolve_sampling(
     if unknown:
         raise ValueError(f"unknown sampling field {sorted(unknown)[0]!r}")
     return SamplingParams(**chosen, rules=_rules(generation_config, model | of_row))
+
+
+def _read_stop(said: object) -> tuple[str, ...]:
+    """Raises ValueError."""
+    stop = (said,) if isinstance(said, str) else said
+    if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
+        raise ValueError("stop must be a text or a list of texts")
+    return tuple(stop)
 
 
 def _defaults_of(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +19,7 @@ from pipeline.errors import UsageError
 from pipeline.inputs import prompt_template
 from pipeline.inputs.cells import BadCell
 from pipeline.inputs.prompt_template import PromptTemplate
+from pipeline.tokens import chat_template
 from tests import hostile
 from tests.tiny_job import write_tokenizer
 
@@ -88,6 +92,26 @@ def test_a_template_that_is_slow_on_every_row_ends_the_job(monkeypatch: pytest.M
             template.render({"x": 1})
     with pytest.raises(UsageError, match="row after row"):
         template.render({"x": 1})
+
+
+@pytest.mark.parametrize("kind", ["prompt", "chat"])
+def test_slow_rows_among_others_end_no_job(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """They were counted over the whole job: ten of a million ended it, wherever they stood."""
+    for module in (prompt_template, chat_template):
+        monkeypatch.setattr(module, "_MOST_SECONDS", 0.05)
+    loops = "{% if x == 's' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
+    loops += "{% endfor %}{% endif %}{{ x }}"
+    cells = [*"sssssssss", "b"] * 2
+    if kind == "prompt":
+        found: list[Any] = [
+            *PromptTemplate(loops, ["x"]).render_all([({"x": cell}, None) for cell in cells])
+        ]
+    else:
+        source = "{% set x = messages[0]['content'] %}" + loops
+        tokenizer = SimpleNamespace(special_tokens_map={})
+        template = chat_template.ChatTemplate(source, tokenizer, datetime(2026, 1, 1))
+        found = [*template.render_all([[{"role": "user", "content": cell}] for cell in cells])]
+    assert [text for text in found if isinstance(text, str)] == ["b", "b"]
 
 
 ATOMS = st.sampled_from(

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.generation import resolve_sampling
 from pipeline.inputs.conversion import convert
 from pipeline.inputs.reader import open_source
 from pipeline.job.planning import Job, open_job, plan_rows
@@ -266,7 +267,8 @@ NEUTRAL: dict[str, Any] = {
 def test_neutral_fields_of_a_request_pass(tmp_path: Path, chat: JobSettings) -> None:
     source = write_lines(tmp_path / "in.jsonl", request("a", **NEUTRAL), request("b"))
     batch = first_batch(open_job(str(source), chat))
-    assert not batch.rejected and batch.overrides == [{}, {}]
+    assert not batch.rejected and batch.overrides == [{"repetition_penalty": 1.0, "min_p": 0.0}, {}]
+    assert params(open_job(str(source), chat)) == [SamplingParams(200)] * 2
     table = pa.table({"prompt": ["p"], "sampling_params": [json.dumps(NEUTRAL)]})
     pq.write_table(table, tmp_path / "in.parquet")
     assert first_batch(open_job(str(tmp_path / "in.parquet"), chat)).rejected == ()
@@ -278,10 +280,12 @@ def test_the_same_fields_with_another_value_are_refused_by_name(
 ) -> None:
     """But for those that change no answer whatever they say."""
     others = {"n": 2, "tool_choice": "required", "guided_json": {"type": "object"}}
+    others |= {"repetition_penalty": -7}
     value = others.get(name, 7 if name != "response_format" else {"type": "json_object"})
     source = write_lines(tmp_path / "in.jsonl", request("a", **{name: value}), request("b"))
     rejected = first_batch(open_job(str(source), chat)).rejected
     beside = {"parallel_tool_calls", "metadata", "user", "store", "stream_options"}
+    beside |= {"repetition_penalty", "min_p"}  # which are obeyed, and refused by their range later
     assert [name in bad.message for bad in rejected] == [True] * (name not in beside)
 
 
@@ -305,6 +309,52 @@ def test_columns_named_like_settings_are_obeyed(tmp_path: Path, chat: JobSetting
     (note,) = job.source.columns.describe()
     assert note.endswith("columns max_tokens, temperature, top_p, top_k, seed, stop, ignore_eos")
     assert note in job.describe()
+
+
+def test_rules_of_a_row_are_obeyed(tmp_path: Path, chat: JobSettings) -> None:
+    """They were refused, and a `repetition_penalty` of 1 was the model's own, whatever that was."""
+    rules = {"repetition_penalty": 1.5, "min_p": 0.1, "no_repeat_ngram_size": 3, "typical_p": 0.9}
+    lines = [
+        request("line", **rules),
+        {"id": "column", "prompt": "p", **rules},
+        {"id": "cell", "prompt": "p", "sampling_params": rules},
+    ]
+    for number, line in enumerate(lines):
+        source = write_lines(tmp_path / f"{number}.jsonl", line)
+        (found,) = params(open_job(str(source), chat))
+        assert json.loads(found.rules) == rules, line
+    source = write_lines(tmp_path / "off.jsonl", request("a", repetition_penalty=1.0))
+    batch = first_batch(open_job(str(source), chat))
+    own = resolve_sampling(chat.sampling, {"repetition_penalty": 1.3}, batch.overrides[0])
+    assert json.loads(own.rules) == {"repetition_penalty": 1.0}
+
+
+def test_columns_named_like_settings_of_other_tools_are_named(
+    tmp_path: Path, chat: JobSettings
+) -> None:
+    """Seen red: ignored in silence."""
+    names = ["do_sample", "max_length", "stop_sequences", "system_prompt", "num_return_sequences"]
+    source = write(tmp_path / "in.parquet", prompt=["p"], **{name: ["x"] for name in names})
+    (note,) = open_job(str(source), chat).source.columns.describe()
+    assert note.endswith(f"the columns {', '.join(names)}")
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+def test_a_setting_that_is_no_number_says_so(tmp_path: Path, chat: JobSettings, name: str) -> None:
+    """Seen red: " mean the same and differ"."""
+    source = write(tmp_path / "in.parquet", prompt=["p"], sampling_params=[f'{{"{name}": NaN}}'])
+    job = open_job(str(source), chat)
+    (bad,) = job.preparation().prepare(first_batch(job)).rejected.values()
+    assert bad.message.startswith(name)
+
+
+def test_a_rule_of_the_wrong_kind_is_its_rows_error(tmp_path: Path, chat: JobSettings) -> None:
+    lines = [{"prompt": "p", "repetition_penalty": 0}, {"prompt": "p", "no_repeat_ngram_size": 1.5}]
+    for line in lines:
+        job = open_job(str(write_lines(tmp_path / f"{len(line)}.jsonl", line)), chat)
+        rows = list(job.preparation().prepare(first_batch(job)).rejected.values())
+        assert [bad.error_type for bad in rows] == ["BadSamplingParams"]
+        assert list(line)[1] in rows[0].message
 
 
 def test_a_column_wins_over_sampling_params(tmp_path: Path, chat: JobSettings) -> None:

@@ -85,8 +85,13 @@ def _audit(
         raise UsageError("the echo engine has no model to compare with; run with --engine prefix")
     _check_complete(directory)
     ran = EngineCapabilities.recorded(directory.read_manifest().get("engine", {}))
-    encoder = Encoder.load(settings.audit_encoder)
     candidates = candidate_rows(directory.scan())
+    if candidates.is_empty():
+        raise UsageError(
+            f"no row of {directory.name} was answered, so there is nothing to audit; "
+            "failed.parquet in it says why"
+        )
+    encoder = Encoder.load(settings.audit_encoder)
     seed = seed_of_output(directory)
     chosen = _choose(job, candidates, settings, seed, encoder)
     observer.say(f"auditing {len(chosen)} of {len(candidates)} rows against plain full prefill")

@@ -251,7 +251,8 @@ def _plan(input: str, settings: JobSettings, observer: Observer) -> PlannedJob:
     observer.close()
     if planned.job.source.summary:
         say(planned.job.source.summary)
-    say(planned.job.describe())
+    for line in planned.job.describe():
+        say(line)
     return planned
 
 

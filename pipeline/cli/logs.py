@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 from dataclasses import asdict
-from typing import TextIO
+from typing import Any, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 
@@ -18,6 +19,7 @@ from pipeline.job.observer import Observer, Planning, SilentObserver, Snapshot
 from pipeline.visible import visible, visible_json
 
 _logger = logging.getLogger("coppice")
+_OURS = ("coppice", "pipeline", "kvcoppice", "flows")
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
@@ -43,7 +45,17 @@ def log_to_stderr(log_format: str = "text") -> str:
     _logger.addHandler(handler)
     _logger.setLevel(logging.INFO if log_format == "json" else logging.WARNING)
     _logger.propagate = False
+    logging.setLogRecordFactory(_record_of_others)
     return log_format
+
+
+def _record_of_others(name: str, *args: Any, **fields: Any) -> logging.LogRecord:
+    """What a library logs by a handler of its own may quote a file of anybody's."""
+    record = logging.LogRecord(name, *args, **fields)
+    if name.partition(".")[0] not in _OURS:
+        with suppress(Exception):  # a message and arguments that do not fit are not ours to judge
+            record.msg, record.args = visible(record.getMessage(), lines=True), None
+    return record
 
 
 def log_error(error: CoppiceError) -> None:

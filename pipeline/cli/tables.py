@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.audit.gate import WHY_NOT
 from pipeline.cli.progress import format_bytes, format_duration
 from pipeline.cli.streams import writing
 from pipeline.visible import visible, visible_json
@@ -222,7 +223,7 @@ def status_table(state: Mapping[str, Any]) -> Rows:
     if state["eta_s"] is not None:
         rows.append(("ETA", format_duration(state["eta_s"])))
     if state["audit"] is not None:
-        rows.append(("audit", state["audit"]))
+        rows.append(("audit", WHY_NOT.get(state["audit"], state["audit"])))
     return rows
 
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 
+from pipeline.generation import ROW_RULES
 from pipeline.inputs.request_fields import (
     BESIDE,
     LIMITS,
@@ -119,7 +120,8 @@ def read_fields(fields: Mapping[str, object]) -> dict[str, object]:
     chosen: dict[str, object] = {}
     for name in filter(OBEYED.__contains__, said):
         value = _read_field(name, said[name])
-        if chosen.setdefault(OBEYED[name], value) != value:
+        before = chosen.setdefault(OBEYED[name], value)
+        if before is not value and before != value:  # NaN differs from itself
             both = " and ".join(limit for limit in LIMITS if limit in said)
             raise BadCell(f"{both} mean the same and differ; leave one of them")
     return chosen
@@ -167,7 +169,10 @@ def _stops(value: object) -> tuple[str, ...]:
 
 
 _INT64 = range(-(2**63), 2**63)
+_COUNTS = ("no_repeat_ngram_size", "min_new_tokens")
 _READERS: Mapping[str, tuple[str, Callable[[object], object]]] = {
+    **dict.fromkeys(ROW_RULES, ("a number", _number)),
+    **dict.fromkeys(_COUNTS, ("a whole number of 64 bits", _integer)),
     "max_new_tokens": ("a whole number of 64 bits", _integer),
     "temperature": ("a number", _number),
     "top_p": ("a number", _number),

@@ -6,9 +6,10 @@ import glob
 import hashlib
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +17,13 @@ from pyarrow import fs
 
 from pipeline.errors import InputError, NoInput
 from pipeline.inputs.input_objects import find_objects
-from pipeline.inputs.selection import Selection, search, select_matches
+from pipeline.inputs.selection import (
+    MATCHED_AGAIN,
+    Selection,
+    each_once,
+    search,
+    select_matches,
+)
 from pipeline.settings import StoreSettings
 from pipeline.storage.object_store import SCHEME, explain_read_fault, is_url
 
@@ -111,15 +118,20 @@ def find_input_files(argument: str | Path, store: StoreSettings | None = None) -
             files = [InputFile.local(place / name) for name in found.names]
             lacking = f"the folder {place} holds no *.parquet or *.jsonl file"
         else:
-            matches = glob.glob(str(argument), recursive=True)
-            found = select_matches(
-                str(argument), [m for m in matches if Path(m).is_file()], _beside(argument)
-            )
+            found = _match(argument)
             files = [InputFile.local(Path(name)) for name in found.names]
             lacking = f"there is no file, folder or match for {place}"
     if not files:
         raise NoInput(f"{lacking}{' to read' * bool(found.left_out)}; check the path")
     return _summed_up(argument, files, found)
+
+
+def _match(pattern: str | Path) -> Selection:
+    matches = [m for m in glob.glob(str(pattern), recursive=True) if Path(m).is_file()]
+    once = each_once(matches)
+    found = select_matches(str(pattern), once, _beside(pattern))
+    again = Counter({MATCHED_AGAIN: len(matches) - len(once)})
+    return replace(found, left_out=found.left_out + again)
 
 
 def _beside(pattern: str | Path) -> list[str]:

@@ -26,7 +26,7 @@ from pipeline.inputs.template_renderer import Renderer, make_environment
 
 # What Python says of code that nests too deeply, or of a number that is too long.
 _MOST_SECONDS = 10.0  # for a row
-_MOST_SLOW_ROWS = 10
+_MOST_SLOW_ROWS = 10  # one after another
 _GRACE_S = 1.0  # before a single step that does not end is ended with its process
 
 
@@ -111,11 +111,12 @@ class PromptTemplate:
 
     def _text(self, result: str | Fault | Ended) -> str | BadCell:
         if isinstance(result, str):
+            self._num_slow = 0
             return result
         if isinstance(result, Ended):
             taken = f"takes over {_MOST_SECONDS:g} s" if result.is_slow else "takes all memory"
             result = Fault(f"the template {taken} on this row", result.is_slow)
-        self._num_slow += result.is_slow
+        self._num_slow = self._num_slow + 1 if result.is_slow else 0
         if self._num_slow >= _MOST_SLOW_ROWS:
             raise UsageError(
                 f"{self._name} takes over {_MOST_SECONDS:g} s on row after row; simplify it"

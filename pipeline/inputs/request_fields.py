@@ -1,7 +1,7 @@
 """The fields of a request, with the meaning that OpenAI and vLLM give them. Knows no rows' cells.
 
 ```
- obeyed    temperature, max_tokens, ...      become fields of SamplingParams
+ obeyed    temperature, min_p, ...           become fields of SamplingParams, or its rules
  refused   n, tools, response_format, ...    change the answer: refused, but for a neutral value
  beside    user, metadata, store, ...        change no answer: left out
 ```
@@ -12,11 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
+from pipeline.generation import ROW_RULES
+
 LIMITS = ("max_new_tokens", "max_completion_tokens", "max_tokens", "max_output_tokens")
 """All of them mean `max_new_tokens`."""
-_SAME = ("temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
+_SAME = ("temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", *ROW_RULES)
 OBEYED: Mapping[str, str] = dict.fromkeys(LIMITS, "max_new_tokens") | {n: n for n in _SAME}
-"""Field of a request -> field of SamplingParams."""
+"""Field of a request -> what `resolve_sampling` takes."""
 BESIDE = frozenset(
     (
         "metadata", "user", "store", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -39,9 +41,11 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "chat_template": _EMPTY,
     "chat_template_kwargs": _EMPTY,
     "continue_final_message": _FALSE,
+    "do_sample": (),
     "documents": _EMPTY,
     "early_stopping": _FALSE,
     "echo": _FALSE,
+    "extra_body": _EMPTY,
     "frequency_penalty": _ZERO,
     "function_call": ("none", "auto"),
     "functions": _EMPTY,
@@ -54,31 +58,32 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "logit_bias": _EMPTY,
     "logits_processors": _EMPTY,
     "logprobs": (False, 0),
-    "min_new_tokens": _ZERO,
-    "min_p": _ZERO,
+    "max_length": (),
+    "min_length": _ZERO,
     "min_tokens": _ZERO,
     "modalities": (["text"],),
     "n": _ONE,
-    "no_repeat_ngram_size": _ZERO,
     "num_beams": _ONE,
+    "num_return_sequences": _ONE,
     "prediction": _EMPTY,
     "presence_penalty": _ZERO,
     "prompt_logprobs": _ZERO,
     "reasoning_effort": ("none",),
-    "repetition_penalty": _ONE,
     "response_format": ({"type": "text"}, *_EMPTY),
     "skip_special_tokens": _TRUE,
     "spaces_between_special_tokens": _TRUE,
+    "stop_sequences": _EMPTY,
     "stop_token_ids": _EMPTY,
     "stream": _FALSE,
     "structured_outputs": _EMPTY,
     "suffix": _EMPTY,
+    "system": _EMPTY,
+    "system_prompt": _EMPTY,
     "thinking": ({"type": "disabled"}, *_EMPTY),
     "tool_choice": ("none", "auto"),
     "tools": _EMPTY,
     "top_logprobs": _ZERO,
     "truncate_prompt_tokens": (),
-    "typical_p": _ONE,
     "use_beam_search": _FALSE,
     "verbosity": ("medium",),
     "web_search_options": (),
@@ -87,8 +92,9 @@ REFUSED = frozenset(_NEUTRAL)
 """Change the answer in a way that coppice cannot do."""
 AMBIGUOUS = frozenset(
     (
-        "audio", "documents", "echo", "functions", "modalities", "n", "prediction", "stream",
-        "suffix", "thinking", "verbosity",
+        "audio", "do_sample", "documents", "echo", "extra_body", "functions", "max_length",
+        "min_length", "modalities", "n", "num_return_sequences", "prediction", "stop_sequences",
+        "stream", "suffix", "system", "system_prompt", "thinking", "verbosity",
     )
 )  # fmt: skip
 """Names that a column of a table may have without being a field of a request."""

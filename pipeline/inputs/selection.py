@@ -18,6 +18,9 @@ ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
 HIDDEN = "with a name or a folder that begins with _ or ."
 OUTPUTS = "written by coppice itself"
 LINKED_AGAIN = "linked folders that are read already"
+MATCHED_AGAIN = "matched again by way of a linked folder"
+IN_CAPITALS = "whose ending is not in small letters"
+BROKEN = "that link to nothing"
 _PLAN_FILES = {"plan.parquet", "tree.parquet", "summary.json"}
 
 
@@ -39,12 +42,14 @@ def select(names: Collection[str]) -> Selection:
     """Of the names of all files below a folder, relative to it, those that are rows."""
     own = _own_folders(names)
     chosen, left_out = [], Counter[str]()
-    for name in sorted(name for name in names if name.endswith(ENDINGS)):
+    for name in sorted(name for name in names if name.lower().endswith(ENDINGS)):
         path = PurePosixPath(name)
         if any(part[0] in "._" for part in path.parts):
             left_out[HIDDEN] += 1
         elif own and any(str(folder) in own for folder in path.parents):
             left_out[OUTPUTS] += 1
+        elif not name.endswith(ENDINGS):
+            left_out[IN_CAPITALS] += 1
         else:
             chosen.append(name)
     return Selection(tuple(chosen), left_out)
@@ -65,15 +70,15 @@ def _own_folders(names: Collection[str]) -> set[str]:
 
 def search(top: Path) -> Selection:
     """Of all files below a folder of this machine, linked folders included. Raises OSError."""
-    names, again = _walk(top)
+    names, links = _walk(top)
     found = select(names)
-    return replace(found, left_out=found.left_out + Counter({LINKED_AGAIN: again}))
+    return replace(found, left_out=found.left_out + links)
 
 
-def _walk(top: Path) -> tuple[list[str], int]:
-    """Names of all files, and how many folders links lead to once more: perhaps for ever."""
+def _walk(top: Path) -> tuple[list[str], Counter[str]]:
+    """Names of all files, and how many links lead to nothing, or once more to a folder."""
     names: list[str] = []
-    again = 0
+    links = Counter[str]()
     seen = {_identity(top)}
     for folder, folders, files in os.walk(top, followlinks=True, onerror=_raise):
         here = Path(folder)
@@ -81,11 +86,13 @@ def _walk(top: Path) -> tuple[list[str], int]:
             identity = _identity(here / inner)
             if identity in seen:
                 folders.remove(inner)
-                again += 1
+                links[LINKED_AGAIN] += 1
             seen.add(identity)
         prefix = "" if here == top else f"{here.relative_to(top).as_posix()}/"
         names += [prefix + name for name in files if os.path.isfile(here / name)]
-    return names, again
+        rows = [name for name in files if name.endswith(ENDINGS)]
+        links[BROKEN] += sum(not os.path.exists(here / name) for name in rows)
+    return names, links
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -116,6 +123,16 @@ def select_matches(pattern: str, paths: Collection[str], below: Collection[str])
         else:
             chosen.append(path)
     return Selection(tuple(chosen), left_out)
+
+
+def each_once(paths: Collection[str]) -> list[str]:
+    """Each file of this machine by its shortest path: links let `**` go round in circles."""
+    shortest_first = sorted(paths, key=lambda path: (path.count("/"), path))
+    places: dict[tuple[str, str], str] = {}
+    for path in shortest_first:
+        folder, name = os.path.split(path)
+        places.setdefault((os.path.realpath(folder), name), path)
+    return list(places.values())
 
 
 def fixed_parts(pattern: str) -> int:

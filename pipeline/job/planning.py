@@ -93,9 +93,9 @@ class Job:
         shown = ", ".join(f"{name}={value}" for name, value in said.items())
         return f"generation defaults of the model: {shown or 'none'}{now}"
 
-    def describe(self) -> str:
+    def describe(self) -> list[str]:
         """What a person should know before it runs, a line each."""
-        return "\n".join([self.describe_generation(), *self.source.columns.describe()])
+        return [self.describe_generation(), *self.source.columns.describe()]
 
     @property
     def rules(self) -> str:
@@ -254,11 +254,19 @@ def plan_for_a_person(job: Job, keep_rows: bool = False, watch: Watch = ignore) 
     return replace(planned, summary=summary)
 
 
-def sample_prompts(planned: PlannedJob) -> list[str]:
+def warn_of(planned: PlannedJob) -> list[str]:
+    """What a person should know of a few prompts before a run: a sentence, or nothing."""
+    warning = planned.job.tokenizer.looks_rendered(sample_prompts(planned, 64, 64))
+    return [warning] if warning else []
+
+
+def sample_prompts(
+    planned: PlannedJob, num_rows: int = SAMPLE_ROWS, num_tokens: int = SAMPLE_CHARACTERS
+) -> list[str]:
     """Beginnings of some prompts, evenly spaced, as their token ids spell them."""
     table = planned.plan.table
-    rows = range(0, len(table), -(-len(table) // SAMPLE_ROWS))
-    ids = [table[row][:SAMPLE_CHARACTERS].tolist() for row in rows if table.lengths[row]]
+    rows = range(0, len(table), max(1, -(-len(table) // num_rows)))
+    ids = [table[row][:num_tokens].tolist() for row in rows if table.lengths[row]]
     decoded = call_by_halves(planned.job.tokenizer.decode_batch, ids)
     return [
         text[:SAMPLE_CHARACTERS]

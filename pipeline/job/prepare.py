@@ -92,7 +92,7 @@ class Preparation:
                 self._resolved[key] = resolve_sampling(
                     self._sampling, self._generation_config, override
                 )
-            except (ValueError, TypeError) as error:
+            except ValueError as error:  # ours, and quotes no text of the row
                 return Rejected(row, "BadSamplingParams", str(error))
             except Exception as error:
                 reason = sentence("the sampling parameters cannot be used", error)

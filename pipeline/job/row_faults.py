@@ -21,7 +21,7 @@ def call_by_halves(
 
     Where it fails on one item alone, the error stands for the result.
     """
-    stack = [(0, len(items))]
+    stack = [(0, len(items))] if len(items) else []
     while stack:
         low, high = stack.pop()
         try:

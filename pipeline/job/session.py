@@ -33,7 +33,7 @@ from pipeline.job.answers import AnswerWriter, stop_check
 from pipeline.job.channel import Stages
 from pipeline.job.observer import Observer, Snapshot
 from pipeline.job.outcome import RunOutcome, count_committed, count_reasons
-from pipeline.job.planning import PlannedJob
+from pipeline.job.planning import PlannedJob, warn_of
 from pipeline.job.recycling import recycling
 from pipeline.job.stopping import StopRequest
 from pipeline.job.watchdog import Watchdog
@@ -88,10 +88,8 @@ class Session:
             with self._watchdog.excused():
                 engine = loading.result()
             gc.freeze()  # the model's objects live on; a full collection over them costs a step
-            self._observer.say(self._header())
-            self._observer.say(self._planned.job.describe())
-            for note in engine.notes:
-                self._observer.say(note)
+            for line in (*self._describe(), *engine.notes):
+                self._observer.say(line)
             recycled = recycling(engine, self._planned, self._sequences, self._observer)
             with self._stop.listening(), recycled as states:
                 self._answer_rows(engine, EngineHooks(kv_states=states))
@@ -105,6 +103,9 @@ class Session:
         finally:
             gc.unfreeze()  # or nothing of it is ever freed, and libraries complain of it at exit
             self._observer.close()
+
+    def _describe(self) -> list[str]:
+        return [self._header(), *self._planned.job.describe(), *warn_of(self._planned)]
 
     def _header(self) -> str:
         total, unique = self._planned.count_tokens()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.audit.gate import current_verdict
 from pipeline.errors import RunDirectoryError
 from pipeline.job.planning_watch import read_note
 from pipeline.settings import StoreSettings
 from pipeline.storage.metrics_log import last_metrics
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import Place, reading_run
-from pipeline.storage.summaries import AUDIT_SUMMARY
 
 _UNKNOWN: dict[str, Any] = {
     "status": "planning", "rows": 0, "rows_done": 0, "rows_failed": 0, "rows_left": 0,
@@ -23,8 +23,9 @@ def read_status(place: Place, store: StoreSettings | None = None) -> dict[str, A
     """Rows by outcome, and the last rates that a session noted (None before the first note).
 
     `eta_s` is there only while the job is planned or running. While it is planned, `rows_read`
-    says how far that is; the run need not exist yet. Raises RunDirectoryError if there is no run,
-    StorageError if it was complete and is not any more.
+    says how far that is; the run need not exist yet. `audit`: what `job/gate.py` finds of a
+    complete run. Raises RunDirectoryError if there is no run, StorageError if it was complete and
+    is not any more.
     """
     note = read_note(place)
     try:
@@ -56,7 +57,6 @@ def _describe(directory: RunDirectory) -> dict[str, Any]:
     rows = manifest.get("input", {}).get("rows", 0) if planned is None else len(planned)
     done = answered + failed
     last = last_metrics(root)
-    audit = AUDIT_SUMMARY.read(root)
     rows_per_s = last.get("rows_per_s")
     # A session that was killed could not say so itself.
     died = manifest["status"] == "running" and directory.is_abandoned
@@ -72,6 +72,6 @@ def _describe(directory: RunDirectory) -> dict[str, Any]:
         "decode_tokens_per_s": last.get("decode_tokens_per_s"),
         "eta_s": (rows - done) / rows_per_s if status == "running" and rows_per_s else None,
         "at": last.get("at"),
-        "audit": audit and audit["verdict"],
+        "audit": current_verdict(directory) if directory.is_sealed else None,
         "counters": manifest["counters"],
     }

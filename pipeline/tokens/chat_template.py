@@ -26,7 +26,7 @@ from pipeline.records import Message
 from pipeline.tokens.chat_renderer import CLOCK_NAME, ChatRenderer, make_environment
 
 _MOST_SECONDS = 10.0  # for a conversation
-_MOST_SLOW_ROWS = 10
+_MOST_SLOW_ROWS = 10  # one after another
 _GRACE_S = 1.0  # before a single step that does not end is ended with its process
 _SHOWN_CHARACTERS = 32  # of a role
 _END_OF_REASONING = "</think>"
@@ -98,13 +98,14 @@ class ChatTemplate:
 
     def _text(self, messages: list[Message], result: str | Fault | Ended) -> str | TemplateFault:
         if isinstance(result, str):
+            self.num_slow = 0
             missing = find_missing(messages, result)
             return result if missing is None else TemplateFault(missing)
         if isinstance(result, Ended):
             taken = f"over {_MOST_SECONDS:g} s" if result.is_slow else "all memory"
             message = f"the chat template takes {taken} on this conversation"
             result = Fault(message, result.is_slow)
-        self.num_slow += result.is_slow
+        self.num_slow = self.num_slow + 1 if result.is_slow else 0
         if self.num_slow >= _MOST_SLOW_ROWS:
             raise UsageError(
                 f"the chat template takes over {_MOST_SECONDS:g} s on row after row; "

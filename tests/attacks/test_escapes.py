@@ -7,7 +7,9 @@ that set a title, clear the screen, reverse the text or break the line.
 from __future__ import annotations
 
 import json
+import logging
 import re
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.audit.similarity import Encoder
+from pipeline.cli.logs import log_to_stderr
 from pipeline.errors import CoppiceError
 from pipeline.visible import visible, visible_json
 from tests.cli.test_app import Shell
@@ -126,6 +129,20 @@ def test_an_owner_of_a_lock_cannot_act_on_the_terminal(
     out.mkdir()
     (out / ".lock").write_text(f"process 999999 on {EVIL}\n")
     assert shell("run", str(source), "-o", str(out), "--model", str(model)) == 0
+
+
+def test_what_a_library_logs_by_itself_acts_on_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen red: transformers quotes the `model_type` of a config on its own handler."""
+    monkeypatch.setattr(logging, "_logRecordFactory", logging.LogRecord)
+    log_to_stderr()
+    other = logging.getLogger("transformers.models")
+    handler = logging.StreamHandler(sys.stderr)
+    other.addHandler(handler)
+    other.warning("a model of type %s\nand more", "\x1b[2Jx")
+    other.removeHandler(handler)
+    assert "a model of type \\x1b[2Jx\nand more" in capsys.readouterr().err
 
 
 def test_an_error_of_ours_acts_on_nobody_wherever_it_is_shown() -> None:

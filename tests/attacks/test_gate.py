@@ -17,6 +17,7 @@ import pytest
 
 from pipeline.audit.auditing import audit_run
 from pipeline.audit.gate import current_verdict
+from pipeline.cli.tables import status_table
 from pipeline.errors import CoppiceError, RunDirectoryError, StorageError
 from pipeline.inputs.conversion import convert
 from pipeline.job.status import read_status
@@ -174,6 +175,17 @@ def test_a_verdict_that_its_rows_do_not_bear_out_publishes_nothing(
     assert audited.days_published() == []
     audited.say(publish="published")
     assert audited.sit()[0].state == "completed" and audited.days_published()
+
+
+def test_status_says_no_pass_that_publish_would_not_believe(
+    audited: NightlyJob,
+) -> None:
+    """Seen red: "audit pass" though `audit.parquet` was gone."""
+    run = audited.run_directory()
+    assert read_status(run)["audit"] == "pass"
+    (run / "audit" / "audit.parquet").unlink()
+    assert read_status(run)["audit"] == "unfounded"
+    assert dict(status_table(read_status(run)))["audit"].endswith("do not bear out its verdict")
 
 
 def test_forged_counters_are_counted_again(audited: NightlyJob) -> None:

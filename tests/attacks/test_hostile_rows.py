@@ -16,15 +16,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import InputError
+from pipeline.audit.auditing import audit_run
+from pipeline.errors import InputError, UsageError
 from pipeline.generation import resolve_sampling
 from pipeline.job.planning import open_job, plan_rows
 from pipeline.job.prepare import Preparation
 from pipeline.run import plan_job, run_job, validate_input
-from pipeline.settings import JobSettings
+from pipeline.settings import AuditSettings, JobSettings
 from pipeline.tokens.answer_text import AnswerText
 from pipeline.tokens.tokenizer import PromptTokenizer
-from tests.tiny_job import answers, echo_settings, write_tokenizer
+from tests.tiny_job import answers, echo_settings, write_model, write_tokenizer
 
 CANARY = "canary"
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -265,16 +266,43 @@ class PanicException(BaseException):
 PanicException.__module__ = "pyo3_runtime"
 
 
-def refuse_one(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException, bad: Any) -> None:
-    """Let the tokenizer's method raise where `bad` is among what it is given."""
-    whole = getattr(PromptTokenizer, name)
+@pytest.mark.parametrize("num_good", [0, 1])
+def test_a_part_of_failed_rows_alone_is_written(tmp_path: Path, num_good: int) -> None:
+    """Seen red: "unexpected IndexError", after all others were answered, and at each resume."""
+    prompts = ["", None] * 3 + ["good"] * num_good
+    pq.write_table(pa.table({"prompt": pa.array(prompts, "string")}), tmp_path / "in.parquet")
+    settings = job(tmp_path, rows_per_part=2, fail_on_error="6")
+    outcome = run_job(str(tmp_path / "in.parquet"), tmp_path / "out", settings)
+    assert (outcome.rows_failed, outcome.counters["rows_ok"]) == (6, num_good)
+    assert answers(tmp_path / "out")["error_type"].to_list()[:2] == ["EmptyPrompt", "NullPrompt"]
 
-    def method(self: PromptTokenizer, items: Sequence[Any], *rest: Any) -> Any:
-        if bad in [tuple(item) if isinstance(item, list) else item for item in items]:
+
+def test_an_audit_of_failed_rows_alone_says_that_there_is_nothing_to_audit(tmp_path: Path) -> None:
+    """Seen red: "unexpected ValueError", of a run that had ended well."""
+    pq.write_table(pa.table({"prompt": ["", ""]}), tmp_path / "in.parquet")
+    flat = {"model": str(write_model(tmp_path / "model")), "fail_on_error": "2"}
+    run_job(str(tmp_path / "in.parquet"), tmp_path / "out", JobSettings.from_flat(flat))
+    with pytest.raises(UsageError, match=r"no row of .*out was answered.*failed\.parquet"):
+        audit_run(tmp_path / "out", AuditSettings())
+
+
+def refuse_one(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    error: BaseException,
+    bad: Any,
+    of: type = PromptTokenizer,
+) -> None:
+    """Let the method raise where `bad` is among what it is given."""
+    whole = getattr(of, name)
+
+    def method(self: Any, *given: Any) -> Any:
+        lists = [items for items in given if isinstance(items, Sequence)]
+        if bad in [i if isinstance(i, str) else tuple(i) for items in lists for i in items]:
             raise error
-        return whole(self, items, *rest)
+        return whole(self, *given)
 
-    monkeypatch.setattr(PromptTokenizer, name, method)
+    monkeypatch.setattr(of, name, method)
 
 
 RAISED = [PanicException("canary"), RuntimeError("canary"), MemoryError(), KeyError("canary")]
@@ -299,14 +327,7 @@ def test_an_answer_that_is_no_text_is_its_rows_error(
     tokenizer = PromptTokenizer.load(str(model), None, job(tmp_path).tokens)
     bad = tuple(tokenizer.encode_batch(["dad"]).flat.tolist()[::-1])
     refuse_one(monkeypatch, "decode_batch", error, bad)
-    whole = AnswerText.decode
-
-    def decode(self: AnswerText, prompts: Any, answers: Any, stops: Any) -> list[str]:
-        if bad in [tuple(answer) for answer in answers]:
-            raise error
-        return whole(self, prompts, answers, stops)
-
-    monkeypatch.setattr(AnswerText, "decode", decode)
+    refuse_one(monkeypatch, "decode", error, bad, AnswerText)
     pq.write_table(pa.table({"prompt": between("good", "dad")}), tmp_path / "in.parquet")
     assert plan_job(str(tmp_path / "in.parquet"), job(tmp_path)).summary.rows == 3
     check(tmp_path / "in.parquet", tmp_path, "BadAnswer")

@@ -58,7 +58,7 @@ def test_extremes_that_are_allowed_run(tmp_path: Path) -> None:
     extremes: list[dict[str, Any]] = [
         {"temperature": 1e-308}, {"temperature": 1e-5}, {"temperature": 100.0},
         {"temperature": 1.0, "top_p": 5e-324}, {"temperature": 1.0, "top_k": 2**31 - 1},
-        {"temperature": 1.0, "seed": -(10**30)}, {"max_new_tokens": 2**31 - 1},
+        {"temperature": 1.0, "seed": -(2**63)}, {"max_new_tokens": 2**31 - 1},
     ]  # fmt: skip
     cells = [json.dumps(extreme) for extreme in extremes]
     path = write_prompts(tmp_path / "p.parquet", ["hello"] * len(cells), sampling_params=cells)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.inputs.input_files import find_input_files
 from pipeline.inputs.reader import open_source
 from pipeline.inputs.selection import HIDDEN, OUTPUTS, search, select
 from pipeline.run import run_job
@@ -62,6 +63,26 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     found = search(folder)
     assert found.names == ("a.parquet", "link/b.parquet")
     assert found.describe() == "2 files are read; left out: 2 linked folders that are read already"
+
+
+def test_a_pattern_reads_a_file_once_though_links_go_in_circles(tmp_path: Path) -> None:
+    """Seen red: a folder that links to itself gave each row forty times."""
+    write_prompts(tmp_path / "a.parquet", ["a"])
+    (tmp_path / "loop").symlink_to(tmp_path)
+    found = find_input_files(f"{tmp_path}/**/*.parquet")
+    assert [file.name for file in found.files] == [f"{tmp_path}/a.parquet"]
+    assert "matched again by way of a linked folder" in found.summary
+
+
+def test_files_that_are_nearly_rows_are_counted(tmp_path: Path) -> None:
+    """Seen red: left out in silence."""
+    write_prompts(tmp_path / "a.parquet", ["a"])
+    write_prompts(tmp_path / "B.PARQUET", ["b"])
+    (tmp_path / "c.parquet").symlink_to(tmp_path / "gone")
+    said = search(tmp_path).describe()
+    assert said == (
+        "1 file is read; left out: 1 that link to nothing, 1 whose ending is not in small letters"
+    )
 
 
 def test_what_is_read_is_said_with_counts(tmp_path: Path) -> None:

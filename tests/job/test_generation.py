@@ -16,6 +16,7 @@ from pipeline.audit.auditing import audit_run
 from pipeline.audit.similarity import Encoder
 from pipeline.errors import CoppiceError, RunDirectoryError, UsageError
 from pipeline.generation import GenerationRules
+from pipeline.job.observer import SilentObserver
 from pipeline.model import identity as fingerprint
 from pipeline.run import plan_job, run_job, validate_input
 from pipeline.settings import AuditSettings, JobSettings
@@ -117,6 +118,9 @@ def test_what_cannot_be_done_is_refused_before_anything_ran(
         ({"bad_words_ids": [[-1]]}, "token id -1"),
         ({"repetition_penalty": -1.0}, "repetition_penalty"),
         ({"no_repeat_ngram_size": "x"}, "no_repeat_ngram_size"),
+        ({"stop_strings": 5}, "stop must be a text or a list of texts"),
+        ({"stop_strings": {"x": 1}}, "stop must be a text or a list of texts"),
+        ({"stop_strings": ["x", 5]}, "stop must be a text or a list of texts"),
     ],
 )
 def test_rules_that_make_no_sense_are_refused_before_anything_ran(
@@ -207,6 +211,16 @@ def test_numbers_beyond_what_can_be_counted_are_their_rows_errors(
     assert rows["error_type"].to_list() == ["BadSamplingParams", None, "BadSamplingParams", None]
 
 
+class Listening(SilentObserver):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+
 def test_a_prompt_that_looks_rendered_is_warned_of(tmp_path: Path) -> None:
     model = save_tokenizer(tmp_path / "m")
     path = str(write_prompts(tmp_path / "p.parquet", ["<|bos|><|im_start|>user\nhi", "hello"]))
@@ -214,6 +228,10 @@ def test_a_prompt_that_looks_rendered_is_warned_of(tmp_path: Path) -> None:
     assert "1 of 2 sampled prompts" in found["warning"]
     planned = plan_job(path, echo_settings(model))
     assert planned.summary.warning == found["warning"]
+    observer = Listening()
+    run_job(path, tmp_path / "out", echo_settings(model), observer=observer)
+    assert found["warning"] in observer.said
+    assert all(line.isprintable() for line in observer.said), "one sentence a line"
     parsing = echo_settings(model, parse_special_tokens=True)
     assert validate_input(path, parsing)["warning"] is None
 
