@@ -45,7 +45,7 @@ from pipeline.job.recycling import expected_hits
 from pipeline.job.session import Session
 from pipeline.job.stopping import StopRequest, interruptible
 from pipeline.job.watchdog import Watchdog
-from pipeline.model.identity import describe_versions, fingerprint_fields, identify_model
+from pipeline.model.identity import describe_versions, identify_model
 from pipeline.model.machine import cache_folder
 from pipeline.model.rates import recall_rates
 from pipeline.plan.summary import largest_nodes, tree_frame
@@ -57,11 +57,12 @@ from pipeline.storage.targets import check_apart, check_replaceable
 from pipeline.storage.writer import encode_parquet
 
 
-def make_executor(settings: JobSettings, make_engine: EngineFactory) -> Engine:
+def make_executor(job: Job, make_engine: EngineFactory) -> Engine:
     """Whatever computes the job's sequences: an engine here, or one that has workers elsewhere.
 
     Raises what `make_engine` raises, and UsageError without a cluster.
     """
+    settings = job.settings
     if settings.fleet.executor == "local":
         return make_engine(settings)
     try:
@@ -72,9 +73,9 @@ def make_executor(settings: JobSettings, make_engine: EngineFactory) -> Engine:
         ) from error
     from pipeline.executor.fleet import Fleet
 
-    rates = recall_rates(settings.model)
+    rates = recall_rates(settings.model, job.model_identity)
     weight = 1.0 if rates is None else rates.prefill_tokens_per_s / rates.decode_tokens_per_s
-    make = partial(make_worker_engine, make_engine, identify_model(settings.model))
+    make = partial(make_worker_engine, make_engine, job.model_identity)
     crew = RayCrew(_without_texts(settings), make, weight)
     try:
         return Fleet(crew, weight)
@@ -240,9 +241,6 @@ def _plan_and_run(
     settings = job.settings
     if job.source.summary:
         observer.say(job.source.summary)
-    fingerprint = fingerprint_fields(
-        settings, job.source.fingerprint(), job.tokenizer.fingerprint, job.rules
-    )
     description = describe_job(input, job)
 
     # A folder that refuses this job, or has it done, must say so before an hour of tokenising;
@@ -250,7 +248,7 @@ def _plan_and_run(
     # a model that is repaired afterwards does not meet the job of the broken one.
     def take() -> RunDirectory:
         copies = cache_folder() / "runs"
-        return take_run(output, settings.store, copies, fingerprint, description)
+        return take_run(output, settings.store, copies, job.fingerprint, description)
 
     if holds_run(output, settings.store):
         with take() as directory:
@@ -266,10 +264,10 @@ def _plan_and_run(
                 expected = counted if rows is None else len(rows)
                 directory.unseal(with_audit=len(directory.done_rows()) != expected)
             keep_system_prompt(directory, settings)
-            with loading_engine(settings, around) as loading:
+            with loading_engine(job, around) as loading:
                 planned = plan_rows(job, watch=watch.until_failure(loading))
                 return _sit(planned, directory, loading, around)
-    with loading_engine(settings, around) as loading:
+    with loading_engine(job, around) as loading:
         planned = plan_rows(job, watch=watch.until_failure(loading))
         with around.watchdog.excused():
             loading.result()
@@ -302,7 +300,7 @@ def write_report(output: Place, store: StoreSettings | None = None) -> dict[str,
 
 
 @contextmanager
-def loading_engine(settings: JobSettings, around: _Surroundings) -> Iterator[Future[Engine]]:
+def loading_engine(job: Job, around: _Surroundings) -> Iterator[Future[Engine]]:
     """Wait for the device and load the model, in another thread while this one reads and plans.
 
     The device is held until the end of the context.
@@ -311,10 +309,10 @@ def loading_engine(settings: JobSettings, around: _Surroundings) -> Iterator[Fut
     held = ExitStack()
 
     def load() -> Engine:
-        if settings.fleet.executor == "local":  # a cluster lends its devices itself
+        if job.settings.fleet.executor == "local":  # a cluster lends its devices itself
             check = around.stop.check_budget
-            held.enter_context(holding_device(settings, around.watch.observer, check, given_up))
-        executor = make_executor(settings, around.make_engine)
+            held.enter_context(holding_device(job.settings, around.watch.observer, check, given_up))
+        executor = make_executor(job, around.make_engine)
         held.callback(executor.close)
         return executor
 

@@ -23,6 +23,7 @@ from pipeline.errors import (
 )
 from pipeline.inputs.conversion import convert
 from pipeline.job.status import read_status
+from pipeline.model import identity
 from pipeline.run import plan_job, run_job, validate_input, write_plan
 from pipeline.settings import JobSettings
 from tests.tiny_job import PROMPTS, answers, echo_settings, write_model, write_prompts
@@ -488,3 +489,21 @@ def test_too_many_failed_rows_stay_too_many_on_a_second_call(
             run_job(str(source), tmp_path / "out", settings)
     more = echo_settings(tokenizer_folder, fail_on_error="2")
     assert run_job(str(source), tmp_path / "out", more).was_complete
+
+
+def test_a_job_reads_its_model_and_its_input_once_to_name_them(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen red: the files of the model were hashed four times, for a plan and the rates of it."""
+    hashed: list[Path] = []
+    whole = identity.hash_model_folder
+
+    def count(folder: Path) -> str:
+        hashed.append(folder)
+        return whole(folder)
+
+    monkeypatch.setattr(identity, "hash_model_folder", count)
+    source = write_prompts(tmp_path / "p.parquet", ["a question?", "a question too?"])
+    flat = {"model": str(model_folder), "max_new_tokens": 2, "kv_store": str(tmp_path / "kv")}
+    run_job(str(source), tmp_path / "out", JobSettings.from_flat(flat))
+    assert len(hashed) == 1

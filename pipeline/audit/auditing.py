@@ -40,7 +40,7 @@ from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.planning import Job, open_job, select_rows
 from pipeline.job.recorded import recall_settings
 from pipeline.job.stopping import interruptible
-from pipeline.model.identity import THREADS, fingerprint_fields
+from pipeline.model.identity import THREADS
 from pipeline.plan.plan import noise_key
 from pipeline.settings import AuditSettings, JobSettings, StoreSettings
 from pipeline.storage.run_directory import RunDirectory
@@ -158,9 +158,7 @@ def reopen_job(directory: RunDirectory, store: StoreSettings | None = None) -> J
     if store is not None:
         settings = settings.model_copy(update={"store": settings.store.overridden_by(store)})
     job = open_job(manifest["input"]["argument"], settings)
-    now = fingerprint_fields(
-        job.settings, job.source.fingerprint(), job.tokenizer.fingerprint, job.rules
-    )
+    now = job.fingerprint
     before = manifest["fingerprint"]
     if now["input"] != before.get("input"):
         raise InputError(

@@ -12,6 +12,7 @@ from pipeline.experiment.kept_prompts import KeptPrompt, read_kept_prompts
 from pipeline.experiment.subjects import encode_texts
 from pipeline.job.recycling import identify_states
 from pipeline.kvstore.identity import TokenIds
+from pipeline.model.identity import identify_model
 from pipeline.settings import JobSettings
 from pipeline.tokens.tokenizer import PromptTokenizer
 
@@ -52,7 +53,9 @@ def build_store(path: Path, settings: JobSettings, say: Callable[[str], None]) -
     _check_lengths(path, prompts, ids, context)
     loaded = load_model(settings.model)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    identity = identify_states(settings, tokenizer.fingerprint, dtype)
+    identity = identify_states(
+        settings, identify_model(settings.model), tokenizer.fingerprint, dtype
+    )
     decoder = GreedyDecoder(loaded.model, 1)
     stored = tokens = 0
     with KVStore.open(folder, identity, settings.recycle.kv_store_budget) as store:

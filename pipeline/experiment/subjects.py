@@ -15,6 +15,7 @@ from pipeline.experiment.depth import DepthSettings
 from pipeline.experiment.experiment import Subject
 from pipeline.job.recycling import identify_states
 from pipeline.kvstore.identity import Identity, TokenIds
+from pipeline.model.identity import identify_model
 from pipeline.settings import JobSettings, TokenSettings
 from pipeline.tokens.tokenizer import PromptTokenizer
 
@@ -109,7 +110,9 @@ def _real_subject(model: str, name: str, num_new: int, longest: int | None = Non
         decoder=GreedyDecoder(loaded.model, num_new),
         encode=lambda texts: encode_texts(tokenizer, texts),
         read=read,
-        identity=identify_states(settings, tokenizer.fingerprint, "float32"),
+        identity=identify_states(
+            settings, identify_model(settings.model), tokenizer.fingerprint, "float32"
+        ),
         context=context,
         longest=longest,
     )

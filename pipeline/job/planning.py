@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ from pipeline.job.rejections import describe_rejected
 from pipeline.job.row_faults import call_by_halves
 from pipeline.model.folder import check_model_folder
 from pipeline.model.hub import check_model_exists
-from pipeline.model.identity import describe_versions
+from pipeline.model.identity import describe_versions, fingerprint_fields, identify_model
 from pipeline.model.machine import cache_folder
 from pipeline.model.rates import recall_rates
 from pipeline.plan.plan import Plan, build_plan
@@ -77,6 +78,17 @@ class Job:
     tokenizer: PromptTokenizer
     shape: ModelShape | None
     fields: FieldSaving | None = None
+
+    @cached_property
+    def model_identity(self) -> dict[str, Any]:
+        """Which model it is, as of `identify_model`, which reads its files: once for a job."""
+        return identify_model(self.settings.model)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides the text of the answers; reads every byte of the input, once."""
+        hashes = {"input": self.source.fingerprint(), "tokenizer": self.tokenizer.fingerprint}
+        return fingerprint_fields(self.settings, self.model_identity, hashes, self.rules)
 
     @property
     def generation_config(self) -> dict[str, Any]:
@@ -241,7 +253,7 @@ def plan_for_a_person(job: Job, keep_rows: bool = False, watch: Watch = ignore) 
     fields, memory = job.fields, job.settings.plan.plan_memory
     if fields is None and job.source.fields and memory_needed(job.source) <= memory:
         fields = order_fields(job.source, memory, is_applied=False).saving
-    rates = None if job.shape is None else recall_rates(job.settings.model)
+    rates = None if job.shape is None else recall_rates(job.settings.model, job.model_identity)
     summary = replace(
         summary,
         advice=None if advice is None else advice.to_json(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
 from pipeline.job.observer import Observer
-from pipeline.job.planning import PlannedJob
-from pipeline.model.identity import describe_versions, identify_model
+from pipeline.job.planning import Job, PlannedJob
+from pipeline.model.identity import describe_versions
 from pipeline.model.machine import cpu_description
 from pipeline.model.rates import recall_rates
 from pipeline.plan.plan import Plan
@@ -69,14 +69,19 @@ def nodes_to_keep(
     return kept & (is_deep | has_deep)
 
 
-def identify_states(settings: JobSettings, tokenizer: str, dtype: str) -> Identity:
-    """What the KV of a job depends on besides its token ids. `dtype`: of the loaded weights."""
+def identify_states(
+    settings: JobSettings, identity: Mapping[str, Any], tokenizer: str, dtype: str
+) -> Identity:
+    """What the KV of a job depends on besides its token ids.
+
+    `identity`: of the model, as of `identify_model`; `dtype`: of the loaded weights.
+    """
     from pipeline.kvstore.identity import Identity
     from pipeline.model.shape import read_rope, read_shape
 
     model = settings.model
     shape = read_shape(model.model, model.revision)
-    content: dict[str, Any] = dict(identify_model(model))
+    content: dict[str, Any] = dict(identity)
     if settings.engine.fidelity == "strict":  # whose bits are those of one machine
         content["strict"] = [describe_versions(), cpu_description(), os.cpu_count()]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -109,8 +114,9 @@ def recycling(
     from pipeline.kvstore.connector import StoredStates
     from pipeline.kvstore.store import KVStore
 
-    identity = identify_states(settings, planned.job.tokenizer.fingerprint, kv.dtype)
-    least = least_depth(settings, identity, kv.bytes_per_token)
+    job = planned.job
+    identity = identify_states(settings, job.model_identity, job.tokenizer.fingerprint, kv.dtype)
+    least = least_depth(job, identity, kv.bytes_per_token)
     if least is None:
         observer.say("--kv-store is left out: here computing a prefix is faster than loading it")
         yield None
@@ -140,8 +146,9 @@ def expected_hits(planned: PlannedJob) -> dict[str, Any] | None:
     from pipeline.kvstore.store import KVStore
 
     dtype = shape.dtype if settings.model.dtype == "auto" else settings.model.dtype
-    identity = identify_states(settings, planned.job.tokenizer.fingerprint, dtype)
-    least = least_depth(settings, identity, shape.kv_bytes_per_token(dtype))
+    job = planned.job
+    identity = identify_states(settings, job.model_identity, job.tokenizer.fingerprint, dtype)
+    least = least_depth(job, identity, shape.kv_bytes_per_token(dtype))
     tokens = 0
     if least is not None and folder.is_dir():
         with KVStore.open(folder, identity, settings.recycle.kv_store_budget) as store:
@@ -167,14 +174,15 @@ def _count_stored(planned: PlannedJob, store: KVStore, least: int) -> int:
     return tokens
 
 
-def least_depth(settings: JobSettings, identity: Identity, bytes_per_token: int) -> int | None:
+def least_depth(job: Job, identity: Identity, bytes_per_token: int) -> int | None:
     """The break-even depth in tokens by what was measured here; None: loading never pays.
 
     1 on a machine that has not run the model yet.
     """
     from pipeline.kvstore.break_even import break_even_tokens, measure_load_cost
 
-    rates = recall_rates(settings.model)
+    settings = job.settings
+    rates = recall_rates(settings.model, job.model_identity)
     assert settings.recycle.kv_store is not None
     if rates is None:
         return 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,19 +28,19 @@ _PACKAGES = ("kvcoppice", "torch", "transformers", "tokenizers", "polars", "pyar
 
 
 def fingerprint_fields(
-    settings: JobSettings, input_hash: str, tokenizer: str, rules: str = ""
+    settings: JobSettings, model: Mapping[str, Any], hashes: Mapping[str, str], rules: str = ""
 ) -> dict[str, Any]:
     """The fingerprint as plain values; `settings` are those of the opened job.
 
-    `input_hash` and `tokenizer` are hashes made elsewhere. `rules`: of rows without fields of their
-    own, see `pipeline/generation.py`.
+    `model`: as of `identify_model`. `hashes`: of `input` and `tokenizer`. `rules`: of rows without
+    fields of their own, see `pipeline/generation.py`.
     """
     return {
-        "input": input_hash,
+        "input": hashes["input"],
         **settings.read.model_dump(mode="json", exclude={"template"}),
         "template": _hash_file(settings.read.template),
-        **identify_model(settings.model),
-        "tokenizer": tokenizer,
+        **model,
+        "tokenizer": hashes["tokenizer"],
         **settings.tokens.model_dump(include={"apply_chat_template", "parse_special_tokens"}),
         **_some("clock", settings.tokens.model_dump(mode="json")["clock"]),
         "system_prompt": _hash_text(settings.tokens.system_prompt),

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from pipeline.errors import CoppiceError
-from pipeline.model.identity import identify_model
 from pipeline.model.machine import cpu_description, private_cache
 from pipeline.settings import ModelSettings
 from pipeline.storage.durable import replace_file
@@ -62,10 +61,10 @@ def remember_rates(
         pass
 
 
-def recall_rates(settings: ModelSettings) -> Rates | None:
-    """What was kept for this model, type and device, or None."""
+def recall_rates(settings: ModelSettings, identity: Mapping[str, Any]) -> Rates | None:
+    """What was kept for this model, type and device, or None. `identity`: as above."""
     try:
-        place = _place(settings, identify_model(settings))
+        place = _place(settings, identity)
         return _SCHEMA.validate_json(place.read_bytes(), strict=True)
     except (OSError, ValueError, CoppiceError):
         return None

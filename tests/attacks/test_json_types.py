@@ -138,7 +138,7 @@ def test_wrong_rates_in_the_cache_are_no_rates(
     monkeypatch.setattr("pipeline.model.rates._place", lambda *_: place)
     said = {"prefill_tokens_per_s": value, "decode_tokens_per_s": 1.0, "measured_on": "today"}
     place.write_text(json.dumps(said))
-    assert recall_rates(ModelSettings(model=str(model_folder))) is None
+    assert recall_rates(ModelSettings(model=str(model_folder)), {}) is None
 
 
 def test_wrong_costs_in_the_cache_are_measured_again(tmp_path: Path) -> None:

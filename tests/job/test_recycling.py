@@ -198,7 +198,9 @@ def test_two_jobs_use_one_store_and_one_of_them_writes(nights: Nights) -> None:
     from pipeline.job.recycling import identify_states
 
     job = open_job(str(nights.root / "p1.parquet"), nights.settings())
-    identity = identify_states(job.settings, job.tokenizer.fingerprint, "float32")
+    identity = identify_states(
+        job.settings, job.model_identity, job.tokenizer.fingerprint, "float32"
+    )
     with KVStore.open(nights.store, identity, 1 << 30) as other:
         assert other.is_writer
         _, counters, said = nights.run([*PROMPTS, f"{SYSTEM}one more", f"{SYSTEM}one more?"])

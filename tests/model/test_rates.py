@@ -22,12 +22,15 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_remembered_is_recalled_for_the_same_model_only(model_folder: Path) -> None:
     settings = JobSettings.from_flat({"model": str(model_folder)}).model
-    assert recall_rates(settings) is None
+    assert recall_rates(settings, identify_model(settings)) is None
     remember_rates(settings, identify_model(settings), RUN)
-    rates = recall_rates(settings)
+    rates = recall_rates(settings, identify_model(settings))
     assert rates is not None
     assert (rates.prefill_tokens_per_s, rates.decode_tokens_per_s) == (2000.0, 200.0)
-    assert recall_rates(settings.model_copy(update={"dtype": "bfloat16"})) is None
+    assert (
+        recall_rates(settings.model_copy(update={"dtype": "bfloat16"}), identify_model(settings))
+        is None
+    )
     estimate = rates.estimate(1000, 100)
     assert (estimate["prefill_s"], estimate["decode_s"]) == (0.5, 0.5)
 
@@ -35,11 +38,11 @@ def test_what_is_remembered_is_recalled_for_the_same_model_only(model_folder: Pa
 def test_a_short_run_and_a_damaged_cache_say_nothing(model_folder: Path, tmp_path: Path) -> None:
     settings = JobSettings.from_flat({"model": str(model_folder)}).model
     remember_rates(settings, identify_model(settings), RUN | {"generated_tokens": 999})
-    assert recall_rates(settings) is None
+    assert recall_rates(settings, identify_model(settings)) is None
     remember_rates(settings, identify_model(settings), RUN)
     (place,) = (tmp_path / "cache").rglob("*.json")
     place.write_text('{"prefill_tokens_per_s": 1}')
-    assert recall_rates(settings) is None
+    assert recall_rates(settings, identify_model(settings)) is None
 
 
 def test_a_plan_estimates_from_the_last_run(tmp_path: Path, model_folder: Path) -> None:
@@ -52,4 +55,4 @@ def test_a_plan_estimates_from_the_last_run(tmp_path: Path, model_folder: Path) 
     assert estimate is not None
     assert estimate["prefill_s"] == pytest.approx(counters["prefill_s"])
     assert estimate["decode_s"] == pytest.approx(counters["decode_s"])
-    assert isinstance(recall_rates(settings.model), Rates)
+    assert isinstance(recall_rates(settings.model, identify_model(settings.model)), Rates)
