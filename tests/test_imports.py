@@ -56,13 +56,16 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.audit": _FIRST | _rooms("storage", "plan", "model", "engine", "job"),
     "pipeline.experiment": _FIRST
     | _rooms("storage", "inputs", "tokens", "model", "kvstore", "job", "audit.similarity"),
+    "pipeline.status": _FIRST | _rooms("storage", "job", "audit"),
     "pipeline.early_checks": _FIRST | _rooms("storage", "model", "audit.similarity"),
     "pipeline.run": _FIRST
     | _rooms("early_checks", "storage", "plan", "model", "engine", "executor", "job", "report"),
     "pipeline.night": _FIRST
     | _rooms("storage", "model.machine", "job", "report", "audit", "run", "settings_file"),
     "pipeline.cli": _FIRST
-    | _rooms("inputs", "kvstore", "job", "audit", "experiment", "run", "night", "settings_file"),
+    | _rooms(
+        "inputs", "kvstore", "job", "audit", "experiment", "run", "status", "night", "settings_file"
+    ),
     "pipeline.__main__": {"pipeline.cli"},
 }
 # heavy package -> where it may be imported

@@ -22,10 +22,10 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.inputs.conversion import convert
-from pipeline.job.status import read_status
 from pipeline.model import identity
 from pipeline.run import plan_job, run_job, validate_input, write_plan
 from pipeline.settings import JobSettings
+from pipeline.status import read_status
 from tests.tiny_job import PROMPTS, answers, echo_settings, write_model, write_prompts
 
 

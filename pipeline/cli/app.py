@@ -136,7 +136,7 @@ def status(
 ) -> None:
     """How far a job is; works while it runs."""
     from pipeline.cli.tables import print_json, print_table, status_table, watch_status
-    from pipeline.job.status import read_status, wait_for_status
+    from pipeline.status import read_status, wait_for_status
 
     store = merge_section(StoreSettings, flags)
     if watch and not json:

@@ -20,11 +20,11 @@ from pipeline.audit.gate import current_verdict
 from pipeline.cli.tables import status_table
 from pipeline.errors import CoppiceError, RunDirectoryError, StorageError
 from pipeline.inputs.conversion import convert
-from pipeline.job.status import read_status
 from pipeline.night.publication import publish_by_hand, publish_run
 from pipeline.night.state import read_state
 from pipeline.run import report_run
 from pipeline.settings import AuditSettings, StoreSettings
+from pipeline.status import read_status
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.schema import OUTPUT_FIELDS
 from pipeline.storage.writer import (

@@ -14,11 +14,11 @@ from pipeline.audit.auditing import describe_audit, reopen_job
 from pipeline.audit.gate import current_verdict
 from pipeline.errors import CoppiceError
 from pipeline.inputs.conversion import convert
-from pipeline.job.status import read_status
 from pipeline.model.rates import recall_rates
 from pipeline.night.publication import publish_by_hand
 from pipeline.run import report_run
 from pipeline.settings import ModelSettings, StoreSettings
+from pipeline.status import read_status
 from pipeline.storage.run_directory import RunDirectory
 from tests.night.job import DAY, NightlyJob
 

@@ -13,10 +13,10 @@ import pytest
 from pipeline.audit.auditing import audit_run
 from pipeline.errors import CoppiceError, RunDirectoryError
 from pipeline.inputs.conversion import convert
-from pipeline.job.status import read_status
 from pipeline.night.publication import publish_by_hand
 from pipeline.run import report_run
 from pipeline.settings import AuditSettings, StoreSettings
+from pipeline.status import read_status
 from pipeline.storage.manifest import new_manifest, parse_manifest
 from pipeline.storage.part_list import part_file
 from pipeline.storage.run_directory import RunDirectory

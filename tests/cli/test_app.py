@@ -12,8 +12,8 @@ import yaml
 from pipeline.audit.similarity import Encoder
 from pipeline.cli import app as cli
 from pipeline.cli.options import PANELS
-from pipeline.job.status import read_status
 from pipeline.settings import AuditSettings, JobSettings
+from pipeline.status import read_status
 from tests.tiny_job import write_model, write_prompts, write_tokenizer
 
 
@@ -300,7 +300,7 @@ def test_status_can_be_watched_until_the_job_ends(
         status = ("waiting", "planning", "running")[len(looks) - 1 : len(looks)]
         return state | ({"status": status[0]} if status else {})
 
-    monkeypatch.setattr("pipeline.job.status.wait_for_status", read)
+    monkeypatch.setattr("pipeline.status.wait_for_status", read)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert shell("status", str(out), "--watch") == 0
     assert len(looks) == 4

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.job.status import read_status
+from pipeline.status import read_status
 from tests.executor import ray_engines
 from tests.tiny_job import answers, write_prompts
 

@@ -17,12 +17,12 @@ from pipeline.engine.base import NO_HOOKS, EngineHooks, RunControl
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.errors import Stalled
 from pipeline.job.observer import SilentObserver
-from pipeline.job.status import read_status
 from pipeline.job.watchdog import Stillness, Watchdog, describe_threads
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
+from pipeline.status import read_status
 from tests.tiny_job import PROMPTS, FailingEngine, answers, echo_settings, on, write_prompts
 
 

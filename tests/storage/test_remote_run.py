@@ -18,9 +18,9 @@ from botocore.client import BaseClient
 from pipeline.engine.base import Engine
 from pipeline.errors import RunDirectoryError, StorageError, UsageError
 from pipeline.inputs.conversion import convert
-from pipeline.job.status import read_status
 from pipeline.run import report_run, run_job
 from pipeline.settings import JobSettings, StoreSettings
+from pipeline.status import read_status
 from pipeline.storage.remote_folder import RemoteFolder
 from pipeline.storage.remote_run import RemoteRun
 from pipeline.storage.run_directory import RunDirectory

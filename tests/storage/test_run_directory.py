@@ -19,7 +19,7 @@ import polars as pl
 import pytest
 
 from pipeline.errors import RunDirectoryError, StorageError
-from pipeline.job.status import read_status
+from pipeline.status import read_status
 from pipeline.storage.lock import is_abandoned
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.writer import write_part

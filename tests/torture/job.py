@@ -23,9 +23,9 @@ from pipeline.engine.base import EngineFactory
 from pipeline.engine.load import make_engine
 from pipeline.inputs import parquet_input
 from pipeline.job.checkpoint import Checkpoint
-from pipeline.job.status import read_status
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
+from pipeline.status import read_status
 from pipeline.storage.durable import is_temp
 from pipeline.storage.lock import LOCK_NAME
 from pipeline.storage.run_directory import SUCCESS_NAME, RunDirectory

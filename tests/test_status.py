@@ -15,9 +15,9 @@ import pytest
 from pipeline.errors import RunDirectoryError
 from pipeline.job.observer import Planning, SilentObserver
 from pipeline.job.planning_watch import PlanningWatch
-from pipeline.job.status import read_status, wait_for_status
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
+from pipeline.status import read_status, wait_for_status
 from tests.tiny_job import PROMPTS, write_prompts
 
 
