@@ -2,7 +2,7 @@
 
 ```
  Parquet ─► reader ─► tokenizer ─► radix tree ─► plan ─► engine ─► writer ─► audit ─► report
-            storage/   tokens/      plan/         plan/   engine/   storage/  audit/   report/
+            inputs/    tokens/      plan/         plan/   engine/   storage/  audit/   report/
 ```
 
 `pipeline.run` is the only module that knows this order; `pipeline.cli.app` wraps it for people, and

@@ -38,7 +38,7 @@ NO_INFLUENCE = {
     "return_dict_in_generate", "transformers_version",
     # a monotone change of all logits at once, after everything else
     "renormalize_logits",
-    # tokens: the end is read by `engine/model.py`, the others are of padding and of encoders
+    # tokens: the end is read by `model/model.py`, the others are of padding and of encoders
     "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id",
 }  # fmt: skip
 

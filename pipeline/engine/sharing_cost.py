@@ -1,7 +1,7 @@
 """From which size on it pays that rows share a span in decode, measured once and kept.
 
 A span of `p` tokens above G rows costs a kernel one more span when it is shared, and p * (G - 1)
-more keys when each row has a copy (ARCHITECTURE.md, Packed forwards). So it pays from
+more keys when each row has a copy (ARCHITECTURE.md, Attention over a tree). So it pays from
 
     p * (G - 1) >= (seconds of a span) / (seconds of a key)
 """

@@ -1,6 +1,6 @@
 """A job and the KV store of earlier ones: what it loads, what it leaves behind.
 
-Which prefixes are worth keeping and loading; `recycle/states.py` does it while the engine runs.
+Which prefixes are worth keeping and loading; `kvstore/connector.py` does it while the engine runs.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def cut_by_cost(plan: Plan, sequences_below: NDArray[np.int64], break_even: floa
     """The same plan with group nodes where sharing a span in decode pays on a device.
 
     `sequences_below`: [nodes] that will run; `break_even`: least span x (sequences below - 1), in
-    tokens, see the engine's cost model. What rows report of their groups stays as planned.
+    tokens, see `engine/sharing_cost.py`. What rows report of their groups stays as planned.
     """
     is_group, anchor_end, _ = _choose_groups(plan.tree, sequences_below, 1, break_even)
     return replace(plan, is_group=is_group, anchor_end=anchor_end)

@@ -1,1 +1,1 @@
-"""Parquet or JSON lines in, parts and a run directory out. Knows nothing about tokens or models."""
+"""Run directories, parts, locks and object stores. Knows nothing about prompts or models."""

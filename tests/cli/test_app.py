@@ -227,7 +227,7 @@ def test_an_unexpected_error_names_its_place_but_not_its_text(
     monkeypatch.setattr("pipeline.run.plan_job", fail)
     assert shell("plan", prompts, "--model", model, "--engine", "echo") == 1
     assert "secret" not in shell.err
-    assert "RuntimeError in test_cli.py" in shell.err
+    assert "RuntimeError in test_app.py" in shell.err
     monkeypatch.setattr("sys.argv", ["coppice", "--debug", "plan", prompts, "--model", model])
     with pytest.raises(RuntimeError, match="secret"):
         cli.main()
