@@ -29,6 +29,7 @@ _FIRST = {
         "private_folder",
         "confined",
         "generation",
+        "unheard",
     )  # fmt: skip
 }
 # room -> what of `pipeline` it may import besides itself; None: everything
@@ -40,6 +41,7 @@ ROOMS: dict[str, set[str] | None] = {
     "pipeline.time_limit": set(),
     "pipeline.private_folder": set(),
     "pipeline.confined": set(),
+    "pipeline.unheard": set(),
     "pipeline.generation": _FIRST,
     "pipeline.settings": _FIRST,
     "pipeline.plan": _FIRST,

@@ -156,7 +156,8 @@ def _actor() -> type:
 
             import_module("kvcoppice.own_modules").load("pipeline")
             self._worker: Worker = pickle.loads(packed)()
-            return self._worker.start()
+            hello: Hello = self._worker.start()
+            return hello
 
         def step(self, order: Order) -> Report:
             return self._worker.step(order)

@@ -341,7 +341,12 @@ def _object(source: InputFile, number: int, text: bytes) -> dict[str, Any]:
             f"line {number} of {source.name} holds {error}, which JSON does not have; "
             "write null instead"
         ) from None
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+    except RecursionError:
+        raise InputError(
+            f"line {number} of {source.name} has lists or objects too deep in one another; put "
+            "them into one field as text"
+        ) from None
+    except ValueError:  # UnicodeDecodeError is one
         value = None
     if not isinstance(value, dict):
         raise InputError(f"line {number} of {source.name} is not a JSON object in UTF-8")
