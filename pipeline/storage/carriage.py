@@ -60,7 +60,7 @@ def _comes_back(inputs: pa.Table, id_column: str | None) -> bool:
         with panics_unheard():
             rows = pl.scan_parquet(io.BytesIO(part))
             failed = rows.filter(pl.col("status") == "error").sort("row_index").collect()
-        encode_parquet(failed.to_arrow())
+            encode_parquet(failed.to_arrow())
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:  # a panic of Rust is no Exception
