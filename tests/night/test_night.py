@@ -90,7 +90,7 @@ def test_what_a_night_will_need_is_checked_before_a_row_is_read(
     spoil: Callable[[NightlyJob], None],
     says: str,
 ) -> None:
-    """Seen red: a night was planned, answered and audited first."""
+    """Else a night would be planned, answered and audited first."""
     monkeypatch.setitem(sys.modules, "boto3", None)
     monkeypatch.setattr("pipeline.job.early_checks.find_spec", lambda name: None)
     spoil(job)
@@ -101,7 +101,7 @@ def test_what_a_night_will_need_is_checked_before_a_row_is_read(
 
 
 def test_the_planning_of_a_night_is_shown(job: NightlyJob) -> None:
-    """Seen red: a night said nothing until its plan was made."""
+    """Else a night says nothing until its plan is made."""
     shown: list[Planning] = []
 
     class Watching(SilentObserver):
