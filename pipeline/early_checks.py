@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 from pipeline.audit.similarity import Encoder
 from pipeline.errors import UsageError
+from pipeline.kvstore.folder import check_store
 from pipeline.model.hub import check_model_exists
 from pipeline.settings import JobSettings
 from pipeline.storage.run_location import Place, check_place
@@ -62,6 +63,5 @@ def _check_strict(settings: JobSettings) -> None:
 
 
 def _check_kv_store(settings: JobSettings) -> None:
-    store = settings.recycle.kv_store
-    if store is not None and store.exists() and not store.is_dir():
-        raise UsageError(f"--kv-store {store} is a file; name a folder")
+    if settings.recycle.kv_store is not None:
+        check_store(settings.recycle.kv_store)

@@ -53,7 +53,7 @@ from pipeline.settings import JobSettings, StoreSettings
 from pipeline.storage.durable import replace_file
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import Place, holds_run, reading_run, take_run
-from pipeline.storage.targets import check_apart, check_replaceable
+from pipeline.storage.targets import check_apart, check_replaceable, folder_to_write
 from pipeline.storage.writer import encode_parquet
 
 
@@ -119,6 +119,10 @@ def check_plan_targets(folder: Path | None, page: Path | None) -> None:
     """Raises UsageError where `write_plan` or `write_plan_page` would replace another's file."""
     if page is not None:
         check_replaceable(page, [b"<!DOCTYPE html", b"<!doctype html"], "--html")
+    for option, place in (("-o", folder), ("--html", page and page.parent)):
+        why_not = place and folder_to_write(place)[1]
+        if why_not:
+            raise UsageError(f"cannot write to {place}: {why_not}; choose another {option}")
     if folder is None or not (folder / "plan.parquet").exists():
         return
     try:

@@ -74,6 +74,25 @@ def written(output: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(part) for part in parts]).sort_by("row_index")
 
 
+@pytest.mark.parametrize(
+    ("name", "column", "says"),
+    [
+        ("wide", pa.array([Decimal(1)], pa.decimal256(60, 2)), "'wide' .*which the output cannot"),
+        ("zone", pa.array([1], pa.timestamp("us", "Mars/X")), "'zone' .*which the output cannot"),
+        ("a\0b", pa.array(["x"]), "has a name with a NUL character"),
+        ("inner", pa.array([{"a\0b": 1}]), "'inner' .*has a name with a NUL character"),
+    ],
+)
+def test_what_polars_panics_over_is_one_sentence(
+    tmp_path: Path, name: str, column: pa.Array, says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Seen red: a hundred lines of a Rust backtrace; and the second text with such a name ran."""
+    source = write(tmp_path / "in.parquet", [1], prompt=["p"], text=["x"], **{name: column})
+    with pytest.raises(InputError, match=says):
+        open_source(str(source), ReadSettings())
+    assert "panicked" not in capfd.readouterr().err
+
+
 def values(column: pa.ChunkedArray) -> str:
     """Comparable also where Python has no such value, or one that does not equal itself."""
     is_time = pa.types.is_timestamp(column.type) or pa.types.is_time64(column.type)

@@ -180,6 +180,13 @@ def test_json_that_is_not_text_is_named_by_its_line(
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
+def test_json_that_is_too_deep_is_named_by_its_line(tmp_path: Path, settings: JobSettings) -> None:
+    """Seen red: "is not a JSON object in UTF-8", which it is."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a", "x": ' + "[" * 9000 + "]" * 9000 + "}\n")
+    with pytest.raises(InputError, match=r"line 1 of .*in\.jsonl has lists or objects too deep"):
+        run_job(str(tmp_path / "in.jsonl"), tmp_path / "out", settings)
+
+
 def test_control_token_strings_are_text_like_any_other(
     tmp_path: Path, settings: JobSettings
 ) -> None:

@@ -21,7 +21,7 @@ _FIRST = {
     f"pipeline.{name}"
     for name in (
         "records", "errors", "forms", "generation", "settings", "time_limit", "visible",
-        "private_folder", "confined",
+        "private_folder", "confined", "unheard",
     )
 }  # fmt: skip
 
@@ -38,6 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.time_limit": set(),
     "pipeline.private_folder": set(),
     "pipeline.confined": set(),
+    "pipeline.unheard": set(),
     "pipeline.errors": {"pipeline.visible"},
     "pipeline.generation": _FIRST,
     "pipeline.settings": _FIRST,

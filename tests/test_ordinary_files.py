@@ -213,6 +213,35 @@ def test_objects_without_fields_are_json_text(tmp_path: Path, settings: JobSetti
     assert found["more"].to_pylist() == ['[{"empty": {}}]', None, None]
 
 
+def test_a_conversation_may_have_text_here_and_parts_there(
+    tmp_path: Path, chat: JobSettings
+) -> None:
+    """Seen red: "the field 'messages' of line 1 ... cannot be a value of a column"."""
+    parts = [{"type": "text", "text": "one"}]
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": parts}]
+    line = {"messages": turns}
+    source = write_lines(tmp_path / "in.jsonl", line, {"messages": turns[:1]}, line)
+    expected = [turns[0], {"role": "user", "content": "one"}]
+    batch = first_batch(open_job(str(source), chat))
+    assert batch.contents == [expected, expected[:1], expected]
+
+
+def test_nested_values_of_two_types_are_json_text(tmp_path: Path, settings: JobSettings) -> None:
+    """Seen red: one line with `"stop": "x"` beside lists stopped the job."""
+    source = write_lines(
+        tmp_path / "in.jsonl",
+        {"prompt": "p", "stop": ["x", "y"], "meta": {"a": 1}, "tags": ["a"]},
+        {"prompt": "p", "stop": "x", "meta": "none", "tags": [1, "a"]},
+        {"prompt": "p", "tags": None},
+    )
+    job = open_job(str(source), settings)
+    assert [row.get("stop") for row in first_batch(job).overrides] == [("x", "y"), ("x",), None]
+    run_job(str(source), tmp_path / "out", settings)
+    found = written(tmp_path / "out")
+    assert found["meta"].to_pylist() == ['{"a": 1}', '"none"', None]
+    assert found["tags"].to_pylist() == ['["a"]', '[1, "a"]', None]
+
+
 def test_a_prompt_that_is_an_object_is_not_taken_for_text(
     tmp_path: Path, settings: JobSettings
 ) -> None:

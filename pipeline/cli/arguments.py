@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,8 +27,17 @@ LogFormat = Annotated[
 
 
 def check_arguments(arguments: list[str]) -> None:
-    """Raises UsageError for one whose bytes are not UTF-8: no file of ours could name it."""
+    """Raises UsageError for one whose bytes are not UTF-8: no file of ours could name it.
+
+    Nor could it where Python takes names for text of another encoding.
+    """
+    encoding = sys.getfilesystemencoding()
     for text in arguments:
+        if encoding != "utf-8" and not text.isascii():
+            raise UsageError(
+                f"{text} is read as {encoding} here, and files are named in UTF-8; set "
+                "PYTHONUTF8=1 or a locale like C.UTF-8"
+            )
         if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise UsageError(f"{text} is not a name in UTF-8; rename it")
 

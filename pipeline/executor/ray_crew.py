@@ -16,11 +16,12 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
 import ray
-from ray import exceptions
+from ray import cloudpickle, exceptions
 
 from pipeline.engine.base import EngineFactory
 from pipeline.errors import EngineError, UsageError
@@ -71,16 +72,18 @@ class RayCrew:
             self.close()
             raise
         self.size = share.size
-        self._arguments = (make, settings, decode_weight, share)
+        self._packed = cloudpickle.dumps(partial(_fitted, make, settings, decode_weight, share))
         what = "a GPU" if share.gpus else f"{share.cpus} CPUs" if share.cpus > 1 else "a CPU"
         self.notes = [f"ray: {share.size} workers with {what} each, of {len(nodes)} machines"]
 
     def hire(self, worker: int) -> None:
         """See `Crew.hire`."""
         options = {"num_cpus": self._share.cpus, "num_gpus": self._share.gpus}
-        actor = ray.remote(_Actor).options(**options, scheduling_strategy="SPREAD", max_restarts=0)
-        self._actors[worker] = actor.remote(*self._arguments)
-        self._calls[self._actors[worker].start.remote()] = worker
+        remote = ray.remote(_actor()).options(
+            **options, scheduling_strategy="SPREAD", max_restarts=0
+        )
+        actor = self._actors[worker] = remote.remote()
+        self._calls[actor.start.remote(self._packed)] = worker
 
     def send(self, worker: int, order: Order) -> None:
         """See `Crew.send`."""
@@ -139,20 +142,39 @@ class RayCrew:
             )
 
 
-class _Actor(Worker):
-    """A worker that fits itself to its share of a machine before it loads torch."""
+def _actor() -> type:
+    """The class of a worker's process, which Ray sends there by value, as it does local classes.
 
-    def __init__(
-        self, make: EngineFactory, settings: JobSettings, decode_weight: float, share: Share
-    ) -> None:
-        if not share.gpus:
-            os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(share.cpus))
-        if settings.engine.kv_budget is None and not share.gpus:
-            # Each would take half of what is free, and none can see what the others will take.
-            budget = psutil.virtual_memory().available // 2 // share.on_a_node
-            engine = settings.engine.model_copy(update={"kv_budget": budget})
-            settings = settings.model_copy(update={"engine": engine})
-        super().__init__(lambda: make(settings), decode_weight)
+    By its name, the worker would look for `pipeline` where the driver was started, and a person
+    may have a pipeline.py of their own there.
+    """
+
+    class Actor:
+        def start(self, packed: bytes) -> Hello:
+            import pickle
+            from importlib import import_module
+
+            import_module("kvcoppice.own_modules").load("pipeline")
+            self._worker: Worker = pickle.loads(packed)()
+            hello: Hello = self._worker.start()
+            return hello
+
+        def step(self, order: Order) -> Report:
+            return self._worker.step(order)
+
+    return Actor
+
+
+def _fitted(make: EngineFactory, settings: JobSettings, weight: float, share: Share) -> Worker:
+    """A worker that fits itself to its share of a machine before it loads torch."""
+    if not share.gpus:
+        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(share.cpus))
+    if settings.engine.kv_budget is None and not share.gpus:
+        # Each would take half of what is free, and none can see what the others will take.
+        budget = psutil.virtual_memory().available // 2 // share.on_a_node
+        engine = settings.engine.model_copy(update={"kv_budget": budget})
+        settings = settings.model_copy(update={"engine": engine})
+    return Worker(lambda: make(settings), weight)
 
 
 def connect(address: str | None) -> None:

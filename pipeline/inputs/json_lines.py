@@ -31,6 +31,7 @@ from pipeline.inputs.refused_lines import (
     RefusedLines,
     is_text_value,
     with_json_text,
+    without_fields,
     without_misfits,
 )
 
@@ -148,15 +149,17 @@ def _plain(
 ) -> tuple[pa.Schema, _MakeTable]:
     """Objects of any fields; a field that a line lacks is null there.
 
-    A field that Parquet cannot hold, of objects without fields or too deep, is JSON text.
+    A field that Parquet cannot hold is JSON text: of objects without fields, or too deep, or nested
+    with values of two types, like messages whose content is text here and a list of parts there.
     """
     kind = pa.struct([])
     bad: set[int] | None = set() if keeps_refused else None
+    mixed: set[str] = set()
     for batch in _read_batches(source):
-        kind = _widen_by(source, kind, batch, bad)
+        kind = _widen_by(source, kind, batch, bad, mixed)
         if _count_fields(kind) > _MOST_FIELDS:
             raise _too_many_fields(source, batch[-1][0])
-    as_json = [field.name for field in kind if not _is_storable(field.type)]
+    as_json = [field.name for field in kind if not _is_storable(field.type)] + sorted(mixed)
     types = {field.name: field.type for field in kind}
     types |= dict.fromkeys(as_json, pa.string())
     stored = pa.struct(types)
@@ -193,25 +196,59 @@ def _too_many_fields(source: InputFile, number: int) -> InputError:
 
 
 def _widen_by(
-    source: InputFile, kind: pa.StructType, batch: list[Line], bad: set[int] | None
+    source: InputFile,
+    kind: pa.StructType,
+    batch: list[Line],
+    bad: set[int] | None,
+    mixed: set[str],
 ) -> pa.StructType:
     """The type that holds all lines before, which `kind` holds, and those of `batch`.
 
-    `bad`: takes the numbers of lines that no column holds; None: these are refused.
+    `bad`: takes the numbers of lines that no column holds; None: these are refused. `mixed`: takes
+    the nested fields that no one type holds, which the result leaves out.
     """
+    batch = without_fields(batch, mixed)
     try:
         return _widen(kind, pa.array([line for _, line in batch]).type)
     except MISFITS as error:
+        found = _nested_of_two_types(kind, batch)
+        if found:
+            mixed |= found
+            kind = pa.struct([field for field in kind if field.name not in found])
+            return _widen_by(source, kind, batch, bad, mixed)
         if bad is not None:
             mended = without_misfits(source.name, batch)
             bad |= {number for number, line in mended if REFUSED_COLUMN in line}
-            return _widen_by(source, kind, mended, None)
+            return _widen_by(source, kind, mended, None, mixed)
         types = {field.name: field.type for field in kind}
 
         def widen(name: str, value: object) -> None:
             types[name] = _widen(types.get(name, pa.null()), pa.array([value]).type)
 
         raise _blame(source, batch, widen) from error
+
+
+def _nested_of_two_types(kind: pa.StructType, batch: list[Line]) -> set[str]:
+    """The fields with lists or objects whose values, with those before, have no type in common.
+
+    Values that have no type at all, like numbers of 71 bits, are their lines' fault.
+    """
+    types = {field.name: field.type for field in kind}
+    values: dict[str, list[object]] = {}
+    for _, line in batch:
+        for name, value in line.items():
+            values.setdefault(name, []).append(value)
+    found = set()
+    for name, some in values.items():
+        known = types.get(name, pa.null())
+        if pa.types.is_nested(known) or any(isinstance(value, list | dict) for value in some):
+            try:
+                _widen(known, pa.array(some).type)
+            except pa.ArrowException:
+                found.add(name)
+            except MISFITS:
+                continue
+    return found
 
 
 def _widen(one: pa.DataType, other: pa.DataType) -> pa.DataType:
@@ -304,7 +341,12 @@ def _object(source: InputFile, number: int, text: bytes) -> dict[str, Any]:
             f"line {number} of {source.name} holds {error}, which JSON does not have; "
             "write null instead"
         ) from None
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+    except RecursionError:
+        raise InputError(
+            f"line {number} of {source.name} has lists or objects too deep in one another; put "
+            "them into one field as text"
+        ) from None
+    except ValueError:  # UnicodeDecodeError is one
         value = None
     if not isinstance(value, dict):
         raise InputError(f"line {number} of {source.name} is not a JSON object in UTF-8")

@@ -5,6 +5,7 @@ Whatever is wrong with a row, the rows beside it are read as if it were not ther
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -159,8 +160,25 @@ def _read_overrides(
                 known[key] = found
         return found
 
-    rows = list(zip(*(python_cells(table.column(name)) for name in names), strict=True))
+    rows = list(zip(*(_field_cells(table, name, columns) for name in names), strict=True))
     return [override or {} for override in _each(read, rows, faults)]
+
+
+def _field_cells(table: pa.Table, name: str, columns: ColumnMap) -> list[Any]:
+    """The values; of a column that is marked as JSON what they say. Of `sampling_params`,
+    `read_sampling` reads the text itself."""
+    column = table.column(name)
+    cells = python_cells(column)
+    if name == columns.sampling_params or not isinstance(column.type, pa.JsonType):
+        return cells
+    return [_said_by_json(cell) if isinstance(cell, str) else cell for cell in cells]
+
+
+def _said_by_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return UNREADABLE
 
 
 def _as_key(cells: tuple[Any, ...]) -> Any:

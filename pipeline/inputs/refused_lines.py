@@ -1,7 +1,7 @@
 """Lines of JSON that no row can say, as rows with a reason. Knows no files.
 
-A value that fits into no column by itself (half a surrogate pair, a number of more than 64 bits, a
-list of texts and numbers) is its line's fault. Lines that differ from each other are the file's:
+A value that fits into no column by itself (half a surrogate pair, a number of more than 64 bits) is
+its line's fault. Lines that differ from each other are the file's:
 whose fault it is nobody can say.
 """
 
@@ -65,6 +65,13 @@ def _fits(line: dict[str, Any]) -> bool:
     except MISFITS:
         return False
     return True
+
+
+def without_fields(lines: list[Line], fields: set[str]) -> list[Line]:
+    """The lines without these fields."""
+    if not fields:
+        return lines
+    return [(n, {f: line[f] for f in line if f not in fields}) for n, line in lines]
 
 
 def with_json_text(lines: Sequence[Line], fields: Sequence[str]) -> list[Line]:

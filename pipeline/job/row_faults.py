@@ -6,9 +6,11 @@ A batch goes through in one call. Only if that fails it is halved, until the row
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TypeVar
 
 from pipeline.errors import is_row_fault
+from pipeline.unheard import panics_unheard
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,7 +27,8 @@ def call_by_halves(
     while stack:
         low, high = stack.pop()
         try:
-            result: Result | BaseException = call(items[low:high])
+            with nullcontext() if high - low == len(items) > 1 else panics_unheard():
+                result: Result | BaseException = call(items[low:high])
         except BaseException as error:
             if not is_row_fault(error):
                 raise

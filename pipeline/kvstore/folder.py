@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import UsageError
-from pipeline.private_folder import NotPrivate, private_folder
+from pipeline.private_folder import NotPrivate, check_private, private_folder
 from pipeline.storage.durable import is_temp, sync_folder
 from pipeline.storage.lock import LOCK_NAME
+from pipeline.storage.targets import folder_to_write
 
 INDEX_NAME = "index.safetensors"
 EMBEDDINGS_NAME = "embeddings.safetensors"  # of kept prompts, for `retrieval`; no entry needs it
@@ -58,19 +59,12 @@ class StoreFolder:
                 private_folder(path)
             names = os.listdir(path)
         except NotPrivate as error:
-            raise UsageError(
-                f"the KV store {path} is not used, for what others write is no KV of ours: "
-                f"{error}; name a folder of your own"
-            ) from error
+            raise _not_private(path, error) from error
         except OSError as error:
             raise UsageError(
                 f"cannot open the KV store {path} ({error.strerror}); name another folder"
             ) from error
-        foreign = next((name for name in names if not _is_ours(name)), None)
-        if foreign is not None:
-            raise UsageError(
-                f"{path} holds {foreign}, so it is no KV store; name an empty or a new folder"
-            )
+        _check_names(path, names)
         return cls(path)
 
     def entry_path(self, key: str) -> Path:
@@ -149,6 +143,34 @@ class StoreFolder:
                 if _SHELF.fullmatch(name):
                     with suppress(OSError), os.scandir(self.path / name) as items:
                         yield from items
+
+
+def check_store(path: Path) -> None:
+    """Raises UsageError where `path` could not be opened as a store; makes nothing."""
+    there, why_not = folder_to_write(path)
+    if why_not is not None:
+        raise UsageError(f"cannot use --kv-store {path}: {why_not}; name another folder")
+    if there == path.absolute():
+        try:
+            check_private(path.stat(), path)
+        except NotPrivate as error:
+            raise _not_private(path, error) from error
+        _check_names(path, os.listdir(path))
+
+
+def _not_private(path: Path, error: NotPrivate) -> UsageError:
+    return UsageError(
+        f"the KV store {path} is not used, for what others write is no KV of ours: "
+        f"{error}; name a folder of your own"
+    )
+
+
+def _check_names(path: Path, names: list[str]) -> None:
+    foreign = next((name for name in names if not _is_ours(name)), None)
+    if foreign is not None:
+        raise UsageError(
+            f"{path} holds {foreign}, so it is no KV store; name an empty or a new folder"
+        )
 
 
 def _is_ours(name: str) -> bool:

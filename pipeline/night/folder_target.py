@@ -32,6 +32,7 @@ from pipeline.night.published import (
 )
 from pipeline.storage.durable import copy_file, make_folder, sync_folder, write_errors, write_stream
 from pipeline.storage.lock import FolderLock
+from pipeline.storage.targets import folder_to_write
 
 _STAGING: Final = ".staging"
 _OCCUPIED: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
@@ -64,6 +65,18 @@ class FolderTarget:
             ) from error
         return parse_marker(content, self.place(date))
 
+    def check(self, date: str) -> None:
+        """See `night.publication.Target`."""
+        _, why_not = folder_to_write(self._root)
+        if why_not is not None:
+            raise RunDirectoryError(
+                f"cannot publish to {self._root}: {why_not}; choose another folder"
+            )
+        final = self._root / date
+        is_free = not final.exists() or (final.is_dir() and next(final.iterdir(), None) is None)
+        if not is_free and self.read(date) is None:
+            raise _occupied(final)
+
     def publish(self, date: str, content: Content) -> None:
         """Put the content there by one rename, or leave all as it was."""
         above = self._root / _STAGING
@@ -90,12 +103,16 @@ class FolderTarget:
             except OSError as error:
                 if error.errno not in _OCCUPIED:
                     raise
-                raise RunDirectoryError(
-                    f"{final} is there already and is no publication of this run; move it away"
-                ) from error
+                raise _occupied(final) from error
         else:
             _exchange(staging, final)
         sync_folder(self._root)
+
+
+def _occupied(final: Path) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"{final} is there already and is no publication of this run; move it away"
+    )
 
 
 def _wait_for_lock(folder: Path) -> FolderLock:

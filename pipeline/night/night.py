@@ -113,7 +113,7 @@ def _generate_and_audit(
         left = None if deadline is None else deadline - time.monotonic()
         return generate_night(night, observer, left)
 
-    call("plan", night, lambda: plan_night(night))
+    call("plan", night, lambda: plan_night(night, observer))
     try:
         call("generate", night, generate)
         call("audit", night, lambda: audit_night(night, observer))

@@ -24,7 +24,7 @@ from pipeline.report.page import render
 from pipeline.settings import AuditSettings, StoreSettings
 from pipeline.storage.object_store import is_url
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.run_location import Place, reading_run
+from pipeline.storage.run_location import Place, find_manifest, reading_run
 from pipeline.storage.summaries import PLAN_SUMMARY
 
 _PAGES = ("report.html", "report.md")
@@ -39,6 +39,10 @@ class Target(Protocol):
 
     def read(self, date: str) -> dict[str, Any] | None:
         """`published.json` of a publication; None if there is none."""
+        ...
+
+    def check(self, date: str) -> None:
+        """Raises RunDirectoryError, too, where no publication of the date could be put."""
         ...
 
     def publish(self, date: str, content: Content) -> None:
@@ -70,6 +74,18 @@ def edition_of(directory: RunDirectory) -> str:
     return f"{directory.run_id}-{digest[:12]}"
 
 
+def check_target(run: Place, target: str, date: datetime.date, store: StoreSettings) -> None:
+    """Refuse, before anything is computed, a target where `publish_run` could not put the run.
+
+    Raises UsageError for a library that is missing, RunDirectoryError, StorageError.
+    """
+    place, day = open_target(target, store), date.isoformat()
+    place.check(day)
+    held, manifest = place.read(day), find_manifest(run, store)
+    if held is not None and (manifest is None or manifest["run_id"] != held.get("run_id")):
+        raise _of_another_run(place.place(day), held, run)
+
+
 def publish_run(
     run: Place,
     target: str,
@@ -92,15 +108,19 @@ def publish_run(
             return Published(published.place, published.parts, published.rows, is_new=False)
         described = _describe(directory, job, day)
         if held is not None and not _is_earlier(held, described):
-            raise RunDirectoryError(
-                f"{published.place} holds another run ({held.get('run_id')} of "
-                f"{held.get('job')}); move it away to publish {directory.name}"
-            )
+            raise _of_another_run(published.place, held, directory.name)
         render(directory)
         files = {name: directory.root / name for name in _PAGES}
         files |= {f"data/{name}": directory.data / name for name in directory.part_names()}
         place.publish(day, Content(described, files, replaces=held))
     return published
+
+
+def _of_another_run(place: str, held: dict[str, Any], run: Place) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"{place} holds another run ({held.get('run_id')} of {held.get('job')}); move it away to "
+        f"publish {run}"
+    )
 
 
 def check_gate(directory: RunDirectory, bar: AuditSettings | None = None) -> None:

@@ -44,6 +44,10 @@ class StoreTarget:
         held = self._folder.read(f"{date}/{MARKER_NAME}")
         return None if held is None else parse_marker(held.content, self.place(date))
 
+    def check(self, date: str) -> None:
+        """See `night.publication.Target`; writes an object and removes it."""
+        self._folder.check_conditions()
+
     def publish(self, date: str, content: Content) -> None:
         """Upload the files, then the marker that names them; or remove them again."""
         folder, name = self._folder, f"{date}/{MARKER_NAME}"

@@ -11,10 +11,11 @@ from typing import Any
 
 from pipeline.audit.auditing import audit_run
 from pipeline.audit.gate import current_verdict
+from pipeline.early_checks import check_early
 from pipeline.errors import AuditFailed, InputError, TimeBudgetReached
 from pipeline.job.observer import Observer
 from pipeline.job.planning import open_job
-from pipeline.night.publication import publish_run
+from pipeline.night.publication import check_target, publish_run
 from pipeline.night.settings import Night
 from pipeline.run import plan_job, run_job, with_absolute_paths, write_report
 from pipeline.storage.run_location import holds_run, reading_run
@@ -31,22 +32,25 @@ def directly(name: str, night: Night, step: Step) -> dict[str, Any]:
 
 
 def check_input(night: Night) -> dict[str, Any]:
-    """Files, columns, template, tokenizer and model's config; reads no row.
+    """Whatever can be found wrong before a row is read: input, model, places, what is installed.
 
-    Raises NoInput where there is nothing to do, InputError, ModelError, UsageError.
+    Raises NoInput where there is nothing to do, InputError, ModelError, UsageError, StorageError.
     """
     folder = night.awaited_folder
     if folder is not None and not folder.exists():
         raise InputError(f"there is no folder {folder}; is its disk mounted?")
+    check_early(night.run_place, night.job)
+    if night.settings.publish is not None:
+        check_target(night.run_place, night.settings.publish, night.date, night.job.store)
     job = open_job(night.input, with_absolute_paths(night.job))
     return {"input": night.input, "rows": job.source.num_rows}
 
 
-def plan_night(night: Night) -> dict[str, Any]:
+def plan_night(night: Night, observer: Observer) -> dict[str, Any]:
     """Rows, tokens and the saving; of a night that was begun as it began. Raises as `plan_job`."""
     summary = _recorded_plan(night)
     if summary is None:
-        summary = plan_job(night.input, night.job, keep_rows=True).summary.to_json()
+        summary = plan_job(night.input, night.job, True, observer).summary.to_json()
     estimate = summary["estimate"]
     return {
         "rows": summary["rows"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pipeline.storage.object_store import is_url
 from pipeline.storage.remote_folder import RemoteFolder
 from pipeline.storage.remote_run import RemoteRun, check_empty
 from pipeline.storage.run_directory import RunDirectory, check_is_run
+from pipeline.storage.targets import folder_to_write
 
 Place = str | Path
 
@@ -48,14 +48,11 @@ def check_place(place: Place, store: StoreSettings) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    there = folder.absolute()
-    while not there.exists() and not there.is_symlink():
-        there = there.parent
-    refused = f"cannot use {folder} as the output folder"
-    if not there.is_dir():
-        raise RunDirectoryError(f"{refused}: {there} is a file; choose another one")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RunDirectoryError(f"{refused}: you may not write to {there}; choose another one")
+    there, why_not = folder_to_write(folder)
+    if why_not is not None:
+        raise RunDirectoryError(
+            f"cannot use {folder} as the output folder: {why_not}; choose another one"
+        )
     if there == folder.absolute():
         check_is_run(folder, {path.name for path in folder.iterdir() if not is_temp(path)})
 

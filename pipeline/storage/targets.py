@@ -27,6 +27,18 @@ def check_replaceable(path: Path, beginnings: Sequence[bytes], option: str) -> N
         )
 
 
+def folder_to_write(folder: Path) -> tuple[Path, str | None]:
+    """The deepest part of `folder` that is there, and why nothing can be made in it, if so."""
+    there = folder.absolute()
+    while not there.exists() and not there.is_symlink():
+        there = there.parent
+    if not there.is_dir():
+        return there, f"{there} is a file"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return there, f"you may not write to {there}"
+    return there, None
+
+
 def check_apart(source: str | Path, output: str | Path) -> None:
     """Raises UsageError if a run would be written into the very folder that its rows are in."""
     source, output = str(source), str(output)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline import run as run_module
+from pipeline.engine.base import Engine
 from pipeline.errors import CoppiceError, EngineError, UsageError
 from pipeline.job.observer import Planning, SilentObserver
 from pipeline.model import hub
@@ -64,6 +65,18 @@ def file_as_store(folder: Path) -> dict[str, Any]:
     return {"kv_store": str(folder / "kv")}
 
 
+def thesis_in_store(folder: Path) -> dict[str, Any]:
+    (folder / "kv").mkdir(mode=0o700)
+    (folder / "kv" / "thesis.txt").write_text("mine")
+    return {"kv_store": str(folder / "kv")}
+
+
+def open_store(folder: Path) -> dict[str, Any]:
+    (folder / "kv").mkdir()
+    (folder / "kv").chmod(0o777)
+    return {"kv_store": str(folder / "kv")}
+
+
 FAULTS: list[tuple[Spoil, str]] = [
     (full_output, "is not empty and holds no run of coppice"),
     (file_as_output, "out is a file; choose another one"),
@@ -75,7 +88,9 @@ FAULTS: list[tuple[Spoil, str]] = [
     (lambda _: {"system_prompt": "be brief"}, "a system prompt needs a chat template"),
     (lambda _: {"apply_chat_template": True}, "has no chat template"),
     (lambda _: {"fidelity": "strict"}, "--fidelity strict is a promise of the prefix engine"),
-    (file_as_store, "kv is a file; name a folder"),
+    (file_as_store, "cannot use --kv-store .*kv: .*kv is a file; name another folder"),
+    (thesis_in_store, "kv holds thesis.txt, so it is no KV store"),
+    (open_store, "kv is not used, for what others write is no KV of ours"),
     (taken_port, "choose another --metrics-port"),
     (lambda _: {"metrics_file": "nowhere/m.prom"}, "choose another --metrics-file"),
     (lambda _: {"audit_encoder": "./nowhere"}, "the encoder ./nowhere is neither a folder"),
@@ -124,14 +139,13 @@ def test_a_model_that_cannot_be_loaded_ends_the_planning(
             planned.append(planning)
             time.sleep(0.05)
 
-    def fail(settings: JobSettings) -> None:
+    def fail(settings: JobSettings) -> Engine:
         raise EngineError("no device")
 
-    monkeypatch.setattr(run_module, "make_engine", fail)
     monkeypatch.setattr("pipeline.inputs.reader._BATCH_ROWS", 1, raising=False)
     source = write_prompts(tmp_path / "p.parquet", PROMPTS * 2000)
     with pytest.raises(EngineError, match="no device"):
-        run_job(str(source), tmp_path / "out", settings, Slow())
+        run_job(str(source), tmp_path / "out", settings, Slow(), fail)
     assert not planned or planned[-1].rows_done < planned[-1].rows_total
 
 

@@ -196,7 +196,7 @@ LINES: dict[str, dict[str, Any]] = {
     "half a surrogate": {"prompt": HALF},
     "half in a name": {"prompt": "p", HALF: 1},
     "a number of 71 bits": {"prompt": "p", "more": 2**70},
-    "a list of two types": {"prompt": "p", "more": 1, "tags": [1, CANARY]},
+    "two of them": {"prompt": "p", "more": 2**70, "tags": [HALF]},
 }
 
 

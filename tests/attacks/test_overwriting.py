@@ -52,6 +52,15 @@ def test_an_input_is_never_written_over(
     assert source.read_bytes() != before
 
 
+def test_a_place_that_takes_no_plan_is_said_before_a_row_is_read(
+    tmp_path: Path, source: Path
+) -> None:
+    """Seen red: after the planning, "free or repair the disk"; the model is not even looked at."""
+    for option, place in (("-o", source), ("-o", source / "below"), ("--html", source / "p.html")):
+        said = refused("plan", source, "--model", "nowhere", option, place)
+        assert f"plan.parquet is a file; choose another {option}" in said
+
+
 def test_what_is_ours_is_replaced(tmp_path: Path, source: Path, tokenizer_folder: Path) -> None:
     page, metrics = tmp_path / "plan.html", tmp_path / "metrics.prom"
     model = ["--model", str(tokenizer_folder), "--engine", "echo"]

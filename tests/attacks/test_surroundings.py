@@ -129,7 +129,7 @@ def test_a_user_without_home_and_name_can_work(box: Box) -> None:
     assert cache.stat().st_mode & 0o777 == 0o700
     cache.chmod(0o777)
     done = box(*box.job("run", "-o", "not"), env={"HOME": "", "TMPDIR": str(mine)}, code=NOBODY)
-    assert done.returncode == 2 and b"is not yours alone; set XDG_CACHE_HOME" in done.stderr
+    assert done.returncode == 2 and b"keep them out); set XDG_CACHE_HOME" in done.stderr
 
 
 def test_a_name_that_is_not_utf_8_is_refused_in_a_sentence(
@@ -145,6 +145,8 @@ def test_a_name_that_is_not_utf_8_is_refused_in_a_sentence(
     ):
         assert shell(*call) == 2
         assert shell.err == "coppice: \\xff is not a name in UTF-8; rename it\n"
+    done = box("status", "ü", env={"LC_ALL": "C", "PYTHONUTF8": "0"})  # seen red: "not in UTF-8"
+    assert done.returncode == 2 and b"set PYTHONUTF8=1 or a locale like C.UTF-8" in done.stderr
     hidden = os.path.join(os.fsencode(box.folder), b"in\xff")
     os.mkdir(hidden)
     source = str(box.folder / "p.parquet")

@@ -176,3 +176,20 @@ def test_what_is_no_address_is_a_usage_error(ray_environment: dict[str, str], ad
 
     with pytest.raises(UsageError, match="is not like 10.0.0.1:6379"):
         connect(address)
+
+
+def test_workers_run_ours_where_a_person_has_a_pipeline_of_their_own(
+    head: Head, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """Seen red: each worker imported theirs and was "lost: its process or its machine died"."""
+    (tmp_path / "model").symlink_to(tokenizer_folder)
+    (tmp_path / "pipeline.py").write_text("raise SystemExit('this is their pipeline')\n")
+    source = write_prompts(tmp_path / "p.parquet", ["one", "two"])
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "kvcoppice", "run", str(source), "-o", "out",
+         "--model", "model", "--engine", "echo", "--max-new-tokens", "4",
+         "--executor", "ray", "--ray-address", head.address],
+        env=head.environment, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(answers(tmp_path / "out")) == 2

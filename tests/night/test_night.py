@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +32,7 @@ from pipeline.errors import (
 )
 from pipeline.inputs import parquet_input
 from pipeline.job.checkpoint import Checkpoint
-from pipeline.job.observer import SilentObserver
+from pipeline.job.observer import Planning, SilentObserver
 from pipeline.night import night as night_module
 from pipeline.night import steps
 from pipeline.night.calendar import mark_due
@@ -47,6 +49,67 @@ from pipeline.storage.run_directory import RunDirectory
 from tests.job.preparing import watch_prepared
 from tests.night.job import DAY, PROMPTS, NightlyJob, before
 from tests.tiny_job import answers
+
+
+def file_above(job: NightlyJob) -> None:
+    (job.folder / "published").write_text("mine")
+
+
+def folder_of_another(job: NightlyJob) -> None:
+    (job.published / DAY.isoformat()).mkdir(parents=True)
+    (job.published / DAY.isoformat() / "thesis.txt").write_text("mine")
+
+
+def other_run(job: NightlyJob) -> None:
+    held = {"edition": "e-1", "run_id": "other", "job": "other", "files": {}}
+    (job.published / DAY.isoformat()).mkdir(parents=True)
+    (job.published / DAY.isoformat() / "published.json").write_text(json.dumps(held))
+
+
+def bucket_without_boto3(job: NightlyJob) -> None:
+    job.say(publish="s3://bucket/published")
+
+
+def no_vllm(job: NightlyJob) -> None:
+    job.say(engine="vllm")
+
+
+TARGETS = [
+    (file_above, "cannot publish to .*published: .*published is a file; choose another"),
+    (folder_of_another, "is there already and is no publication of this run; move it away"),
+    (other_run, r"holds another run \(other of other\); move it away"),
+    (bucket_without_boto3, "needs boto3"),
+    (no_vllm, "--engine vllm needs vllm"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "says"), TARGETS, ids=[says[:30] for _, says in TARGETS])
+def test_what_a_night_will_need_is_checked_before_a_row_is_read(
+    job: NightlyJob,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[NightlyJob], None],
+    says: str,
+) -> None:
+    """Else a night would be planned, answered and audited first."""
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    monkeypatch.setattr("pipeline.early_checks.find_spec", lambda name: None)
+    spoil(job)
+    prepared = watch_prepared(monkeypatch)
+    (ending,) = job.sit()
+    assert re.search(says, str(error_of(ending))), ending.sentence()
+    assert prepared == [] and not (job.run_directory() / "run.json").exists()
+
+
+def test_the_planning_of_a_night_is_shown(job: NightlyJob) -> None:
+    """Else a night says nothing until its plan is made."""
+    shown: list[Planning] = []
+
+    class Watching(SilentObserver):
+        def show_planning(self, planning: Planning) -> None:
+            shown.append(planning)
+
+    assert steps.plan_night(job.night(), Watching())["rows"] == len(PROMPTS)
+    assert shown and shown[-1].rows_done == len(PROMPTS)
 
 
 def outcome(ending: Ending) -> NightOutcome:

@@ -125,7 +125,7 @@ def test_of_two_publishers_one_counts(
 
 def test_what_is_there_already_stays(store: Store, bucket: str, tmp_path: Path) -> None:
     store.put(bucket, f"published/{DATE}/published.json", b"{}")
-    with pytest.raises(RunDirectoryError, match="is damaged; move"):
+    with pytest.raises(RunDirectoryError, match="is damaged .*; move"):
         publish(bucket, content(tmp_path))
     assert store.get(bucket, f"published/{DATE}/published.json") == b"{}"
     assert len(store.keys(bucket)) == 1
