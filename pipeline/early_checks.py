@@ -11,15 +11,15 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from pipeline.audit.similarity import Encoder
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, install_extra
 from pipeline.kvstore.folder import check_store
 from pipeline.model.hub import check_model_exists
 from pipeline.settings import JobSettings
 from pipeline.storage.run_location import Place, check_place
 
-_NEEDED: tuple[tuple[str, str, str, Callable[[JobSettings], bool]], ...] = (
-    ("--executor ray", "ray", "kvcoppice[ray]", lambda s: s.fleet.executor == "ray"),
-    ("--engine vllm", "vllm", "kvcoppice[vllm]", lambda s: s.model.engine == "vllm"),
+_NEEDED: tuple[tuple[str, str, Callable[[JobSettings], bool]], ...] = (
+    ("--executor ray", "ray", lambda s: s.fleet.executor == "ray"),
+    ("--engine vllm", "vllm", lambda s: s.model.engine == "vllm"),
 )  # fmt: skip
 
 
@@ -49,9 +49,9 @@ def _check_name(output: Place) -> None:
 
 
 def _check_packages(settings: JobSettings) -> None:
-    for flag, package, extra, is_needed in _NEEDED:
+    for flag, package, is_needed in _NEEDED:
         if is_needed(settings) and find_spec(package) is None:
-            raise UsageError(f"{flag} needs {package}; run: pip install '{extra}'")
+            raise UsageError(f"{flag} needs {package}; {install_extra(package)}")
 
 
 def _check_strict(settings: JobSettings) -> None:

@@ -23,8 +23,18 @@ def private_folder(folder: Path) -> Path:
         if not path.exists():
             with suppress(FileExistsError):
                 os.mkdir(path, 0o700)
+                sync_folder(path.parent)
     check_private(os.stat(folder), folder)
     return folder
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in this folder survive a power cut. Raises OSError."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_private(state: os.stat_result, path: Path) -> None:

@@ -265,7 +265,7 @@ def test_validation_shows_the_first_prompt_and_no_other(
     places: Path, shell: Shell, model: Path, source: Path
 ) -> None:
     job = ("--model", str(model), "--engine", "echo")
-    assert shell("validate", str(source), *job) == 0
+    assert shell("validate", str(source), *job) == 3  # some of its rows cannot run
     assert PROMPT in shell.out and COLUMN not in shell.out
     shell.out = ""
     check_silence(places, shell, TEXTS)

@@ -58,11 +58,13 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.experiment": _FIRST
     | _rooms("storage", "inputs", "tokens", "model", "kvstore", "job", "audit.similarity"),
     "pipeline.status": _FIRST | _rooms("storage", "job", "audit"),
-    "pipeline.early_checks": _FIRST | _rooms("storage", "model", "audit.similarity"),
+    "pipeline.early_checks": _FIRST | _rooms("storage", "kvstore", "model", "audit.similarity"),
     "pipeline.run": _FIRST
     | _rooms("early_checks", "storage", "plan", "model", "engine", "executor", "job", "report"),
     "pipeline.night": _FIRST
-    | _rooms("storage", "model.machine", "job", "report", "audit", "run", "settings_file"),
+    | _rooms(
+        "storage", "model.machine", "job", "report", "audit", "run", "early_checks", "settings_file"
+    ),
     "pipeline.cli": _FIRST
     | _rooms(
         "inputs", "kvstore", "job", "audit", "experiment", "run", "status", "night", "settings_file"

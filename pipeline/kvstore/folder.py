@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import UsageError
-from pipeline.private_folder import NotPrivate, check_private, private_folder
-from pipeline.storage.durable import is_temp, sync_folder
+from pipeline.private_folder import NotPrivate, check_private, private_folder, sync_folder
+from pipeline.storage.durable import is_temp
 from pipeline.storage.lock import LOCK_NAME
 from pipeline.storage.targets import folder_to_write
 

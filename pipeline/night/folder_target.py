@@ -30,7 +30,8 @@ from pipeline.night.published import (
     marker,
     parse_marker,
 )
-from pipeline.storage.durable import copy_file, make_folder, sync_folder, write_errors, write_stream
+from pipeline.private_folder import sync_folder
+from pipeline.storage.durable import copy_file, make_folder, write_errors, write_stream
 from pipeline.storage.lock import FolderLock
 from pipeline.storage.targets import folder_to_write
 

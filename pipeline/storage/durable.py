@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import StorageError
+from pipeline.private_folder import sync_folder
 
 _AT_A_TIME = 1 << 30
 _CHUNK = 4 << 20
@@ -98,15 +99,6 @@ def publish(temp: Path, path: Path) -> None:
     """Give `temp` its final name, replacing what is there, for good. Raises OSError."""
     os.replace(temp, path)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in this folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def make_folder(folder: Path) -> None:

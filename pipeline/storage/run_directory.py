@@ -18,12 +18,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import RunDirectoryError, StorageError
+from pipeline.private_folder import sync_folder
 from pipeline.storage.card import render_card
 from pipeline.storage.durable import (
     is_temp,
     make_folder,
     replace_file,
-    sync_folder,
     write_errors,
 )
 from pipeline.storage.lock import LOCK_NAME, FolderLock, is_abandoned

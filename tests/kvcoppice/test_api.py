@@ -90,7 +90,7 @@ def test_a_plan_says_what_sharing_saves(tokenizer_folder: Path) -> None:
 
 
 def test_a_mistake_is_an_error_of_ours(tmp_path: Path, tokenizer_folder: Path) -> None:
-    with pytest.raises(kvcoppice.UsageError, match="max_new_token"):
+    with pytest.raises(kvcoppice.UsageError, match="did you mean max-new-tokens"):
         kvcoppice.run("p.parquet", tmp_path / "o", model=tokenizer_folder, max_new_token=3)
     with pytest.raises(kvcoppice.UsageError, match="pl.from_pandas"):
         kvcoppice.plan([1, 2], model=tokenizer_folder)

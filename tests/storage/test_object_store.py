@@ -195,7 +195,7 @@ def test_a_store_that_is_not_there_is_an_error_at_once(filled: str) -> None:
 def test_a_store_that_never_answers_is_an_error_in_time(
     filled: str, silent_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.object_store.ANSWER_S", 1)
+    monkeypatch.setattr("pipeline.inputs.input_objects.ANSWER_S", 1)
     silent = StoreSettings(storage_options={"endpoint_url": f"http://127.0.0.1:{silent_port}"})
     started = time.monotonic()
     with pytest.raises(InputError, match="cannot be reached; check the network"):
