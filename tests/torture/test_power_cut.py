@@ -57,4 +57,4 @@ def test_the_cut_finds_what_is_planted(
     recording = record(bench)
     monkeypatch.undo()
     with pytest.raises(Exception):  # noqa: B017  (an assertion, or a reader of a lost file)
-        sweep_power_cuts(bench, recording, [None, 1], first=70, by=3)
+        sweep_power_cuts(bench, recording, [None, 1], first=60, by=2)
