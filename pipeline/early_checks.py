@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from pipeline.audit.similarity import Encoder
+from pipeline.engine.load import check_strict
 from pipeline.errors import UsageError, install_extra
 from pipeline.kvstore.folder import check_store
 from pipeline.model.hub import check_model_exists
@@ -30,7 +31,7 @@ def check_early(output: Place, settings: JobSettings) -> None:
         lambda: _check_packages(settings),
         lambda: check_place(output, settings.store),
         lambda: check_model_exists(settings.model),
-        lambda: _check_strict(settings),
+        lambda: check_strict(settings),
         lambda: _check_kv_store(settings),
         lambda: Encoder.check(settings.audit.audit_encoder),
     )
@@ -52,14 +53,6 @@ def _check_packages(settings: JobSettings) -> None:
     for flag, package, is_needed in _NEEDED:
         if is_needed(settings) and find_spec(package) is None:
             raise UsageError(f"{flag} needs {package}; {install_extra(package)}")
-
-
-def _check_strict(settings: JobSettings) -> None:
-    if settings.engine.fidelity == "strict" and settings.model.engine != "prefix":
-        raise UsageError(
-            "--fidelity strict is a promise of the prefix engine alone; "
-            f"leave it out with --engine {settings.model.engine}"
-        )
 
 
 def _check_kv_store(settings: JobSettings) -> None:

@@ -58,7 +58,8 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.experiment": _FIRST
     | _rooms("storage", "inputs", "tokens", "model", "kvstore", "job", "audit.similarity"),
     "pipeline.status": _FIRST | _rooms("storage", "job", "audit"),
-    "pipeline.early_checks": _FIRST | _rooms("storage", "kvstore", "model", "audit.similarity"),
+    "pipeline.early_checks": _FIRST
+    | _rooms("storage", "kvstore", "model", "engine.load", "audit.similarity"),
     "pipeline.run": _FIRST
     | _rooms("early_checks", "storage", "plan", "model", "engine", "executor", "job", "report"),
     "pipeline.night": _FIRST

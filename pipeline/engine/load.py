@@ -16,6 +16,7 @@ def make_engine(settings: JobSettings) -> Engine:
     """See `EngineFactory`. A model that fails the prefix engine's self-test gets the naive one,
     which says so. Raises UsageError also where strict mode cannot be had."""
     chosen = settings.model.engine
+    check_strict(settings)
     if chosen == "echo":
         from pipeline.engine.echo_engine import EchoEngine
 
@@ -29,6 +30,15 @@ def make_engine(settings: JobSettings) -> Engine:
 
     loaded = load_model(settings.model)
     return NaiveEngine(loaded) if chosen == "naive" else _tested(loaded, settings.engine)
+
+
+def check_strict(settings: JobSettings) -> None:
+    """Raises UsageError where another engine than the one that can is asked to be strict."""
+    if settings.engine.fidelity == "strict" and settings.model.engine != "prefix":
+        raise UsageError(
+            "--fidelity strict is a promise of the prefix engine alone; "
+            f"leave it out with --engine {settings.model.engine}"
+        )
 
 
 def _tested(loaded: LoadedModel, settings: EngineSettings) -> Engine:

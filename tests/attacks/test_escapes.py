@@ -138,6 +138,8 @@ def test_what_a_library_logs_by_itself_acts_on_no_terminal(
     monkeypatch.setattr(logging, "_logRecordFactory", logging.LogRecord)
     log_to_stderr()
     other = logging.getLogger("transformers.models")
+    monkeypatch.setattr(other, "level", logging.WARNING)  # loading a model makes it quieter
+    other.manager._clear_cache()  # type: ignore[attr-defined]
     handler = logging.StreamHandler(sys.stderr)
     other.addHandler(handler)
     other.warning("a model of type %s\nand more", "\x1b[2Jx")

@@ -262,10 +262,10 @@ def test_another_model_on_a_workers_machine_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By content, not by path: rows of another model would be wrong and look right."""
-    from pipeline import run as run_module
     from pipeline.errors import ModelError
+    from pipeline.job import planning
 
-    monkeypatch.setattr(run_module, "identify_model", lambda model: {"model": "of the driver"})
+    monkeypatch.setattr(planning, "identify_model", lambda model: {"model": "of the driver"})
     with pytest.raises(ModelError, match="not the model of the machine that began"):
         run_job(str(source), tmp_path / "out", settings_of(), make_engine=make_watched)
 

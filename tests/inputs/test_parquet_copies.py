@@ -21,6 +21,7 @@ from pipeline.inputs import json_lines, parquet_copies
 from pipeline.inputs.input_files import InputFile
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.reader import PromptSource, open_source
+from pipeline.private_folder import private_folder
 from pipeline.settings import ReadSettings
 from tests.storage.disk import FailingDisk
 
@@ -165,7 +166,6 @@ def test_a_copy_of_other_bytes_with_the_same_stamp_never_runs(
     [
         ("{", "line 8 of .*in.jsonl is not a JSON object"),
         ('{"prompt": "a", "score": "b"}', "field 'score' of line 8 of .*in.jsonl"),
-        ('{"prompt": ["a"]}', "field 'prompt' of line 8 of .*in.jsonl"),
     ],
 )
 def test_a_line_that_is_no_row_is_named_and_no_copy_is_left(
@@ -266,6 +266,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fail_at", range(4))
 def test_a_disk_that_fails_leaves_no_half_copy(tmp_path: Path, cache: Path, fail_at: int) -> None:
     lines = write(tmp_path / "in.jsonl")
+    private_folder(cache)
     with pytest.MonkeyPatch.context() as patch:
         disk = FailingDisk(patch, fail_at, 28)
         with pytest.raises(StorageError, match="No space left"):
