@@ -265,7 +265,9 @@ def test_another_model_on_a_workers_machine_is_refused(
     from pipeline.errors import ModelError
     from pipeline.job import planning
 
-    monkeypatch.setattr(planning, "identify_model", lambda model: {"model": "of the driver"})
+    monkeypatch.setattr(
+        planning, "identify_model", lambda model: {"model": "of the driver", "revision": None}
+    )
     with pytest.raises(ModelError, match="not the model of the machine that began"):
         run_job(str(source), tmp_path / "out", settings_of(), make_engine=make_watched)
 
