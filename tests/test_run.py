@@ -494,7 +494,7 @@ def test_too_many_failed_rows_stay_too_many_on_a_second_call(
 def test_a_job_reads_its_model_and_its_input_once_to_name_them(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seen red: the files of the model were hashed four times, for a plan and the rates of it."""
+    """Four places asked for the name of the model, and each of them hashed its files."""
     hashed: list[Path] = []
     whole = identity.hash_model_folder
 
