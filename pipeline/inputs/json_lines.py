@@ -229,9 +229,10 @@ def _widen_by(
 
 
 def _nested_of_two_types(kind: pa.StructType, batch: list[Line]) -> set[str]:
-    """The fields with lists or objects whose values, with those before, have no type in common.
+    """The fields of lists and objects whose values, with those before, have no type in common.
 
-    Values that have no type at all, like numbers of 71 bits, are their lines' fault.
+    Values that have no type at all, like numbers of 71 bits, are their lines' fault; so is a list
+    or an object where other lines have text or a number.
     """
     types = {field.name: field.type for field in kind}
     values: dict[str, list[object]] = {}
@@ -241,7 +242,8 @@ def _nested_of_two_types(kind: pa.StructType, batch: list[Line]) -> set[str]:
     found = set()
     for name, some in values.items():
         known = types.get(name, pa.null())
-        if pa.types.is_nested(known) or any(isinstance(value, list | dict) for value in some):
+        is_nested = pa.types.is_nested(known) or pa.types.is_null(known)
+        if is_nested and all(value is None or isinstance(value, list | dict) for value in some):
             try:
                 _widen(known, pa.array(some).type)
             except pa.ArrowException:

@@ -77,13 +77,14 @@ def open_store(folder: Path) -> dict[str, Any]:
     return {"kv_store": str(folder / "kv")}
 
 
+INSTALL = "in a checkout of coppice run: pip install"
 FAULTS: list[tuple[Spoil, str]] = [
     (full_output, "is not empty and holds no run of coppice"),
     (file_as_output, "out is a file; choose another one"),
     (file_above_output, "out.d is a file; choose another one"),
     (wrong_name, r"has a name that is not UTF-8"),
-    (lambda _: {"executor": "ray"}, r"--executor ray needs ray; in a checkout of coppice run"),
-    (lambda _: {"engine": "vllm"}, r"--engine vllm needs vllm; in a checkout of coppice run"),
+    (lambda _: {"executor": "ray"}, rf"--executor ray needs ray; {INSTALL} -e '\.\[ray\]'"),
+    (lambda _: {"engine": "vllm"}, rf"--engine vllm needs vllm; {INSTALL} -e '\.\[vllm\]'"),
     (lambda _: {"output": "s3://bucket/out"}, "needs boto3"),
     (lambda _: {"system_prompt": "be brief"}, "a system prompt needs a chat template"),
     (lambda _: {"apply_chat_template": True}, "has no chat template"),

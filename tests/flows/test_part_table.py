@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from flows.part_table import part_table
+from tests.night.conftest import job, no_encoder  # noqa: F401
 from tests.night.job import NightlyJob
 
 
-def test_the_table_has_a_row_for_each_part_and_no_more_than_asked_for(job: NightlyJob) -> None:
+def test_the_table_has_a_row_for_each_part_and_no_more_than_asked_for(
+    job: NightlyJob,  # noqa: F811
+) -> None:
     """Seen red: with the newest parts summed instead of the oldest."""
     job.say(rows_per_part=1)
     job.sit()

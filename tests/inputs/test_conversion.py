@@ -138,6 +138,8 @@ def test_plain_lines_keep_their_columns(tmp_path: Path) -> None:
             "line 2 of .*another kind",
         ),
         ([request() | {"url": "/v1/embeddings"}], "line 1 of .*url must be"),
+        (['{"id": 1}', '{"id": [1]}'], "field 'id' of line 2 .* does not fit into a column"),
+        (['{"id": [1]}', '{"id": 1}'], "field 'id' of line 2 .* does not fit into a column"),
         (['{"id": 1}', '{"id": "1"}'], "field 'id' .* does not fit into a column"),
         ([json.dumps({"id": 2**70})], "field 'id' .* does not fit"),
         ([json.dumps({"id": "\ud800"})], "field 'id' .* does not fit"),
@@ -153,6 +155,14 @@ def test_a_line_that_cannot_be_taken_is_named_and_nothing_is_left(
     with pytest.raises(InputError, match=said):
         convert(source, tmp_path / "rows.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_lists_and_objects_of_two_types_are_json_text(tmp_path: Path) -> None:
+    values = [[{"c": "x"}], [{"c": ["y"]}], None, {"c": 1}]
+    source = write_lines(tmp_path / "in.jsonl", *({"prompt": "p", "t": value} for value in values))
+    assert convert(source, tmp_path / "rows.parquet") == 4
+    frame = pl.read_parquet(tmp_path / "rows.parquet")
+    assert [text and json.loads(text) for text in frame["t"]] == values
 
 
 def test_lists_of_thirty_levels_are_rows(tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ def test_a_copy_of_other_bytes_with_the_same_stamp_never_runs(
     [
         ("{", "line 8 of .*in.jsonl is not a JSON object"),
         ('{"prompt": "a", "score": "b"}', "field 'score' of line 8 of .*in.jsonl"),
+        ('{"prompt": ["a"]}', "field 'prompt' of line 8 of .*in.jsonl"),
     ],
 )
 def test_a_line_that_is_no_row_is_named_and_no_copy_is_left(
