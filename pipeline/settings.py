@@ -203,7 +203,8 @@ class EngineSettings(_Section):
 
     `kv_budget` in bytes. `kernels`: "auto" is the fastest that the machine has, "torch" nothing
     private or compiled. `fidelity`: "strict" gives a row the same bits whatever runs beside it.
-    `busy_device`: what to do while another job holds the device.
+    `busy_device`: what to do while another job holds the device. `threads`: that compute on a CPU;
+    None: one a core, and fewer while other programs need cores.
     """
 
     max_batch_tokens: int = Field(default=4096, ge=16)
@@ -212,6 +213,7 @@ class EngineSettings(_Section):
     kernels: Literal["auto", "torch"] = "auto"
     fidelity: Literal["default", "strict"] = "default"
     busy_device: Literal["wait", "fail", "share"] = "wait"
+    threads: int | None = Field(default=None, ge=1)
 
 
 class WriteSettings(_Section):

@@ -192,10 +192,13 @@ def _check_complete(directory: RunDirectory) -> None:
 
 def _load_baseline(job: Job) -> tuple[LoadedModel, Baseline]:
     from pipeline.engine.naive_engine import NaiveEngine
+    from pipeline.engine.threads import Threads, use_threads
     from pipeline.model.model import load_model
 
+    use_threads(job.settings.engine)
     loaded = load_model(job.settings.model)
-    return loaded, NaiveEngine(loaded)
+    threads = Threads.chosen(job.settings.engine, loaded.device)
+    return loaded, NaiveEngine(loaded, threads=threads)
 
 
 def _render(job: Job, rows: Sequence[int]) -> list[str]:

@@ -89,6 +89,7 @@ _HELP = {
     "kernels": "auto: the fastest here; torch: nothing compiled.",
     "fidelity": "strict: the same bits in any batch, shared or not.",
     "busy_device": "While another job has the device: wait, fail or share it.",
+    "threads": "Of a CPU. Default: one a core, fewer beside busy programs.",
     "rows_per_part": "Rows of one output file; a part is a checkpoint.",
     "preserve_order": "Parts in input order (answers wait in memory).",
     "fail_on_error": "Rows that may fail: a share (1%, 0.01) or a count (50).",

@@ -26,10 +26,14 @@ def make_engine(settings: JobSettings) -> Engine:
 
         return VllmEngine(settings.model, settings.engine)
     from pipeline.engine.naive_engine import NaiveEngine
+    from pipeline.engine.threads import Threads, use_threads
     from pipeline.model.model import load_model
 
+    use_threads(settings.engine)
     loaded = load_model(settings.model)
-    return NaiveEngine(loaded) if chosen == "naive" else _tested(loaded, settings.engine)
+    if chosen == "prefix":
+        return _tested(loaded, settings.engine)
+    return NaiveEngine(loaded, threads=Threads.chosen(settings.engine, loaded.device))
 
 
 def check_strict(settings: JobSettings) -> None:
@@ -46,6 +50,7 @@ def _tested(loaded: LoadedModel, settings: EngineSettings) -> Engine:
     from pipeline.engine.naive_engine import NaiveEngine
     from pipeline.engine.prefix_engine import PrefixEngine
     from pipeline.engine.sharing_cost import break_even_tokens
+    from pipeline.engine.threads import Threads
     from pipeline.engine.verify.self_test import self_test
     from pipeline.engine.verify.strict_probe import strict_probe
 
@@ -56,9 +61,8 @@ def _tested(loaded: LoadedModel, settings: EngineSettings) -> Engine:
     except EngineError as error:
         if is_strict:
             raise UsageError(f"--fidelity strict: {error}; leave it out") from error
-        return NaiveEngine(
-            loaded, [f"{error}; so each row is computed in full by the naive engine"]
-        )
+        note = f"{error}; so each row is computed in full by the naive engine"
+        return NaiveEngine(loaded, [note], Threads.chosen(settings, loaded.device))
     notes = [f"self-test passed: within {worst:.1e} of the model's own largest logit"]
     if is_strict:
         notes.append(f"strict: the same bits in {strict_probe(engine)} of as many ways")

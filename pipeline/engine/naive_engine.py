@@ -26,6 +26,7 @@ from pipeline.engine.base import (
 )
 from pipeline.engine.sampler import Sampler, configured
 from pipeline.engine.sampling import truncated_cdf, uniform_noise
+from pipeline.engine.threads import Threads
 from pipeline.model.model import LoadedModel, own_attention
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, FinishReason, SamplingParams, Timing
@@ -56,9 +57,13 @@ class NaiveEngine(LocalEngine):
 
     name = "naive"
 
-    def __init__(self, loaded: LoadedModel, notes: Sequence[str] = ()) -> None:
-        """`notes`: why this engine runs, where another one was asked for."""
+    def __init__(
+        self, loaded: LoadedModel, notes: Sequence[str] = (), threads: Threads | None = None
+    ) -> None:
+        """`notes`: why this engine runs, where another one was asked for. `threads` None: as many
+        as there are."""
         super().__init__(notes)
+        self._threads = threads
         self.loaded: Final = loaded
         self._eos = frozenset(loaded.shape.eos_token_ids)
         self._sampler = Sampler(loaded)
@@ -107,7 +112,7 @@ class NaiveEngine(LocalEngine):
     def _generate(
         self, prompt: Sequence[int], params: SamplingParams, processors: LogitsProcessorList
     ) -> tuple[int, ...]:
-        self._use_own_attention()
+        self._make_ready()
         model, ids = self.loaded.model, torch.tensor([prompt], device=self.loaded.device)
         own = model.generation_config
         # Whatever the parameters do not speak of stays the model's own: a field of it that we
@@ -142,7 +147,7 @@ class NaiveEngine(LocalEngine):
 
     def forced_logits(self, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
         """One full prefill: the logits that choose each of `output`, [n, V], model's dtype."""
-        self._use_own_attention()
+        self._make_ready()
         ids = torch.tensor([[*prompt, *output[:-1]]], device=self.loaded.device)
         keep = torch.arange(len(prompt) - 1, ids.shape[1], device=ids.device)
         with torch.inference_mode():
@@ -168,11 +173,11 @@ class NaiveEngine(LocalEngine):
         self, prompt: list[int], params: SamplingParams, noise_key: int, control: RunControl
     ) -> tuple[int, ...]:
         """Sampling with our noise, or stop strings: `generate`'s loop with transformers' cache."""
-        self._use_own_attention()
         key = np.array([noise_key], np.uint64)
         token_ids: list[int] = []
         fed, cache = prompt, None
         while len(token_ids) < params.max_new_tokens:
+            self._make_ready()
             ids = torch.tensor([fed], device=self.loaded.device)
             step = self.loaded.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, position = step.past_key_values, np.array([len(token_ids)])
@@ -190,8 +195,10 @@ class NaiveEngine(LocalEngine):
                 break
         return tuple(token_ids)
 
-    def _use_own_attention(self) -> None:
-        """The model object may have served the prefix engine before."""
+    def _make_ready(self) -> None:
+        """Before a forward: the model object may have served the prefix engine before."""
+        if self._threads is not None:
+            self._threads.adapt()
         own = own_attention(type(self.loaded.model), self.loaded.model.config)
         if self.loaded.model.config._attn_implementation != own:
             self.loaded.model.set_attn_implementation(own)

@@ -43,6 +43,7 @@ from pipeline.engine.sampling import Sampled
 from pipeline.engine.scheduler import History, Scheduler
 from pipeline.engine.spans import SharedPlacement
 from pipeline.engine.strict_backend import choose_strict_backend
+from pipeline.engine.threads import Threads
 from pipeline.errors import EngineError, ModelError
 from pipeline.model.families import why_unsupported
 from pipeline.model.model import LoadedModel
@@ -141,6 +142,7 @@ class _Run:
         self.counters = engine.counters
         self.plan = work.plan
         self.control = work.control
+        self.threads = Threads.chosen(settings, loaded.device)
         self.max_batch_tokens = settings.max_batch_tokens
         self.max_decode_rows = settings.max_rows
         weight = next(loaded.model.parameters())
@@ -163,8 +165,17 @@ class _Run:
     @torch.inference_mode()
     def completions(self) -> Iterator[Completion]:
         """The engine's loop."""
+        try:
+            yield from self._completions()
+        finally:
+            if self.threads is not None:
+                self.threads.restore()
+
+    def _completions(self) -> Iterator[Completion]:
         scheduler = self.scheduler
         while not self.control.should_abort():
+            if self.threads is not None:
+                self.threads.adapt()
             self._admit()
             self._decode_one_step()
             is_last = self.control.should_drain() or not scheduler.waiting

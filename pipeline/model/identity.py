@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.model.machine import num_threads
-from pipeline.settings import JobSettings, ModelSettings
+from pipeline.settings import EngineSettings, JobSettings, ModelSettings
 
 THREADS = "threads"
 """Of strict runs: how many threads share a product's sums decides their last bits."""
@@ -51,11 +51,15 @@ def fingerprint_fields(
         "engine": settings.model.engine,
         **_some("engine_options", settings.model.engine_options),
         "fidelity": settings.engine.fidelity,
-        **_some(THREADS, num_threads() if settings.engine.fidelity == "strict" else None),
+        **_some(THREADS, _strict_threads(settings.engine)),
         "min_prefix_tokens": settings.plan.min_prefix_tokens,
         "on_overlong": settings.plan.on_overlong,
         "shard": f"{settings.plan.shard_number} of {settings.plan.num_shards}",
     }
+
+
+def _strict_threads(settings: EngineSettings) -> int | None:
+    return (settings.threads or num_threads()) if settings.fidelity == "strict" else None
 
 
 def _some(name: str, value: object) -> dict[str, Any]:

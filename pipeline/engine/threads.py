@@ -1,0 +1,97 @@
+"""How many threads of a CPU compute: as many as other programs leave free.
+
+A decode step has some 200 parallel regions, and each of them ends when its slowest thread does.
+Where there are more threads than free cores, one of them always waits for a core: beside one busy
+process, two threads on two cores took 3 to 15 times as long as on a quiet machine (issue 17). One
+thread for each core that is free pays the neighbour its share and no more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from pipeline.settings import EngineSettings
+
+_LOOK_EVERY_S = 0.25  # the system counts time in hundredths of a second
+_TOLERATED = 0.4  # of a core: what others may use before a thread makes room for them
+
+
+class CPUTime(NamedTuple):
+    """Seconds since some moment: of the clock, of this machine's `cores`, and of this process."""
+
+    clock: float
+    all_programs: float
+    ours: float
+    cores: int
+
+
+def read_cpu_time() -> CPUTime:
+    """What the system has counted; of the cores that this process may use, where that is known."""
+    process, cores = psutil.Process(), psutil.cpu_times(percpu=True)
+    allowed = process.cpu_affinity() if hasattr(process, "cpu_affinity") else range(len(cores))
+    used = [cores[number] for number in allowed if number < len(cores)]
+    own = process.cpu_times()
+    return CPUTime(time.monotonic(), sum(map(_busy, used)), own.user + own.system, len(used))
+
+
+def _busy(core: NamedTuple) -> float:
+    """Seconds of one core in which it did something, for us, for others, or for another machine
+    on the same hardware."""
+    idle = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is the user's as well
+    return float(sum(spent for name, spent in core._asdict().items() if name not in idle))
+
+
+class Threads:
+    """The threads of this process's matrix products, between `most` and one."""
+
+    def __init__(
+        self,
+        most: int,
+        read: Callable[[], CPUTime] = read_cpu_time,
+        use: Callable[[int], None] = torch.set_num_threads,
+    ) -> None:
+        """`use`: has so many threads compute, in the thread that calls it."""
+        self.number = most
+        self._most = most
+        self._read = read
+        self._use = use
+        self._before = read()
+
+    @classmethod
+    def chosen(cls, settings: EngineSettings, device: torch.device) -> Threads | None:
+        """None where the number stays: it was asked for, or the bits of strict mode hang on it."""
+        if device.type != "cpu" or settings.threads or settings.fidelity == "strict":
+            return None
+        return cls(torch.get_num_threads())
+
+    def adapt(self) -> None:
+        """Between two steps: so many threads as others leave free. Costs nothing most times."""
+        if time.monotonic() - self._before.clock < _LOOK_EVERY_S:
+            return
+        now, before = self._read(), self._before
+        self._before = now
+        seconds = now.clock - before.clock
+        others = (now.all_programs - before.all_programs - now.ours + before.ours) / seconds
+        # Where all of us want more than there is, a fair scheduler cuts what each gets alike.
+        wanted = others * max(1.0, self.number / max(now.cores - others, 0.01))
+        self._set(max(1, min(self._most, int(now.cores - wanted + _TOLERATED))))
+
+    def restore(self) -> None:
+        """All of them again."""
+        self._set(self._most)
+
+    def _set(self, number: int) -> None:
+        if number != self.number:
+            self.number = number
+            self._use(number)
+
+
+def use_threads(settings: EngineSettings) -> None:
+    """Have as many threads compute as was asked for, in the thread that calls this."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
