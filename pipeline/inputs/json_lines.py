@@ -44,6 +44,7 @@ _MOST_FIELDS = 50_000  # of all lines together
 _MOST_CELLS = 4_000_000  # of a batch: a field that a line lacks takes room there too
 _DEEPEST = 30  # lists in lists; each is three levels of a Parquet schema
 _READ_AT_A_TIME = 1 << 20
+_TEXT = "prompt"
 _REQUEST_SCHEMA = pa.schema(
     {
         "custom_id": pa.large_string(),
@@ -229,10 +230,10 @@ def _widen_by(
 
 
 def _nested_of_two_types(kind: pa.StructType, batch: list[Line]) -> set[str]:
-    """The fields of lists and objects whose values, with those before, have no type in common.
+    """The fields with lists or objects whose values, with those before, have no type in common.
 
-    Values that have no type at all, like numbers of 71 bits, are their lines' fault; so is a list
-    or an object where other lines have text or a number.
+    Values that have no type at all, like numbers of 71 bits, are their lines' fault; so is a
+    prompt that is no text where others are.
     """
     types = {field.name: field.type for field in kind}
     values: dict[str, list[object]] = {}
@@ -241,9 +242,10 @@ def _nested_of_two_types(kind: pa.StructType, batch: list[Line]) -> set[str]:
             values.setdefault(name, []).append(value)
     found = set()
     for name, some in values.items():
+        if name == _TEXT:
+            continue
         known = types.get(name, pa.null())
-        is_nested = pa.types.is_nested(known) or pa.types.is_null(known)
-        if is_nested and all(value is None or isinstance(value, list | dict) for value in some):
+        if pa.types.is_nested(known) or any(isinstance(value, list | dict) for value in some):
             try:
                 _widen(known, pa.array(some).type)
             except pa.ArrowException:
