@@ -40,12 +40,15 @@ async def is_worth_a_retry(tried: Any, run: Any, state: Any) -> bool:
 
 
 def as_task(name: str, step: Callable[[], Found], run_name: str | None = None) -> Found:
-    """Do the step, which goes on where it stopped, as a task that is tried again after a while."""
+    """Do the step, which goes on where it stopped, as a task that is tried again after a while.
+
+    It has no tags: Prefect asks the server for the limit of each tag, and a night must end without
+    a server. Flow runs have them.
+    """
 
     @task(
         name=name,
         task_run_name=run_name,
-        tags={"coppice", name},
         retries=len(RETRY_DELAYS_S),
         retry_delay_seconds=RETRY_DELAYS_S,
         retry_condition_fn=is_worth_a_retry,
