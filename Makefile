@@ -9,9 +9,10 @@ DEMO   ?= coppice-demo
 demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts, audit it, report
 	$(BIN)/coppice demo -o $(DEMO)
 
-# A file is one worker's: fixtures of a module (a Prefect server, a Ray cluster) start once.
+# A file is one worker's: fixtures of a module (a Prefect server, a Ray cluster) start once. Files
+# with few and long tests must not come last, where one worker would wait for the other.
 test: $(VENV)/.installed-dev  ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # By measured CPU time: what is left out starts models, processes, servers or clusters, or compiles.
 FAST ?= tests/test_settings.py tests/test_docs.py tests/test_imports.py tests/test_time_limit.py \
