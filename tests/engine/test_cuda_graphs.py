@@ -130,7 +130,8 @@ def test_a_model_that_cannot_be_recorded_still_decodes_and_a_person_is_told(
     ]
     reason = "operation not permitted when stream is capturing"
     said = [record.getMessage() for record in caplog.records]
-    assert said == [f"decoding without CUDA graphs: {reason}"], logging.getLogger("coppice").handlers
+    whose = logging.getLogger("coppice").handlers
+    assert said == [f"decoding without CUDA graphs: {reason}"], whose
     assert not runner.is_recording
 
 
