@@ -20,7 +20,7 @@ from flows.part_table import part_table
 from pipeline.cli.progress import plain_line, planning_line
 from pipeline.job.observer import Planning, Snapshot
 from pipeline.night.settings import Night
-from pipeline.settings import StoreSettings
+from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.object_store import ObjectUrl, endpoint_url, is_url
 from pipeline.visible import visible
 
@@ -69,7 +69,7 @@ class PrefectObserver:
             lambda: prefect.create_table_artifact(part_table(night), "night-parts", said)
         )
 
-    def show_report(self, said: str, page: str, summary: str, store: StoreSettings) -> None:
+    def show_report(self, said: str, page: str, summary: str, store: ObjectStoreSettings) -> None:
         """The summary of the report, where its page is, and a link where a browser can open one."""
         link = _address(page, store)
         where = f"`{page}`" if "://" in page else f"`{Path(page).absolute()}` on {platform.node()}"
@@ -97,7 +97,7 @@ class PrefectObserver:
             prefect.update_progress_artifact(self._progress, share, said)
 
 
-def _address(page: str, store: StoreSettings) -> str | None:
+def _address(page: str, store: ObjectStoreSettings) -> str | None:
     """Where a browser finds the page; None for a file, which it does not open from a site."""
     if not is_url(page):
         return None

@@ -12,7 +12,7 @@ from kvcoppice.frames import keep_frame
 from kvcoppice.results import Audit, Plan, Report, Run
 from pipeline.cli.logs import make_observer
 from pipeline.cli.options import merge_section, split_store
-from pipeline.settings import AuditSettings, JobSettings, StoreSettings
+from pipeline.settings import AuditSettings, JobSettings, ObjectStoreSettings
 
 Place: TypeAlias = str | os.PathLike[str]
 Prompts: TypeAlias = Place | pl.DataFrame | pl.LazyFrame | pa.Table
@@ -65,7 +65,7 @@ def report(run: Run | Place, **settings: Any) -> Report:
     """Write report.html and report.md into the run directory; `settings`: `storage_options`."""
     from pipeline.run import report_run
 
-    place, store = _reached(run, merge_section(StoreSettings, settings))
+    place, store = _reached(run, merge_section(ObjectStoreSettings, settings))
     return Report(report_run(place, store))
 
 
@@ -81,7 +81,7 @@ def _input(prompts: Prompts) -> str:
     return keep_frame(prompts)
 
 
-def _reached(run: Run | Place, store: StoreSettings) -> tuple[str, StoreSettings]:
+def _reached(run: Run | Place, store: ObjectStoreSettings) -> tuple[str, ObjectStoreSettings]:
     if isinstance(run, Run):
         return run.output, run.store.overridden_by(store)
     return os.fspath(run), store

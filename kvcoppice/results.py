@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from pipeline.settings import StoreSettings
+from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.object_store import is_url
 from pipeline.storage.run_location import reading_run
 
@@ -61,10 +61,10 @@ class Run:
     rows_failed: int
     was_complete: bool
     counters: Mapping[str, float] = field(repr=False, compare=False)
-    store: StoreSettings = field(repr=False, compare=False)
+    store: ObjectStoreSettings = field(repr=False, compare=False)
 
     @classmethod
-    def of(cls, outcome: RunOutcome, store: StoreSettings) -> Run:
+    def of(cls, outcome: RunOutcome, store: ObjectStoreSettings) -> Run:
         """As the job says it; `store` is how the output is reached."""
         counters = outcome.counters
         rows, rows_ok = int(counters["rows_in"]), int(counters["rows_ok"])

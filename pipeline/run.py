@@ -49,7 +49,7 @@ from pipeline.model.identity import describe_versions, identify_model
 from pipeline.model.machine import cache_folder
 from pipeline.model.rates import recall_rates
 from pipeline.plan.summary import largest_nodes, tree_frame
-from pipeline.settings import JobSettings, StoreSettings
+from pipeline.settings import JobSettings, ObjectStoreSettings
 from pipeline.storage.durable import replace_file
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import Place, holds_run, reading_run, take_run
@@ -100,7 +100,7 @@ def make_worker_engine(
 def _without_texts(settings: JobSettings) -> JobSettings:
     """What a worker needs: no secret of a store and no system prompt goes to a cluster."""
     tokens = settings.tokens.model_copy(update={"system_prompt": None})
-    return settings.model_copy(update={"tokens": tokens, "store": StoreSettings()})
+    return settings.model_copy(update={"tokens": tokens, "store": ObjectStoreSettings()})
 
 
 def plan_job(
@@ -288,16 +288,16 @@ def _sit(
     return session.run(loading)
 
 
-def report_run(output: Place, store: StoreSettings | None = None) -> str:
+def report_run(output: Place, store: ObjectStoreSettings | None = None) -> str:
     """Write `report.html` and `report.md` of a run directory; returns the page's path or URL."""
     return write_report(output, store)["page"]
 
 
-def write_report(output: Place, store: StoreSettings | None = None) -> dict[str, str]:
+def write_report(output: Place, store: ObjectStoreSettings | None = None) -> dict[str, str]:
     """As `report_run`; returns `page`, its path or URL, and `summary`, its Markdown."""
     from pipeline.report.page import render
 
-    with reading_run(output, store or StoreSettings()) as directory:
+    with reading_run(output, store or ObjectStoreSettings()) as directory:
         render(directory)
         summary = (directory.root / "report.md").read_text(encoding="utf-8")
         return {"page": f"{directory.name}/report.html", "summary": summary}

@@ -296,7 +296,7 @@ class AuditSettings(_Section):
         return min(total, math.ceil(rows_of(self.audit_sample, total)))
 
 
-class StoreSettings(_Section):
+class ObjectStoreSettings(_Section):
     """How an object store is reached, to read and to write; decides no answer.
 
     Secrets are in no dump and no repr: run.json and `--print-config` never hold them. What is
@@ -324,9 +324,9 @@ class StoreSettings(_Section):
     def _without_secrets(self, options: dict[str, str]) -> dict[str, str]:
         return {name: text for name, text in options.items() if name not in STORAGE_SECRETS}
 
-    def overridden_by(self, other: StoreSettings) -> StoreSettings:
+    def overridden_by(self, other: ObjectStoreSettings) -> ObjectStoreSettings:
         """These options, and those of `other` over them."""
-        return StoreSettings(storage_options=self.storage_options | other.storage_options)
+        return ObjectStoreSettings(storage_options=self.storage_options | other.storage_options)
 
 
 class JobSettings(_Section):
@@ -343,7 +343,7 @@ class JobSettings(_Section):
     recycle: RecycleSettings = RecycleSettings()
     monitor: MonitorSettings = MonitorSettings()
     audit: AuditSettings = AuditSettings()
-    store: StoreSettings = StoreSettings()
+    store: ObjectStoreSettings = ObjectStoreSettings()
 
     @classmethod
     def from_flat(cls, flat: dict[str, Any]) -> JobSettings:
@@ -379,5 +379,5 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "recycle": RecycleSettings,
     "monitor": MonitorSettings,
     "audit": AuditSettings,
-    "store": StoreSettings,
+    "store": ObjectStoreSettings,
 }

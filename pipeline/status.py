@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.audit.gate import current_verdict
 from pipeline.errors import RunDirectoryError
 from pipeline.job.planning_watch import read_note
-from pipeline.settings import StoreSettings
+from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.metrics_log import last_metrics
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import Place, reading_run
@@ -19,7 +19,7 @@ _UNKNOWN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def read_status(place: Place, store: StoreSettings | None = None) -> dict[str, Any]:
+def read_status(place: Place, store: ObjectStoreSettings | None = None) -> dict[str, Any]:
     """Rows by outcome, and the last rates that a session noted (None before the first note).
 
     `eta_s` is there only while the job is planned or running. While it is planned, `rows_read`
@@ -29,7 +29,7 @@ def read_status(place: Place, store: StoreSettings | None = None) -> dict[str, A
     """
     note = read_note(place)
     try:
-        with reading_run(place, store or StoreSettings(), parts=False) as directory:
+        with reading_run(place, store or ObjectStoreSettings(), parts=False) as directory:
             state = _describe(directory)
     except RunDirectoryError:
         if note is None:
@@ -40,7 +40,7 @@ def read_status(place: Place, store: StoreSettings | None = None) -> dict[str, A
     return state | {"status": "planning", "rows_read": note["rows_done"], "eta_s": note["eta_s"]}
 
 
-def wait_for_status(place: Place, store: StoreSettings | None = None) -> dict[str, Any]:
+def wait_for_status(place: Place, store: ObjectStoreSettings | None = None) -> dict[str, Any]:
     """As `read_status`; where there is no run yet, the state is `waiting`."""
     try:
         return read_status(place, store)

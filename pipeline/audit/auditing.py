@@ -42,7 +42,7 @@ from pipeline.job.recorded import recall_settings
 from pipeline.job.stopping import interruptible
 from pipeline.model.identity import THREADS
 from pipeline.plan.plan import noise_key
-from pipeline.settings import AuditSettings, JobSettings, StoreSettings
+from pipeline.settings import AuditSettings, JobSettings, ObjectStoreSettings
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import Place, reading_run
 from pipeline.storage.summaries import AUDIT_SUMMARY
@@ -60,7 +60,7 @@ def audit_run(
     output: Place,
     settings: AuditSettings,
     observer: Observer | None = None,
-    store: StoreSettings | None = None,
+    store: ObjectStoreSettings | None = None,
 ) -> Verdict:
     """Audit the rows committed in `output`; writes `audit/audit.parquet` and `summary.json`.
 
@@ -70,13 +70,13 @@ def audit_run(
     InputError or ModelError where input or model have changed since the run, StorageError where
     the answers have.
     """
-    store = store or StoreSettings()
+    store = store or ObjectStoreSettings()
     with reading_run(output, store) as directory:
         return _audit(directory, settings, observer or SilentObserver(), store)
 
 
 def _audit(
-    directory: RunDirectory, settings: AuditSettings, observer: Observer, store: StoreSettings
+    directory: RunDirectory, settings: AuditSettings, observer: Observer, store: ObjectStoreSettings
 ) -> Verdict:
     started = time.monotonic()
     Encoder.check(settings.audit_encoder)
@@ -146,7 +146,7 @@ def _choose(
     return choose_rows(candidates, size, seed, None if encoder is None else embed)
 
 
-def reopen_job(directory: RunDirectory, store: StoreSettings | None = None) -> Job:
+def reopen_job(directory: RunDirectory, store: ObjectStoreSettings | None = None) -> Job:
     """The job of a run directory, from what it recorded.
 
     Raises InputError or ModelError if the input, the tokenizer or the model is another one now.
@@ -302,9 +302,9 @@ def _similarity(
     return {a.row_index: float(c) for a, c in zip(audits, cosines, strict=True)}
 
 
-def describe_audit(output: Place, store: StoreSettings | None = None) -> dict[str, Any]:
+def describe_audit(output: Place, store: ObjectStoreSettings | None = None) -> dict[str, Any]:
     """The content of `audit/summary.json`. Raises RunDirectoryError if there was no audit."""
-    with reading_run(output, store or StoreSettings(), parts=False) as directory:
+    with reading_run(output, store or ObjectStoreSettings(), parts=False) as directory:
         summary = AUDIT_SUMMARY.read(directory.root)
     if summary is None:
         raise RunDirectoryError(f"{output} was not audited yet; run: coppice audit {output}")

@@ -34,11 +34,11 @@ from pipeline.settings import (
     JobSettings,
     ModelSettings,
     MonitorSettings,
+    ObjectStoreSettings,
     PlanSettings,
     ReadSettings,
     RecycleSettings,
     SamplingSettings,
-    StoreSettings,
     TokenSettings,
     WriteSettings,
 )
@@ -57,7 +57,7 @@ app = typer.Typer(
 )
 app.add_typer(night_app)
 app.add_typer(recycle.app, name="recycle")
-_READ = (ModelSettings, ReadSettings, TokenSettings, StoreSettings)
+_READ = (ModelSettings, ReadSettings, TokenSettings, ObjectStoreSettings)
 _JOB = (*_READ, SamplingSettings, PlanSettings, EngineSettings, RecycleSettings)
 
 
@@ -126,7 +126,7 @@ def run(
 
 
 @app.command()
-@takes_settings(StoreSettings)
+@takes_settings(ObjectStoreSettings)
 def status(
     directory: RunFolder,
     watch: Annotated[bool, typer.Option("--watch", help="Wait for it, and until it ends.")] = False,
@@ -138,7 +138,7 @@ def status(
     from pipeline.cli.tables import print_json, print_table, status_table, watch_status
     from pipeline.status import read_status, wait_for_status
 
-    store = merge_section(StoreSettings, flags)
+    store = merge_section(ObjectStoreSettings, flags)
     if watch and not json:
         watch_status(directory, lambda: wait_for_status(directory, store))
         return
@@ -150,7 +150,7 @@ def status(
 
 
 @app.command()
-@takes_settings(AuditSettings, StoreSettings)
+@takes_settings(AuditSettings, ObjectStoreSettings)
 def audit(
     directory: RunFolder,
     json: Json = False,
@@ -177,12 +177,12 @@ def audit(
 
 
 @app.command()
-@takes_settings(StoreSettings)
+@takes_settings(ObjectStoreSettings)
 def report(directory: RunFolder, *, flags: dict[str, Any]) -> None:
     """Write report.html and report.md."""
     from pipeline.run import report_run
 
-    page = report_run(directory, merge_section(StoreSettings, flags))
+    page = report_run(directory, merge_section(ObjectStoreSettings, flags))
     with result_is_kept(page):
         write_result(page)
 
@@ -216,7 +216,7 @@ def validate(
 
 
 @app.command()
-@takes_settings(StoreSettings)
+@takes_settings(ObjectStoreSettings)
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="JSONL, Parquet or run directory.")],
     target: Annotated[str, typer.Argument(metavar="OUT", help="Parquet or JSONL.")],
@@ -227,7 +227,7 @@ def convert(
     """OpenAI batch files or plain JSON lines to Parquet, and back."""
     from pipeline.inputs.conversion import convert as convert_file
 
-    rows = convert_file(source, target, merge_section(StoreSettings, flags), overwrite)
+    rows = convert_file(source, target, merge_section(ObjectStoreSettings, flags), overwrite)
     with result_is_kept(target):
         write_result(f"{rows:,} rows in {target}")
 

@@ -12,14 +12,14 @@ from pipeline.cli.arguments import LogFormat, Progress, RunFolder
 from pipeline.cli.logs import make_observer
 from pipeline.cli.options import merge_section, takes_settings
 from pipeline.cli.streams import result_is_kept, write_result
-from pipeline.settings import StoreSettings
+from pipeline.settings import ObjectStoreSettings
 
 app = typer.Typer()
 NightFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of a nightly job.")]
 
 
 @app.command()
-@takes_settings(StoreSettings)
+@takes_settings(ObjectStoreSettings)
 def publish(
     directory: RunFolder,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="Folder or s3:// URL.")],
@@ -35,7 +35,7 @@ def publish(
     """Put a run whose audit passed where others read it."""
     from pipeline.night.publication import publish_by_hand
 
-    done = publish_by_hand(directory, target, date, job, merge_section(StoreSettings, flags))
+    done = publish_by_hand(directory, target, date, job, merge_section(ObjectStoreSettings, flags))
     with result_is_kept(done.place):
         write_result(
             f"{done.rows:,} rows {'' if done.is_new else 'were '}published at {done.place}"

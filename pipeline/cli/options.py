@@ -26,11 +26,11 @@ from pipeline.settings import (
     JobSettings,
     ModelSettings,
     MonitorSettings,
+    ObjectStoreSettings,
     PlanSettings,
     ReadSettings,
     RecycleSettings,
     SamplingSettings,
-    StoreSettings,
     TokenSettings,
     WriteSettings,
     parse_storage_options,
@@ -49,7 +49,7 @@ PANELS: dict[type[BaseModel], str] = {
     RecycleSettings: "KV of earlier runs",
     MonitorSettings: "Monitoring",
     AuditSettings: "Audit",
-    StoreSettings: "Object store",
+    ObjectStoreSettings: "Object store",
 }
 
 _HELP = {
@@ -222,11 +222,11 @@ def _merge_options(written: object, said: dict[str, Any]) -> dict[str, str]:
         raise UsageError(f"setting storage-options: {error}") from None
 
 
-def split_store(flags: dict[str, Any]) -> tuple[dict[str, Any], StoreSettings]:
+def split_store(flags: dict[str, Any]) -> tuple[dict[str, Any], ObjectStoreSettings]:
     """The other flags, and how an object store is reached. Raises UsageError."""
-    names = {name for name in flags if name.replace("-", "_") in StoreSettings.model_fields}
+    names = {name for name in flags if name.replace("-", "_") in ObjectStoreSettings.model_fields}
     others = {name: value for name, value in flags.items() if name not in names}
-    return others, merge_section(StoreSettings, {name: flags[name] for name in names})
+    return others, merge_section(ObjectStoreSettings, {name: flags[name] for name in names})
 
 
 def merge_section(section: type[Section], flags: dict[str, Any]) -> Section:

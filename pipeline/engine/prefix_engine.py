@@ -98,7 +98,7 @@ class PrefixEngine(LocalEngine):
         if self.break_even is not None:
             plan = cut_by_cost(plan, plan.count_below(sequences), self.break_even)
         work = _Work(plan, control, hooks, most_kv_tokens(plan, sequences))
-        left, history = sequences, History(hooks.kv_states)
+        left, history = sequences, History(hooks.kv_connector)
         while len(left):
             yielded = []
             try:
@@ -150,7 +150,6 @@ class _Run:
         self.cache = reserve_kv(shape, capacity, like=weight)
         self.runner = decode_runner(engine.backend, self.cache, self.device)
         self.guard = KVGuard(self.cache)
-        self.states = work.hooks.kv_states
         self.policy = DepthFirstPolicy(settings.max_rows)
         residency = Residency(self.cache, self.guard.release)
         self.scheduler = Scheduler(self.plan, sequences, residency, self.policy, history)
@@ -210,11 +209,11 @@ class _Run:
     def _note_full(self, shared: SharedPlacement) -> None:
         """All of the span's KV is there; before rows that end below may take it with them."""
         self.guard.watch(shared.span)
-        states, low = self.hooks.kv_states, shared.start + shared.span.stored_tokens
-        if states is None or low == shared.end or not states.wants(shared.span.key):
+        connector, low = self.hooks.kv_connector, shared.start + shared.span.stored_tokens
+        if connector is None or low == shared.end or not connector.wants(shared.span.key):
             return
         kv = self.cache.arena[..., shared.slots(low, shared.end), :].to("cpu", copy=True)
-        states.keep(int(self.plan.sequence_lo[shared.span.key]), low, shared.end, kv)
+        connector.keep(int(self.plan.sequence_lo[shared.span.key]), low, shared.end, kv)
 
     def _prefill_or_halve(self, taken: list[Chunk]) -> None:
         """Where memory ends, half of the tokens at a time; one token that finds none fails."""

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.errors import ModelError
 from pipeline.experiment.depth import DepthSettings
 from pipeline.experiment.experiment import Subject
-from pipeline.job.recycling import identify_states
+from pipeline.job.recycling import kv_identity
 from pipeline.kvstore.identity import Identity, TokenIds
 from pipeline.model.identity import identify_model
 from pipeline.settings import JobSettings, TokenSettings
@@ -110,7 +110,7 @@ def _real_subject(model: str, name: str, num_new: int, longest: int | None = Non
         decoder=GreedyDecoder(loaded.model, num_new),
         encode=lambda texts: encode_texts(tokenizer, texts),
         read=read,
-        identity=identify_states(
+        identity=kv_identity(
             settings, identify_model(settings.model), tokenizer.fingerprint, "float32"
         ),
         context=context,

@@ -25,7 +25,7 @@ from pipeline.inputs.input_files import InputFile
 from pipeline.inputs.json_lines import is_json_lines, write_rows
 from pipeline.inputs.openai_batch import ANSWER_COLUMNS, request_of_row, response_of_answer
 from pipeline.inputs.reader import open_source
-from pipeline.settings import ReadSettings, StoreSettings
+from pipeline.settings import ObjectStoreSettings, ReadSettings
 from pipeline.storage.durable import write_whole
 from pipeline.storage.object_store import is_url
 from pipeline.storage.run_directory import RunDirectory
@@ -35,7 +35,7 @@ _ROWS_AT_A_TIME = 4096
 
 
 def convert(
-    source: Place, target: Place, store: StoreSettings | None = None, overwrite: bool = False
+    source: Place, target: Place, store: ObjectStoreSettings | None = None, overwrite: bool = False
 ) -> int:
     """Convert by the names' endings, see the module's picture; returns the rows written.
 
@@ -55,7 +55,7 @@ def convert(
             "convert from a local .jsonl to .parquet, or from a Parquet file or run directory to "
             ".jsonl"
         )
-    store = store or StoreSettings()
+    store = store or ObjectStoreSettings()
     if not holds_run(source, store):
         return write_whole(path, lambda file: _write_lines(_requests(source, store), file))
     with reading_run(source, store) as run:
@@ -78,7 +78,7 @@ def _encode(line: dict[str, Any]) -> bytes:
     return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
-def _requests(source: Place, store: StoreSettings) -> Iterator[dict[str, Any]]:
+def _requests(source: Place, store: ObjectStoreSettings) -> Iterator[dict[str, Any]]:
     """Rows that a run would take; one that it would reject is refused here by its number."""
     prompts = open_source(source, ReadSettings(), store)
     columns = prompts.columns

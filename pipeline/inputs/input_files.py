@@ -24,7 +24,7 @@ from pipeline.inputs.selection import (
     search,
     select_matches,
 )
-from pipeline.settings import StoreSettings
+from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.object_store import SCHEME, explain_read_fault, is_url
 
 _HASHED_AT_A_TIME = 4 << 20
@@ -100,13 +100,13 @@ class FoundFiles:
     summary: str = ""
 
 
-def find_input_files(argument: str | Path, store: StoreSettings | None = None) -> FoundFiles:
+def find_input_files(argument: str | Path, store: ObjectStoreSettings | None = None) -> FoundFiles:
     """The file itself, all files of rows below a folder, or what a glob matches, see `selection`.
 
     `store` is how an `s3://` URL is reached. Raises NoInput if there is nothing, InputError.
     """
     if is_url(argument):
-        filesystem, found = find_objects(str(argument), store or StoreSettings())
+        filesystem, found = find_objects(str(argument), store or ObjectStoreSettings())
         files = [InputFile(filesystem, path, f"{SCHEME}://{path}") for path in found.names]
         return _summed_up(argument, files, found)
     place = Path(argument)

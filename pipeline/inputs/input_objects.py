@@ -11,7 +11,7 @@ from pyarrow import fs
 
 from pipeline.errors import InputError, NoInput
 from pipeline.inputs.selection import Selection, select, select_matches
-from pipeline.settings import StoreSettings
+from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.object_store import (
     ANSWER_S,
     ATTEMPTS,
@@ -24,7 +24,7 @@ from pipeline.storage.object_store import (
 _WILD = re.compile(r"[*?[]")
 
 
-def find_objects(url: str, store: StoreSettings) -> tuple[fs.FileSystem, Selection]:
+def find_objects(url: str, store: ObjectStoreSettings) -> tuple[fs.FileSystem, Selection]:
     """The object itself, those of rows below a prefix, or what a glob matches, see `selection`.
 
     Returns the file system and paths on it. Raises NoInput if there is nothing, InputError.
@@ -43,7 +43,7 @@ def find_objects(url: str, store: StoreSettings) -> tuple[fs.FileSystem, Selecti
     return filesystem, found
 
 
-def open_filesystem(store: StoreSettings) -> fs.FileSystem:
+def open_filesystem(store: ObjectStoreSettings) -> fs.FileSystem:
     """pyarrow's view of the store. Raises OSError."""
     options, endpoint = store.storage_options, endpoint_url(store)
     arguments = {

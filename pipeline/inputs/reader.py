@@ -27,7 +27,7 @@ from pipeline.inputs.partitions import read_partitions
 from pipeline.inputs.prompt_rows import RowReader
 from pipeline.inputs.prompt_template import PromptTemplate
 from pipeline.records import PromptBatch
-from pipeline.settings import ReadSettings, StoreSettings
+from pipeline.settings import ObjectStoreSettings, ReadSettings
 
 _CACHE_BYTES = 256 << 20
 
@@ -194,7 +194,7 @@ class PromptSource:
 def open_source(
     path: str | Path,
     settings: ReadSettings,
-    store: StoreSettings | None = None,
+    store: ObjectStoreSettings | None = None,
     copies: ParquetCopies | None = None,
 ) -> PromptSource:
     """Open a file, a folder of files, or a glob; of Parquet footers are read, rows are not.

@@ -35,7 +35,7 @@ from pipeline.night.steps import (
     publish_night,
     report_night,
 )
-from pipeline.settings import StoreSettings
+from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.durable import make_folder, write_errors
 from pipeline.storage.lock import FolderLock
 from pipeline.storage.object_store import is_url
@@ -46,7 +46,7 @@ def run_nights(
     day: datetime.date,
     observer: Observer,
     call: Call = directly,
-    store: StoreSettings | None = None,
+    store: ObjectStoreSettings | None = None,
 ) -> list[Ending]:
     """Do the unfinished nights of the file, oldest first, then that of `day`.
 

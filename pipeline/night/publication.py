@@ -18,10 +18,10 @@ from pipeline.errors import AuditFailed, RunDirectoryError, UsageError
 from pipeline.night.dates import parse_date
 from pipeline.night.folder_target import FolderTarget
 from pipeline.night.published import Content
-from pipeline.night.s3_target import StoreTarget
+from pipeline.night.s3_target import S3Target
 from pipeline.night.settings import check_apart
 from pipeline.report.page import render
-from pipeline.settings import AuditSettings, StoreSettings
+from pipeline.settings import AuditSettings, ObjectStoreSettings
 from pipeline.storage.object_store import is_url
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import Place, find_manifest, reading_run
@@ -63,9 +63,9 @@ class Published:
     is_new: bool
 
 
-def open_target(target: str, store: StoreSettings) -> Target:
+def open_target(target: str, store: ObjectStoreSettings) -> Target:
     """Raises UsageError for a URL that is not `s3://`."""
-    return StoreTarget(target, store) if is_url(target) else FolderTarget(target)
+    return S3Target(target, store) if is_url(target) else FolderTarget(target)
 
 
 def edition_of(directory: RunDirectory) -> str:
@@ -74,7 +74,7 @@ def edition_of(directory: RunDirectory) -> str:
     return f"{directory.run_id}-{digest[:12]}"
 
 
-def check_target(run: Place, target: str, date: datetime.date, store: StoreSettings) -> None:
+def check_target(run: Place, target: str, date: datetime.date, store: ObjectStoreSettings) -> None:
     """Refuse, before anything is computed, a target where `publish_run` could not put the run.
 
     Raises UsageError for a library that is missing, RunDirectoryError, StorageError.
@@ -91,7 +91,7 @@ def publish_run(
     target: str,
     job: str,
     date: datetime.date,
-    store: StoreSettings,
+    store: ObjectStoreSettings,
     bar: AuditSettings | None = None,
 ) -> Published:
     """Publish a run as `target`/`date`, or find that it is published. `bar`: see `check_gate`.
@@ -142,7 +142,7 @@ def check_gate(directory: RunDirectory, bar: AuditSettings | None = None) -> Non
 
 
 def publish_by_hand(
-    run: str, target: str, date: str | None, job: str | None, store: StoreSettings
+    run: str, target: str, date: str | None, job: str | None, store: ObjectStoreSettings
 ) -> Published:
     """As `publish_run`; what is not said is taken from a path like NAME/2026-11-22.
 

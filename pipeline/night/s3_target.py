@@ -24,14 +24,14 @@ from pipeline.night.published import (
     marker,
     parse_marker,
 )
-from pipeline.settings import StoreSettings
+from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.remote_folder import RemoteFolder, SupersededError
 
 
-class StoreTarget:
+class S3Target:
     """See `night.publication.Target`."""
 
-    def __init__(self, target: str, store: StoreSettings) -> None:
+    def __init__(self, target: str, store: ObjectStoreSettings) -> None:
         """Raises UsageError if the URL or the library is not there."""
         self._folder = RemoteFolder(target, store)
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.errors import UsageError
 from pipeline.forms import say_fault, unknown_name
-from pipeline.settings import JobSettings, StoreSettings
+from pipeline.settings import JobSettings, ObjectStoreSettings
 from pipeline.settings_file import read_config
 from pipeline.storage.object_store import is_url
 
@@ -98,7 +98,7 @@ class Night:
         job = job.model_copy(update={"tokens": tokens})
         return cls(settings, job, day, settings.input_on(day), settings.run_place_on(day))
 
-    def reached_by(self, store: StoreSettings) -> Night:
+    def reached_by(self, store: ObjectStoreSettings) -> Night:
         """The same night, with these options of object stores over its own."""
         job = self.job.model_copy(update={"store": self.job.store.overridden_by(store)})
         return replace(self, job=job)

@@ -10,7 +10,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from pipeline.settings import StoreSettings
+from pipeline.settings import ObjectStoreSettings
 
 SCHEME = "s3"
 CONNECT_S = 4
@@ -80,7 +80,7 @@ def is_url(argument: object) -> bool:
     return "://" in str(argument)
 
 
-def endpoint_url(store: StoreSettings) -> str | None:
+def endpoint_url(store: ObjectStoreSettings) -> str | None:
     """Where a store other than AWS is, by option or by AWS's variables."""
     named = (os.environ.get(name) for name in _ENDPOINTS)
     return store.storage_options.get("endpoint_url") or next(filter(None, named), None)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunDirectoryError, StorageError, UsageError, install_extra
-from pipeline.settings import StoreSettings
+from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.durable import publish, temp_path, write_errors, write_stream
 from pipeline.storage.object_store import (
     ANSWER_S,
@@ -54,7 +54,7 @@ class SupersededError(Exception):
 class RemoteFolder:
     """Files by relative names like `data/x.parquet`. Every method raises StorageError."""
 
-    def __init__(self, url: str, store: StoreSettings) -> None:
+    def __init__(self, url: str, store: ObjectStoreSettings) -> None:
         """Raises UsageError if the URL, an option or the library is not there; asks nobody."""
         try:
             place = ObjectUrl.parse(url)
@@ -192,7 +192,7 @@ class RemoteFolder:
         return {"Bucket": self._bucket, "Key": self._prefix + name}
 
 
-def _connect(store: StoreSettings, endpoint: str | None, url: str) -> Any:
+def _connect(store: ObjectStoreSettings, endpoint: str | None, url: str) -> Any:
     try:
         import boto3
         from botocore import UNSIGNED

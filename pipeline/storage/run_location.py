@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunDirectoryError
-from pipeline.settings import StoreSettings
+from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.durable import is_temp
 from pipeline.storage.manifest import MANIFEST_NAME, parse_manifest, read_manifest
 from pipeline.storage.object_store import is_url
@@ -21,14 +21,14 @@ from pipeline.storage.targets import folder_to_write
 Place = str | Path
 
 
-def holds_run(place: Place, store: StoreSettings) -> bool:
+def holds_run(place: Place, store: ObjectStoreSettings) -> bool:
     """Whether there is a run.json. Raises UsageError, StorageError."""
     if not is_url(place):
         return (Path(place) / MANIFEST_NAME).exists()
     return RemoteFolder(str(place), store).read(MANIFEST_NAME) is not None
 
 
-def find_manifest(place: Place, store: StoreSettings) -> dict[str, Any] | None:
+def find_manifest(place: Place, store: ObjectStoreSettings) -> dict[str, Any] | None:
     """run.json, None if there is no run. Raises RunDirectoryError, UsageError, StorageError."""
     if not is_url(place):
         return read_manifest(Path(place)) if holds_run(place, store) else None
@@ -36,7 +36,7 @@ def find_manifest(place: Place, store: StoreSettings) -> dict[str, Any] | None:
     return None if held is None else parse_manifest(held.content, place)
 
 
-def check_place(place: Place, store: StoreSettings) -> None:
+def check_place(place: Place, store: ObjectStoreSettings) -> None:
     """Refuse a place where no run could be begun or resumed, before anything is computed for it.
 
     Changes nothing there. Raises RunDirectoryError, UsageError, StorageError.
@@ -59,7 +59,7 @@ def _check_folder(folder: Path) -> None:
 
 def take_run(
     place: Place,
-    store: StoreSettings,
+    store: ObjectStoreSettings,
     copies: Path,
     fingerprint: dict[str, Any],
     description: dict[str, Any],
@@ -74,7 +74,9 @@ def take_run(
 
 
 @contextmanager
-def reading_run(place: Place, store: StoreSettings, parts: bool = True) -> Iterator[RunDirectory]:
+def reading_run(
+    place: Place, store: ObjectStoreSettings, parts: bool = True
+) -> Iterator[RunDirectory]:
     """The run there, to read or to add files; `parts` False: a remote run's parts stay there.
 
     Raises RunDirectoryError if there is no run, StorageError.

@@ -23,7 +23,7 @@ from pipeline.inputs.conversion import convert
 from pipeline.night.publication import publish_by_hand, publish_run
 from pipeline.night.state import read_state
 from pipeline.run import report_run
-from pipeline.settings import AuditSettings, StoreSettings
+from pipeline.settings import AuditSettings, ObjectStoreSettings
 from pipeline.status import read_status
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.schema import OUTPUT_FIELDS
@@ -35,7 +35,7 @@ from pipeline.storage.writer import (
 )
 from tests.night.job import DAY, NightlyJob
 
-STORE = StoreSettings()
+STORE = ObjectStoreSettings()
 
 
 def publish(job: NightlyJob, **changes: Any) -> Any:

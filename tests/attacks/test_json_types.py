@@ -17,7 +17,7 @@ from pipeline.inputs.conversion import convert
 from pipeline.model.rates import recall_rates
 from pipeline.night.publication import publish_by_hand
 from pipeline.run import report_run
-from pipeline.settings import ModelSettings, StoreSettings
+from pipeline.settings import ModelSettings, ObjectStoreSettings
 from pipeline.status import read_status
 from pipeline.storage.run_directory import RunDirectory
 from tests.night.job import DAY, NightlyJob
@@ -63,7 +63,9 @@ def commands(run: Path, model: str) -> dict[str, Callable[[], object]]:
         "gate": lambda: current_verdict(RunDirectory.open(run)),
         "convert": lambda: convert(run, target),
         "report": lambda: report_run(run),
-        "publish": lambda: publish_by_hand(str(run), str(published), None, None, StoreSettings()),
+        "publish": lambda: publish_by_hand(
+            str(run), str(published), None, None, ObjectStoreSettings()
+        ),
     }
 
 

@@ -15,7 +15,7 @@ from pipeline.errors import CoppiceError, RunDirectoryError
 from pipeline.inputs.conversion import convert
 from pipeline.night.publication import publish_by_hand
 from pipeline.run import report_run
-from pipeline.settings import AuditSettings, StoreSettings
+from pipeline.settings import AuditSettings, ObjectStoreSettings
 from pipeline.status import read_status
 from pipeline.storage.manifest import new_manifest, parse_manifest
 from pipeline.storage.part_list import part_file
@@ -24,7 +24,7 @@ from pipeline.storage.writer import PART_NAME
 from tests.night.job import DAY, NightlyJob
 from tests.storage.buckets import Store
 
-STORE = StoreSettings()
+STORE = ObjectStoreSettings()
 NAMES = [
     "{secret}",
     "../{secret}",

@@ -26,7 +26,7 @@ from pipeline.engine.echo_engine import EchoEngine
 from pipeline.errors import AuditFailed, EngineError, InputError, UsageError
 from pipeline.job.outcome import RunOutcome
 from pipeline.run import run_job
-from pipeline.settings import JobSettings, StoreSettings
+from pipeline.settings import JobSettings, ObjectStoreSettings
 from tests.tiny_job import echo_settings, write_prompts, write_tokenizer
 
 # Prefect makes forms of the dicts that it is given.
@@ -279,4 +279,4 @@ def test_a_link_is_one_that_a_browser_opens(
     """Seen red: file:///..., which no browser opens from a site."""
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     options = {} if endpoint is None else {"endpoint_url": endpoint}
-    assert _address(page, StoreSettings(storage_options=options)) == link
+    assert _address(page, ObjectStoreSettings(storage_options=options)) == link

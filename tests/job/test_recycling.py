@@ -195,12 +195,10 @@ def test_a_damaged_store_costs_time_and_nothing_else(
 def test_two_jobs_use_one_store_and_one_of_them_writes(nights: Nights) -> None:
     nights.run(PROMPTS)
     from pipeline.job.planning import open_job
-    from pipeline.job.recycling import identify_states
+    from pipeline.job.recycling import kv_identity
 
     job = open_job(str(nights.root / "p1.parquet"), nights.settings())
-    identity = identify_states(
-        job.settings, job.model_identity, job.tokenizer.fingerprint, "float32"
-    )
+    identity = kv_identity(job.settings, job.model_identity, job.tokenizer.fingerprint, "float32")
     with KVStore.open(nights.store, identity, 1 << 30) as other:
         assert other.is_writer
         _, counters, said = nights.run([*PROMPTS, f"{SYSTEM}one more", f"{SYSTEM}one more?"])

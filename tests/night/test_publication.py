@@ -18,7 +18,7 @@ from pipeline.night import folder_target
 from pipeline.night.folder_target import FolderTarget
 from pipeline.night.publication import Published, publish_by_hand, publish_run
 from pipeline.night.published import Content
-from pipeline.settings import StoreSettings
+from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.lock import FolderLock
 from pipeline.storage.run_directory import RunDirectory
 from tests.night.job import DAY, NightlyJob
@@ -27,7 +27,7 @@ from tests.torture.disk import CODES, KILLED, WRITES, FailingDisk, WatchedDisk, 
 from tests.torture.victim import Server
 
 DATE = DAY.isoformat()
-STORE = StoreSettings()
+STORE = ObjectStoreSettings()
 
 
 def publish(job: NightlyJob) -> Published:

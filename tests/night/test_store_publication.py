@@ -12,20 +12,20 @@ from pipeline.errors import CoppiceError, RunDirectoryError, StorageError
 from pipeline.night.calendar import forget_due, mark_due, unfinished_before
 from pipeline.night.publication import publish_run
 from pipeline.night.published import Content
-from pipeline.night.s3_target import StoreTarget
-from pipeline.settings import StoreSettings
+from pipeline.night.s3_target import S3Target
+from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.remote_folder import RemoteFolder
 from tests.night.job import DAY, NightlyJob, before
 from tests.night.publisher import content
 from tests.storage.buckets import FailingStore, Store
 
 DATE = DAY.isoformat()
-STORE = StoreSettings()
+STORE = ObjectStoreSettings()
 
 
 def publish(bucket: str, found: Content) -> None:
     """A target of its own each time; making one takes a while."""
-    StoreTarget(f"s3://{bucket}/published", STORE).publish(DATE, found)
+    S3Target(f"s3://{bucket}/published", STORE).publish(DATE, found)
 
 
 def marker(store: Store, bucket: str) -> dict[str, Any] | None:
@@ -50,7 +50,7 @@ def test_readers_go_by_the_marker(store: Store, bucket: str, tmp_path: Path) -> 
     found = content(tmp_path)
     publish(bucket, found)
     check_whole(store, bucket, found)
-    held = StoreTarget(f"s3://{bucket}/published/", STORE).read(DATE)
+    held = S3Target(f"s3://{bucket}/published/", STORE).read(DATE)
     assert held == marker(store, bucket)
     later = content(tmp_path, held, state=2)
     publish(bucket, later)
@@ -69,7 +69,7 @@ def test_every_call_to_the_store_fails(
 ) -> None:
     """Seen red: the marker first; files removed though the marker was there, its answer lost."""
     bucket, first = store.new_bucket(), content(tmp_path)
-    target = StoreTarget(f"s3://{bucket}/published", STORE)
+    target = S3Target(f"s3://{bucket}/published", STORE)
 
     def prepare() -> Content:
         for key in store.keys(bucket):

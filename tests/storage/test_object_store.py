@@ -16,7 +16,7 @@ from pipeline.errors import InputError
 from pipeline.inputs.input_files import find_input_files
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.reader import open_source
-from pipeline.settings import ReadSettings, StoreSettings
+from pipeline.settings import ObjectStoreSettings, ReadSettings
 from tests.storage.buckets import KEY_ID, SECRET, Store
 from tests.tiny_job import write_prompts
 
@@ -130,7 +130,7 @@ def test_options_go_before_the_environment(
         "secret_access_key": SECRET,
         "region": "us-east-1",
     }
-    chosen = StoreSettings(storage_options=options)
+    chosen = ObjectStoreSettings(storage_options=options)
     assert open_source(f"s3://{filled}/one.parquet", ReadSettings(), chosen).num_rows == 4
 
 
@@ -185,7 +185,7 @@ def silent_port() -> Iterator[int]:
 
 
 def test_a_store_that_is_not_there_is_an_error_at_once(filled: str) -> None:
-    away = StoreSettings(storage_options={"endpoint_url": "http://127.0.0.1:9"})
+    away = ObjectStoreSettings(storage_options={"endpoint_url": "http://127.0.0.1:9"})
     started = time.monotonic()
     with pytest.raises(InputError, match="cannot be reached; check the network"):
         find_input_files(f"s3://{filled}/one.parquet", away)
@@ -196,7 +196,9 @@ def test_a_store_that_never_answers_is_an_error_in_time(
     filled: str, silent_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.inputs.input_objects.ANSWER_S", 1)
-    silent = StoreSettings(storage_options={"endpoint_url": f"http://127.0.0.1:{silent_port}"})
+    silent = ObjectStoreSettings(
+        storage_options={"endpoint_url": f"http://127.0.0.1:{silent_port}"}
+    )
     started = time.monotonic()
     with pytest.raises(InputError, match="cannot be reached; check the network"):
         find_input_files(f"s3://{filled}/one.parquet", silent)

@@ -19,7 +19,7 @@ from pipeline.engine.base import Engine
 from pipeline.errors import RunDirectoryError, StorageError, UsageError
 from pipeline.inputs.conversion import convert
 from pipeline.run import report_run, run_job
-from pipeline.settings import JobSettings, StoreSettings
+from pipeline.settings import JobSettings, ObjectStoreSettings
 from pipeline.status import read_status
 from pipeline.storage.remote_folder import RemoteFolder
 from pipeline.storage.remote_run import RemoteRun
@@ -77,7 +77,9 @@ def without_times(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def take(url: str, copies: Path) -> RemoteRun:
-    return RemoteRun.take(RemoteFolder(url, StoreSettings()), copies, FINGERPRINT, DESCRIPTION)
+    return RemoteRun.take(
+        RemoteFolder(url, ObjectStoreSettings()), copies, FINGERPRINT, DESCRIPTION
+    )
 
 
 def commit(run: RunDirectory, *rows: int) -> Path:
@@ -331,7 +333,7 @@ def test_of_two_that_begin_at_once_one_goes_on(store: Store, out: str, cache: Pa
     ends: list[RemoteRun | RunDirectoryError] = []
 
     def begin(copies: Path) -> None:
-        folder = RemoteFolder(out, StoreSettings())
+        folder = RemoteFolder(out, ObjectStoreSettings())
         real = folder.check_conditions
         folder.check_conditions = lambda: (real(), ready.wait())  # type: ignore[method-assign,assignment]
         try:
@@ -486,7 +488,7 @@ def test_a_prefix_with_something_else_in_it_is_refused_before_anything_is_comput
 def test_another_job_is_refused_by_name_of_the_field(out: str, cache: Path) -> None:
     take(out, cache).close()
     other = {**FINGERPRINT, "temperature": 1.0}
-    folder = RemoteFolder(out, StoreSettings())
+    folder = RemoteFolder(out, ObjectStoreSettings())
     with pytest.raises(RunDirectoryError, match=f"{out} holds a run with another temperature"):
         RemoteRun.take(folder, cache, other, DESCRIPTION)
 
@@ -586,7 +588,7 @@ def test_an_output_that_cannot_be_is_refused(
 def test_a_store_that_is_not_there_is_an_error_at_once(
     out: str, prompts: str, settings: JobSettings
 ) -> None:
-    away = StoreSettings(storage_options={"endpoint_url": "http://127.0.0.1:9"})
+    away = ObjectStoreSettings(storage_options={"endpoint_url": "http://127.0.0.1:9"})
     started = time.monotonic()
     with pytest.raises(StorageError, match="cannot be reached; check the network"):
         run_job(prompts, out, settings.model_copy(update={"store": away}))
@@ -673,7 +675,7 @@ def test_secrets_are_in_no_file(
         "session_token": "CANARY-token",
         "region": "us-east-1",
     }
-    chosen = settings.model_copy(update={"store": StoreSettings(storage_options=options)})
+    chosen = settings.model_copy(update={"store": ObjectStoreSettings(storage_options=options)})
     store.put(bucket, "in/p.parquet", Path(prompts).read_bytes())
     interrupt(store, f"s3://{bucket}/in/", f"s3://{bucket}/run", chosen)
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
