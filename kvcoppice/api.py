@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import polars as pl
@@ -12,14 +13,15 @@ from kvcoppice.frames import keep_frame
 from kvcoppice.results import Audit, Plan, Report, Run
 from pipeline.cli.logs import make_observer
 from pipeline.cli.options import merge_section, split_store
+from pipeline.location import Location
 from pipeline.settings import AuditSettings, JobSettings, ObjectStoreSettings
 
-Place: TypeAlias = str | os.PathLike[str]
-Prompts: TypeAlias = Place | pl.DataFrame | pl.LazyFrame | pa.Table
+AnyPath: TypeAlias = str | os.PathLike[str]
+Prompts: TypeAlias = AnyPath | pl.DataFrame | pl.LazyFrame | pa.Table
 Progress: TypeAlias = Literal["none", "plain", "auto"]
 
 
-def plan(prompts: Prompts, *, model: Place, **settings: Any) -> Plan:
+def plan(prompts: Prompts, *, model: AnyPath, **settings: Any) -> Plan:
     """What sharing would save; reads no weights.
 
     `settings` are those of `coppice plan`, with `_` for `-`. Raises InputError, ModelError,
@@ -31,7 +33,12 @@ def plan(prompts: Prompts, *, model: Place, **settings: Any) -> Plan:
 
 
 def run(
-    prompts: Prompts, output: Place, *, model: Place, progress: Progress = "none", **settings: Any
+    prompts: Prompts,
+    output: AnyPath,
+    *,
+    model: AnyPath,
+    progress: Progress = "none",
+    **settings: Any,
 ) -> Run:
     """Answer every row into the run directory `output`; the same call again resumes.
 
@@ -46,7 +53,7 @@ def run(
     return Run.of(outcome, job.store)
 
 
-def audit(run: Run | Place, *, progress: Progress = "none", **settings: Any) -> Audit:
+def audit(run: Run | AnyPath, *, progress: Progress = "none", **settings: Any) -> Audit:
     """Compare rows of a finished run with plain full prefill. A failed audit is a result.
 
     `settings` are those of `coppice audit`, with `_` for `-`. Raises UsageError, and InputError or
@@ -56,20 +63,19 @@ def audit(run: Run | Place, *, progress: Progress = "none", **settings: Any) -> 
 
     others, store = split_store(settings)
     chosen = merge_section(AuditSettings, others)
-    place, store = _reached(run, store)
-    verdict = audit_run(place, chosen, make_observer(progress), store)
-    return Audit.of(verdict, describe_audit(place, store))
+    location = _location(run, store)
+    verdict = audit_run(location, chosen, make_observer(progress))
+    return Audit.of(verdict, describe_audit(location))
 
 
-def report(run: Run | Place, **settings: Any) -> Report:
+def report(run: Run | AnyPath, **settings: Any) -> Report:
     """Write report.html and report.md into the run directory; `settings`: `storage_options`."""
     from pipeline.run import report_run
 
-    place, store = _reached(run, merge_section(ObjectStoreSettings, settings))
-    return Report(report_run(place, store))
+    return Report(report_run(_location(run, merge_section(ObjectStoreSettings, settings))))
 
 
-def _job(model: Place, settings: dict[str, Any]) -> JobSettings:
+def _job(model: AnyPath, settings: dict[str, Any]) -> JobSettings:
     """Raises UsageError naming the field."""
     return JobSettings.from_flat({**settings, "model": os.fspath(model)})
 
@@ -81,7 +87,8 @@ def _input(prompts: Prompts) -> str:
     return keep_frame(prompts)
 
 
-def _reached(run: Run | Place, store: ObjectStoreSettings) -> tuple[str, ObjectStoreSettings]:
+def _location(run: Run | AnyPath, store: ObjectStoreSettings) -> Location:
+    """Where a run is, with these options of its store over those that it was made with."""
     if isinstance(run, Run):
-        return run.output, run.store.overridden_by(store)
-    return os.fspath(run), store
+        return replace(run.location, store=run.location.store.overridden_by(store))
+    return Location(os.fspath(run), store)

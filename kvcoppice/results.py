@@ -1,4 +1,4 @@
-"""What the calls of the package return: plain numbers and places, and frames on demand."""
+"""What the calls of the package return: plain numbers and paths, and frames on demand."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from pipeline.location import Location
 from pipeline.settings import ObjectStoreSettings
-from pipeline.storage.object_store import is_url
 from pipeline.storage.run_location import reading_run
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Run:
     rows_failed: int
     was_complete: bool
     counters: Mapping[str, float] = field(repr=False, compare=False)
-    store: ObjectStoreSettings = field(repr=False, compare=False)
+    location: Location = field(repr=False, compare=False)
 
     @classmethod
     def of(cls, outcome: RunOutcome, store: ObjectStoreSettings) -> Run:
@@ -70,7 +70,7 @@ class Run:
         rows, rows_ok = int(counters["rows_in"]), int(counters["rows_ok"])
         return cls(
             outcome.directory, rows, rows_ok, outcome.rows_failed, outcome.was_complete,
-            counters, store,
+            counters, Location(outcome.directory, store),
         )  # fmt: skip
 
     def answers(self) -> pl.LazyFrame:
@@ -78,9 +78,9 @@ class Run:
 
         Raises StorageError if parts of a run in a bucket cannot be fetched.
         """
-        with reading_run(self.output, self.store) as directory:
+        with reading_run(self.location) as directory:
             rows = directory.scan().sort("row_index")
-            return rows.collect().lazy() if is_url(self.output) else rows
+            return rows.collect().lazy() if self.location.is_remote else rows
 
     def audit(self, **settings: Any) -> Audit:
         """As `kvcoppice.audit` of this run."""

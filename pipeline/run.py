@@ -45,6 +45,7 @@ from pipeline.job.recycling import expected_hits
 from pipeline.job.session import Session
 from pipeline.job.stopping import StopRequest, interruptible
 from pipeline.job.watchdog import Watchdog
+from pipeline.location import Location
 from pipeline.model.identity import describe_versions, identify_model
 from pipeline.model.machine import cache_folder
 from pipeline.model.rates import recall_rates
@@ -52,7 +53,7 @@ from pipeline.plan.summary import largest_nodes, tree_frame
 from pipeline.settings import JobSettings, ObjectStoreSettings
 from pipeline.storage.durable import replace_file
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.run_location import Place, holds_run, reading_run, take_run
+from pipeline.storage.run_location import holds_run, reading_run, take_run
 from pipeline.storage.targets import check_apart, check_replaceable, folder_to_write
 from pipeline.storage.writer import encode_parquet
 
@@ -119,10 +120,10 @@ def check_plan_targets(folder: Path | None, page: Path | None) -> None:
     """Raises UsageError where `write_plan` or `write_plan_page` would replace another's file."""
     if page is not None:
         check_replaceable(page, [b"<!DOCTYPE html", b"<!doctype html"], "--html")
-    for option, place in (("-o", folder), ("--html", page and page.parent)):
-        why_not = place and folder_to_write(place)[1]
+    for option, path in (("-o", folder), ("--html", page and page.parent)):
+        why_not = path and folder_to_write(path)[1]
         if why_not:
-            raise UsageError(f"cannot write to {place}: {why_not}; choose another {option}")
+            raise UsageError(f"cannot write to {path}: {why_not}; choose another {option}")
     if folder is None or not (folder / "plan.parquet").exists():
         return
     try:
@@ -201,7 +202,7 @@ class _Surroundings:
 @interruptible()
 def run_job(
     input: str,
-    output: Place,
+    output: str | Path,
     settings: JobSettings,
     observer: Observer | None = None,
     make_engine: EngineFactory = make_engine,
@@ -217,28 +218,29 @@ def run_job(
     code 1 after `stall_timeout`, see `job/watchdog.py`; a caller who must live on sets it to 0.
     """
     observer = observer or SilentObserver()
+    run = Location(output, settings.store)
     with (
-        exporting(observer, settings.monitor, output) as watched,
+        exporting(observer, settings.monitor, run) as watched,
         Watchdog(settings.write.stall_timeout, watched).watching() as watchdog,
     ):
         stop = StopRequest(settings.write.time_budget)
-        watch = PlanningWatch(watched, output)
+        watch = PlanningWatch(watched, run)
         around = _Surroundings(watch, watchdog, stop, make_engine)
-        return _run_or_resume(input, output, with_absolute_paths(settings), around)
+        return _run_or_resume(input, run, with_absolute_paths(settings), around)
 
 
 def _run_or_resume(
-    input: str, output: Place, settings: JobSettings, around: _Surroundings
+    input: str, output: Location, settings: JobSettings, around: _Surroundings
 ) -> RunOutcome:
     with around.watch.noting():
         return _plan_and_run(input, output, settings, around)
 
 
 def _plan_and_run(
-    input: str, output: Place, settings: JobSettings, around: _Surroundings
+    input: str, output: Location, settings: JobSettings, around: _Surroundings
 ) -> RunOutcome:
     observer, watch = around.watch.observer, around.watch
-    check_apart(input, output)
+    check_apart(Location(input), output)
     check_early(output, settings)
     settings = with_recorded_clock(output, settings)
     job = open_job(input, settings)
@@ -252,9 +254,9 @@ def _plan_and_run(
     # a model that is repaired afterwards does not meet the job of the broken one.
     def take() -> RunDirectory:
         copies = cache_folder() / "runs"
-        return take_run(output, settings.store, copies, job.fingerprint, description)
+        return take_run(output, copies, job.fingerprint, description)
 
-    if holds_run(output, settings.store):
+    if holds_run(output):
         with take() as directory:
             if directory.is_sealed:
                 if directory.is_whole:
@@ -288,16 +290,16 @@ def _sit(
     return session.run(loading)
 
 
-def report_run(output: Place, store: ObjectStoreSettings | None = None) -> str:
+def report_run(run: Location) -> str:
     """Write `report.html` and `report.md` of a run directory; returns the page's path or URL."""
-    return write_report(output, store)["page"]
+    return write_report(run)["page"]
 
 
-def write_report(output: Place, store: ObjectStoreSettings | None = None) -> dict[str, str]:
+def write_report(run: Location) -> dict[str, str]:
     """As `report_run`; returns `page`, its path or URL, and `summary`, its Markdown."""
     from pipeline.report.page import render
 
-    with reading_run(output, store or ObjectStoreSettings()) as directory:
+    with reading_run(run) as directory:
         render(directory)
         summary = (directory.root / "report.md").read_text(encoding="utf-8")
         return {"page": f"{directory.name}/report.html", "summary": summary}
@@ -353,7 +355,7 @@ def describe_job(input: str, job: Job) -> dict[str, Any]:
             "cpus": os.cpu_count(),
         },
         "input": {
-            "argument": input if "://" in input else os.path.abspath(input),
+            "argument": Location(input).absolute,
             "rows": job.source.num_rows,
             "files": job.source.summary or "1 file is read",
         },

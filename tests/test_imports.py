@@ -21,7 +21,7 @@ _FIRST = {
     f"pipeline.{name}"
     for name in (
         "records", "errors", "forms", "generation", "settings", "time_limit", "visible",
-        "private_folder", "confined", "unheard",
+        "private_folder", "confined", "unheard", "location",
     )
 }  # fmt: skip
 
@@ -42,6 +42,7 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.errors": {"pipeline.visible"},
     "pipeline.generation": _FIRST,
     "pipeline.settings": _FIRST,
+    "pipeline.location": _FIRST,
     "pipeline.settings_file": _FIRST,
     "pipeline.plan": _FIRST,
     "pipeline.tokens": _FIRST,

@@ -40,11 +40,12 @@ from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.planning import Job, open_job, select_rows
 from pipeline.job.recorded import recall_settings
 from pipeline.job.stopping import interruptible
+from pipeline.location import Location
 from pipeline.model.identity import THREADS
 from pipeline.plan.plan import noise_key
 from pipeline.settings import AuditSettings, JobSettings, ObjectStoreSettings
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.run_location import Place, reading_run
+from pipeline.storage.run_location import reading_run
 from pipeline.storage.summaries import AUDIT_SUMMARY
 
 if TYPE_CHECKING:
@@ -56,23 +57,17 @@ _EMBEDDED_CHARACTERS = 400
 
 
 @interruptible()
-def audit_run(
-    output: Place,
-    settings: AuditSettings,
-    observer: Observer | None = None,
-    store: ObjectStoreSettings | None = None,
-) -> Verdict:
-    """Audit the rows committed in `output`; writes `audit/audit.parquet` and `summary.json`.
+def audit_run(run: Location, settings: AuditSettings, observer: Observer | None = None) -> Verdict:
+    """Audit the committed rows of `run`; writes `audit/audit.parquet` and `summary.json`.
 
-    `store` reaches output and input, over what run.json says of it: secrets are not there.
+    Its store reaches the input, too, over what run.json says of it: secrets are not there.
 
     A failed audit is a result, not an error. Raises UsageError where there is nothing to compare,
     InputError or ModelError where input or model have changed since the run, StorageError where
     the answers have.
     """
-    store = store or ObjectStoreSettings()
-    with reading_run(output, store) as directory:
-        return _audit(directory, settings, observer or SilentObserver(), store)
+    with reading_run(run) as directory:
+        return _audit(directory, settings, observer or SilentObserver(), run.store)
 
 
 def _audit(
@@ -302,10 +297,10 @@ def _similarity(
     return {a.row_index: float(c) for a, c in zip(audits, cosines, strict=True)}
 
 
-def describe_audit(output: Place, store: ObjectStoreSettings | None = None) -> dict[str, Any]:
+def describe_audit(run: Location) -> dict[str, Any]:
     """The content of `audit/summary.json`. Raises RunDirectoryError if there was no audit."""
-    with reading_run(output, store or ObjectStoreSettings(), parts=False) as directory:
+    with reading_run(run, parts=False) as directory:
         summary = AUDIT_SUMMARY.read(directory.root)
     if summary is None:
-        raise RunDirectoryError(f"{output} was not audited yet; run: coppice audit {output}")
+        raise RunDirectoryError(f"{run} was not audited yet; run: coppice audit {run}")
     return summary

@@ -27,6 +27,7 @@ from pipeline.cli.night import app as night_app
 from pipeline.cli.options import merge, merge_section, split_store, takes_settings, to_flat
 from pipeline.cli.streams import prepare_streams, result_is_kept, say, write_result
 from pipeline.errors import AuditFailed, CoppiceError, OutputLost, UsageError, place_of
+from pipeline.location import Location, is_url
 from pipeline.settings import (
     AuditSettings,
     EngineSettings,
@@ -138,11 +139,11 @@ def status(
     from pipeline.cli.tables import print_json, print_table, status_table, watch_status
     from pipeline.status import read_status, wait_for_status
 
-    store = merge_section(ObjectStoreSettings, flags)
+    run = Location(directory, merge_section(ObjectStoreSettings, flags))
     if watch and not json:
-        watch_status(directory, lambda: wait_for_status(directory, store))
+        watch_status(directory, lambda: wait_for_status(run))
         return
-    state = read_status(directory, store)
+    state = read_status(run)
     if json:
         print_json(state)
     else:
@@ -165,8 +166,9 @@ def audit(
 
     flags, store = split_store(flags)
     settings = merge_section(AuditSettings, flags)
-    verdict = audit_run(directory, settings, make_observer(progress, log_format), store)
-    summary = describe_audit(directory, store)
+    run = Location(directory, store)
+    verdict = audit_run(run, settings, make_observer(progress, log_format))
+    summary = describe_audit(run)
     with result_is_kept(directory):
         if json:
             print_json(summary)
@@ -182,7 +184,7 @@ def report(directory: RunFolder, *, flags: dict[str, Any]) -> None:
     """Write report.html and report.md."""
     from pipeline.run import report_run
 
-    page = report_run(directory, merge_section(ObjectStoreSettings, flags))
+    page = report_run(Location(directory, merge_section(ObjectStoreSettings, flags)))
     with result_is_kept(page):
         write_result(page)
 
@@ -227,7 +229,8 @@ def convert(
     """OpenAI batch files or plain JSON lines to Parquet, and back."""
     from pipeline.inputs.conversion import convert as convert_file
 
-    rows = convert_file(source, target, merge_section(ObjectStoreSettings, flags), overwrite)
+    store = merge_section(ObjectStoreSettings, flags)
+    rows = convert_file(Location(source, store), Location(target), overwrite)
     with result_is_kept(target):
         write_result(f"{rows:,} rows in {target}")
 
@@ -267,7 +270,7 @@ def _show_plan(input: str, planned: PlannedJob, json: bool = False) -> None:
 
 def _local(output: str) -> Path:
     """Raises UsageError for a URL, of which a path would make a folder."""
-    if "://" in output:
+    if is_url(output):
         raise UsageError(f"{output} is not a folder of this machine; only runs are written there")
     return Path(output)
 

@@ -12,6 +12,7 @@ from pipeline.cli.arguments import LogFormat, Progress, RunFolder
 from pipeline.cli.logs import make_observer
 from pipeline.cli.options import merge_section, takes_settings
 from pipeline.cli.streams import result_is_kept, write_result
+from pipeline.location import Location
 from pipeline.settings import ObjectStoreSettings
 
 app = typer.Typer()
@@ -35,10 +36,11 @@ def publish(
     """Put a run whose audit passed where others read it."""
     from pipeline.night.publication import publish_by_hand
 
-    done = publish_by_hand(directory, target, date, job, merge_section(ObjectStoreSettings, flags))
-    with result_is_kept(done.place):
+    store = merge_section(ObjectStoreSettings, flags)
+    done = publish_by_hand(Location(directory, store), Location(target, store), date, job)
+    with result_is_kept(done.location):
         write_result(
-            f"{done.rows:,} rows {'' if done.is_new else 'were '}published at {done.place}"
+            f"{done.rows:,} rows {'' if done.is_new else 'were '}published at {done.location}"
         )
 
 

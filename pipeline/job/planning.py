@@ -34,6 +34,7 @@ from pipeline.job.prepare import Limits, Preparation
 from pipeline.job.prepared_rows import PreparedRows
 from pipeline.job.rejections import describe_rejected
 from pipeline.job.row_faults import call_by_halves
+from pipeline.location import Location
 from pipeline.model.folder import check_model_folder
 from pipeline.model.hub import check_model_exists
 from pipeline.model.identity import describe_versions, fingerprint_fields, identify_model
@@ -190,7 +191,7 @@ def open_job(input: str, settings: JobSettings) -> Job:
     model = settings.model
     check_model_exists(model)
     copies = ParquetCopies(cache_folder() / "inputs")
-    source = open_source(input, settings.read, settings.store, copies)
+    source = open_source(Location(input, settings.store), settings.read, copies)
     check_model_folder(model)
     tokenizer = PromptTokenizer.load(model.model, model.revision, settings.tokens)
     tokenizer.check_fits(are_messages=source.columns.messages is not None)

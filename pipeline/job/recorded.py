@@ -12,10 +12,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import RunDirectoryError
+from pipeline.location import Location
 from pipeline.settings import JobSettings
 from pipeline.storage.manifest import MANIFEST_NAME
 from pipeline.storage.run_directory import SYSTEM_PROMPT_NAME, RunDirectory
-from pipeline.storage.run_location import Place, find_manifest
+from pipeline.storage.run_location import find_manifest
 
 
 def settings_to_show(settings: JobSettings) -> dict[str, Any]:
@@ -57,12 +58,12 @@ def recall_settings(directory: RunDirectory) -> JobSettings:
     return settings.model_copy(update={"tokens": tokens})
 
 
-def with_recorded_clock(output: Place, settings: JobSettings) -> JobSettings:
+def with_recorded_clock(output: Location, settings: JobSettings) -> JobSettings:
     """The settings with the clock of the run in `output`, where there is one and none is said.
 
     Raises RunDirectoryError, StorageError.
     """
-    manifest = None if settings.tokens.clock else find_manifest(output, settings.store)
+    manifest = None if settings.tokens.clock else find_manifest(output)
     if manifest is None or "settings" not in manifest:
         return settings
     clock = JobSettings.model_validate(manifest["settings"]).tokens.clock

@@ -38,7 +38,6 @@ from pipeline.night.steps import (
 from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.durable import make_folder, write_errors
 from pipeline.storage.lock import FolderLock
-from pipeline.storage.object_store import is_url
 
 
 def run_nights(
@@ -88,7 +87,7 @@ def run_night(
     state = read_state(night)
     if state.stage == "done":
         observer.say(f"the night of {night.date} is done; nothing to do")
-        return _outcome(night, state, f"{night.run_place}/report.html")
+        return _outcome(night, state, f"{night.run}/report.html")
     if state.stage != "audited":  # else only its publication failed, which needs no input
         try:
             call("validate", night, lambda: check_input(night))
@@ -125,10 +124,10 @@ def _generate_and_audit(
 @contextmanager
 def sitting(night: Night) -> Iterator[None]:
     """One process at a time does the nights of a job. Raises FolderInUse, StorageError."""
-    home = night.settings.home
-    folder = Path(home)
-    if is_url(home):
-        folder = cache_folder() / "nights" / hashlib.sha256(home.encode()).hexdigest()[:24]
+    folder = night.home.local
+    if night.home.is_remote:
+        digest = hashlib.sha256(str(night.home).encode()).hexdigest()[:24]
+        folder = cache_folder() / "nights" / digest
     with write_errors(folder):
         make_folder(folder)
     try:

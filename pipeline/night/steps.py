@@ -32,16 +32,16 @@ def directly(name: str, night: Night, step: Step) -> dict[str, Any]:
 
 
 def check_input(night: Night) -> dict[str, Any]:
-    """Whatever can be found wrong before a row is read: input, model, places, what is installed.
+    """Whatever can be found wrong before a row is read: input, model, output, what is installed.
 
     Raises NoInput where there is nothing to do, InputError, ModelError, UsageError, StorageError.
     """
     folder = night.awaited_folder
     if folder is not None and not folder.exists():
         raise InputError(f"there is no folder {folder}; is its disk mounted?")
-    check_early(night.run_place, night.job)
-    if night.settings.publish is not None:
-        check_target(night.run_place, night.settings.publish, night.date, night.job.store)
+    check_early(night.run, night.job)
+    if night.target is not None:
+        check_target(night.run, night.target, night.date)
     job = open_job(night.input, with_absolute_paths(night.job))
     return {"input": night.input, "rows": job.source.num_rows}
 
@@ -75,51 +75,42 @@ def generate_night(night: Night, observer: Observer, time_budget_s: float | None
         )
     write = night.job.write.model_copy(update={"time_budget": time_budget_s})
     job = night.job.model_copy(update={"write": write})
-    return run_job(night.input, night.run_place, job, observer).counters
+    return run_job(night.input, night.run.path, job, observer).counters
 
 
 def audit_night(night: Night, observer: Observer) -> dict[str, Any]:
     """Audit the run, unless it passed as it is now. Raises AuditFailed below the bar."""
-    place, store = night.run_place, night.job.store
-    with reading_run(place, store, parts=False) as directory:
+    with reading_run(night.run, parts=False) as directory:
         is_passed = directory.is_sealed and current_verdict(directory, night.job.audit) == "pass"
     if not is_passed:
-        verdict = audit_run(place, night.job.audit, observer, store)
+        verdict = audit_run(night.run, night.job.audit, observer)
         if not verdict.passed:
-            raise AuditFailed(f"the audit of {place} failed: {'; '.join(verdict.reasons)}")
+            raise AuditFailed(f"the audit of {night.run} failed: {'; '.join(verdict.reasons)}")
     return _recorded_audit(night)
 
 
 def report_night(night: Night) -> dict[str, Any]:
     """Write the report: `page` is its path or URL, `summary` its Markdown."""
-    return dict(write_report(night.run_place, night.job.store))
+    return dict(write_report(night.run))
 
 
 def publish_night(night: Night) -> dict[str, Any]:
     """Publish the run where the settings say so. Raises AuditFailed, as `publish_run`."""
-    settings = night.settings
-    if settings.publish is None:
+    if night.target is None:
         return {"published": None, "parts": 0, "rows": 0}
-    done = publish_run(
-        night.run_place,
-        settings.publish,
-        settings.name,
-        night.date,
-        night.job.store,
-        night.job.audit,
-    )
-    return {"published": done.place, "parts": done.parts, "rows": done.rows}
+    done = publish_run(night.run, night.target, night.settings.name, night.date, night.job.audit)
+    return {"published": done.location, "parts": done.parts, "rows": done.rows}
 
 
 def _recorded_plan(night: Night) -> dict[str, Any] | None:
-    if not holds_run(night.run_place, night.job.store):
+    if not holds_run(night.run):
         return None
-    with reading_run(night.run_place, night.job.store, parts=False) as directory:
+    with reading_run(night.run, parts=False) as directory:
         return PLAN_SUMMARY.read(directory.root)
 
 
 def _recorded_audit(night: Night) -> dict[str, Any]:
-    with reading_run(night.run_place, night.job.store, parts=False) as directory:
+    with reading_run(night.run, parts=False) as directory:
         summary = AUDIT_SUMMARY.read(directory.root) or {}
     names = ("verdict", "tier", "rows_audited", "rows_exact", "bound_95")
     return {name: summary.get(name) for name in names}

@@ -14,10 +14,11 @@ from pipeline.audit.auditing import describe_audit, reopen_job
 from pipeline.audit.gate import current_verdict
 from pipeline.errors import CoppiceError
 from pipeline.inputs.conversion import convert
+from pipeline.location import Location
 from pipeline.model.rates import recall_rates
 from pipeline.night.publication import publish_by_hand
 from pipeline.run import report_run
-from pipeline.settings import ModelSettings, ObjectStoreSettings
+from pipeline.settings import ModelSettings
 from pipeline.status import read_status
 from pipeline.storage.run_directory import RunDirectory
 from tests.night.job import DAY, NightlyJob
@@ -57,14 +58,17 @@ def commands(run: Path, model: str) -> dict[str, Callable[[], object]]:
     target = run.parent / "answers.jsonl"
     published = run.parent.parent / f"published-{run.parent.name}"
     return {
-        "status": lambda: read_status(run),
-        "audit --show": lambda: describe_audit(run),
+        "status": lambda: read_status(Location(run)),
+        "audit --show": lambda: describe_audit(Location(run)),
         "audit": lambda: reopen_job(RunDirectory.open(run)),
         "gate": lambda: current_verdict(RunDirectory.open(run)),
-        "convert": lambda: convert(run, target),
-        "report": lambda: report_run(run),
+        "convert": lambda: convert(Location(run), Location(target)),
+        "report": lambda: report_run(Location(run)),
         "publish": lambda: publish_by_hand(
-            str(run), str(published), None, None, ObjectStoreSettings()
+            Location(run),
+            Location(published),
+            None,
+            None,
         ),
     }
 
@@ -158,4 +162,4 @@ def test_the_summary_of_a_run_names_what_is_wrong(sound: Path, audited: NightlyJ
     with pytest.raises(
         CoppiceError, match=r"run\.json is damaged \(counters\.rows_in: .*\); bring"
     ):
-        read_status(run)
+        read_status(Location(run))

@@ -12,6 +12,7 @@ import yaml
 from pipeline.audit.similarity import Encoder
 from pipeline.cli import app as cli
 from pipeline.cli.options import PANELS
+from pipeline.location import Location
 from pipeline.settings import AuditSettings, JobSettings
 from pipeline.status import read_status
 from tests.tiny_job import write_model, write_prompts, write_tokenizer
@@ -294,9 +295,9 @@ def test_status_can_be_watched_until_the_job_ends(
     assert shell(*job, "--fail-on-error", "1") == 0
     looks: list[str] = []
 
-    def read(directory: str, store: object) -> dict[str, Any]:
-        looks.append(directory)
-        state = read_status(directory)
+    def read(run: Location) -> dict[str, Any]:
+        looks.append(str(run))
+        state = read_status(run)
         status = ("waiting", "planning", "running")[len(looks) - 1 : len(looks)]
         return state | ({"status": status[0]} if status else {})
 

@@ -21,6 +21,7 @@ from pipeline.inputs import json_lines, parquet_copies
 from pipeline.inputs.input_files import InputFile
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.reader import PromptSource, open_source
+from pipeline.location import Location
 from pipeline.private_folder import private_folder
 from pipeline.settings import ReadSettings
 from tests.storage.disk import FailingDisk
@@ -46,7 +47,7 @@ def write(path: Path, rows: Sequence[object] = ROWS) -> Path:
 
 
 def source(path: Path | str, cache: Path) -> PromptSource:
-    return open_source(path, ReadSettings(), copies=ParquetCopies(cache))
+    return open_source(Location(path), ReadSettings(), copies=ParquetCopies(cache))
 
 
 def prompts(opened: PromptSource) -> list[Any]:

@@ -16,6 +16,7 @@ from pipeline.audit.auditing import audit_run
 from pipeline.job.observer import SilentObserver
 from pipeline.job.recycling import nodes_to_keep
 from pipeline.kvstore.store import KVStore
+from pipeline.location import Location
 from pipeline.plan.plan import Plan
 from pipeline.run import plan_job, run_job
 from pipeline.settings import AuditSettings, JobSettings
@@ -83,7 +84,7 @@ def test_the_second_night_computes_nothing_that_rows_shared(nights: Nights) -> N
     assert set(answers(first)["reuse_source"]) == {"run", "none"}
     assert set(answers(second)["reuse_source"]) == {"store"}
     assert f"{int(warm['loaded_tokens'])} prompt tokens loaded" in said
-    verdict = audit_run(second, AuditSettings(audit_sample="100%"))
+    verdict = audit_run(Location(second), AuditSettings(audit_sample="100%"))
     assert verdict.passed and verdict.rows_exact == verdict.rows_audited == len(PROMPTS)
 
 

@@ -33,6 +33,7 @@ from pipeline.errors import (
 from pipeline.inputs import parquet_input
 from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.observer import Planning, SilentObserver
+from pipeline.location import Location
 from pipeline.night import night as night_module
 from pipeline.night import steps
 from pipeline.night.calendar import mark_due
@@ -149,11 +150,11 @@ def fail_audits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers that full prefill does not confirm."""
     real = audit_run
 
-    def audit(place: Any, *rest: Any) -> Verdict:
-        for part in (Path(place) / "audit").glob("*"):
+    def audit(run: Location, *rest: Any) -> Verdict:
+        for part in (run.local / "audit").glob("*"):
             part.unlink()
-        verdict = real(place, *rest)
-        path = Path(place) / "audit" / "summary.json"
+        verdict = real(run, *rest)
+        path = run.local / "audit" / "summary.json"
         path.write_text(path.read_text().replace('"verdict": "pass"', '"verdict": "fail"'))
         return Verdict(**(vars(verdict) | {"verdict": "fail", "reasons": ("1 row is corrupt",)}))
 
