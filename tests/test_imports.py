@@ -61,15 +61,24 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.status": _FIRST | _rooms("storage", "job", "audit"),
     "pipeline.early_checks": _FIRST
     | _rooms("storage", "kvstore", "model", "engine.load", "audit.similarity"),
+    "pipeline.engine_loading": _FIRST | _rooms("model", "engine", "executor", "job"),
+    "pipeline.plan_files": _FIRST | _rooms("storage", "plan", "job", "report"),
     "pipeline.run": _FIRST
-    | _rooms("early_checks", "storage", "plan", "model", "engine", "executor", "job", "report"),
+    | _rooms("early_checks", "engine_loading", "storage", "model", "engine", "job", "report"),
     "pipeline.night": _FIRST
-    | _rooms(
-        "storage", "model.machine", "job", "report", "audit", "run", "early_checks", "settings_file"
-    ),
+    | _rooms("storage", "model.machine", "job", "report", "audit", "run", "settings_file"),
     "pipeline.cli": _FIRST
     | _rooms(
-        "inputs", "kvstore", "job", "audit", "experiment", "run", "status", "night", "settings_file"
+        "inputs",
+        "kvstore",
+        "job",
+        "audit",
+        "experiment",
+        "run",
+        "plan_files",
+        "status",
+        "night",
+        "settings_file",
     ),
     "pipeline.__main__": {"pipeline.cli"},
 }

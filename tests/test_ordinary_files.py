@@ -18,7 +18,8 @@ from pipeline.errors import InputError
 from pipeline.generation import resolve_sampling
 from pipeline.inputs.conversion import convert
 from pipeline.inputs.reader import open_source
-from pipeline.job.planning import Job, open_job, plan_rows
+from pipeline.job.job import Job, open_job
+from pipeline.job.planning import plan_rows
 from pipeline.location import Location
 from pipeline.records import PromptBatch, SamplingParams
 from pipeline.run import run_job

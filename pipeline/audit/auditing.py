@@ -11,7 +11,7 @@ not the ones of the run any more, the audit is refused.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +35,10 @@ from pipeline.audit.verdict import (
 from pipeline.engine.base import Baseline, EngineCapabilities
 from pipeline.errors import InputError, ModelError, RunDirectoryError, UsageError
 from pipeline.job.device_lock import holding_device
+from pipeline.job.job import Job, open_job
 from pipeline.job.noise_names import noise_name
 from pipeline.job.observer import Observer, SilentObserver
-from pipeline.job.planning import Job, open_job, select_rows
+from pipeline.job.planning import select_rows
 from pipeline.job.recorded import recall_settings
 from pipeline.job.stopping import interruptible
 from pipeline.location import Location
@@ -67,15 +68,27 @@ def audit_run(run: Location, settings: AuditSettings, observer: Observer | None 
     the answers have.
     """
     with reading_run(run) as directory:
-        return _audit(directory, settings, observer or SilentObserver(), run.store)
+        return _audit(directory, lambda: reopen_job(directory, run.store), settings, observer)
+
+
+@interruptible()
+def audit_opened(
+    job: Job, run: Location, settings: AuditSettings, observer: Observer | None = None
+) -> Verdict:
+    """As `audit_run`, where the job of the run is opened already."""
+    with reading_run(run) as directory:
+        return _audit(directory, lambda: check_same(job, directory), settings, observer)
 
 
 def _audit(
-    directory: RunDirectory, settings: AuditSettings, observer: Observer, store: ObjectStoreSettings
+    directory: RunDirectory,
+    open: Callable[[], Job],
+    settings: AuditSettings,
+    observer: Observer | None,
 ) -> Verdict:
-    started = time.monotonic()
+    started, observer = time.monotonic(), observer or SilentObserver()
     Encoder.check(settings.audit_encoder)
-    job = reopen_job(directory, store)
+    job = open()
     if job.settings.model.engine == "echo":
         raise UsageError("the echo engine has no model to compare with; run with --engine prefix")
     _check_complete(directory)
@@ -142,34 +155,37 @@ def _choose(
 
 
 def reopen_job(directory: RunDirectory, store: ObjectStoreSettings | None = None) -> Job:
-    """The job of a run directory, from what it recorded.
-
-    Raises InputError or ModelError if the input, the tokenizer or the model is another one now.
-    """
+    """The job of a run directory, from what it recorded. Raises as `check_same`."""
     manifest = directory.read_manifest()
     settings = recall_settings(directory)
     if "argument" not in manifest.get("input", {}):
         raise RunDirectoryError(f"{directory.name} does not say how it was made; run the job again")
     if store is not None:
         settings = settings.model_copy(update={"store": settings.store.overridden_by(store)})
-    job = open_job(manifest["input"]["argument"], settings)
-    now = job.fingerprint
-    before = manifest["fingerprint"]
+    return check_same(open_job(manifest["input"]["argument"], settings), directory)
+
+
+def check_same(job: Job, directory: RunDirectory) -> Job:
+    """The job, if it is that of the run directory.
+
+    Raises InputError or ModelError if the input, the tokenizer or the model is another one now.
+    """
+    now, before = job.fingerprint, directory.read_manifest()["fingerprint"]
     if now["input"] != before.get("input"):
         raise InputError(
-            f"{manifest['input']['argument']} has changed since the run in {directory.name}; "
+            f"{job.input} has changed since the run in {directory.name}; "
             "bring the old file back, or run the new one into another folder"
         )
     # An audit computes both sides of every comparison itself, with the threads that it has.
     changed = [name for name in now if name != THREADS and now[name] != before.get(name)]
     if "template" in changed:
         raise InputError(
-            f"the template {settings.read.template} has changed since the run in "
+            f"the template {job.settings.read.template} has changed since the run in "
             f"{directory.name}; bring the old one back"
         )
     if changed:
         raise ModelError(
-            f"{settings.model.model} is not the model of the run in {directory.name} any more: "
+            f"{job.settings.model.model} is not the model of the run in {directory.name} any more: "
             f"{changed[0]} differs; bring the old one back"
         )
     return job

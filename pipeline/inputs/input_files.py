@@ -30,6 +30,7 @@ from pipeline.storage.object_store import SCHEME, explain_read_fault
 _HASHED_AT_A_TIME = 4 << 20
 
 Stamp = tuple[int | str, ...]
+Stamps = dict[str, Stamp | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +125,15 @@ def find_input_files(location: Location) -> FoundFiles:
     if not files:
         raise NoInput(f"{lacking}{' to read' * bool(found.left_out)}; check the path")
     return _summed_up(location, files, found)
+
+
+def stamp_input(location: Location) -> Stamps:
+    """Of the files that an input means now, by name. Raises NoInput, InputError."""
+    stamps: Stamps = {}
+    for file in find_input_files(location).files:
+        with damage_named(file.name):
+            stamps[file.name] = file.stamp()
+    return stamps
 
 
 def _match(pattern: str) -> Selection:

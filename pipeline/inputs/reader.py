@@ -18,7 +18,7 @@ from pipeline.inputs.block_cache import BlockCache
 from pipeline.inputs.carriage import check_carriage, check_types_carried
 from pipeline.inputs.columns import REFUSED_COLUMN, ColumnMap, find_columns
 from pipeline.inputs.common_schema import with_one_schema
-from pipeline.inputs.input_files import InputFile, find_input_files
+from pipeline.inputs.input_files import InputFile, Stamps, find_input_files
 from pipeline.inputs.json_lines import is_json_lines
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.parquet_input import ParquetInput
@@ -57,6 +57,11 @@ class PromptSource:
     def labels(self) -> tuple[str, ...]:
         """What ids of rows without one begin with: a name for each file."""
         return self._labels
+
+    @property
+    def stamps(self) -> Stamps:
+        """Of its files, by name, as they were when they were opened."""
+        return {file.origin.name: file.stamp for file in self._files}
 
     @property
     def fields(self) -> tuple[str, ...]:

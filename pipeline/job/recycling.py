@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
+from pipeline.job.job import Job
 from pipeline.job.observer import Observer
-from pipeline.job.planning import Job, PlannedJob
+from pipeline.job.planning import PlannedJob
 from pipeline.model.identity import describe_versions
 from pipeline.model.machine import cpu_description
 from pipeline.model.rates import recall_rates

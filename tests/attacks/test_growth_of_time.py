@@ -94,7 +94,8 @@ _STAGE = """
 import sys
 from pathlib import Path
 import numpy as np
-from pipeline.job.planning import open_job, plan_rows
+from pipeline.job.job import open_job
+from pipeline.job.planning import plan_rows
 from pipeline.settings import ReadSettings
 from pipeline.inputs.input_files import InputFile
 from pipeline.inputs.parquet_copies import ParquetCopies

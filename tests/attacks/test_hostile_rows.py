@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from pipeline.audit.auditing import audit_run
 from pipeline.errors import InputError, UsageError
 from pipeline.generation import resolve_sampling
-from pipeline.job.planning import open_job, plan_rows
+from pipeline.job.job import open_job
+from pipeline.job.planning import plan_rows
 from pipeline.job.prepare import Preparation
 from pipeline.location import Location
 from pipeline.run import plan_job, run_job, validate_input

@@ -16,7 +16,8 @@ from pipeline.audit.other_arms import Arms
 from pipeline.audit.similarity import Encoder
 from pipeline.engine.verify import arms
 from pipeline.errors import InputError, ModelError, RunDirectoryError, StorageError
-from pipeline.job.planning import open_job, select_rows
+from pipeline.job.job import open_job
+from pipeline.job.planning import select_rows
 from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import AuditSettings, JobSettings

@@ -12,7 +12,7 @@ import pytest
 from pipeline.audit.auditing import reopen_job
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.errors import EngineError, RunDirectoryError, UsageError
-from pipeline.job.planning import open_job
+from pipeline.job.job import open_job
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
 from pipeline.storage.manifest import read_manifest

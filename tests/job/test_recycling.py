@@ -195,7 +195,7 @@ def test_a_damaged_store_costs_time_and_nothing_else(
 
 def test_two_jobs_use_one_store_and_one_of_them_writes(nights: Nights) -> None:
     nights.run(PROMPTS)
-    from pipeline.job.planning import open_job
+    from pipeline.job.job import open_job
     from pipeline.job.recycling import kv_identity
 
     job = open_job(str(nights.root / "p1.parquet"), nights.settings())
