@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -22,6 +23,7 @@ from pipeline.early_checks import check_early
 from pipeline.engine.base import Engine, EngineFactory
 from pipeline.engine.load import make_engine
 from pipeline.engine_loading import loading_engine
+from pipeline.errors import UsageError
 from pipeline.job.job import Job, open_job
 from pipeline.job.metrics_export import exporting
 from pipeline.job.observer import Observer, SilentObserver
@@ -41,10 +43,13 @@ from pipeline.job.stopping import StopRequest, interruptible
 from pipeline.job.watchdog import Watchdog
 from pipeline.location import Location
 from pipeline.model.machine import cache_folder
+from pipeline.plan.summary import largest_nodes, tree_frame
 from pipeline.settings import JobSettings
+from pipeline.storage.durable import replace_file
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import holds_run, reading_run, take_run
-from pipeline.storage.targets import check_apart
+from pipeline.storage.targets import check_apart, check_replaceable, folder_to_write
+from pipeline.storage.writer import encode_parquet
 
 
 def open_to_run(input: str, run: Location, settings: JobSettings) -> Job:
@@ -68,6 +73,48 @@ def plan_opened(job: Job, observer: Observer | None = None, keep_rows: bool = Fa
     """As `plan_job`, of an opened job. `keep_rows`: see `plan_rows`; for who runs it next."""
     planned = plan_for_a_person(job, keep_rows, (observer or SilentObserver()).show_planning)
     return replace(planned, summary=replace(planned.summary, store=expected_hits(planned)))
+
+
+def check_plan_targets(folder: Path | None, page: Path | None) -> None:
+    """Raises UsageError where `write_plan` or `write_plan_page` would replace another's file."""
+    if page is not None:
+        check_replaceable(page, [b"<!DOCTYPE html", b"<!doctype html"], "--html")
+    for option, path in (("-o", folder), ("--html", page and page.parent)):
+        why_not = path and folder_to_write(path)[1]
+        if why_not:
+            raise UsageError(f"cannot write to {path}: {why_not}; choose another {option}")
+    if folder is None or not (folder / "plan.parquet").exists():
+        return
+    try:
+        is_ours = "plan_hash" in json.loads((folder / "summary.json").read_bytes())
+    except (OSError, ValueError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise UsageError(
+            f"{folder / 'plan.parquet'} is there and no plan of coppice; choose another -o"
+        )
+
+
+def write_plan(planned: PlannedJob, folder: Path) -> None:
+    """Write plan.parquet, tree.parquet and summary.json into `folder`, outside of any run.
+
+    Raises StorageError.
+    """
+    frames = {"plan": planned.frame(), "tree": tree_frame(planned.plan)}
+    for name, frame in frames.items():
+        replace_file(folder / f"{name}.parquet", memoryview(encode_parquet(frame.to_arrow())))
+    summary = json.dumps(planned.summary.to_json(), indent=2, ensure_ascii=False)
+    replace_file(folder / "summary.json", f"{summary}\n".encode())
+
+
+def write_plan_page(planned: PlannedJob, title: str, path: Path) -> None:
+    """Write the plan as one HTML page."""
+    from pipeline.report.plan_page import render_plan
+    from pipeline.report.tree import Box
+
+    boxes = [Box(*node) for node in largest_nodes(planned.plan).tolist()]
+    page = render_plan(title, planned.summary.to_json(), boxes, planned.plan.tree.num_nodes)
+    replace_file(path.absolute(), page.encode())
 
 
 def validate_input(

@@ -367,17 +367,6 @@ class JobSettings(_Section):
             raise UsageError(say_fault(error, ("store", "system_prompt"), _SECTIONS)) from None
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "model": ModelSettings,
-    "read": ReadSettings,
-    "tokens": TokenSettings,
-    "sampling": SamplingSettings,
-    "plan": PlanSettings,
-    "engine": EngineSettings,
-    "write": WriteSettings,
-    "fleet": FleetSettings,
-    "recycle": RecycleSettings,
-    "monitor": MonitorSettings,
-    "audit": AuditSettings,
-    "store": ObjectStoreSettings,
+_SECTIONS: dict[str, Any] = {
+    name: field.annotation for name, field in JobSettings.model_fields.items()
 }

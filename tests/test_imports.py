@@ -45,9 +45,10 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.location": _FIRST,
     "pipeline.settings_file": _FIRST,
     "pipeline.plan": _FIRST,
-    "pipeline.tokens": _FIRST,
+    "pipeline.namespace": set(),
+    "pipeline.tokens": _FIRST | {"pipeline.namespace"},
     "pipeline.storage": _FIRST,
-    "pipeline.inputs": _FIRST | {"pipeline.storage"},
+    "pipeline.inputs": _FIRST | _rooms("storage", "namespace"),
     "pipeline.kvstore": _FIRST | {"pipeline.storage"},
     "pipeline.model": _FIRST | {"pipeline.storage.durable"},
     "pipeline.report": _FIRST | {"pipeline.storage"},
@@ -62,9 +63,10 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.early_checks": _FIRST
     | _rooms("storage", "kvstore", "model", "engine.load", "audit.similarity"),
     "pipeline.engine_loading": _FIRST | _rooms("model", "engine", "executor", "job"),
-    "pipeline.plan_files": _FIRST | _rooms("storage", "plan", "job", "report"),
     "pipeline.run": _FIRST
-    | _rooms("early_checks", "engine_loading", "storage", "model", "engine", "job", "report"),
+    | _rooms(
+        "early_checks", "engine_loading", "storage", "plan", "model", "engine", "job", "report"
+    ),
     "pipeline.night": _FIRST
     | _rooms("storage", "model.machine", "job", "report", "audit", "run", "settings_file"),
     "pipeline.cli": _FIRST
@@ -98,6 +100,7 @@ HOMES = {
     "faiss": _rooms("audit.sample", "experiment.retrieval"),
     "matplotlib": _rooms("report", "experiment.pages"),
     "ray": _rooms("executor.ray_crew"),
+    "jinja2": _rooms("namespace", "inputs", "tokens", "report"),
     "prometheus_client": _rooms("job.metrics_export"),
     "pythonjsonlogger": _rooms("cli.logs"),
     "pyarrow": _rooms("storage", "inputs", "night", "plan", "job.answers")

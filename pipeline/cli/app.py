@@ -28,21 +28,7 @@ from pipeline.cli.options import merge, merge_section, split_store, takes_settin
 from pipeline.cli.streams import prepare_streams, result_is_kept, say, write_result
 from pipeline.errors import AuditFailed, CoppiceError, OutputLost, UsageError, place_of
 from pipeline.location import Location, is_url
-from pipeline.settings import (
-    AuditSettings,
-    EngineSettings,
-    FleetSettings,
-    JobSettings,
-    ModelSettings,
-    MonitorSettings,
-    ObjectStoreSettings,
-    PlanSettings,
-    ReadSettings,
-    RecycleSettings,
-    SamplingSettings,
-    TokenSettings,
-    WriteSettings,
-)
+from pipeline.settings import AuditSettings, JobSettings, ObjectStoreSettings
 
 if TYPE_CHECKING:
     from pipeline.job.observer import Observer
@@ -58,8 +44,7 @@ app = typer.Typer(
 )
 app.add_typer(night_app)
 app.add_typer(recycle.app, name="recycle")
-_READ = (ModelSettings, ReadSettings, TokenSettings, ObjectStoreSettings)
-_JOB = (*_READ, SamplingSettings, PlanSettings, EngineSettings, RecycleSettings)
+_JOB = ("model", "read", "tokens", "store", "sampling", "plan", "engine", "recycle")
 
 
 @app.callback()
@@ -86,7 +71,7 @@ def plan(
 ) -> None:
     """Show what sharing would save; no weights, no device."""
     folder = None if output is None else _local(output)
-    from pipeline.plan_files import check_plan_targets, write_plan, write_plan_page
+    from pipeline.run import check_plan_targets, write_plan, write_plan_page
 
     check_plan_targets(folder, html)
     planned = _plan(input, merge(flags, config), make_observer(progress, log_format))
@@ -98,7 +83,7 @@ def plan(
 
 
 @app.command()
-@takes_settings(*_JOB, WriteSettings, FleetSettings, MonitorSettings)
+@takes_settings(*_JOB, "write", "fleet", "monitor")
 def run(
     input: Input,
     output: Annotated[
@@ -127,7 +112,7 @@ def run(
 
 
 @app.command()
-@takes_settings(ObjectStoreSettings)
+@takes_settings("store")
 def status(
     directory: RunFolder,
     watch: Annotated[bool, typer.Option("--watch", help="Wait for it, and until it ends.")] = False,
@@ -151,7 +136,7 @@ def status(
 
 
 @app.command()
-@takes_settings(AuditSettings, ObjectStoreSettings)
+@takes_settings("audit", "store")
 def audit(
     directory: RunFolder,
     json: Json = False,
@@ -179,7 +164,7 @@ def audit(
 
 
 @app.command()
-@takes_settings(ObjectStoreSettings)
+@takes_settings("store")
 def report(directory: RunFolder, *, flags: dict[str, Any]) -> None:
     """Write report.html and report.md."""
     from pipeline.run import report_run
@@ -190,7 +175,7 @@ def report(directory: RunFolder, *, flags: dict[str, Any]) -> None:
 
 
 @app.command()
-@takes_settings(*_JOB, WriteSettings)
+@takes_settings(*_JOB, "write")
 def validate(
     input: Input,
     config: Config = None,
@@ -218,7 +203,7 @@ def validate(
 
 
 @app.command()
-@takes_settings(ObjectStoreSettings)
+@takes_settings("store")
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="JSONL, Parquet or run directory.")],
     target: Annotated[str, typer.Argument(metavar="OUT", help="Parquet or JSONL.")],

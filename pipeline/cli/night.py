@@ -20,7 +20,7 @@ NightFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of a 
 
 
 @app.command()
-@takes_settings(ObjectStoreSettings)
+@takes_settings("store")
 def publish(
     directory: RunFolder,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="Folder or s3:// URL.")],

@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, RLock
-from types import TracebackType
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -216,12 +215,7 @@ class KVStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        place: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _write(self, head: Head, token_ids: TokenIds, kv: Tensor, stored: Walk) -> bool:

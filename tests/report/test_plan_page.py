@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pipeline.plan_files import write_plan_page
-from pipeline.run import plan_job
+from pipeline.run import plan_job, write_plan_page
 from pipeline.settings import JobSettings
 from tests.tiny_job import write_prompts
 
