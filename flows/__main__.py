@@ -55,10 +55,7 @@ def audit(output: Output, config: Config = None, credentials: Credentials = None
 
 @app.command(name="nightly")
 def run_nightly(
-    file: NightFile,
-    date: Date = None,
-    timezone: Timezone = "UTC",
-    credentials: Credentials = None,
+    file: NightFile, date: Date = None, timezone: Timezone = "UTC", credentials: Credentials = None
 ) -> None:
     """Do the unfinished nights of FILE, then that of the date (default: today), as a flow."""
     from flows.nightly import nightly as flow

@@ -16,12 +16,12 @@ from pipeline.cli.options import merge_section, split_store
 from pipeline.location import Location
 from pipeline.settings import AuditSettings, JobSettings, ObjectStoreSettings
 
-AnyPath: TypeAlias = str | os.PathLike[str]
-Prompts: TypeAlias = AnyPath | pl.DataFrame | pl.LazyFrame | pa.Table
+FsPath: TypeAlias = str | os.PathLike[str]
+Prompts: TypeAlias = FsPath | pl.DataFrame | pl.LazyFrame | pa.Table
 Progress: TypeAlias = Literal["none", "plain", "auto"]
 
 
-def plan(prompts: Prompts, *, model: AnyPath, **settings: Any) -> Plan:
+def plan(prompts: Prompts, *, model: FsPath, **settings: Any) -> Plan:
     """What sharing would save; reads no weights.
 
     `settings` are those of `coppice plan`, with `_` for `-`. Raises InputError, ModelError,
@@ -33,12 +33,7 @@ def plan(prompts: Prompts, *, model: AnyPath, **settings: Any) -> Plan:
 
 
 def run(
-    prompts: Prompts,
-    output: AnyPath,
-    *,
-    model: AnyPath,
-    progress: Progress = "none",
-    **settings: Any,
+    prompts: Prompts, output: FsPath, *, model: FsPath, progress: Progress = "none", **settings: Any
 ) -> Run:
     """Answer every row into the run directory `output`; the same call again resumes.
 
@@ -53,7 +48,7 @@ def run(
     return Run.of(outcome, job.store)
 
 
-def audit(run: Run | AnyPath, *, progress: Progress = "none", **settings: Any) -> Audit:
+def audit(run: Run | FsPath, *, progress: Progress = "none", **settings: Any) -> Audit:
     """Compare rows of a finished run with plain full prefill. A failed audit is a result.
 
     `settings` are those of `coppice audit`, with `_` for `-`. Raises UsageError, and InputError or
@@ -68,14 +63,14 @@ def audit(run: Run | AnyPath, *, progress: Progress = "none", **settings: Any) -
     return Audit.of(verdict, describe_audit(location))
 
 
-def report(run: Run | AnyPath, **settings: Any) -> Report:
+def report(run: Run | FsPath, **settings: Any) -> Report:
     """Write report.html and report.md into the run directory; `settings`: `storage_options`."""
     from pipeline.run import report_run
 
     return Report(report_run(_location(run, merge_section(ObjectStoreSettings, settings))))
 
 
-def _job(model: AnyPath, settings: dict[str, Any]) -> JobSettings:
+def _job(model: FsPath, settings: dict[str, Any]) -> JobSettings:
     """Raises UsageError naming the field."""
     return JobSettings.from_flat({**settings, "model": os.fspath(model)})
 
@@ -87,7 +82,7 @@ def _input(prompts: Prompts) -> str:
     return keep_frame(prompts)
 
 
-def _location(run: Run | AnyPath, store: ObjectStoreSettings) -> Location:
+def _location(run: Run | FsPath, store: ObjectStoreSettings) -> Location:
     """Where a run is, with these options of its store over those that it was made with."""
     if isinstance(run, Run):
         return replace(run.location, store=run.location.store.overridden_by(store))

@@ -25,13 +25,7 @@ from pipeline.audit.other_arms import Arms
 from pipeline.audit.replay import BARS, AuditInput, RowAudit, Tier, audit_row
 from pipeline.audit.sample import candidate_rows, choose_rows
 from pipeline.audit.similarity import Encoder
-from pipeline.audit.verdict import (
-    GroupCoverage,
-    Verdict,
-    audit_frame,
-    describe_similarity,
-    judge,
-)
+from pipeline.audit.verdict import GroupCoverage, Verdict, audit_frame, describe_similarity, judge
 from pipeline.engine.base import Baseline, EngineCapabilities
 from pipeline.errors import InputError, ModelError, RunDirectoryError, UsageError
 from pipeline.job.device_lock import holding_device

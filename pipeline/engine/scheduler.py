@@ -153,9 +153,7 @@ class Scheduler:
         position, end = layout.position, layout.end
         stored_end = min(self._stored_end(above, sequence, end), end - 1)
         own = KVSpan(
-            length=end - position,
-            copied=layout.start - position,
-            storable=stored_end - position,
+            length=end - position, copied=layout.start - position, storable=stored_end - position
         )
         params = self._plan.params[int(self._plan.sequences.params[sequence])]
         return LiveRow(sequence, params, Placement(own, position, above), end, now_s)

@@ -17,13 +17,7 @@ from pyarrow import fs
 
 from pipeline.errors import InputError, NoInput
 from pipeline.inputs.input_objects import find_objects
-from pipeline.inputs.selection import (
-    MATCHED_AGAIN,
-    Selection,
-    each_once,
-    search,
-    select_matches,
-)
+from pipeline.inputs.selection import MATCHED_AGAIN, Selection, each_once, search, select_matches
 from pipeline.location import Location
 from pipeline.storage.object_store import SCHEME, explain_read_fault
 

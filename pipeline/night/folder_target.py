@@ -23,13 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.errors import FolderInUse, RunDirectoryError
-from pipeline.night.published import (
-    MARKER_NAME,
-    Content,
-    describe_file,
-    marker,
-    parse_marker,
-)
+from pipeline.night.published import MARKER_NAME, Content, describe_file, marker, parse_marker
 from pipeline.private_folder import sync_folder
 from pipeline.storage.durable import copy_file, make_folder, write_errors, write_stream
 from pipeline.storage.lock import FolderLock

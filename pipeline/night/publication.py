@@ -86,11 +86,7 @@ def check_target(run: Location, target: Location, date: datetime.date) -> None:
 
 
 def publish_run(
-    run: Location,
-    target: Location,
-    job: str,
-    date: datetime.date,
-    bar: AuditSettings | None = None,
+    run: Location, target: Location, job: str, date: datetime.date, bar: AuditSettings | None = None
 ) -> Published:
     """Publish a run as `target`/`date`, or find that it is published. `bar`: see `check_gate`.
 

@@ -18,13 +18,7 @@ from typing import Any
 
 from pipeline.errors import RunDirectoryError, StorageError
 from pipeline.location import Location
-from pipeline.night.published import (
-    MARKER_NAME,
-    Content,
-    describe_file,
-    marker,
-    parse_marker,
-)
+from pipeline.night.published import MARKER_NAME, Content, describe_file, marker, parse_marker
 from pipeline.storage.remote_folder import RemoteFolder, SupersededError
 
 

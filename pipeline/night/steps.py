@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.audit.auditing import audit_opened
+from pipeline.audit.auditing import audit_opened, describe_audit
 from pipeline.audit.gate import current_verdict
 from pipeline.errors import AuditFailed, InputError, TimeBudgetReached
 from pipeline.job.observer import Observer
@@ -18,7 +18,7 @@ from pipeline.night.publication import check_target, publish_run
 from pipeline.night.settings import Night
 from pipeline.run import plan_opened, run_opened, write_report
 from pipeline.storage.run_location import holds_run, reading_run
-from pipeline.storage.summaries import AUDIT_SUMMARY, PLAN_SUMMARY
+from pipeline.storage.summaries import PLAN_SUMMARY
 
 Step = Callable[[], dict[str, Any]]
 Call = Callable[[str, Night, Step], dict[str, Any]]
@@ -89,7 +89,9 @@ def audit_night(opened: OpenedJob, observer: Observer) -> dict[str, Any]:
             verdict = audit_opened(job, night.run, night.job.audit, observer)
         if not verdict.passed:
             raise AuditFailed(f"the audit of {night.run} failed: {'; '.join(verdict.reasons)}")
-    return _recorded_audit(night)
+    summary = describe_audit(night.run)
+    names = ("verdict", "tier", "rows_audited", "rows_exact", "bound_95")
+    return {name: summary.get(name) for name in names}
 
 
 def report_night(night: Night) -> dict[str, Any]:
@@ -110,10 +112,3 @@ def _recorded_plan(night: Night) -> dict[str, Any] | None:
         return None
     with reading_run(night.run, parts=False) as directory:
         return PLAN_SUMMARY.read(directory.root)
-
-
-def _recorded_audit(night: Night) -> dict[str, Any]:
-    with reading_run(night.run, parts=False) as directory:
-        summary = AUDIT_SUMMARY.read(directory.root) or {}
-    names = ("verdict", "tier", "rows_audited", "rows_exact", "bound_95")
-    return {name: summary.get(name) for name in names}

@@ -19,12 +19,7 @@ from numpy.typing import NDArray
 from pipeline.errors import RunDirectoryError, StorageError
 from pipeline.private_folder import sync_folder
 from pipeline.storage.card import render_card
-from pipeline.storage.durable import (
-    is_temp,
-    make_folder,
-    replace_file,
-    write_errors,
-)
+from pipeline.storage.durable import is_temp, make_folder, replace_file, write_errors
 from pipeline.storage.lock import LOCK_NAME, FolderLock, is_abandoned
 from pipeline.storage.manifest import (
     MANIFEST_NAME,
