@@ -22,23 +22,22 @@ from numpy.typing import NDArray
 from pipeline.audit.evidence import NO_EVIDENCE
 from pipeline.audit.gate import describe_bar, seed_of_output
 from pipeline.audit.other_arms import Arms
+from pipeline.audit.reopened_job import check_same, reopen_job
 from pipeline.audit.replay import BARS, AuditInput, RowAudit, Tier, audit_row
 from pipeline.audit.sample import candidate_rows, choose_rows
 from pipeline.audit.similarity import Encoder
 from pipeline.audit.verdict import GroupCoverage, Verdict, audit_frame, describe_similarity, judge
 from pipeline.engine.base import Baseline, EngineCapabilities
-from pipeline.errors import InputError, ModelError, RunDirectoryError, UsageError
+from pipeline.errors import RunDirectoryError, UsageError
 from pipeline.job.device_lock import holding_device
-from pipeline.job.job import Job, open_job
+from pipeline.job.job import Job
 from pipeline.job.noise_names import noise_name
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.planning import select_rows
-from pipeline.job.recorded import recall_settings
 from pipeline.job.stopping import interruptible
 from pipeline.location import Location
-from pipeline.model.identity import THREADS
 from pipeline.plan.plan import noise_key
-from pipeline.settings import AuditSettings, JobSettings, ObjectStoreSettings
+from pipeline.settings import AuditSettings, JobSettings
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import reading_run
 from pipeline.storage.summaries import AUDIT_SUMMARY
@@ -146,43 +145,6 @@ def _choose(
 
     size = settings.num_rows(len(candidates))
     return choose_rows(candidates, size, seed, None if encoder is None else embed)
-
-
-def reopen_job(directory: RunDirectory, store: ObjectStoreSettings | None = None) -> Job:
-    """The job of a run directory, from what it recorded. Raises as `check_same`."""
-    manifest = directory.read_manifest()
-    settings = recall_settings(directory)
-    if "argument" not in manifest.get("input", {}):
-        raise RunDirectoryError(f"{directory.name} does not say how it was made; run the job again")
-    if store is not None:
-        settings = settings.model_copy(update={"store": settings.store.overridden_by(store)})
-    return check_same(open_job(manifest["input"]["argument"], settings), directory)
-
-
-def check_same(job: Job, directory: RunDirectory) -> Job:
-    """The job, if it is that of the run directory.
-
-    Raises InputError or ModelError if the input, the tokenizer or the model is another one now.
-    """
-    now, before = job.fingerprint, directory.read_manifest()["fingerprint"]
-    if now["input"] != before.get("input"):
-        raise InputError(
-            f"{job.input} has changed since the run in {directory.name}; "
-            "bring the old file back, or run the new one into another folder"
-        )
-    # An audit computes both sides of every comparison itself, with the threads that it has.
-    changed = [name for name in now if name != THREADS and now[name] != before.get(name)]
-    if "template" in changed:
-        raise InputError(
-            f"the template {job.settings.read.template} has changed since the run in "
-            f"{directory.name}; bring the old one back"
-        )
-    if changed:
-        raise ModelError(
-            f"{job.settings.model.model} is not the model of the run in {directory.name} any more: "
-            f"{changed[0]} differs; bring the old one back"
-        )
-    return job
 
 
 def _check_complete(directory: RunDirectory) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.audit.auditing import describe_audit, reopen_job
+from pipeline.audit.auditing import describe_audit
 from pipeline.audit.gate import current_verdict
+from pipeline.audit.reopened_job import reopen_job
 from pipeline.errors import CoppiceError
 from pipeline.inputs.conversion import convert
 from pipeline.location import Location

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.audit.auditing import audit_run, describe_audit
+from pipeline.audit.auditing import audit_opened, audit_run, describe_audit
 from pipeline.audit.gate import seed_of_output
 from pipeline.audit.other_arms import Arms
 from pipeline.audit.similarity import Encoder
 from pipeline.engine.verify import arms
-from pipeline.errors import InputError, ModelError, RunDirectoryError, StorageError
+from pipeline.errors import CoppiceError, InputError, ModelError, RunDirectoryError, StorageError
 from pipeline.job.job import open_job
 from pipeline.job.planning import select_rows
 from pipeline.location import Location
@@ -197,3 +197,27 @@ def test_an_unfinished_run_gets_no_verdict(tmp_path: Path, model: Path) -> None:
     with pytest.raises(RunDirectoryError, match="not complete"):
         audit_run(Location(output), EVERY_ROW)
     assert not (output / "audit").exists()
+
+
+OTHER_JOBS: dict[str, tuple[dict[str, object], type[CoppiceError], str]] = {
+    "other rows": ({"limit": 2}, InputError, "has changed since"),
+    "other sampling": ({"max_new_tokens": 5}, ModelError, "sampling differs"),
+    "without an option of the run": ({}, ModelError, "generation_options differs"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_JOBS)
+def test_an_opened_job_that_is_not_of_the_run_is_refused(
+    tmp_path: Path, model: Path, name: str
+) -> None:
+    """The fingerprints are compared both ways: a field that only the run has counts as well."""
+    flat, kind, says = OTHER_JOBS[name]
+    recorded = {"generation_options": ["repetition_penalty=1.1"]}
+    run = make_run(tmp_path, model, **recorded)
+    asked = {"model": str(model), "engine": "naive", "max_new_tokens": 6, "dtype": "float32"}
+    same = open_job(str(tmp_path / "p.parquet"), JobSettings.from_flat(asked | recorded))
+    assert audit_opened(same, Location(run), EVERY_ROW).passed
+    own = recorded if flat else {}
+    other = open_job(str(tmp_path / "p.parquet"), JobSettings.from_flat(asked | own | flat))
+    with pytest.raises(kind, match=says):
+        audit_opened(other, Location(run), EVERY_ROW)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.audit.auditing import reopen_job
+from pipeline.audit.reopened_job import reopen_job
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.errors import EngineError, RunDirectoryError, UsageError
 from pipeline.job.job import open_job

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.audit.auditing import audit_opened, reopen_job
+from pipeline.audit.auditing import audit_opened
+from pipeline.audit.reopened_job import reopen_job
 from pipeline.audit.verdict import Verdict
 from pipeline.engine.base import Engine
 from pipeline.engine.load import make_engine
