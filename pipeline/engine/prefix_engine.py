@@ -255,8 +255,8 @@ class _Run:
         batch = pack_chunks(taken, self.backend.kernel, self.device)
         logits = self._forward(batch, np.cumsum(lengths)[readable] - 1)
         rows, of_rows = [], []
-        for i, place in enumerate(readable):
-            target = taken[place][0].target
+        for i, index in enumerate(readable):
+            target = taken[index][0].target
             if isinstance(target, LiveRow):
                 rows.append(target)
                 of_rows.append(i)
@@ -344,8 +344,8 @@ class _Run:
         begin = time.perf_counter()
         if self.first_step_s is None:
             self.first_step_s = begin
-        places = torch.from_numpy(keep).to(self.device)
-        logits = self.backend.forward(batch, self.cache, places)
+        indices = torch.from_numpy(keep).to(self.device)
+        logits = self.backend.forward(batch, self.cache, indices)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.counters.num_forwards += 1
@@ -375,8 +375,8 @@ class _Run:
             self.hooks.on_logits(sequences, positions.tolist(), logits)
         params = [r.params for r in rows]
 
-        def context_of(place: int) -> Context:
-            row = rows[place]
+        def context_of(index: int) -> Context:
+            row = rows[index]
             return self.plan.prompt_token_ids(row.sequence), row.token_ids
 
         chosen = self.sampler.sample(logits, params, keys, positions, context_of, greedy)

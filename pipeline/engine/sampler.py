@@ -102,8 +102,8 @@ class Sampler:
         length = 1 if _is_order_free(params) else len(prompt)  # any number: they do not look
         processors = self._processors(params, length, of_prompt)
         ids = torch.from_numpy(_rectangle(contexts)).to(scores.device)
-        places = torch.tensor(rows, device=scores.device)
-        scores[places] = processors(ids, scores[places])
+        indices = torch.tensor(rows, device=scores.device)
+        scores[indices] = processors(ids, scores[indices])
 
     def _build(
         self, params: SamplingParams, prompt_length: int, prompt: bytes | None

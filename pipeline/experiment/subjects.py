@@ -69,11 +69,11 @@ def timing_subject(model: str | None, tokenizer: str, sizes: Sizes) -> Tested:
 
     `tokenizer` is for random weights alone. Raises ModelError.
     """
-    place = model or _cached(DIALOGPT)
-    if place is None:
+    path = model or _cached(DIALOGPT)
+    if path is None:
         return _random_subject(tokenizer, sizes)
     name = model or DIALOGPT
-    subject = _real_subject(place, name, sizes.new, sizes.longest)
+    subject = _real_subject(path, name, sizes.new, sizes.longest)
     return subject, f"Real weights; prompts of at most {sizes.longest} tokens."
 
 

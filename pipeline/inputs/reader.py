@@ -69,7 +69,7 @@ class PromptSource:
         return () if self._template is None else self._template.fields
 
     def with_field_order(self, order: NDArray[np.uint8]) -> PromptSource:
-        """The same rows with `fields` in another order: [rows, fields] places in `fields`."""
+        """The same rows with `fields` in another order: [rows, fields] indices of `fields`."""
         return replace(self, _field_order=order)
 
     def iter_fields(self) -> Iterator[pl.DataFrame]:
@@ -135,8 +135,8 @@ class PromptSource:
         if not carried:
             return
         for file, _, start, stop in self._file_ranges():
-            for place, table in enumerate(file.iter_batches(carried, stop - start), start):
-                if place == 0:
+            for row, table in enumerate(file.iter_batches(carried, stop - start), start):
+                if row == 0:
                     check_carriage(table.slice(0, 1), self.columns.id, file.origin.name)
 
     def fingerprint(self) -> str:

@@ -101,8 +101,8 @@ class RemoteRun(RunDirectory):
                 f"cannot keep a working copy of {folder.url} ({error}); set XDG_CACHE_HOME to a "
                 "folder of your own"
             ) from error
-        place = (folder.endpoint, folder.url, run_id_of(fingerprint))
-        root = copies / hashlib.sha256(repr(place).encode()).hexdigest()[:24]
+        key = (folder.endpoint, folder.url, run_id_of(fingerprint))
+        root = copies / hashlib.sha256(repr(key).encode()).hexdigest()[:24]
         private_folder(root)
         try:
             local = RunDirectory.create_or_resume(root, fingerprint, description)
