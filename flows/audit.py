@@ -29,8 +29,7 @@ def audit(
 
         def check() -> dict[str, Any]:
             verdict = audit_run(run, chosen, observer)
-            if not verdict.passed:
-                raise AuditFailed(f"the audit of {output} failed: {'; '.join(verdict.reasons)}")
+            verdict.check(output)
             return {"verdict": verdict.verdict, "rows_audited": verdict.rows_audited}
 
         def report() -> None:

@@ -65,9 +65,10 @@ def audit(run: Run | FsPath, *, progress: Progress = "none", **settings: Any) ->
 
 def report(run: Run | FsPath, **settings: Any) -> Report:
     """Write report.html and report.md into the run directory; `settings`: `storage_options`."""
-    from pipeline.run import report_run
+    from pipeline.run import write_report
 
-    return Report(report_run(_location(run, merge_section(ObjectStoreSettings, settings))))
+    location = _location(run, merge_section(ObjectStoreSettings, settings))
+    return Report(write_report(location)["page"])
 
 
 def _job(model: FsPath, settings: dict[str, Any]) -> JobSettings:

@@ -262,13 +262,8 @@ def _sit(
     return session.run(loading)
 
 
-def report_run(run: Location) -> str:
-    """Write `report.html` and `report.md` of a run directory; returns the page's path or URL."""
-    return write_report(run)["page"]
-
-
 def write_report(run: Location) -> dict[str, str]:
-    """As `report_run`; returns `page`, its path or URL, and `summary`, its Markdown."""
+    """Write `report.html` and `report.md`; returns `page`, its path or URL, and `summary`, text."""
     from pipeline.report.page import render
 
     with reading_run(run) as directory:

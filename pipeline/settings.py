@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -352,13 +353,11 @@ class JobSettings(_Section):
         Raises UsageError naming the first field that is unknown or out of range.
         """
         sections: dict[str, dict[str, Any]] = {name: {} for name in cls.model_fields}
-        home = {key: name for name, section in _SECTIONS.items() for key in section.model_fields}
+        check_known(flat)
         for key, value in flat.items():
             field = key.replace("-", "_")
-            if field not in home:
-                raise UsageError(unknown_name(key, home, "coppice run --help lists them"))
             if value is not None:
-                sections[home[field]][field] = value
+                sections[_HOMES[field]][field] = value
         if "model" not in sections["model"]:
             raise UsageError("no model was named; give --model FOLDER or a hub id like org/name")
         try:
@@ -367,6 +366,13 @@ class JobSettings(_Section):
             raise UsageError(say_fault(error, ("store", "system_prompt"), _SECTIONS)) from None
 
 
-_SECTIONS: dict[str, Any] = {
-    name: field.annotation for name, field in JobSettings.model_fields.items()
-}
+_SECTIONS: dict[str, Any] = {n: field.annotation for n, field in JobSettings.model_fields.items()}
+_HOMES = {key: name for name, section in _SECTIONS.items() for key in section.model_fields}
+
+
+def check_known(keys: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Raises UsageError for a key that is no setting; `others`: names that may be meant as well."""
+    for key in keys:
+        if key.replace("-", "_") not in _HOMES:
+            names = {*_HOMES, *others}
+            raise UsageError(unknown_name(key, names, "coppice run --help lists them"))

@@ -26,7 +26,7 @@ from pipeline.cli.logs import log_error, log_to_stderr, make_observer
 from pipeline.cli.night import app as night_app
 from pipeline.cli.options import merge, merge_section, split_store, takes_settings, to_flat
 from pipeline.cli.streams import prepare_streams, result_is_kept, say, write_result
-from pipeline.errors import AuditFailed, CoppiceError, OutputLost, UsageError, place_of
+from pipeline.errors import CoppiceError, OutputLost, UsageError, place_of
 from pipeline.location import Location, is_url
 from pipeline.settings import AuditSettings, JobSettings, ObjectStoreSettings
 
@@ -159,17 +159,16 @@ def audit(
             print_json(summary)
         else:
             print_table(directory, audit_table(summary))
-    if not verdict.passed:
-        raise AuditFailed(f"the audit of {directory} failed: {'; '.join(verdict.reasons)}")
+    verdict.check(directory)
 
 
 @app.command()
 @takes_settings("store")
 def report(directory: RunFolder, *, flags: dict[str, Any]) -> None:
     """Write report.html and report.md."""
-    from pipeline.run import report_run
+    from pipeline.run import write_report
 
-    page = report_run(Location(directory, merge_section(ObjectStoreSettings, flags)))
+    page = write_report(Location(directory, merge_section(ObjectStoreSettings, flags)))["page"]
     with result_is_kept(page):
         write_result(page)
 

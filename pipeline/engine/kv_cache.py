@@ -125,15 +125,6 @@ class KVCache:
             low += kv_range.length
         self._free = [(low, self.capacity)] if low < self.capacity else []
 
-    def check_integrity(self, ranges: list[KVRange]) -> None:
-        """Assert that `ranges` and the gaps tile the arena exactly."""
-        pieces = sorted(self._free + [(r.start, r.stop) for r in ranges if r.length])
-        edge = 0
-        for low, high in pieces:
-            assert low == edge < high, f"slots [{edge}, {low}) are lost or owned twice: {pieces}"
-            edge = high
-        assert edge == self.capacity, f"slots [{edge}, {self.capacity}) are lost: {pieces}"
-
 
 def kv_capacity(
     budget: int | None, bytes_per_token: int, needed_tokens: int, device: torch.device

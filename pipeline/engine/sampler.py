@@ -67,10 +67,7 @@ class Sampler:
         return sample_next_token(logits, params, keys, positions, greedy)
 
     def apply_rules(
-        self,
-        logits: Tensor,
-        params: Sequence[SamplingParams],
-        context_of: Callable[[int], Context],
+        self, logits: Tensor, params: Sequence[SamplingParams], context_of: Callable[[int], Context]
     ) -> tuple[Tensor, list[SamplingParams]]:
         """Logits after the rules, and the parameters that are left to be applied.
 

@@ -18,9 +18,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UsageError
-from pipeline.forms import say_fault, unknown_name
+from pipeline.forms import say_fault
 from pipeline.location import Location, is_url
-from pipeline.settings import JobSettings, ObjectStoreSettings
+from pipeline.settings import JobSettings, ObjectStoreSettings, check_known
 from pipeline.settings_file import read_config
 
 _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
@@ -147,7 +147,7 @@ def check_apart(runs: Location, target: Location) -> None:
 def _make_night(written: dict[str, Any], day: datetime.date) -> Night:
     own = {key: value for key, value in written.items() if key in NightSettings.model_fields}
     rest = {key: value for key, value in written.items() if key not in own}
-    _check_known(rest)
+    check_known(rest, NightSettings.model_fields)
     settings = NightSettings.model_validate({k: v for k, v in own.items() if v is not None})
     if rest.get("model") is None:
         raise UsageError("no model is named; add model: FOLDER or a hub id like org/name")
@@ -157,18 +157,6 @@ def _make_night(written: dict[str, Any], day: datetime.date) -> Night:
     if job.tokens.clock is not None:
         raise UsageError("setting clock: that of a night is its date; leave it out")
     return Night.on(day, settings, job)
-
-
-def _check_known(keys: dict[str, Any]) -> None:
-    known = {field for part in JobSettings.model_fields.values() for field in _fields(part)}
-    for key in keys:
-        if key not in known:
-            names = known | set(NightSettings.model_fields)
-            raise UsageError(unknown_name(key, names, "coppice run --help lists them"))
-
-
-def _fields(section: Any) -> set[str]:
-    return set(section.annotation.model_fields)
 
 
 def _with_absolute_paths(written: dict[str, Any], folder: Path) -> dict[str, Any]:

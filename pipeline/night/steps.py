@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.audit.auditing import audit_opened, describe_audit
 from pipeline.audit.gate import current_verdict
-from pipeline.errors import AuditFailed, InputError, TimeBudgetReached
+from pipeline.errors import InputError, TimeBudgetReached
 from pipeline.job.observer import Observer
 from pipeline.night.opened_job import OpenedJob
 from pipeline.night.publication import check_target, publish_run
@@ -87,8 +87,7 @@ def audit_night(opened: OpenedJob, observer: Observer) -> dict[str, Any]:
     if not is_passed:
         with opened.passed_on() as job:
             verdict = audit_opened(job, night.run, night.job.audit, observer)
-        if not verdict.passed:
-            raise AuditFailed(f"the audit of {night.run} failed: {'; '.join(verdict.reasons)}")
+        verdict.check(night.run)
     summary = describe_audit(night.run)
     names = ("verdict", "tier", "rows_audited", "rows_exact", "bound_95")
     return {name: summary.get(name) for name in names}

@@ -70,11 +70,6 @@ class Plan:
     reuse_depth: NDArray[np.int64]
     group_of_row: NDArray[np.int64]
 
-    def edge_token_ids(self, node: int) -> NDArray[np.unsignedinteger]:
-        """The ids on the edge into `node`: [end - start]."""
-        row = self.tree.row_of_prompt[self.tree.prompt_lo[node]]
-        return self.table[int(row)][self.tree.start[node] : self.tree.end[node]]
-
     def prompt_token_ids(self, sequence: int) -> NDArray[np.unsignedinteger]:
         """The whole prompt of a sequence."""
         return self.table[int(self.sequences.row[sequence])]
@@ -178,10 +173,7 @@ def _make_sequences(
 
 
 def _choose_groups(
-    tree: RadixTree,
-    sequences_below: NDArray[np.int64],
-    min_prefix_tokens: int,
-    break_even: float,
+    tree: RadixTree, sequences_below: NDArray[np.int64], min_prefix_tokens: int, break_even: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
     """By node: is it a group node; where does the one above it end; the deepest one down to it.
 

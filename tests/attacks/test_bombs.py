@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError, ModelError
-from pipeline.inputs import json_lines
+from pipeline.inputs import line_reader
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.reader import open_source
 from pipeline.location import Location
@@ -155,14 +155,14 @@ def test_lines_that_share_no_field_take_no_square(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten fields of their own in each of 3,000 lines would make 90 million cells."""
-    monkeypatch.setattr(json_lines, "_MOST_FIELDS", 40_000)
+    monkeypatch.setattr(line_reader, "_MOST_FIELDS", 40_000)
     rows = [{"prompt": "a"} | {f"k{i}-{j}": j for j in range(10)} for i in range(300)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     opened = open_source(
         Location(tmp_path / "in.jsonl"), ReadSettings(), copies=ParquetCopies(tmp_path / "cache")
     )
     assert opened.num_rows == 300 and len(opened.schema) == 3001
-    monkeypatch.setattr(json_lines, "_MOST_FIELDS", 2000)
+    monkeypatch.setattr(line_reader, "_MOST_FIELDS", 2000)
     with pytest.raises(InputError, match="over 2,000 different fields by line 200"):
         open_source(
             Location(tmp_path / "in.jsonl"), ReadSettings(), copies=ParquetCopies(tmp_path / "c2")

@@ -23,7 +23,7 @@ from pipeline.inputs.conversion import convert
 from pipeline.location import Location
 from pipeline.night.publication import publish_by_hand, publish_run
 from pipeline.night.state import read_state
-from pipeline.run import report_run
+from pipeline.run import write_report
 from pipeline.settings import AuditSettings
 from pipeline.status import read_status
 from pipeline.storage.run_directory import RunDirectory
@@ -249,7 +249,7 @@ def test_every_command_checks_the_rows_against_the_plan(
     harm(run)
     acts: dict[str, Callable[[], object]] = {
         "convert": lambda: convert(Location(run), Location(target)),
-        "report": lambda: report_run(Location(run)),
+        "report": lambda: write_report(Location(run)),
         "status": lambda: read_status(Location(run)),
         "publish": lambda: publish_by_hand(Location(run), Location(audited.published), None, None),
         "audit": lambda: audit_run(Location(run), AuditSettings()),

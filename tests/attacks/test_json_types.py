@@ -18,7 +18,7 @@ from pipeline.inputs.conversion import convert
 from pipeline.location import Location
 from pipeline.model.rates import recall_rates
 from pipeline.night.publication import publish_by_hand
-from pipeline.run import report_run
+from pipeline.run import write_report
 from pipeline.settings import ModelSettings
 from pipeline.status import read_status
 from pipeline.storage.run_directory import RunDirectory
@@ -64,7 +64,7 @@ def commands(run: Path, model: str) -> dict[str, Callable[[], object]]:
         "audit": lambda: reopen_job(RunDirectory.open(run)),
         "gate": lambda: current_verdict(RunDirectory.open(run)),
         "convert": lambda: convert(Location(run), Location(target)),
-        "report": lambda: report_run(Location(run)),
+        "report": lambda: write_report(Location(run)),
         "publish": lambda: publish_by_hand(
             Location(run),
             Location(published),

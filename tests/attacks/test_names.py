@@ -15,7 +15,7 @@ from pipeline.errors import CoppiceError, RunDirectoryError
 from pipeline.inputs.conversion import convert
 from pipeline.location import Location
 from pipeline.night.publication import publish_by_hand
-from pipeline.run import report_run
+from pipeline.run import write_report
 from pipeline.settings import AuditSettings
 from pipeline.status import read_status
 from pipeline.storage.manifest import new_manifest, parse_manifest
@@ -71,7 +71,7 @@ def commands(url: str, folder: Path) -> dict[str, Callable[[], object]]:
         "publish": lambda: publish_by_hand(
             Location(url), Location(folder / "published"), None, "reviews"
         ),
-        "report": lambda: report_run(Location(url)),
+        "report": lambda: write_report(Location(url)),
         "status": lambda: read_status(Location(url)),
         "convert": lambda: convert(Location(url), Location(folder / "answers.jsonl")),
         "audit": lambda: audit_run(Location(url), AuditSettings()),
@@ -155,7 +155,7 @@ def test_linked_files_are_neither_appended_to_nor_chmoded(
     for name in ("report.html", "metrics.jsonl"):
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(secret)
-    report_run(Location(run))
+    write_report(Location(run))
     assert not (run / "report.html").is_symlink()
     with pytest.raises(CoppiceError, match="metrics.jsonl"):
         RunDirectory.open(run).append_metrics({"rows_done": 1})

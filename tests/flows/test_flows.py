@@ -166,8 +166,8 @@ def test_a_failed_audit_fails_the_flow_and_is_reported(
     job: tuple[str, str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Failed:
-        passed = False
-        reasons = ("one row is corrupt",)
+        def check(self, run: object) -> None:
+            raise AuditFailed(f"the audit of {run} failed: one row is corrupt")
 
     reported: list[str] = []
     monkeypatch.setattr("flows.audit.audit_run", lambda *arguments: Failed())

@@ -19,7 +19,7 @@ from pipeline.engine.base import Engine
 from pipeline.errors import RunDirectoryError, StorageError, UsageError
 from pipeline.inputs.conversion import convert
 from pipeline.location import Location
-from pipeline.run import report_run, run_job
+from pipeline.run import run_job, write_report
 from pipeline.settings import JobSettings, ObjectStoreSettings
 from pipeline.status import read_status
 from pipeline.storage.remote_folder import RemoteFolder
@@ -619,7 +619,7 @@ def test_status_report_and_responses_are_those_of_a_folder(
     state = read_status(Location(url))
     assert (state["status"], state["rows_done"], state["rows_failed"]) == ("complete", 7, 1)
     assert state["rows_per_s"] is not None
-    assert report_run(Location(url)) == f"{url}/report.html"
+    assert write_report(Location(url))["page"] == f"{url}/report.html"
     page = store.get(bucket, "run/report.html")
     assert b"hello" not in page and b'<svg class="tree"' in page
     assert {"run/report.html", "run/report.md"} < set(store.keys(bucket))
@@ -682,7 +682,7 @@ def test_secrets_are_in_no_file(
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 5
     run_job(f"s3://{bucket}/in/", f"s3://{bucket}/run", chosen)
-    report_run(Location(f"s3://{bucket}/run", chosen.store))
+    write_report(Location(f"s3://{bucket}/run", chosen.store))
     files += [store.get(bucket, key) for key in store.keys(bucket)]
     assert not [content for content in files if b"CANARY" in content]
     assert "CANARY" not in caplog.text

@@ -27,9 +27,10 @@ from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
 from pipeline.status import read_status
+from pipeline.storage.committed_parts import SUCCESS_NAME
 from pipeline.storage.durable import is_temp
 from pipeline.storage.lock import LOCK_NAME
-from pipeline.storage.run_directory import SUCCESS_NAME, RunDirectory
+from pipeline.storage.run_directory import RunDirectory
 from tests.tiny_job import answers, echo_settings, write_prompts
 
 ROWS = 26

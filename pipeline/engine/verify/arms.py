@@ -114,10 +114,7 @@ def _plan(rows: Sequence[ForcedRow], share: bool, vocabulary_size: int) -> Plan:
 
 
 def _deviations(
-    sampler: Sampler,
-    rows: Sequence[ForcedRow],
-    baseline: Sequence[Tensor],
-    other: Sequence[Tensor],
+    sampler: Sampler, rows: Sequence[ForcedRow], baseline: Sequence[Tensor], other: Sequence[Tensor]
 ) -> list[Deviation]:
     return [_deviation(sampler, *each) for each in zip(rows, baseline, other, strict=True)]
 
