@@ -43,9 +43,9 @@ def run(
     """
     from pipeline.run import run_job
 
-    job = _job(model, settings)
-    outcome = run_job(_input(prompts), os.fspath(output), job, make_observer(progress))
-    return Run.of(outcome, job.store)
+    job, path = _job(model, settings), os.fspath(output)
+    outcome = run_job(_input(prompts), path, job, make_observer(progress))
+    return Run.of(outcome, Location(path, job.store))
 
 
 def audit(run: Run | FsPath, *, progress: Progress = "none", **settings: Any) -> Audit:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from pipeline.location import Location
-from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.run_location import reading_run
 
 if TYPE_CHECKING:
@@ -64,13 +63,13 @@ class Run:
     location: Location = field(repr=False, compare=False)
 
     @classmethod
-    def of(cls, outcome: RunOutcome, store: ObjectStoreSettings) -> Run:
-        """As the job says it; `store` is how the output is reached."""
+    def of(cls, outcome: RunOutcome, location: Location) -> Run:
+        """As the job says it; `location`: of its run directory."""
         counters = outcome.counters
         rows, rows_ok = int(counters["rows_in"]), int(counters["rows_ok"])
         return cls(
             outcome.directory, rows, rows_ok, outcome.rows_failed, outcome.was_complete,
-            counters, Location(outcome.directory, store),
+            counters, location,
         )  # fmt: skip
 
     def answers(self) -> pl.LazyFrame:

@@ -363,11 +363,11 @@ class JobSettings(_Section):
         try:
             return cls.model_validate(sections)
         except ValidationError as error:
-            raise UsageError(say_fault(error, ("store", "system_prompt"), _SECTIONS)) from None
+            raise UsageError(say_fault(error, ("store", "system_prompt"), SECTIONS)) from None
 
 
-_SECTIONS: dict[str, Any] = {n: field.annotation for n, field in JobSettings.model_fields.items()}
-_HOMES = {key: name for name, section in _SECTIONS.items() for key in section.model_fields}
+SECTIONS: dict[str, Any] = {n: field.annotation for n, field in JobSettings.model_fields.items()}
+_HOMES = {key: name for name, section in SECTIONS.items() for key in section.model_fields}
 
 
 def check_known(keys: Iterable[str], others: Iterable[str] = ()) -> None:

@@ -84,7 +84,7 @@ def _audit(
     job = open()
     if job.settings.model.engine == "echo":
         raise UsageError("the echo engine has no model to compare with; run with --engine prefix")
-    _check_complete(directory)
+    directory.check_complete()  # a verdict holds for all rows, as they were committed
     ran = EngineCapabilities.recorded(directory.read_manifest().get("engine", {}))
     candidates = candidate_rows(directory.scan())
     if candidates.is_empty():
@@ -145,16 +145,6 @@ def _choose(
 
     size = settings.num_rows(len(candidates))
     return choose_rows(candidates, size, seed, None if encoder is None else embed)
-
-
-def _check_complete(directory: RunDirectory) -> None:
-    """A verdict holds for what it was given on: all rows, as they were committed.
-
-    Raises RunDirectoryError for an unfinished run, StorageError for an altered or missing part.
-    """
-    if not directory.is_sealed:
-        raise directory.incomplete()
-    directory.check_committed()
 
 
 def _load_baseline(job: Job) -> tuple[LoadedModel, Baseline]:

@@ -19,7 +19,7 @@ from pydantic_core import PydanticUndefinedType
 
 from pipeline.errors import UsageError
 from pipeline.forms import say_fault, write_duration, write_size
-from pipeline.settings import JobSettings, ObjectStoreSettings, parse_storage_options
+from pipeline.settings import SECTIONS, JobSettings, ObjectStoreSettings, parse_storage_options
 from pipeline.settings_file import read_config
 
 PANELS = {
@@ -109,7 +109,7 @@ Command = Callable[..., None]
 
 def takes_settings(*sections: str) -> Callable[[Command], Command]:
     """Give a command one flag per field of `sections`; it receives them as the dict `flags`."""
-    fields = [(section, name) for section in sections for name in _kind(section).model_fields]
+    fields = [(section, name) for section in sections for name in SECTIONS[section].model_fields]
 
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
@@ -130,14 +130,9 @@ def takes_settings(*sections: str) -> Callable[[Command], Command]:
     return decorate
 
 
-def _kind(section: str) -> type[BaseModel]:
-    kind: type[BaseModel] = JobSettings.model_fields[section].annotation  # type: ignore[assignment]
-    return kind
-
-
 def _parameters(section: str, name: str) -> list[inspect.Parameter]:
     """The flag of a field; and one that takes back a yes of the file, which no help lists."""
-    field, flag = _kind(section).model_fields[name], name.replace("_", "-")
+    field, flag = SECTIONS[section].model_fields[name], name.replace("_", "-")
     asked = _plain(field.annotation)
     kind = asked if asked in (bool, list[str]) else str  # the settings know how to read the rest
     option = typer.Option(

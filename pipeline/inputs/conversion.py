@@ -102,9 +102,7 @@ def _write_responses(directory: RunDirectory, file: BinaryIO, folder: Path) -> i
 
     Raises RunDirectoryError for a run that is not complete: half an output looks like one.
     """
-    if not directory.is_sealed:
-        raise directory.incomplete()
-    directory.check_committed()
+    directory.check_complete()
     run_id, is_chat = directory.run_id, _is_chat(directory)
     rows, sizes = array("q"), array("q")
     with TemporaryFile(dir=folder) as waiting:

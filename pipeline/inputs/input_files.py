@@ -24,7 +24,7 @@ from pipeline.storage.object_store import SCHEME, explain_read_fault
 _HASHED_AT_A_TIME = 4 << 20
 
 Stamp = tuple[int | str, ...]
-Stamps = dict[str, Stamp | None]
+Stamps = dict[str, Stamp]
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CoppiceError, UsageError
 from pipeline.generation import PLAIN, RULES, ids_of, resolve_sampling, why_not_by_vllm
-from pipeline.inputs.input_files import InputFile, Stamp, Stamps, stamp_input
+from pipeline.inputs.input_files import InputFile, Stamps, stamp_input
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.reader import PromptSource, open_source
 from pipeline.job.field_ordering import FieldSaving, order_fields
@@ -49,13 +49,11 @@ class Job:
 
     def is_current(self) -> bool:
         """Whether opening it again would read the same files: none is new, gone or changed."""
-        if self.stamps != _stamp_files(self.settings):
-            return False
         try:
             found = stamp_input(Location(self.input, self.settings.store))
-        except CoppiceError:
+            return found == self.source.stamps and _stamp_files(self.settings) == self.stamps
+        except (CoppiceError, OSError):
             return False
-        return found == self.source.stamps
 
     @cached_property
     def model_identity(self) -> dict[str, Any]:
@@ -137,19 +135,11 @@ def open_job(input: str, settings: JobSettings) -> Job:
 
 
 def _stamp_files(settings: JobSettings) -> Stamps:
-    """Of the files of the model and of the templates, by path; None of one that is not there."""
+    """Of the files of the model and of the templates, by path."""
     folder = find_model_folder(settings.model)
-    paths = [] if folder is None else sorted(path for path in folder.rglob("*") if path.is_file())
     templates = (settings.read.template, settings.tokens.chat_template)
-    paths += [path for path in templates if path is not None]
-    return {str(path): _stamp(path) for path in paths}
-
-
-def _stamp(path: Path) -> Stamp | None:
-    try:
-        return InputFile.local(path).stamp()
-    except OSError:
-        return None
+    paths = [*filter(None, templates), *([] if folder is None else folder.rglob("*"))]
+    return {str(path): InputFile.local(path).stamp() for path in paths if path.is_file()}
 
 
 def _check_generation(settings: JobSettings, shape: ModelShape) -> None:

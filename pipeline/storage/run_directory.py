@@ -92,12 +92,6 @@ class RunDirectory(CommittedParts):
         """Whether every row is there and counted."""
         return (self.root / SUCCESS_NAME).exists()
 
-    def incomplete(self) -> RunDirectoryError:
-        """What to raise where a complete run is needed."""
-        return RunDirectoryError(
-            f"the run in {self.name} is not complete; finish it by the command that began it"
-        )
-
     @property
     def is_whole(self) -> bool:
         """Whether the parts of a sealed run are all there still. Raises StorageError."""
@@ -194,6 +188,14 @@ class RunDirectory(CommittedParts):
                 sync_folder(audit)
             (self.root / SUCCESS_NAME).unlink(missing_ok=True)
             sync_folder(self.root)
+
+    def check_complete(self) -> None:
+        """Raises RunDirectoryError for an unfinished run, StorageError as `check_committed`."""
+        if not self.is_sealed:
+            raise RunDirectoryError(
+                f"the run in {self.name} is not complete; finish it by the command that began it"
+            )
+        self.check_committed()
 
     def check_committed(self) -> None:
         """Whoever shows or copies rows asks this first: nothing is altered, twice, or missing.

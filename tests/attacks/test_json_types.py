@@ -142,7 +142,7 @@ def test_wrong_rates_in_the_cache_are_no_rates(
 ) -> None:
     """Seen red: text as a rate was kept, and dividing by it ended in a traceback."""
     place = tmp_path / "rates.json"
-    monkeypatch.setattr("pipeline.model.rates._place", lambda *_: place)
+    monkeypatch.setattr("pipeline.model.rates._path", lambda *_: place)
     said = {"prefill_tokens_per_s": value, "decode_tokens_per_s": 1.0, "measured_on": "today"}
     place.write_text(json.dumps(said))
     assert recall_rates(ModelSettings(model=str(model_folder)), {}) is None
