@@ -264,10 +264,10 @@ def test_another_model_on_a_workers_machine_is_refused(
 ) -> None:
     """By content, not by path: rows of another model would be wrong and look right."""
     from pipeline.errors import ModelError
-    from pipeline.job import planning
+    from pipeline.job import job as opened
 
     monkeypatch.setattr(
-        planning, "identify_model", lambda model: {"model": "of the driver", "revision": None}
+        opened, "identify_model", lambda model: {"model": "of the driver", "revision": None}
     )
     with pytest.raises(ModelError, match="not the model of the machine that began"):
         run_job(str(source), tmp_path / "out", settings_of(), make_engine=make_watched)
