@@ -15,7 +15,8 @@ import polars as pl
 from tokenizers import Tokenizer
 
 from benchmarks.scratch import ROOT, scratch
-from pipeline.job.planning import open_job, read_rows
+from pipeline.job.job import open_job
+from pipeline.job.planning import read_rows
 from pipeline.settings import JobSettings
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.scratch import ROOT, scratch
 from benchmarks.shapes import model_folder
 from pipeline.audit.auditing import audit_run
+from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import AuditSettings, JobSettings
 
@@ -33,7 +34,7 @@ def audit(prompts: Path, settings: AuditSettings, **flat: Any) -> Found:
     folder = scratch("trust") / "run"
     shutil.rmtree(folder, ignore_errors=True)
     outcome = run_job(str(prompts), folder, JobSettings.from_flat(flat))
-    audit_run(folder, settings)
+    audit_run(Location(folder), settings)
     summary: Found = json.loads((folder / "audit" / "summary.json").read_text())
     return summary | {"wall_s": outcome.counters["wall_s"], "rows": outcome.counters["rows_in"]}
 

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from benchmarks.prompts import workload_prompts
 from benchmarks.scratch import ROOT
-from pipeline.job.planning import open_job, plan_rows
+from pipeline.job.job import open_job
+from pipeline.job.planning import plan_rows
 from pipeline.settings import JobSettings
 from tests.plan.trie_oracle import count_tokens
 

@@ -207,8 +207,7 @@ def described(text: str | None) -> str:
 
 def python_page() -> str:
     """What a program imports, from the docstrings."""
-    has_front_door = (ROOT / "kvcoppice" / "__init__.py").exists()
-    modules = ["kvcoppice.api", "kvcoppice.results"] if has_front_door else ["pipeline.run"]
+    modules = ["kvcoppice.api", "kvcoppice.results"]
     modules += ["pipeline.settings", "pipeline.records", "pipeline.errors"]
     text = [
         "# Python",

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import CoppiceError
+from pipeline.location import Location
 from pipeline.night.dates import parse_date
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -24,11 +25,6 @@ Credentials = Annotated[
     str | None, typer.Option("--credentials", help="Prefect block of S3 credentials.")
 ]
 Date = Annotated[str | None, typer.Option("--date", help="Logical date, like 2026-11-22.")]
-
-
-def _absolute(path: str) -> str:
-    """Paths that mean the same wherever the flow runs."""
-    return path if "://" in path else str(Path(path).absolute())
 
 
 @app.command()
@@ -44,7 +40,7 @@ def generate(
     from flows.parameters import JobForm
 
     form = JobForm.model_validate({"model": model, "config": config and config.absolute()})
-    flow(_absolute(input), _absolute(output), form, credentials)
+    flow(Location(input).absolute, Location(output).absolute, form, credentials)
 
 
 @app.command()
@@ -54,21 +50,18 @@ def audit(output: Output, config: Config = None, credentials: Credentials = None
     from flows.parameters import AuditForm
 
     form = AuditForm.model_validate({"config": config and config.absolute()})
-    flow(_absolute(output), form, credentials)
+    flow(Location(output).absolute, form, credentials)
 
 
 @app.command(name="nightly")
 def run_nightly(
-    file: NightFile,
-    date: Date = None,
-    timezone: Timezone = "UTC",
-    credentials: Credentials = None,
+    file: NightFile, date: Date = None, timezone: Timezone = "UTC", credentials: Credentials = None
 ) -> None:
     """Do the unfinished nights of FILE, then that of the date (default: today), as a flow."""
     from flows.nightly import nightly as flow
 
     day = None if date is None else parse_date(date)
-    flow(_absolute(str(file)), timezone, day, credentials)
+    flow(Location(file).absolute, timezone, day, credentials)
 
 
 @app.command()

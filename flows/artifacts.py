@@ -19,9 +19,9 @@ from flows.messenger import Messenger
 from flows.part_table import part_table
 from pipeline.cli.progress import plain_line, planning_line
 from pipeline.job.observer import Planning, Snapshot
+from pipeline.location import Location
 from pipeline.night.settings import Night
-from pipeline.settings import StoreSettings
-from pipeline.storage.object_store import ObjectUrl, endpoint_url, is_url
+from pipeline.storage.object_store import ObjectUrl
 from pipeline.visible import visible
 
 _LOG_EVERY_ROWS_SHARE = 0.1
@@ -69,10 +69,10 @@ class PrefectObserver:
             lambda: prefect.create_table_artifact(part_table(night), "night-parts", said)
         )
 
-    def show_report(self, said: str, page: str, summary: str, store: StoreSettings) -> None:
+    def show_report(self, said: str, run: Location, page: str, summary: str) -> None:
         """The summary of the report, where its page is, and a link where a browser can open one."""
-        link = _address(page, store)
-        where = f"`{page}`" if "://" in page else f"`{Path(page).absolute()}` on {platform.node()}"
+        link = _address(run, page)
+        where = f"`{page}`" if run.is_remote else f"`{Path(page).absolute()}` on {platform.node()}"
         text = f"{summary.rstrip()}\n\nThe whole report: {where}\n"
         self._artifacts.send(lambda: prefect.create_markdown_artifact(text, "night-summary", said))
         if link is not None:
@@ -97,11 +97,11 @@ class PrefectObserver:
             prefect.update_progress_artifact(self._progress, share, said)
 
 
-def _address(page: str, store: StoreSettings) -> str | None:
+def _address(run: Location, page: str) -> str | None:
     """Where a browser finds the page; None for a file, which it does not open from a site."""
-    if not is_url(page):
+    if not run.is_remote:
         return None
-    url, endpoint = ObjectUrl.parse(page), endpoint_url(store)
-    if endpoint is not None:
-        return f"{endpoint.rstrip('/')}/{url.bucket}/{quote(url.key)}"
+    url = ObjectUrl.parse(page)
+    if run.endpoint is not None:
+        return f"{run.endpoint.rstrip('/')}/{url.bucket}/{quote(url.key)}"
     return f"https://console.aws.amazon.com/s3/object/{url.bucket}?prefix={quote(url.key)}"

@@ -9,6 +9,7 @@ from flows.tasks import as_task
 from pipeline.audit.auditing import audit_run
 from pipeline.cli.options import merge_section, split_store
 from pipeline.errors import AuditFailed
+from pipeline.location import Location
 from pipeline.run import write_report
 from pipeline.settings import AuditSettings
 
@@ -23,18 +24,17 @@ def audit(
     """
     others, store = split_store({} if settings is None else settings.flat())
     chosen = merge_section(AuditSettings, others)
-    store = store.overridden_by(find_credentials(credentials))
+    run = Location(output, store.overridden_by(find_credentials(credentials)))
     with PrefectObserver() as observer:
 
         def check() -> dict[str, Any]:
-            verdict = audit_run(output, chosen, observer, store)
-            if not verdict.passed:
-                raise AuditFailed(f"the audit of {output} failed: {'; '.join(verdict.reasons)}")
+            verdict = audit_run(run, chosen, observer)
+            verdict.check(output)
             return {"verdict": verdict.verdict, "rows_audited": verdict.rows_audited}
 
         def report() -> None:
-            found = as_task("report", lambda: write_report(output, store))
-            observer.show_report(f"Report of {output}", **found, store=store)
+            found = as_task("report", lambda: write_report(run))
+            observer.show_report(f"Report of {output}", run, **found)
 
         try:
             found = as_task("audit", check)

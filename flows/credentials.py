@@ -11,7 +11,7 @@ from prefect.blocks.core import Block
 from pydantic import Field, SecretStr
 
 from pipeline.errors import UsageError
-from pipeline.settings import StoreSettings
+from pipeline.settings import ObjectStoreSettings
 
 
 class S3Credentials(Block):
@@ -27,7 +27,7 @@ class S3Credentials(Block):
     region: str | None = Field(None, description="Like eu-west-1.")
     endpoint_url: str | None = Field(None, description="Of a store other than AWS's.")
 
-    def to_settings(self) -> StoreSettings:
+    def to_settings(self) -> ObjectStoreSettings:
         """The options of the store, which are in no dump and no repr."""
         token = self.session_token
         options = {
@@ -37,13 +37,13 @@ class S3Credentials(Block):
             "region": self.region,
             "endpoint_url": self.endpoint_url,
         }
-        return StoreSettings(storage_options={k: v for k, v in options.items() if v})
+        return ObjectStoreSettings(storage_options={k: v for k, v in options.items() if v})
 
 
-def find_credentials(name: str | None) -> StoreSettings:
+def find_credentials(name: str | None) -> ObjectStoreSettings:
     """Those in the block of this name; nothing where none is named. Raises UsageError."""
     if name is None:
-        return StoreSettings()
+        return ObjectStoreSettings()
     try:
         block = S3Credentials.load(name, _sync=True)  # type: ignore[call-arg]
     except ValueError:

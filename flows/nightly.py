@@ -69,7 +69,7 @@ def nightly(
                 if name == "generate":
                     observer.show_parts(night)
             if name == "report":
-                observer.show_report(f"Report of {night.date}", **found, store=night.job.store)
+                observer.show_report(f"Report of {night.date}", night.run, **found)
             return found
 
         try:

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from pipeline.cli.options import help_of, is_written_as_text
-from pipeline.settings import STORAGE_SECRETS, AuditSettings, JobSettings, StoreSettings
+from pipeline.settings import STORAGE_SECRETS, AuditSettings, JobSettings, ObjectStoreSettings
 from pipeline.settings_file import read_config
 
 _TEXT = "system_prompt"
@@ -90,9 +90,9 @@ def _form(name: str, sections: list[type[BaseModel]]) -> Any:
             if field == _TEXT:
                 continue
             kind: Any = str if is_written_as_text(field) else info.annotation
-            kind = StorageOptions if section is StoreSettings else kind
+            kind = StorageOptions if section is ObjectStoreSettings else kind
             default = "" if info.is_required() else f" Default: {info.get_default()}."
-            help = help_of(field) + (default if section is not StoreSettings else "")
+            help = help_of(field) + (default if section is not ObjectStoreSettings else "")
             fields[field] = (kind | None, Field(None, description=help))
     return create_model(name, __base__=_Form, __module__=__name__, **fields)
 
@@ -102,7 +102,7 @@ if TYPE_CHECKING:
     AuditForm: TypeAlias = _Form
 else:
     JobForm = _form("JobForm", [info.annotation for info in JobSettings.model_fields.values()])
-    AuditForm = _form("AuditForm", [AuditSettings, StoreSettings])
+    AuditForm = _form("AuditForm", [AuditSettings, ObjectStoreSettings])
 
 
 class CheckedFlow(Flow[P, R]):

@@ -16,7 +16,7 @@ def part_table(night: Night, most_rows: int = _MOST_ROWS) -> list[dict[str, Any]
 
     Raises RunDirectoryError, StorageError.
     """
-    with reading_run(night.run_place, night.job.store, parts=False) as run:
+    with reading_run(night.run, parts=False) as run:
         # Below s3:// run.json lists the parts, which are not fetched; here they speak themselves.
         parts = run.read_manifest().get("parts") or describe_parts(*run.footers())
     names = sorted(parts)

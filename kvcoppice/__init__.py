@@ -41,24 +41,10 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "Audit",
-    "CoppiceError",
-    "EngineError",
-    "InputError",
-    "Interrupted",
-    "ModelError",
-    "Plan",
-    "Report",
-    "Run",
-    "StorageError",
-    "TimeBudgetReached",
-    "TooManyFailedRows",
-    "UsageError",
-    "audit",
-    "plan",
-    "report",
-    "run",
-]
+    "Audit", "CoppiceError", "EngineError", "InputError", "Interrupted", "ModelError", "Plan",
+    "Report", "Run", "StorageError", "TimeBudgetReached", "TooManyFailedRows", "UsageError",
+    "audit", "plan", "report", "run",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -47,5 +47,5 @@ def load(*names: str) -> None:
 
 
 def _is_ours(found: ModuleSpec) -> bool:
-    places = found.submodule_search_locations or ()
-    return any(Path(place).resolve().parent == _FOLDER for place in places)
+    paths = found.submodule_search_locations or ()
+    return any(Path(path).resolve().parent == _FOLDER for path in paths)

@@ -1,4 +1,4 @@
-"""What the calls of the package return: plain numbers and places, and frames on demand."""
+"""What the calls of the package return: plain numbers and paths, and frames on demand."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from pipeline.settings import StoreSettings
-from pipeline.storage.object_store import is_url
+from pipeline.location import Location
 from pipeline.storage.run_location import reading_run
 
 if TYPE_CHECKING:
@@ -61,16 +60,16 @@ class Run:
     rows_failed: int
     was_complete: bool
     counters: Mapping[str, float] = field(repr=False, compare=False)
-    store: StoreSettings = field(repr=False, compare=False)
+    location: Location = field(repr=False, compare=False)
 
     @classmethod
-    def of(cls, outcome: RunOutcome, store: StoreSettings) -> Run:
-        """As the job says it; `store` is how the output is reached."""
+    def of(cls, outcome: RunOutcome, location: Location) -> Run:
+        """As the job says it; `location`: of its run directory."""
         counters = outcome.counters
         rows, rows_ok = int(counters["rows_in"]), int(counters["rows_ok"])
         return cls(
             outcome.directory, rows, rows_ok, outcome.rows_failed, outcome.was_complete,
-            counters, store,
+            counters, location,
         )  # fmt: skip
 
     def answers(self) -> pl.LazyFrame:
@@ -78,9 +77,9 @@ class Run:
 
         Raises StorageError if parts of a run in a bucket cannot be fetched.
         """
-        with reading_run(self.output, self.store) as directory:
+        with reading_run(self.location) as directory:
             rows = directory.scan().sort("row_index")
-            return rows.collect().lazy() if is_url(self.output) else rows
+            return rows.collect().lazy() if self.location.is_remote else rows
 
     def audit(self, **settings: Any) -> Audit:
         """As `kvcoppice.audit` of this run."""

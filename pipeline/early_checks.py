@@ -1,12 +1,11 @@
 """All that can be found wrong with a job before its first row is read, in one list.
 
 What needs the input's columns, the tokenizer or the model's config is checked when these are
-opened, by `planning.open_job`; what needs the device, while it is taken.
+opened, by `job.open_job`; what needs the device, while it is taken.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -14,9 +13,10 @@ from pipeline.audit.similarity import Encoder
 from pipeline.engine.load import check_strict
 from pipeline.errors import UsageError, install_extra
 from pipeline.kvstore.folder import check_store
+from pipeline.location import Location
 from pipeline.model.hub import check_model_exists
 from pipeline.settings import JobSettings
-from pipeline.storage.run_location import Place, check_place
+from pipeline.storage.run_location import check_location
 
 _NEEDED: tuple[tuple[str, str, Callable[[JobSettings], bool]], ...] = (
     ("--executor ray", "ray", lambda s: s.fleet.executor == "ray"),
@@ -24,12 +24,12 @@ _NEEDED: tuple[tuple[str, str, Callable[[JobSettings], bool]], ...] = (
 )  # fmt: skip
 
 
-def check_early(output: Place, settings: JobSettings) -> None:
+def check_early(output: Location, settings: JobSettings) -> None:
     """Raises UsageError and its kin, of the first of these that is at fault."""
     checks: tuple[Callable[[], None], ...] = (
         lambda: _check_name(output),
         lambda: _check_packages(settings),
-        lambda: check_place(output, settings.store),
+        lambda: check_location(output),
         lambda: check_model_exists(settings.model),
         lambda: check_strict(settings),
         lambda: _check_kv_store(settings),
@@ -39,9 +39,9 @@ def check_early(output: Place, settings: JobSettings) -> None:
         check()
 
 
-def _check_name(output: Place) -> None:
+def _check_name(output: Location) -> None:
     try:
-        os.path.abspath(output).encode()
+        output.absolute.encode()
     except UnicodeEncodeError:
         raise UsageError(
             f"the output {output} has a name that is not UTF-8, which Parquet's readers cannot "

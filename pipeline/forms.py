@@ -144,12 +144,12 @@ def say_fault(
     names them itself.
     """
     first = error.errors(include_url=False)[0]
-    words, place = _WORDS.get(first["type"]), list(first["loc"])
+    words, where = _WORDS.get(first["type"]), list(first["loc"])
     reason = first["msg"] if words is None else words.format_map(first.get("ctx", {}))
     reason = reason.removeprefix("Value error, ")
-    if not place or (len(place) == 1 and place[0] in set(groups)):
+    if not where or (len(where) == 1 and where[0] in set(groups)):
         return reason
-    names = [part for part in place if isinstance(part, str)]
+    names = [part for part in where if isinstance(part, str)]
     value, quoted = first["input"], repr(first["input"])
     is_shown = isinstance(value, str | int | float) and not set(names) & set(private)
     got = f" (got {quoted})" if is_shown and quoted not in reason else ""

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,93 +22,56 @@ import numpy as np
 from pipeline.early_checks import check_early
 from pipeline.engine.base import Engine, EngineFactory
 from pipeline.engine.load import make_engine
-from pipeline.errors import ModelError, UsageError, install_extra
-from pipeline.job.device_lock import holding_device
+from pipeline.engine_loading import loading_engine
+from pipeline.errors import UsageError
+from pipeline.job.job import Job, open_job
 from pipeline.job.metrics_export import exporting
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.outcome import RunOutcome
 from pipeline.job.planning import (
-    Job,
     PlannedJob,
-    open_job,
     plan_for_a_person,
     plan_rows,
     sample_prompts,
     select_rows,
 )
 from pipeline.job.planning_watch import PlanningWatch
-from pipeline.job.recorded import keep_system_prompt, settings_to_show, with_recorded_clock
+from pipeline.job.recorded import describe_job, keep_system_prompt, with_recorded_clock
 from pipeline.job.recycling import expected_hits
 from pipeline.job.session import Session
 from pipeline.job.stopping import StopRequest, interruptible
 from pipeline.job.watchdog import Watchdog
-from pipeline.model.identity import describe_versions, identify_model
+from pipeline.location import Location
 from pipeline.model.machine import cache_folder
-from pipeline.model.rates import recall_rates
 from pipeline.plan.summary import largest_nodes, tree_frame
-from pipeline.settings import JobSettings, StoreSettings
+from pipeline.settings import JobSettings
 from pipeline.storage.durable import replace_file
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.run_location import Place, holds_run, reading_run, take_run
+from pipeline.storage.run_location import holds_run, reading_run, take_run
 from pipeline.storage.targets import check_apart, check_replaceable, folder_to_write
 from pipeline.storage.writer import encode_parquet
 
 
-def make_executor(job: Job, make_engine: EngineFactory) -> Engine:
-    """Whatever computes the job's sequences: an engine here, or one that has workers elsewhere.
+def open_to_run(input: str, run: Location, settings: JobSettings) -> Job:
+    """The job of the run directory `run`, there already or not, opened to be planned, run, audited.
 
-    Raises what `make_engine` raises, and UsageError without a cluster.
+    Before a row is read it finds all that can be found wrong; a run that is resumed keeps the clock
+    that it recorded. Raises UsageError and its kin.
     """
-    settings = job.settings
-    if settings.fleet.executor == "local":
-        return make_engine(settings)
-    try:
-        from pipeline.executor.ray_crew import RayCrew
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"--executor ray needs Ray on every machine; {install_extra('ray')}"
-        ) from error
-    from pipeline.executor.fleet import Fleet
-
-    rates = recall_rates(settings.model, job.model_identity)
-    weight = 1.0 if rates is None else rates.prefill_tokens_per_s / rates.decode_tokens_per_s
-    make = partial(make_worker_engine, make_engine, job.model_identity)
-    crew = RayCrew(_without_texts(settings), make, weight)
-    try:
-        return Fleet(crew, weight)
-    except BaseException:
-        crew.close()
-        raise
+    settings = with_absolute_paths(settings)
+    check_apart(Location(input), run)
+    check_early(run, settings)
+    return open_job(input, with_recorded_clock(run, settings))
 
 
-def make_worker_engine(
-    make_engine: EngineFactory, identity: dict[str, Any], settings: JobSettings
-) -> Engine:
-    """The engine of a worker, on its own machine. Raises ModelError if the model there is another
-    one than the driver's, by `identify_model`."""
-    if identify_model(settings.model) != identity:
-        raise ModelError(
-            f"{settings.model.model} on {platform.node()} is not the model of the machine that "
-            "began the job; bring the same files to every machine"
-        )
-    return make_engine(settings)
+def plan_job(input: str, settings: JobSettings, observer: Observer | None = None) -> PlannedJob:
+    """Plan a job and do nothing else; of the model only tokenizer and config are read."""
+    return plan_opened(open_job(input, with_absolute_paths(settings)), observer)
 
 
-def _without_texts(settings: JobSettings) -> JobSettings:
-    """What a worker needs: no secret of a store and no system prompt goes to a cluster."""
-    tokens = settings.tokens.model_copy(update={"system_prompt": None})
-    return settings.model_copy(update={"tokens": tokens, "store": StoreSettings()})
-
-
-def plan_job(
-    input: str, settings: JobSettings, keep_rows: bool = False, observer: Observer | None = None
-) -> PlannedJob:
-    """Plan a job and do nothing else; of the model only tokenizer and config are read.
-
-    `keep_rows`: see `plan_rows`; for who runs the job next.
-    """
-    watch = (observer or SilentObserver()).show_planning
-    planned = plan_for_a_person(open_job(input, with_absolute_paths(settings)), keep_rows, watch)
+def plan_opened(job: Job, observer: Observer | None = None, keep_rows: bool = False) -> PlannedJob:
+    """As `plan_job`, of an opened job. `keep_rows`: see `plan_rows`; for who runs it next."""
+    planned = plan_for_a_person(job, keep_rows, (observer or SilentObserver()).show_planning)
     return replace(planned, summary=replace(planned.summary, store=expected_hits(planned)))
 
 
@@ -119,10 +79,10 @@ def check_plan_targets(folder: Path | None, page: Path | None) -> None:
     """Raises UsageError where `write_plan` or `write_plan_page` would replace another's file."""
     if page is not None:
         check_replaceable(page, [b"<!DOCTYPE html", b"<!doctype html"], "--html")
-    for option, place in (("-o", folder), ("--html", page and page.parent)):
-        why_not = place and folder_to_write(place)[1]
+    for option, path in (("-o", folder), ("--html", page and page.parent)):
+        why_not = path and folder_to_write(path)[1]
         if why_not:
-            raise UsageError(f"cannot write to {place}: {why_not}; choose another {option}")
+            raise UsageError(f"cannot write to {path}: {why_not}; choose another {option}")
     if folder is None or not (folder / "plan.parquet").exists():
         return
     try:
@@ -197,11 +157,32 @@ class _Surroundings:
     stop: StopRequest
     make_engine: EngineFactory
 
+    def loading(self, job: Job) -> AbstractContextManager[Future[Engine]]:
+        """See `loading_engine`."""
+        return loading_engine(job, self.make_engine, self.watch.observer, self.stop.check_budget)
+
+
+@contextmanager
+def _surrounding(
+    run: Location,
+    settings: JobSettings,
+    time_budget_s: float | None,
+    observer: Observer | None,
+    make_engine: EngineFactory,
+) -> Iterator[_Surroundings]:
+    with (
+        exporting(observer or SilentObserver(), settings.monitor, run) as watched,
+        Watchdog(settings.write.stall_timeout, watched).watching() as watchdog,
+    ):
+        watch, stop = PlanningWatch(watched, run), StopRequest(time_budget_s)
+        with watch.noting():
+            yield _Surroundings(watch, watchdog, stop, make_engine)
+
 
 @interruptible()
 def run_job(
     input: str,
-    output: Place,
+    output: str | Path,
     settings: JobSettings,
     observer: Observer | None = None,
     make_engine: EngineFactory = make_engine,
@@ -216,62 +197,55 @@ def run_job(
     is sealed. A call of the device or the disk that never returns ends the whole process with exit
     code 1 after `stall_timeout`, see `job/watchdog.py`; a caller who must live on sets it to 0.
     """
-    observer = observer or SilentObserver()
-    with (
-        exporting(observer, settings.monitor, output) as watched,
-        Watchdog(settings.write.stall_timeout, watched).watching() as watchdog,
-    ):
-        stop = StopRequest(settings.write.time_budget)
-        watch = PlanningWatch(watched, output)
-        around = _Surroundings(watch, watchdog, stop, make_engine)
-        return _run_or_resume(input, output, with_absolute_paths(settings), around)
+    run, budget_s = Location(output, settings.store), settings.write.time_budget
+    with _surrounding(run, settings, budget_s, observer, make_engine) as around:
+        return _run_or_resume(open_to_run(input, run, settings), run, around)
 
 
-def _run_or_resume(
-    input: str, output: Place, settings: JobSettings, around: _Surroundings
+@interruptible()
+def run_opened(
+    job: Job,
+    run: Location,
+    time_budget_s: float | None,
+    observer: Observer | None = None,
+    make_engine: EngineFactory = make_engine,
 ) -> RunOutcome:
-    with around.watch.noting():
-        return _plan_and_run(input, output, settings, around)
+    """As `run_job`, of a job that `open_to_run` opened; `time_budget_s` None: no limit."""
+    with _surrounding(run, job.settings, time_budget_s, observer, make_engine) as around:
+        return _run_or_resume(job, run, around)
 
 
-def _plan_and_run(
-    input: str, output: Place, settings: JobSettings, around: _Surroundings
-) -> RunOutcome:
-    observer, watch = around.watch.observer, around.watch
-    check_apart(input, output)
-    check_early(output, settings)
-    settings = with_recorded_clock(output, settings)
-    job = open_job(input, settings)
-    settings = job.settings
+def _run_or_resume(job: Job, run: Location, around: _Surroundings) -> RunOutcome:
+    observer, watch, settings = around.watch.observer, around.watch, job.settings
     if job.source.summary:
         observer.say(job.source.summary)
-    description = describe_job(input, job)
+    description = describe_job(job)
 
     # A folder that refuses this job, or has it done, must say so before an hour of tokenising;
     # a folder that is not there yet is made only when input and model have proved sound, so that
     # a model that is repaired afterwards does not meet the job of the broken one.
     def take() -> RunDirectory:
         copies = cache_folder() / "runs"
-        return take_run(output, settings.store, copies, job.fingerprint, description)
+        return take_run(run, copies, job.fingerprint, description)
 
-    if holds_run(output, settings.store):
+    if holds_run(run):
         with take() as directory:
             if directory.is_sealed:
                 if directory.is_whole:
-                    observer.say(f"{output} is complete; nothing to do")
+                    observer.say(f"{run} is complete; nothing to do")
                     outcome = RunOutcome.of_sealed(directory)
                     outcome.check_failures(settings.write)
                     return outcome
-                observer.say(f"{output} was complete, but files are missing; they are made again")
+                observer.say(f"{run} was complete, but files are missing; they are made again")
                 rows = directory.planned_rows()
                 counted = directory.read_manifest()["counters"].get("rows_in")
                 expected = counted if rows is None else len(rows)
                 directory.unseal(with_audit=len(directory.done_rows()) != expected)
             keep_system_prompt(directory, settings)
-            with loading_engine(job, around) as loading:
+            with around.loading(job) as loading:
                 planned = plan_rows(job, watch=watch.until_failure(loading))
                 return _sit(planned, directory, loading, around)
-    with loading_engine(job, around) as loading:
+    with around.loading(job) as loading:
         planned = plan_rows(job, watch=watch.until_failure(loading))
         with around.watchdog.excused():
             loading.result()
@@ -288,46 +262,14 @@ def _sit(
     return session.run(loading)
 
 
-def report_run(output: Place, store: StoreSettings | None = None) -> str:
-    """Write `report.html` and `report.md` of a run directory; returns the page's path or URL."""
-    return write_report(output, store)["page"]
-
-
-def write_report(output: Place, store: StoreSettings | None = None) -> dict[str, str]:
-    """As `report_run`; returns `page`, its path or URL, and `summary`, its Markdown."""
+def write_report(run: Location) -> dict[str, str]:
+    """Write `report.html` and `report.md`; returns `page`, its path or URL, and `summary`, text."""
     from pipeline.report.page import render
 
-    with reading_run(output, store or StoreSettings()) as directory:
+    with reading_run(run) as directory:
         render(directory)
         summary = (directory.root / "report.md").read_text(encoding="utf-8")
         return {"page": f"{directory.name}/report.html", "summary": summary}
-
-
-@contextmanager
-def loading_engine(job: Job, around: _Surroundings) -> Iterator[Future[Engine]]:
-    """Wait for the device and load the model, in another thread while this one reads and plans.
-
-    The device is held until the end of the context.
-    """
-    given_up = threading.Event()
-    held = ExitStack()
-
-    def load() -> Engine:
-        if job.settings.fleet.executor == "local":  # a cluster lends its devices itself
-            check = around.stop.check_budget
-            held.enter_context(holding_device(job.settings, around.watch.observer, check, given_up))
-        executor = make_executor(job, around.make_engine)
-        held.callback(executor.close)
-        return executor
-
-    pool = ThreadPoolExecutor(1, thread_name_prefix="model")
-    loading = pool.submit(load)
-    try:
-        yield loading
-    finally:
-        given_up.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-        loading.add_done_callback(lambda _: held.close())  # at once, or when the load comes back
 
 
 def with_absolute_paths(settings: JobSettings) -> JobSettings:
@@ -340,21 +282,3 @@ def with_absolute_paths(settings: JobSettings) -> JobSettings:
     if read.template is not None:
         read = read.model_copy(update={"template": read.template.absolute()})
     return settings.model_copy(update={"model": model, "tokens": tokens, "read": read})
-
-
-def describe_job(input: str, job: Job) -> dict[str, Any]:
-    """What `run.json` says about a job besides its fingerprint; paths are meant for the audit."""
-    return {
-        "settings": settings_to_show(job.settings),
-        "versions": describe_versions(),
-        "device": {
-            "asked_for": job.settings.model.device,
-            "machine": platform.machine(),
-            "cpus": os.cpu_count(),
-        },
-        "input": {
-            "argument": input if "://" in input else os.path.abspath(input),
-            "rows": job.source.num_rows,
-            "files": job.source.summary or "1 file is read",
-        },
-    }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -298,7 +299,7 @@ class AuditSettings(_Section):
         return min(total, math.ceil(rows_of(self.audit_sample, total)))
 
 
-class StoreSettings(_Section):
+class ObjectStoreSettings(_Section):
     """How an object store is reached, to read and to write; decides no answer.
 
     Secrets are in no dump and no repr: run.json and `--print-config` never hold them. What is
@@ -326,9 +327,9 @@ class StoreSettings(_Section):
     def _without_secrets(self, options: dict[str, str]) -> dict[str, str]:
         return {name: text for name, text in options.items() if name not in STORAGE_SECRETS}
 
-    def overridden_by(self, other: StoreSettings) -> StoreSettings:
+    def overridden_by(self, other: ObjectStoreSettings) -> ObjectStoreSettings:
         """These options, and those of `other` over them."""
-        return StoreSettings(storage_options=self.storage_options | other.storage_options)
+        return ObjectStoreSettings(storage_options=self.storage_options | other.storage_options)
 
 
 class JobSettings(_Section):
@@ -345,7 +346,7 @@ class JobSettings(_Section):
     recycle: RecycleSettings = RecycleSettings()
     monitor: MonitorSettings = MonitorSettings()
     audit: AuditSettings = AuditSettings()
-    store: StoreSettings = StoreSettings()
+    store: ObjectStoreSettings = ObjectStoreSettings()
 
     @classmethod
     def from_flat(cls, flat: dict[str, Any]) -> JobSettings:
@@ -354,32 +355,26 @@ class JobSettings(_Section):
         Raises UsageError naming the first field that is unknown or out of range.
         """
         sections: dict[str, dict[str, Any]] = {name: {} for name in cls.model_fields}
-        home = {key: name for name, section in _SECTIONS.items() for key in section.model_fields}
+        check_known(flat)
         for key, value in flat.items():
             field = key.replace("-", "_")
-            if field not in home:
-                raise UsageError(unknown_name(key, home, "coppice run --help lists them"))
             if value is not None:
-                sections[home[field]][field] = value
+                sections[_HOMES[field]][field] = value
         if "model" not in sections["model"]:
             raise UsageError("no model was named; give --model FOLDER or a hub id like org/name")
         try:
             return cls.model_validate(sections)
         except ValidationError as error:
-            raise UsageError(say_fault(error, ("store", "system_prompt"), _SECTIONS)) from None
+            raise UsageError(say_fault(error, ("store", "system_prompt"), SECTIONS)) from None
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "model": ModelSettings,
-    "read": ReadSettings,
-    "tokens": TokenSettings,
-    "sampling": SamplingSettings,
-    "plan": PlanSettings,
-    "engine": EngineSettings,
-    "write": WriteSettings,
-    "fleet": FleetSettings,
-    "recycle": RecycleSettings,
-    "monitor": MonitorSettings,
-    "audit": AuditSettings,
-    "store": StoreSettings,
-}
+SECTIONS: dict[str, Any] = {n: field.annotation for n, field in JobSettings.model_fields.items()}
+_HOMES = {key: name for name, section in SECTIONS.items() for key in section.model_fields}
+
+
+def check_known(keys: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Raises UsageError for a key that is no setting; `others`: names that may be meant as well."""
+    for key in keys:
+        if key.replace("-", "_") not in _HOMES:
+            names = {*_HOMES, *others}
+            raise UsageError(unknown_name(key, names, "coppice run --help lists them"))

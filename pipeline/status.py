@@ -7,10 +7,10 @@ from typing import Any
 from pipeline.audit.gate import current_verdict
 from pipeline.errors import RunDirectoryError
 from pipeline.job.planning_watch import read_note
-from pipeline.settings import StoreSettings
+from pipeline.location import Location
 from pipeline.storage.metrics_log import last_metrics
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.run_location import Place, reading_run
+from pipeline.storage.run_location import reading_run
 
 _UNKNOWN: dict[str, Any] = {
     "status": "planning", "rows": 0, "rows_done": 0, "rows_failed": 0, "rows_left": 0,
@@ -19,17 +19,17 @@ _UNKNOWN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def read_status(place: Place, store: StoreSettings | None = None) -> dict[str, Any]:
+def read_status(run: Location) -> dict[str, Any]:
     """Rows by outcome, and the last rates that a session noted (None before the first note).
 
     `eta_s` is there only while the job is planned or running. While it is planned, `rows_read`
-    says how far that is; the run need not exist yet. `audit`: what `job/gate.py` finds of a
+    says how far that is; the run need not exist yet. `audit`: what `audit/gate.py` finds of a
     complete run. Raises RunDirectoryError if there is no run, StorageError if it was complete and
     is not any more.
     """
-    note = read_note(place)
+    note = read_note(run)
     try:
-        with reading_run(place, store or StoreSettings(), parts=False) as directory:
+        with reading_run(run, parts=False) as directory:
             state = _describe(directory)
     except RunDirectoryError:
         if note is None:
@@ -40,10 +40,10 @@ def read_status(place: Place, store: StoreSettings | None = None) -> dict[str, A
     return state | {"status": "planning", "rows_read": note["rows_done"], "eta_s": note["eta_s"]}
 
 
-def wait_for_status(place: Place, store: StoreSettings | None = None) -> dict[str, Any]:
+def wait_for_status(run: Location) -> dict[str, Any]:
     """As `read_status`; where there is no run yet, the state is `waiting`."""
     try:
-        return read_status(place, store)
+        return read_status(run)
     except RunDirectoryError:
         return _UNKNOWN | {"status": "waiting"}
 

@@ -9,7 +9,6 @@ import ctypes
 import threading
 import time
 import weakref
-from types import TracebackType
 from typing import NamedTuple
 
 _LOOKS_PER_LIMIT = 20
@@ -46,12 +45,7 @@ class TimeLimit:
             self._watcher.start()
         self._running = _Stretch(threading.get_ident(), time.monotonic() + self.seconds)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         # No lock: an interruption could leave it locked. The watcher announces whom it aims at
         # before it looks a second time, so whoever is not announced here will not be interrupted.
         stretch, self._running = self._running, None

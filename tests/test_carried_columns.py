@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.inputs.reader import open_source
+from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import JobSettings, ReadSettings
 from tests.tiny_job import answers, echo_settings
@@ -89,7 +90,7 @@ def test_what_polars_panics_over_is_one_sentence(
     """Seen red: a hundred lines of a Rust backtrace; and the second text with such a name ran."""
     source = write(tmp_path / "in.parquet", [1], prompt=["p"], text=["x"], **{name: column})
     with pytest.raises(InputError, match=says):
-        open_source(str(source), ReadSettings())
+        open_source(Location(source), ReadSettings())
     assert "panicked" not in capfd.readouterr().err
 
 
@@ -123,7 +124,7 @@ def test_a_dot_in_a_name_is_part_of_it(tmp_path: Path, settings: JobSettings) ->
     dotted = {"a.b": ["x", "y"], "a": [{"b": "1", "c": "2"}, {"b": "3", "c": "4"}]}
     source = write(tmp_path / "in.parquet", [2], prompt=["one", "two"], **dotted)
     options = ReadSettings(prompt_column="a.b")
-    (batch,) = open_source(source, options).iter_prompts()
+    (batch,) = open_source(Location(source), options).iter_prompts()
     assert batch.contents == ["x", "y"]
     run_job(str(source), tmp_path / "out", settings)
     assert {name: written(tmp_path / "out")[name].to_pylist() for name in dotted} == dotted
@@ -143,7 +144,7 @@ def test_what_the_output_cannot_carry_is_refused_before_the_run(
     """Polars could not count the finished rows: the run would never be complete."""
     source = write(tmp_path / "in.parquet", [1], prompt=["p"], odd=column)
     with pytest.raises(InputError, match=f"'odd' of .*in.parquet has the type .*{kind}"):
-        open_source(source, ReadSettings())
+        open_source(Location(source), ReadSettings())
 
 
 def test_a_template_cuts_nanoseconds_off(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -162,7 +163,9 @@ def test_a_template_cuts_nanoseconds_off(tmp_path: Path, tokenizer_folder: Path)
 def test_one_group_of_a_million_rows_is_read_in_batches(tmp_path: Path) -> None:
     rows = 1_000_000
     prompts = pa.array(np.char.add("p", np.arange(rows).astype(str)))
-    opened = open_source(write(tmp_path / "in.parquet", [rows], prompt=prompts), ReadSettings())
+    opened = open_source(
+        Location(write(tmp_path / "in.parquet", [rows], prompt=prompts)), ReadSettings()
+    )
     sizes = [table.num_rows for table in opened._files[0].iter_batches(["prompt"], rows)]
     assert sum(sizes) == rows and max(sizes) == 2048
     taken = opened.take(np.array([rows - 1, 0]))

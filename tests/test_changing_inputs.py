@@ -16,7 +16,8 @@ from pipeline.engine.base import EngineFactory
 from pipeline.engine.load import make_engine
 from pipeline.errors import InputError, RunDirectoryError
 from pipeline.inputs import parquet_input
-from pipeline.job.planning import Job, open_job, plan_rows
+from pipeline.job.job import Job, open_job
+from pipeline.job.planning import plan_rows
 from pipeline.job.prepare import Preparation, PreparedBatch
 from pipeline.records import PromptBatch
 from pipeline.run import run_job

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ModelError
-from pipeline.job.planning import open_job
+from pipeline.job.job import open_job
 from pipeline.model.model import load_model
 from pipeline.run import run_job
 from pipeline.settings import JobSettings

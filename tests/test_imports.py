@@ -21,7 +21,7 @@ _FIRST = {
     f"pipeline.{name}"
     for name in (
         "records", "errors", "forms", "generation", "settings", "time_limit", "visible",
-        "private_folder", "confined", "unheard",
+        "private_folder", "confined", "unheard", "location",
     )
 }  # fmt: skip
 
@@ -42,11 +42,13 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.errors": {"pipeline.visible"},
     "pipeline.generation": _FIRST,
     "pipeline.settings": _FIRST,
+    "pipeline.location": _FIRST,
     "pipeline.settings_file": _FIRST,
     "pipeline.plan": _FIRST,
-    "pipeline.tokens": _FIRST,
+    "pipeline.namespace": set(),
+    "pipeline.tokens": _FIRST | {"pipeline.namespace"},
     "pipeline.storage": _FIRST,
-    "pipeline.inputs": _FIRST | {"pipeline.storage"},
+    "pipeline.inputs": _FIRST | _rooms("storage", "namespace"),
     "pipeline.kvstore": _FIRST | {"pipeline.storage"},
     "pipeline.model": _FIRST | {"pipeline.storage.durable"},
     "pipeline.report": _FIRST | {"pipeline.storage"},
@@ -60,15 +62,25 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.status": _FIRST | _rooms("storage", "job", "audit"),
     "pipeline.early_checks": _FIRST
     | _rooms("storage", "kvstore", "model", "engine.load", "audit.similarity"),
+    "pipeline.engine_loading": _FIRST | _rooms("model", "engine", "executor", "job"),
     "pipeline.run": _FIRST
-    | _rooms("early_checks", "storage", "plan", "model", "engine", "executor", "job", "report"),
-    "pipeline.night": _FIRST
     | _rooms(
-        "storage", "model.machine", "job", "report", "audit", "run", "early_checks", "settings_file"
+        "early_checks", "engine_loading", "storage", "plan", "model", "engine", "job", "report"
     ),
+    "pipeline.night": _FIRST
+    | _rooms("storage", "model.machine", "job", "report", "audit", "run", "settings_file"),
     "pipeline.cli": _FIRST
     | _rooms(
-        "inputs", "kvstore", "job", "audit", "experiment", "run", "status", "night", "settings_file"
+        "inputs",
+        "kvstore",
+        "job",
+        "audit",
+        "experiment",
+        "run",
+        "plan_files",
+        "status",
+        "night",
+        "settings_file",
     ),
     "pipeline.__main__": {"pipeline.cli"},
 }
@@ -88,6 +100,7 @@ HOMES = {
     "faiss": _rooms("audit.sample", "experiment.retrieval"),
     "matplotlib": _rooms("report", "experiment.pages"),
     "ray": _rooms("executor.ray_crew"),
+    "jinja2": _rooms("namespace", "inputs", "tokens", "report"),
     "prometheus_client": _rooms("job.metrics_export"),
     "pythonjsonlogger": _rooms("cli.logs"),
     "pyarrow": _rooms("storage", "inputs", "night", "plan", "job.answers")

@@ -18,7 +18,9 @@ from pipeline.errors import InputError
 from pipeline.generation import resolve_sampling
 from pipeline.inputs.conversion import convert
 from pipeline.inputs.reader import open_source
-from pipeline.job.planning import Job, open_job, plan_rows
+from pipeline.job.job import Job, open_job
+from pipeline.job.planning import plan_rows
+from pipeline.location import Location
 from pipeline.records import PromptBatch, SamplingParams
 from pipeline.run import run_job
 from pipeline.settings import JobSettings, ReadSettings, WriteSettings
@@ -270,11 +272,11 @@ def test_parquet_files_may_differ_in_what_is_null_alone(tmp_path: Path) -> None:
     folder.mkdir()
     write(folder / "a.parquet", prompt=["a"], note=pa.nulls(1))
     write(folder / "b.parquet", prompt=["b"], note=["n"])
-    opened = open_source(folder, ReadSettings())
+    opened = open_source(Location(folder), ReadSettings())
     assert str(opened.schema.field("note").type) == "large_string" and opened.num_rows == 2
     write(folder / "c.parquet", prompt=["c"])
     with pytest.raises(InputError, match="absent in .*c.parquet"):
-        open_source(folder, ReadSettings())
+        open_source(Location(folder), ReadSettings())
 
 
 def request(name: str, **body: Any) -> dict[str, Any]:
@@ -457,6 +459,6 @@ def test_sampling_without_ids_does_not_depend_on_the_files_name(
 
 def test_convert_keeps_what_columns_ask_for(tmp_path: Path) -> None:
     source = write(tmp_path / "in.parquet", id=["a"], prompt=["p"], temperature=[0.5], n=[1])
-    assert convert(source, tmp_path / "out.jsonl") == 1
+    assert convert(Location(source), Location(tmp_path / "out.jsonl")) == 1
     body = json.loads((tmp_path / "out.jsonl").read_text())["body"]
     assert body == {"prompt": "p", "temperature": 0.5}

@@ -22,6 +22,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.inputs.conversion import convert
+from pipeline.location import Location
 from pipeline.model import identity
 from pipeline.run import plan_job, run_job, validate_input, write_plan
 from pipeline.settings import JobSettings
@@ -257,7 +258,7 @@ def test_shards_of_a_job_answer_every_row_once(
         counters = run_job(str(source), out, settings).counters
         assert counters["prefilled_tokens"] == counters["unique_tokens"]
         assert run_job(str(source), out, settings).was_complete
-        state = read_status(out)
+        state = read_status(Location(out))
         assert (state["rows"], state["rows_left"]) == (len(answers(out)), 0)
         computed += int(counters["prefilled_tokens"])
         rows.append(answers(out))
@@ -276,14 +277,14 @@ def test_a_batch_file_comes_back_as_responses(tmp_path: Path, tokenizer_folder: 
     ]
     lines = tmp_path / "in.jsonl"
     lines.write_text("".join(json.dumps(request) + "\n" for request in requests))
-    convert(lines, tmp_path / "rows.parquet")
+    convert(Location(lines), Location(tmp_path / "rows.parquet"))
     settings = echo_settings(tokenizer_folder, fail_on_error="1")
     run_job(str(tmp_path / "rows.parquet"), tmp_path / "out", settings)
     (tmp_path / "out" / "_SUCCESS").rename(tmp_path / "mark")
     with pytest.raises(RunDirectoryError, match="not complete"):
-        convert(tmp_path / "out", tmp_path / "out.jsonl")
+        convert(Location(tmp_path / "out"), Location(tmp_path / "out.jsonl"))
     (tmp_path / "mark").rename(tmp_path / "out" / "_SUCCESS")
-    assert convert(tmp_path / "out", tmp_path / "out.jsonl") == 3
+    assert convert(Location(tmp_path / "out"), Location(tmp_path / "out.jsonl")) == 3
     x, y, z = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert [line["custom_id"] for line in (x, y, z)] == ["x", "y", "z"]
     (choice,) = x["response"]["body"]["choices"]
@@ -300,7 +301,7 @@ def test_responses_come_in_the_order_of_the_input(tmp_path: Path, settings: JobS
     parts = sorted((tmp_path / "out" / "data").iterdir())
     written = [row for part in parts for row in pl.read_parquet(part)["row_index"]]
     assert len(parts) == 10 and written != sorted(written)
-    assert convert(tmp_path / "out", tmp_path / "new" / "out.jsonl") == 20
+    assert convert(Location(tmp_path / "out"), Location(tmp_path / "new" / "out.jsonl")) == 20
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.jsonl"]
     lines = [json.loads(line) for line in (tmp_path / "new" / "out.jsonl").read_text().splitlines()]
     assert [line["custom_id"] for line in lines] == [f"r{i}" for i in range(20)]
@@ -321,7 +322,7 @@ def test_json_lines_run_as_they_are(
             for n, p in (("x", "hello"), ("y", ""), ("z", "bye"))
         )
     )
-    convert(lines, tmp_path / "rows.parquet")
+    convert(Location(lines), Location(tmp_path / "rows.parquet"))
     settings = echo_settings(tokenizer_folder, fail_on_error="1", limit=limit)
     assert validate_input(str(lines), settings)["reasons"] == {"EmptyPrompt": 1}
     run_job(str(tmp_path / "rows.parquet"), tmp_path / "converted", settings)

@@ -15,6 +15,7 @@ import pytest
 from pipeline.errors import RunDirectoryError
 from pipeline.job.observer import Planning, SilentObserver
 from pipeline.job.planning_watch import PlanningWatch
+from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
 from pipeline.status import read_status, wait_for_status
@@ -33,19 +34,19 @@ def unfinished(tmp_path: Path, settings: JobSettings) -> Path:
 
 def test_a_run_whose_process_lives_is_running(unfinished: Path) -> None:
     (unfinished / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-    assert read_status(unfinished)["status"] == "running"
+    assert read_status(Location(unfinished))["status"] == "running"
     (unfinished / ".lock").write_text("process 1 on another-machine\n")
-    assert read_status(unfinished)["status"] == "running"
+    assert read_status(Location(unfinished))["status"] == "running"
 
 
 def test_a_run_whose_process_died_is_stopped(unfinished: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     (unfinished / ".lock").write_text(f"process {child.pid} on {socket.gethostname()}\n")
-    state = read_status(unfinished)
+    state = read_status(Location(unfinished))
     assert (state["status"], state["eta_s"]) == ("stopped", None)
     (unfinished / ".lock").write_text("")
-    assert read_status(unfinished)["status"] == "stopped"
+    assert read_status(Location(unfinished))["status"] == "stopped"
 
 
 def test_a_job_that_is_planned_says_so_before_it_has_a_folder(
@@ -58,19 +59,19 @@ def test_a_job_that_is_planned_says_so_before_it_has_a_folder(
 
     class Listener(SilentObserver):
         def show_planning(self, planning: Planning) -> None:
-            seen.append(read_status(out) | {"exists": out.exists()})
+            seen.append(read_status(Location(out)) | {"exists": out.exists()})
 
     run_job(str(source), out, settings, Listener())
     assert (seen[0]["status"], seen[0]["exists"]) == ("planning", False)
-    assert read_status(out)["status"] == "complete"
+    assert read_status(Location(out))["status"] == "complete"
     assert list((tmp_path / "cache").rglob("planning/*")) == []
 
 
 def test_a_plan_whose_process_died_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    watch = PlanningWatch(SilentObserver(), tmp_path / "out")
+    watch = PlanningWatch(SilentObserver(), Location(tmp_path / "out"))
     watch(Planning(100, 40, 0, 2.0))
-    state = read_status(tmp_path / "out")
+    state = read_status(Location(tmp_path / "out"))
     assert (state["status"], state["rows"], state["rows_read"], state["eta_s"]) == (
         "planning", 100, 40, 3.0,
     )  # fmt: skip
@@ -80,5 +81,5 @@ def test_a_plan_whose_process_died_is_none(tmp_path: Path, monkeypatch: pytest.M
     owner = f"process {child.pid} on {socket.gethostname()}"
     note.write_text(json.dumps(json.loads(note.read_text()) | {"owner": owner}))
     with pytest.raises(RunDirectoryError, match="holds no run"):
-        read_status(tmp_path / "out")
-    assert wait_for_status(tmp_path / "out")["status"] == "waiting"
+        read_status(Location(tmp_path / "out"))
+    assert wait_for_status(Location(tmp_path / "out"))["status"] == "waiting"

@@ -11,7 +11,7 @@ not the ones of the run any more, the audit is refused.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,29 +22,24 @@ from numpy.typing import NDArray
 from pipeline.audit.evidence import NO_EVIDENCE
 from pipeline.audit.gate import describe_bar, seed_of_output
 from pipeline.audit.other_arms import Arms
+from pipeline.audit.reopened_job import check_same, reopen_job
 from pipeline.audit.replay import BARS, AuditInput, RowAudit, Tier, audit_row
 from pipeline.audit.sample import candidate_rows, choose_rows
 from pipeline.audit.similarity import Encoder
-from pipeline.audit.verdict import (
-    GroupCoverage,
-    Verdict,
-    audit_frame,
-    describe_similarity,
-    judge,
-)
+from pipeline.audit.verdict import GroupCoverage, Verdict, audit_frame, describe_similarity, judge
 from pipeline.engine.base import Baseline, EngineCapabilities
-from pipeline.errors import InputError, ModelError, RunDirectoryError, UsageError
+from pipeline.errors import RunDirectoryError, UsageError
 from pipeline.job.device_lock import holding_device
+from pipeline.job.job import Job
 from pipeline.job.noise_names import noise_name
 from pipeline.job.observer import Observer, SilentObserver
-from pipeline.job.planning import Job, open_job, select_rows
-from pipeline.job.recorded import recall_settings
+from pipeline.job.planning import select_rows
 from pipeline.job.stopping import interruptible
-from pipeline.model.identity import THREADS
+from pipeline.location import Location
 from pipeline.plan.plan import noise_key
-from pipeline.settings import AuditSettings, JobSettings, StoreSettings
+from pipeline.settings import AuditSettings, JobSettings
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.run_location import Place, reading_run
+from pipeline.storage.run_location import reading_run
 from pipeline.storage.summaries import AUDIT_SUMMARY
 
 if TYPE_CHECKING:
@@ -56,34 +51,40 @@ _EMBEDDED_CHARACTERS = 400
 
 
 @interruptible()
-def audit_run(
-    output: Place,
-    settings: AuditSettings,
-    observer: Observer | None = None,
-    store: StoreSettings | None = None,
-) -> Verdict:
-    """Audit the rows committed in `output`; writes `audit/audit.parquet` and `summary.json`.
+def audit_run(run: Location, settings: AuditSettings, observer: Observer | None = None) -> Verdict:
+    """Audit the committed rows of `run`; writes `audit/audit.parquet` and `summary.json`.
 
-    `store` reaches output and input, over what run.json says of it: secrets are not there.
+    Its store reaches the input, too, over what run.json says of it: secrets are not there.
 
     A failed audit is a result, not an error. Raises UsageError where there is nothing to compare,
     InputError or ModelError where input or model have changed since the run, StorageError where
     the answers have.
     """
-    store = store or StoreSettings()
-    with reading_run(output, store) as directory:
-        return _audit(directory, settings, observer or SilentObserver(), store)
+    with reading_run(run) as directory:
+        return _audit(directory, lambda: reopen_job(directory, run.store), settings, observer)
+
+
+@interruptible()
+def audit_opened(
+    job: Job, run: Location, settings: AuditSettings, observer: Observer | None = None
+) -> Verdict:
+    """As `audit_run`, where the job of the run is opened already."""
+    with reading_run(run) as directory:
+        return _audit(directory, lambda: check_same(job, directory), settings, observer)
 
 
 def _audit(
-    directory: RunDirectory, settings: AuditSettings, observer: Observer, store: StoreSettings
+    directory: RunDirectory,
+    open: Callable[[], Job],
+    settings: AuditSettings,
+    observer: Observer | None,
 ) -> Verdict:
-    started = time.monotonic()
+    started, observer = time.monotonic(), observer or SilentObserver()
     Encoder.check(settings.audit_encoder)
-    job = reopen_job(directory, store)
+    job = open()
     if job.settings.model.engine == "echo":
         raise UsageError("the echo engine has no model to compare with; run with --engine prefix")
-    _check_complete(directory)
+    directory.check_complete()  # a verdict holds for all rows, as they were committed
     ran = EngineCapabilities.recorded(directory.read_manifest().get("engine", {}))
     candidates = candidate_rows(directory.scan())
     if candidates.is_empty():
@@ -144,50 +145,6 @@ def _choose(
 
     size = settings.num_rows(len(candidates))
     return choose_rows(candidates, size, seed, None if encoder is None else embed)
-
-
-def reopen_job(directory: RunDirectory, store: StoreSettings | None = None) -> Job:
-    """The job of a run directory, from what it recorded.
-
-    Raises InputError or ModelError if the input, the tokenizer or the model is another one now.
-    """
-    manifest = directory.read_manifest()
-    settings = recall_settings(directory)
-    if "argument" not in manifest.get("input", {}):
-        raise RunDirectoryError(f"{directory.name} does not say how it was made; run the job again")
-    if store is not None:
-        settings = settings.model_copy(update={"store": settings.store.overridden_by(store)})
-    job = open_job(manifest["input"]["argument"], settings)
-    now = job.fingerprint
-    before = manifest["fingerprint"]
-    if now["input"] != before.get("input"):
-        raise InputError(
-            f"{manifest['input']['argument']} has changed since the run in {directory.name}; "
-            "bring the old file back, or run the new one into another folder"
-        )
-    # An audit computes both sides of every comparison itself, with the threads that it has.
-    changed = [name for name in now if name != THREADS and now[name] != before.get(name)]
-    if "template" in changed:
-        raise InputError(
-            f"the template {settings.read.template} has changed since the run in "
-            f"{directory.name}; bring the old one back"
-        )
-    if changed:
-        raise ModelError(
-            f"{settings.model.model} is not the model of the run in {directory.name} any more: "
-            f"{changed[0]} differs; bring the old one back"
-        )
-    return job
-
-
-def _check_complete(directory: RunDirectory) -> None:
-    """A verdict holds for what it was given on: all rows, as they were committed.
-
-    Raises RunDirectoryError for an unfinished run, StorageError for an altered or missing part.
-    """
-    if not directory.is_sealed:
-        raise directory.incomplete()
-    directory.check_committed()
 
 
 def _load_baseline(job: Job) -> tuple[LoadedModel, Baseline]:
@@ -305,10 +262,10 @@ def _similarity(
     return {a.row_index: float(c) for a, c in zip(audits, cosines, strict=True)}
 
 
-def describe_audit(output: Place, store: StoreSettings | None = None) -> dict[str, Any]:
+def describe_audit(run: Location) -> dict[str, Any]:
     """The content of `audit/summary.json`. Raises RunDirectoryError if there was no audit."""
-    with reading_run(output, store or StoreSettings(), parts=False) as directory:
+    with reading_run(run, parts=False) as directory:
         summary = AUDIT_SUMMARY.read(directory.root)
     if summary is None:
-        raise RunDirectoryError(f"{output} was not audited yet; run: coppice audit {output}")
+        raise RunDirectoryError(f"{run} was not audited yet; run: coppice audit {run}")
     return summary

@@ -105,9 +105,9 @@ class Arms:
         eos = frozenset(self._engine.loaded.shape.eos_token_ids)
         return [
             AuditInput(
-                place, prompt, answer.token_ids, params, answer.finish_reason, eos_token_ids=eos
+                index, prompt, answer.token_ids, params, answer.finish_reason, eos_token_ids=eos
             )
-            for place, (prompt, answer) in enumerate(zip(prompts, done, strict=True))
+            for index, (prompt, answer) in enumerate(zip(prompts, done, strict=True))
         ]
 
     def _passes(self, row: AuditInput) -> bool:
@@ -130,8 +130,8 @@ def _prompts_by_group(
 ) -> list[list[Sequence[int]]]:
     """Distinct prompts of each group, those that share most tokens first; without one, one each."""
     prompts: dict[int, list[Sequence[int]]] = {}
-    for place, (row, group) in enumerate(zip(rows, groups, strict=True)):
-        known = prompts.setdefault(-1 - place if group is None else group, [])
+    for index, (row, group) in enumerate(zip(rows, groups, strict=True)):
+        known = prompts.setdefault(-1 - index if group is None else group, [])
         if len(known) < _FAULT_ROWS and row.prompt not in known and len(row.prompt) > 2:
             known.append(row.prompt)
     found = [known for known in prompts.values() if known and _common_prefix(known) > 0]

@@ -29,6 +29,7 @@ import polars as pl
 
 from pipeline.audit.evidence import NO_EVIDENCE, Evidence
 from pipeline.audit.replay import BARS, ROW_CLASSES, RowAudit, RowClass, Tier
+from pipeline.errors import AuditFailed
 from pipeline.settings import AuditSettings
 
 _CONFIDENCE: Final = 0.95
@@ -95,6 +96,11 @@ class Verdict:
     tokens_checked: int
     groups_differing: tuple[tuple[int, int], ...]
     evidence: Evidence
+
+    def check(self, run: object) -> None:
+        """Raises AuditFailed, of this run, unless it passed."""
+        if not self.passed:
+            raise AuditFailed(f"the audit of {run} failed: {'; '.join(self.reasons)}")
 
     @property
     def passed(self) -> bool:

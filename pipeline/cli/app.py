@@ -26,22 +26,9 @@ from pipeline.cli.logs import log_error, log_to_stderr, make_observer
 from pipeline.cli.night import app as night_app
 from pipeline.cli.options import merge, merge_section, split_store, takes_settings, to_flat
 from pipeline.cli.streams import prepare_streams, result_is_kept, say, write_result
-from pipeline.errors import AuditFailed, CoppiceError, OutputLost, UsageError, place_of
-from pipeline.settings import (
-    AuditSettings,
-    EngineSettings,
-    FleetSettings,
-    JobSettings,
-    ModelSettings,
-    MonitorSettings,
-    PlanSettings,
-    ReadSettings,
-    RecycleSettings,
-    SamplingSettings,
-    StoreSettings,
-    TokenSettings,
-    WriteSettings,
-)
+from pipeline.errors import CoppiceError, OutputLost, UsageError, place_of
+from pipeline.location import Location, is_url
+from pipeline.settings import AuditSettings, JobSettings, ObjectStoreSettings
 
 if TYPE_CHECKING:
     from pipeline.job.observer import Observer
@@ -57,8 +44,7 @@ app = typer.Typer(
 )
 app.add_typer(night_app)
 app.add_typer(recycle.app, name="recycle")
-_READ = (ModelSettings, ReadSettings, TokenSettings, StoreSettings)
-_JOB = (*_READ, SamplingSettings, PlanSettings, EngineSettings, RecycleSettings)
+_JOB = ("model", "read", "tokens", "store", "sampling", "plan", "engine", "recycle")
 
 
 @app.callback()
@@ -97,7 +83,7 @@ def plan(
 
 
 @app.command()
-@takes_settings(*_JOB, WriteSettings, FleetSettings, MonitorSettings)
+@takes_settings(*_JOB, "write", "fleet", "monitor")
 def run(
     input: Input,
     output: Annotated[
@@ -126,7 +112,7 @@ def run(
 
 
 @app.command()
-@takes_settings(StoreSettings)
+@takes_settings("store")
 def status(
     directory: RunFolder,
     watch: Annotated[bool, typer.Option("--watch", help="Wait for it, and until it ends.")] = False,
@@ -138,11 +124,11 @@ def status(
     from pipeline.cli.tables import print_json, print_table, status_table, watch_status
     from pipeline.status import read_status, wait_for_status
 
-    store = merge_section(StoreSettings, flags)
+    run = Location(directory, merge_section(ObjectStoreSettings, flags))
     if watch and not json:
-        watch_status(directory, lambda: wait_for_status(directory, store))
+        watch_status(directory, lambda: wait_for_status(run))
         return
-    state = read_status(directory, store)
+    state = read_status(run)
     if json:
         print_json(state)
     else:
@@ -150,7 +136,7 @@ def status(
 
 
 @app.command()
-@takes_settings(AuditSettings, StoreSettings)
+@takes_settings("audit", "store")
 def audit(
     directory: RunFolder,
     json: Json = False,
@@ -165,30 +151,30 @@ def audit(
 
     flags, store = split_store(flags)
     settings = merge_section(AuditSettings, flags)
-    verdict = audit_run(directory, settings, make_observer(progress, log_format), store)
-    summary = describe_audit(directory, store)
+    run = Location(directory, store)
+    verdict = audit_run(run, settings, make_observer(progress, log_format))
+    summary = describe_audit(run)
     with result_is_kept(directory):
         if json:
             print_json(summary)
         else:
             print_table(directory, audit_table(summary))
-    if not verdict.passed:
-        raise AuditFailed(f"the audit of {directory} failed: {'; '.join(verdict.reasons)}")
+    verdict.check(directory)
 
 
 @app.command()
-@takes_settings(StoreSettings)
+@takes_settings("store")
 def report(directory: RunFolder, *, flags: dict[str, Any]) -> None:
     """Write report.html and report.md."""
-    from pipeline.run import report_run
+    from pipeline.run import write_report
 
-    page = report_run(directory, merge_section(StoreSettings, flags))
+    page = write_report(Location(directory, merge_section(ObjectStoreSettings, flags)))["page"]
     with result_is_kept(page):
         write_result(page)
 
 
 @app.command()
-@takes_settings(*_JOB, WriteSettings)
+@takes_settings(*_JOB, "write")
 def validate(
     input: Input,
     config: Config = None,
@@ -216,7 +202,7 @@ def validate(
 
 
 @app.command()
-@takes_settings(StoreSettings)
+@takes_settings("store")
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="JSONL, Parquet or run directory.")],
     target: Annotated[str, typer.Argument(metavar="OUT", help="Parquet or JSONL.")],
@@ -227,7 +213,8 @@ def convert(
     """OpenAI batch files or plain JSON lines to Parquet, and back."""
     from pipeline.inputs.conversion import convert as convert_file
 
-    rows = convert_file(source, target, merge_section(StoreSettings, flags), overwrite)
+    store = merge_section(ObjectStoreSettings, flags)
+    rows = convert_file(Location(source, store), Location(target), overwrite)
     with result_is_kept(target):
         write_result(f"{rows:,} rows in {target}")
 
@@ -267,7 +254,7 @@ def _show_plan(input: str, planned: PlannedJob, json: bool = False) -> None:
 
 def _local(output: str) -> Path:
     """Raises UsageError for a URL, of which a path would make a folder."""
-    if "://" in output:
+    if is_url(output):
         raise UsageError(f"{output} is not a folder of this machine; only runs are written there")
     return Path(output)
 

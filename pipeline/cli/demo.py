@@ -8,8 +8,9 @@ from pipeline.audit.auditing import audit_run, describe_audit
 from pipeline.cli.logs import make_observer
 from pipeline.cli.streams import result_is_kept, write_result
 from pipeline.cli.tables import audit_table, counter_table, print_table
-from pipeline.errors import AuditFailed, UsageError
-from pipeline.run import report_run, run_job
+from pipeline.errors import UsageError
+from pipeline.location import Location
+from pipeline.run import run_job, write_report
 from pipeline.settings import JobSettings
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -34,20 +35,20 @@ def run_demo(output: Path, progress: str, log_format: str) -> None:
     outcome = run_job(
         str(folder / "prompts.parquet"), output, settings, make_observer(progress, log_format)
     )
-    verdict = audit_run(output, settings.audit, make_observer(progress, log_format))
-    page = report_run(output)
-    summary = describe_audit(output)
-    places = [
+    run = Location(output)
+    verdict = audit_run(run, settings.audit, make_observer(progress, log_format))
+    page = write_report(run)["page"]
+    summary = describe_audit(run)
+    paths = [
         ("answers", f"{output}/data/*.parquet"),
         ("plan", f"{output}/plan/plan.parquet"),
         ("audit", f"{output}/audit/audit.parquet"),
-        ("report", str(page)),
+        ("report", page),
     ]
     with result_is_kept(output):
         print_table("Run", counter_table(outcome.counters, outcome.reasons))
         write_result("")
         print_table("Audit against plain full prefill", audit_table(summary))
         write_result("")
-        print_table("Where to look", places)
-    if not verdict.passed:
-        raise AuditFailed(f"the audit of {output} failed: {'; '.join(verdict.reasons)}")
+        print_table("Where to look", paths)
+    verdict.check(output)

@@ -12,14 +12,15 @@ from pipeline.cli.arguments import LogFormat, Progress, RunFolder
 from pipeline.cli.logs import make_observer
 from pipeline.cli.options import merge_section, takes_settings
 from pipeline.cli.streams import result_is_kept, write_result
-from pipeline.settings import StoreSettings
+from pipeline.location import Location
+from pipeline.settings import ObjectStoreSettings
 
 app = typer.Typer()
 NightFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of a nightly job.")]
 
 
 @app.command()
-@takes_settings(StoreSettings)
+@takes_settings("store")
 def publish(
     directory: RunFolder,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="Folder or s3:// URL.")],
@@ -35,10 +36,11 @@ def publish(
     """Put a run whose audit passed where others read it."""
     from pipeline.night.publication import publish_by_hand
 
-    done = publish_by_hand(directory, target, date, job, merge_section(StoreSettings, flags))
-    with result_is_kept(done.place):
+    store = merge_section(ObjectStoreSettings, flags)
+    done = publish_by_hand(Location(directory, store), Location(target, store), date, job)
+    with result_is_kept(done.location):
         write_result(
-            f"{done.rows:,} rows {'' if done.is_new else 'were '}published at {done.place}"
+            f"{done.rows:,} rows {'' if done.is_new else 'were '}published at {done.location}"
         )
 
 

@@ -19,38 +19,24 @@ from pydantic_core import PydanticUndefinedType
 
 from pipeline.errors import UsageError
 from pipeline.forms import say_fault, write_duration, write_size
-from pipeline.settings import (
-    AuditSettings,
-    EngineSettings,
-    FleetSettings,
-    JobSettings,
-    ModelSettings,
-    MonitorSettings,
-    PlanSettings,
-    ReadSettings,
-    RecycleSettings,
-    SamplingSettings,
-    StoreSettings,
-    TokenSettings,
-    WriteSettings,
-    parse_storage_options,
-)
+from pipeline.settings import SECTIONS, JobSettings, ObjectStoreSettings, parse_storage_options
 from pipeline.settings_file import read_config
 
-PANELS: dict[type[BaseModel], str] = {
-    ModelSettings: "Model",
-    ReadSettings: "Input",
-    TokenSettings: "Prompt text",
-    SamplingSettings: "Sampling (a row's own columns win)",
-    PlanSettings: "Plan",
-    EngineSettings: "Device memory and batches (never change an answer)",
-    WriteSettings: "Output",
-    FleetSettings: "Machines",
-    RecycleSettings: "KV of earlier runs",
-    MonitorSettings: "Monitoring",
-    AuditSettings: "Audit",
-    StoreSettings: "Object store",
+PANELS = {
+    "model": "Model",
+    "read": "Input",
+    "tokens": "Prompt text",
+    "sampling": "Sampling (a row's own columns win)",
+    "plan": "Plan",
+    "engine": "Device memory and batches (never change an answer)",
+    "write": "Output",
+    "fleet": "Machines",
+    "recycle": "KV of earlier runs",
+    "monitor": "Monitoring",
+    "audit": "Audit",
+    "store": "Object store",
 }
+"""What the flags of each section of the settings are listed under."""
 
 _HELP = {
     "model": "Model folder or hub id.",
@@ -122,9 +108,9 @@ Section = TypeVar("Section", bound=BaseModel)
 Command = Callable[..., None]
 
 
-def takes_settings(*sections: type[BaseModel]) -> Callable[[Command], Command]:
+def takes_settings(*sections: str) -> Callable[[Command], Command]:
     """Give a command one flag per field of `sections`; it receives them as the dict `flags`."""
-    fields = [(section, name) for section in sections for name in section.model_fields]
+    fields = [(section, name) for section in sections for name in SECTIONS[section].model_fields]
 
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
@@ -145,9 +131,9 @@ def takes_settings(*sections: type[BaseModel]) -> Callable[[Command], Command]:
     return decorate
 
 
-def _parameters(section: type[BaseModel], name: str) -> list[inspect.Parameter]:
+def _parameters(section: str, name: str) -> list[inspect.Parameter]:
     """The flag of a field; and one that takes back a yes of the file, which no help lists."""
-    field, flag = section.model_fields[name], name.replace("_", "-")
+    field, flag = SECTIONS[section].model_fields[name], name.replace("_", "-")
     asked = _plain(field.annotation)
     kind = asked if asked in (bool, list[str]) else str  # the settings know how to read the rest
     option = typer.Option(
@@ -223,11 +209,11 @@ def _merge_options(written: object, said: dict[str, Any]) -> dict[str, str]:
         raise UsageError(f"setting storage-options: {error}") from None
 
 
-def split_store(flags: dict[str, Any]) -> tuple[dict[str, Any], StoreSettings]:
+def split_store(flags: dict[str, Any]) -> tuple[dict[str, Any], ObjectStoreSettings]:
     """The other flags, and how an object store is reached. Raises UsageError."""
-    names = {name for name in flags if name.replace("-", "_") in StoreSettings.model_fields}
+    names = {name for name in flags if name.replace("-", "_") in ObjectStoreSettings.model_fields}
     others = {name: value for name, value in flags.items() if name not in names}
-    return others, merge_section(StoreSettings, {name: flags[name] for name in names})
+    return others, merge_section(ObjectStoreSettings, {name: flags[name] for name in names})
 
 
 def merge_section(section: type[Section], flags: dict[str, Any]) -> Section:

@@ -58,13 +58,13 @@ def writing(write: Callable[[TextIO], object]) -> None:
 
 
 @contextmanager
-def result_is_kept(place: object) -> Iterator[None]:
-    """What is written meanwhile only tells of what lies at `place`: losing it fails no command."""
+def result_is_kept(path: object) -> Iterator[None]:
+    """What is written meanwhile only tells of what lies at `path`: losing it fails no command."""
     try:
         yield
     except OutputLost as error:
         if not error.is_unwanted:
-            say(f"coppice: {error}; nothing else is missing, see {place}")
+            say(f"coppice: {error}; nothing else is missing, see {path}")
 
 
 def say(line: str) -> None:

@@ -98,7 +98,7 @@ def one_at_a_time(sequences: NDArray[np.int64], control: RunControl) -> Iterator
                 waiting.pop()
 
 
-class KVStates(Protocol):
+class KVConnector(Protocol):
     """KV states that outlive a run, as an engine sees them. Positions are those of a prompt.
 
     KV is [layers, 2, kv_heads, tokens, head_dim], in the type of the engine's own, on the CPU.
@@ -137,7 +137,7 @@ class EngineHooks:
 
     on_logits: OnLogits | None = None
     force_tokens: ForceTokens | None = None
-    kv_states: KVStates | None = None
+    kv_connector: KVConnector | None = None
     """States of earlier runs to load, and where those of this run are kept."""
 
 
@@ -165,14 +165,14 @@ class EngineCapabilities:
     shows_logits: bool = False
     """It calls `on_logits` and `force_tokens`."""
     kv: KVFormat | None = None
-    """The form of what it exchanges with `kv_states`; None: it exchanges none."""
+    """The form of what it exchanges with `kv_connector`; None: it exchanges none."""
 
     def check(self, hooks: EngineHooks) -> None:
         """Raises EngineError for a hook that the engine would leave out in silence."""
         unknown = {
             "on_logits": hooks.on_logits is not None and not self.shows_logits,
             "force_tokens": hooks.force_tokens is not None and not self.shows_logits,
-            "kv_states": hooks.kv_states is not None and self.kv is None,
+            "kv_connector": hooks.kv_connector is not None and self.kv is None,
         }
         for name in (name for name, is_unknown in unknown.items() if is_unknown):
             raise EngineError(f"this engine does not know the hook {name}")

@@ -62,34 +62,34 @@ class KVCache:
         """
         if length == 0:
             return KVRange(0, 0)
-        places = range(len(self._free)) if from_left else range(len(self._free) - 1, -1, -1)
+        gaps = range(len(self._free)) if from_left else range(len(self._free) - 1, -1, -1)
         for wanted in (max(length, reach), length):
-            for place in places:
-                low, high = self._free[place]
+            for index in gaps:
+                low, high = self._free[index]
                 if high - low >= wanted:
                     start = low if from_left else high - wanted
-                    self._take(place, start, length)
+                    self._take(index, start, length)
                     return KVRange(start, length)
         return None
 
     def extend(self, kv_range: KVRange, length: int) -> bool:
         """Lengthen a range by `length` slots in place; False unless those after it are free."""
         stop = kv_range.stop
-        place = bisect.bisect_left(self._free, (stop, stop))
-        if place == len(self._free):
+        index = bisect.bisect_left(self._free, (stop, stop))
+        if index == len(self._free):
             return False
-        low, high = self._free[place]
+        low, high = self._free[index]
         if low != stop or high - low < length:
             return False
-        self._take(place, stop, length)
+        self._take(index, stop, length)
         kv_range.length += length
         return True
 
-    def _take(self, place: int, start: int, length: int) -> None:
+    def _take(self, index: int, start: int, length: int) -> None:
         """Slots `[start, start + length)` of a gap are free no more."""
-        low, high = self._free[place]
+        low, high = self._free[index]
         rest = [(low, start), (start + length, high)]
-        self._free[place : place + 1] = [gap for gap in rest if gap[0] < gap[1]]
+        self._free[index : index + 1] = [gap for gap in rest if gap[0] < gap[1]]
         self.used_tokens += length
         self.peak_tokens = max(self.peak_tokens, self.used_tokens)
 
@@ -99,13 +99,13 @@ class KVCache:
             return
         self.used_tokens -= kv_range.length
         low, high = kv_range.start, kv_range.stop
-        place = bisect.bisect_left(self._free, (low, high))
-        if place < len(self._free) and self._free[place][0] == high:
-            high = self._free.pop(place)[1]
-        if place and self._free[place - 1][1] == low:
-            place -= 1
-            low = self._free.pop(place)[0]
-        self._free.insert(place, (low, high))
+        index = bisect.bisect_left(self._free, (low, high))
+        if index < len(self._free) and self._free[index][0] == high:
+            high = self._free.pop(index)[1]
+        if index and self._free[index - 1][1] == low:
+            index -= 1
+            low = self._free.pop(index)[0]
+        self._free.insert(index, (low, high))
 
     def copy(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
         """Copy slots `source` to `target` [n] in all layers."""
@@ -124,15 +124,6 @@ class KVCache:
                 kv_range.start = low
             low += kv_range.length
         self._free = [(low, self.capacity)] if low < self.capacity else []
-
-    def check_integrity(self, ranges: list[KVRange]) -> None:
-        """Assert that `ranges` and the gaps tile the arena exactly."""
-        pieces = sorted(self._free + [(r.start, r.stop) for r in ranges if r.length])
-        edge = 0
-        for low, high in pieces:
-            assert low == edge < high, f"slots [{edge}, {low}) are lost or owned twice: {pieces}"
-            edge = high
-        assert edge == self.capacity, f"slots [{edge}, {self.capacity}) are lost: {pieces}"
 
 
 def kv_capacity(

@@ -84,13 +84,13 @@ def pack_prefill(
     bounds = list(zip(low.tolist(), high.tolist(), strict=True))
     shared = shared_spans([p.above for p in pieces], bounds)
     own = np.stack([low, high, slot - past, slot + length, position - past], 1)
-    place = np.arange(high[-1]) - np.repeat(low, length)
-    positions = np.repeat(position, length) + place
+    offset = np.arange(high[-1]) - np.repeat(low, length)
+    positions = np.repeat(position, length) + offset
     copy_from, copy_to = (torch.from_numpy(c).to(device) if len(c) else None for c in copies)
     return PackedBatch(
         input_ids=_row(np.concatenate([p.token_ids for p in pieces]), device),
         position_ids=_row(positions, device),
-        slots=_row(np.repeat(slot, length) + place, device)[0],
+        slots=_row(np.repeat(slot, length) + offset, device)[0],
         kernel=kernel,
         work=kernel.prepare(np.concatenate([shared, own]), positions),
         copy_from=copy_from,

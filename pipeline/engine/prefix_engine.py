@@ -99,7 +99,7 @@ class PrefixEngine(LocalEngine):
         if self.break_even is not None:
             plan = cut_by_cost(plan, plan.count_below(sequences), self.break_even)
         work = _Work(plan, control, hooks, most_kv_tokens(plan, sequences))
-        left, history = sequences, History(hooks.kv_states)
+        left, history = sequences, History(hooks.kv_connector)
         while len(left):
             yielded = []
             try:
@@ -152,7 +152,6 @@ class _Run:
         self.cache = reserve_kv(shape, capacity, like=weight)
         self.runner = decode_runner(engine.backend, self.cache, self.device)
         self.guard = KVGuard(self.cache)
-        self.states = work.hooks.kv_states
         self.policy = DepthFirstPolicy(settings.max_rows)
         residency = Residency(self.cache, self.guard.release)
         self.scheduler = Scheduler(self.plan, sequences, residency, self.policy, history)
@@ -221,11 +220,11 @@ class _Run:
     def _note_full(self, shared: SharedPlacement) -> None:
         """All of the span's KV is there; before rows that end below may take it with them."""
         self.guard.watch(shared.span)
-        states, low = self.hooks.kv_states, shared.start + shared.span.stored_tokens
-        if states is None or low == shared.end or not states.wants(shared.span.key):
+        connector, low = self.hooks.kv_connector, shared.start + shared.span.stored_tokens
+        if connector is None or low == shared.end or not connector.wants(shared.span.key):
             return
         kv = self.cache.arena[..., shared.slots(low, shared.end), :].to("cpu", copy=True)
-        states.keep(int(self.plan.sequence_lo[shared.span.key]), low, shared.end, kv)
+        connector.keep(int(self.plan.sequence_lo[shared.span.key]), low, shared.end, kv)
 
     def _prefill_or_halve(self, taken: list[Chunk]) -> None:
         """Where memory ends, half of the tokens at a time; one token that finds none fails."""
@@ -267,8 +266,8 @@ class _Run:
         batch = pack_chunks(taken, self.backend.kernel, self.device)
         logits = self._forward(batch, np.cumsum(lengths)[readable] - 1)
         rows, of_rows = [], []
-        for i, place in enumerate(readable):
-            target = taken[place][0].target
+        for i, index in enumerate(readable):
+            target = taken[index][0].target
             if isinstance(target, LiveRow):
                 rows.append(target)
                 of_rows.append(i)
@@ -356,8 +355,8 @@ class _Run:
         begin = time.perf_counter()
         if self.first_step_s is None:
             self.first_step_s = begin
-        places = torch.from_numpy(keep).to(self.device)
-        logits = self.backend.forward(batch, self.cache, places)
+        indices = torch.from_numpy(keep).to(self.device)
+        logits = self.backend.forward(batch, self.cache, indices)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.counters.num_forwards += 1
@@ -387,8 +386,8 @@ class _Run:
             self.hooks.on_logits(sequences, positions.tolist(), logits)
         params = [r.params for r in rows]
 
-        def context_of(place: int) -> Context:
-            row = rows[place]
+        def context_of(index: int) -> Context:
+            row = rows[index]
             return self.plan.prompt_token_ids(row.sequence), row.token_ids
 
         chosen = self.sampler.sample(logits, params, keys, positions, context_of, greedy)

@@ -67,10 +67,7 @@ class Sampler:
         return sample_next_token(logits, params, keys, positions, greedy)
 
     def apply_rules(
-        self,
-        logits: Tensor,
-        params: Sequence[SamplingParams],
-        context_of: Callable[[int], Context],
+        self, logits: Tensor, params: Sequence[SamplingParams], context_of: Callable[[int], Context]
     ) -> tuple[Tensor, list[SamplingParams]]:
         """Logits after the rules, and the parameters that are left to be applied.
 
@@ -102,8 +99,8 @@ class Sampler:
         length = 1 if _is_order_free(params) else len(prompt)  # any number: they do not look
         processors = self._processors(params, length, of_prompt)
         ids = torch.from_numpy(_rectangle(contexts)).to(scores.device)
-        places = torch.tensor(rows, device=scores.device)
-        scores[places] = processors(ids, scores[places])
+        indices = torch.tensor(rows, device=scores.device)
+        scores[indices] = processors(ids, scores[indices])
 
     def _build(
         self, params: SamplingParams, prompt_length: int, prompt: bytes | None

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.base import KVStates
+from pipeline.engine.base import KVConnector
 from pipeline.engine.layout import PrefixLayout, SharedPart
 from pipeline.engine.live import LiveRow, PrefillJob
 from pipeline.engine.policy import DepthFirstPolicy
@@ -42,11 +42,11 @@ class Admission:
 class History:
     """What was computed before this scheduler: work that is done again is not counted twice.
 
-    `states`: of earlier runs, to be loaded; `spans`: keys of shared ones; `cached_tokens`: of
+    `connector`: of earlier runs, to be loaded; `spans`: keys of shared ones; `cached_tokens`: of
     sequences that were admitted; `forgotten`: sequences that the caller took back.
     """
 
-    states: KVStates | None = None
+    connector: KVConnector | None = None
     spans: set[int] = field(default_factory=set)
     cached_tokens: dict[int, int] = field(default_factory=dict)
     forgotten: set[int] = field(default_factory=set)
@@ -153,9 +153,7 @@ class Scheduler:
         position, end = layout.position, layout.end
         stored_end = min(self._stored_end(above, sequence, end), end - 1)
         own = KVSpan(
-            length=end - position,
-            copied=layout.start - position,
-            storable=stored_end - position,
+            length=end - position, copied=layout.start - position, storable=stored_end - position
         )
         params = self._plan.params[int(self._plan.sequences.params[sequence])]
         return LiveRow(sequence, params, Placement(own, position, above), end, now_s)
@@ -187,10 +185,10 @@ class Scheduler:
 
         What is not stored above is not stored below, but for a last token that logits are made of.
         """
-        states = self._history.states
-        if states is None or (above is not None and above.stored_end < above.end - 1):
+        connector = self._history.connector
+        if connector is None or (above is not None and above.stored_end < above.end - 1):
             return 0
-        return states.stored_end(sequence, end)
+        return connector.stored_end(sequence, end)
 
     def _admit_one(self, row: LiveRow, above: list[SharedPlacement], admission: Admission) -> None:
         """Reserve what is missing above the row, parents first, and its own first block."""
@@ -233,9 +231,9 @@ class Scheduler:
         """What is to be computed of `own`, the ids from `place.start` on; the rest is loaded."""
         place = target.place if isinstance(target, LiveRow) else target
         job = PrefillJob(target, own, place.start, is_repeat)
-        states = self._history.states
-        if states is not None and place.stored_end > place.start:
-            job.loaded = states.load(sequence, place.position, place.stored_end)
+        connector = self._history.connector
+        if connector is not None and place.stored_end > place.start:
+            job.loaded = connector.load(sequence, place.position, place.stored_end)
             job.done = place.start if job.loaded is None else place.stored_end
         return job
 

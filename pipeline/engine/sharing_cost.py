@@ -122,11 +122,11 @@ def _kernel_sources() -> str:
 def _fingerprint(loaded: LoadedModel, backend: Backend) -> str:
     """Of all that the measured times depend on."""
     shape, device = loaded.shape, loaded.device
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_description()
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_description()
     size = sum(p.numel() for p in loaded.model.parameters())
     parts = (
         shape.family, shape.num_layers, shape.num_kv_heads, shape.head_dim, size,
-        loaded.model.dtype, place, torch.get_num_threads(), torch.__version__,
+        loaded.model.dtype, machine, torch.get_num_threads(), torch.__version__,
         backend.kernel.name, backend.forward.name, _kernel_sources(),
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

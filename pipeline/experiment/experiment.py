@@ -193,10 +193,7 @@ class _Arms:
 
 
 def _trial(
-    token_ids: tuple[int, ...],
-    found: Found,
-    seconds: tuple[float, float, float],
-    route: str = "",
+    token_ids: tuple[int, ...], found: Found, seconds: tuple[float, float, float], route: str = ""
 ) -> Trial:
     """Without the KV itself: its pages would stay mapped, and never be cold."""
     reused = found.reused

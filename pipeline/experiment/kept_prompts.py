@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.errors import InputError, NoInput
 from pipeline.inputs.reader import open_source
+from pipeline.location import Location
 from pipeline.settings import ReadSettings
 
 _LONGEST_CELL = 1 << 24
@@ -73,7 +74,7 @@ def _read_csv(path: Path) -> Iterator[KeptPrompt]:
 
 
 def _read_parquet(path: Path) -> Iterator[KeptPrompt]:
-    for batch in open_source(path, ReadSettings()).iter_prompts():
+    for batch in open_source(Location(path), ReadSettings()).iter_prompts():
         for name, content in zip(batch.ids, batch.contents, strict=True):
             if not isinstance(content, str):
                 raise InputError(f"{path}: row {name} is no text; only plain prompts can be kept")

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.errors import InputError
 from pipeline.experiment.kept_prompts import KeptPrompt, read_kept_prompts
 from pipeline.experiment.subjects import encode_texts
-from pipeline.job.recycling import identify_states
+from pipeline.job.recycling import kv_identity
 from pipeline.kvstore.identity import TokenIds
 from pipeline.model.identity import identify_model
 from pipeline.settings import JobSettings
@@ -53,9 +53,7 @@ def build_store(path: Path, settings: JobSettings, say: Callable[[str], None]) -
     _check_lengths(path, prompts, ids, context)
     loaded = load_model(settings.model)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    identity = identify_states(
-        settings, identify_model(settings.model), tokenizer.fingerprint, dtype
-    )
+    identity = kv_identity(settings, identify_model(settings.model), tokenizer.fingerprint, dtype)
     decoder = GreedyDecoder(loaded.model, 1)
     stored = tokens = 0
     with KVStore.open(folder, identity, settings.recycle.kv_store_budget) as store:

@@ -80,8 +80,8 @@ def run_paper(settings: PaperSettings, say: Say) -> dict[str, Any]:
     try:
         for left in settings.output.glob(f"{_STORES}*"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=settings.output, prefix=_STORES) as place:
-            measured = _measure(settings, sizes, prompts, encoder, Path(place), say)
+        with tempfile.TemporaryDirectory(dir=settings.output, prefix=_STORES) as stores:
+            measured = _measure(settings, sizes, prompts, encoder, Path(stores), say)
         _write(settings.output, *measured)
     finally:
         lock.release()
@@ -93,10 +93,10 @@ def _measure(
     sizes: Sizes,
     prompts: Prompts,
     encoder: TextEncoder,
-    place: Path,
+    stores: Path,
     say: Say,
 ) -> tuple[dict[str, list[Row]], dict[str, Any]]:
-    """The tables by name, and the summary. `place`: for the stores, on the disk that is timed."""
+    """The tables by name, and the summary. `stores`: their folder, on the disk that is timed."""
     began, load = time.monotonic(), os.getloadavg()[0]
     tokenizer = settings.tokenizer or str(settings.demo / "demo_model")
     embedded = embedded_subject(settings.demo, sizes)
@@ -105,13 +105,13 @@ def _measure(
     models: list[Row] = []
     for subject, note in (embedded, timed):
         say(f"{subject.name}: every prompt in every arm, {settings.protocol.repeats} times")
-        folder = place / str(len(models))
+        folder = stores / str(len(models))
         rows = run_experiment(subject, prompts, encoder, settings.protocol, folder)
         for name, found in _tables(rows, subject, encoder).items():
             tables.setdefault(name, []).extend(found)
         arms = summary_table(rows, subject.read, encoder)
         models.append({"name": subject.name, "note": note, "arms": arms})
-    depth = _study_depth(settings, sizes, timed[0], place / "depth", say)
+    depth = _study_depth(settings, sizes, timed[0], stores / "depth", say)
     say("nearest embeddings and longest prefixes, as the store grows")
     neighbours = _study_neighbours(settings, sizes, encoder, embedded[0])
     tables |= {"depth": depth.rows(), "neighbours": as_rows(neighbours)}
@@ -127,12 +127,12 @@ def _measure(
 
 
 def _study_depth(
-    settings: PaperSettings, sizes: Sizes, timed: Subject, place: Path, say: Say
+    settings: PaperSettings, sizes: Sizes, timed: Subject, stores: Path, say: Say
 ) -> DepthStudy:
     say(f"{timed.name}: reuse depths of one long prompt, {settings.depth_repeats} times")
     repeats = replace(settings.protocol, repeats=settings.depth_repeats)
     subject = replace(timed, decoder=sizes.deep(timed.decoder))
-    return study_depth(subject, sizes.depth, repeats, place)
+    return study_depth(subject, sizes.depth, repeats, stores)
 
 
 _NEIGHBOUR_NOTE: Final = (

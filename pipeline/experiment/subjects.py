@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.errors import ModelError
 from pipeline.experiment.depth import DepthSettings
 from pipeline.experiment.experiment import Subject
-from pipeline.job.recycling import identify_states
+from pipeline.job.recycling import kv_identity
 from pipeline.kvstore.identity import Identity, TokenIds
 from pipeline.model.identity import identify_model
 from pipeline.settings import JobSettings, TokenSettings
@@ -69,11 +69,11 @@ def timing_subject(model: str | None, tokenizer: str, sizes: Sizes) -> Tested:
 
     `tokenizer` is for random weights alone. Raises ModelError.
     """
-    place = model or _cached(DIALOGPT)
-    if place is None:
+    path = model or _cached(DIALOGPT)
+    if path is None:
         return _random_subject(tokenizer, sizes)
     name = model or DIALOGPT
-    subject = _real_subject(place, name, sizes.new, sizes.longest)
+    subject = _real_subject(path, name, sizes.new, sizes.longest)
     return subject, f"Real weights; prompts of at most {sizes.longest} tokens."
 
 
@@ -110,7 +110,7 @@ def _real_subject(model: str, name: str, num_new: int, longest: int | None = Non
         decoder=GreedyDecoder(loaded.model, num_new),
         encode=lambda texts: encode_texts(tokenizer, texts),
         read=read,
-        identity=identify_states(
+        identity=kv_identity(
             settings, identify_model(settings.model), tokenizer.fingerprint, "float32"
         ),
         context=context,

@@ -71,5 +71,5 @@ def _comes_back(inputs: pa.Table, id_column: str | None) -> bool:
 def _names(field: pa.Field) -> Iterator[str]:
     """Of a column and of all fields within it."""
     yield field.name
-    for place in range(field.type.num_fields):
-        yield from _names(field.type.field(place))
+    for index in range(field.type.num_fields):
+        yield from _names(field.type.field(index))

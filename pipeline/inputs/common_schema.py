@@ -49,11 +49,11 @@ def _common_type(name: str, files: Sequence[ParquetInput], having: _Found) -> pa
             raise _differ(name, having[0], (file, "absent"))
     typed = [(file, kind) for file, kind in having if not pa.types.is_null(kind)] or having[:1]
     kind = typed[0][1]
-    for place, (file, other) in enumerate(typed):
+    for index, (file, other) in enumerate(typed):
         if other == kind:
             continue
         try:
-            if not all(seen.is_copy for seen, _ in typed[: place + 1]):
+            if not all(seen.is_copy for seen, _ in typed[: index + 1]):
                 raise pa.ArrowInvalid
             schemas = [pa.schema([("", one)]) for one in (kind, other)]
             kind = pa.unify_schemas(schemas, promote_options="permissive").field(0).type

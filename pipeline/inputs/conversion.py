@@ -25,45 +25,38 @@ from pipeline.inputs.input_files import InputFile
 from pipeline.inputs.json_lines import is_json_lines, write_rows
 from pipeline.inputs.openai_batch import ANSWER_COLUMNS, request_of_row, response_of_answer
 from pipeline.inputs.reader import open_source
-from pipeline.settings import ReadSettings, StoreSettings
+from pipeline.location import Location
+from pipeline.settings import ReadSettings
 from pipeline.storage.durable import write_whole
-from pipeline.storage.object_store import is_url
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.run_location import Place, holds_run, reading_run
+from pipeline.storage.run_location import holds_run, reading_run
 
 _ROWS_AT_A_TIME = 4096
 
 
-def convert(
-    source: Place, target: Place, store: StoreSettings | None = None, overwrite: bool = False
-) -> int:
+def convert(source: Location, target: Location, overwrite: bool = False) -> int:
     """Convert by the names' endings, see the module's picture; returns the rows written.
 
-    The target appears whole or not at all, in place of a file only to `overwrite` it; `store` is
-    how an `s3://` source is reached. Raises InputError naming the line, UsageError, StorageError.
+    The target appears whole or not at all, in place of a file only to `overwrite` it. Raises
+    InputError naming the line, UsageError, StorageError.
     """
-    if is_url(target):
+    if target.is_remote:
         raise UsageError("convert writes a file of this machine; copy it to the store afterwards")
-    path, reads_lines = Path(target), is_json_lines(str(source))
-    if path.exists() and (not overwrite or _is_same(path, source)):
+    path, reads_lines = target.local, is_json_lines(str(source))
+    if path.exists() and (not overwrite or target.canonical == source.canonical):
         remedy = "" if overwrite else ", or add --overwrite"
         raise UsageError(f"{path} is there already; choose another name{remedy}")
-    if reads_lines and path.suffix == ".parquet" and not is_url(source):
-        return write_whole(path, lambda file: write_rows(InputFile.local(Path(source)), file))
+    if reads_lines and path.suffix == ".parquet" and not source.is_remote:
+        return write_whole(path, lambda file: write_rows(InputFile.local(source.local), file))
     if path.suffix != ".jsonl" or reads_lines:
         raise UsageError(
             "convert from a local .jsonl to .parquet, or from a Parquet file or run directory to "
             ".jsonl"
         )
-    store = store or StoreSettings()
-    if not holds_run(source, store):
-        return write_whole(path, lambda file: _write_lines(_requests(source, store), file))
-    with reading_run(source, store) as run:
+    if not holds_run(source):
+        return write_whole(path, lambda file: _write_lines(_requests(source), file))
+    with reading_run(source) as run:
         return write_whole(path, lambda file: _write_responses(run, file, path.parent))
-
-
-def _is_same(path: Path, source: Place) -> bool:
-    return os.path.realpath(path) == os.path.realpath(source)
 
 
 def _write_lines(lines: Iterable[dict[str, Any]], file: BinaryIO) -> int:
@@ -78,9 +71,9 @@ def _encode(line: dict[str, Any]) -> bytes:
     return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
-def _requests(source: Place, store: StoreSettings) -> Iterator[dict[str, Any]]:
+def _requests(source: Location) -> Iterator[dict[str, Any]]:
     """Rows that a run would take; one that it would reject is refused here by its number."""
-    prompts = open_source(source, ReadSettings(), store)
+    prompts = open_source(source, ReadSettings())
     columns = prompts.columns
     has_model = "model" in prompts.schema.names
     for batch in prompts.iter_prompts():
@@ -109,9 +102,7 @@ def _write_responses(directory: RunDirectory, file: BinaryIO, folder: Path) -> i
 
     Raises RunDirectoryError for a run that is not complete: half an output looks like one.
     """
-    if not directory.is_sealed:
-        raise directory.incomplete()
-    directory.check_committed()
+    directory.check_complete()
     run_id, is_chat = directory.run_id, _is_chat(directory)
     rows, sizes = array("q"), array("q")
     with TemporaryFile(dir=folder) as waiting:

@@ -17,19 +17,14 @@ from pyarrow import fs
 
 from pipeline.errors import InputError, NoInput
 from pipeline.inputs.input_objects import find_objects
-from pipeline.inputs.selection import (
-    MATCHED_AGAIN,
-    Selection,
-    each_once,
-    search,
-    select_matches,
-)
-from pipeline.settings import StoreSettings
-from pipeline.storage.object_store import SCHEME, explain_read_fault, is_url
+from pipeline.inputs.selection import MATCHED_AGAIN, Selection, each_once, search, select_matches
+from pipeline.location import Location
+from pipeline.storage.object_store import SCHEME, explain_read_fault
 
 _HASHED_AT_A_TIME = 4 << 20
 
 Stamp = tuple[int | str, ...]
+Stamps = dict[str, Stamp]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,50 +95,59 @@ class FoundFiles:
     summary: str = ""
 
 
-def find_input_files(argument: str | Path, store: StoreSettings | None = None) -> FoundFiles:
+def find_input_files(location: Location) -> FoundFiles:
     """The file itself, all files of rows below a folder, or what a glob matches, see `selection`.
 
-    `store` is how an `s3://` URL is reached. Raises NoInput if there is nothing, InputError.
+    Raises NoInput if there is nothing, InputError.
     """
-    if is_url(argument):
-        filesystem, found = find_objects(str(argument), store or StoreSettings())
+    if location.is_remote:
+        filesystem, found = find_objects(location)
         files = [InputFile(filesystem, path, f"{SCHEME}://{path}") for path in found.names]
-        return _summed_up(argument, files, found)
-    place = Path(argument)
-    with damage_named(place):
-        if place.is_file():
-            return FoundFiles((InputFile.local(place),))
-        if place.is_dir():
-            found = search(place)
-            files = [InputFile.local(place / name) for name in found.names]
-            lacking = f"the folder {place} holds no *.parquet or *.jsonl file"
+        return _summed_up(location, files, found)
+    path = location.local
+    with damage_named(path):
+        if path.is_file():
+            return FoundFiles((InputFile.local(path),))
+        if path.is_dir():
+            found = search(path)
+            files = [InputFile.local(path / name) for name in found.names]
+            lacking = f"the folder {path} holds no *.parquet or *.jsonl file"
         else:
-            found = _match(argument)
+            found = _match(str(location))
             files = [InputFile.local(Path(name)) for name in found.names]
-            lacking = f"there is no file, folder or match for {place}"
+            lacking = f"there is no file, folder or match for {path}"
     if not files:
         raise NoInput(f"{lacking}{' to read' * bool(found.left_out)}; check the path")
-    return _summed_up(argument, files, found)
+    return _summed_up(location, files, found)
 
 
-def _match(pattern: str | Path) -> Selection:
-    matches = [m for m in glob.glob(str(pattern), recursive=True) if Path(m).is_file()]
+def stamp_input(location: Location) -> Stamps:
+    """Of the files that an input means now, by name. Raises NoInput, InputError."""
+    stamps: Stamps = {}
+    for file in find_input_files(location).files:
+        with damage_named(file.name):
+            stamps[file.name] = file.stamp()
+    return stamps
+
+
+def _match(pattern: str) -> Selection:
+    matches = [m for m in glob.glob(pattern, recursive=True) if Path(m).is_file()]
     once = each_once(matches)
-    found = select_matches(str(pattern), once, _beside(pattern))
+    found = select_matches(pattern, once, _beside(pattern))
     again = Counter({MATCHED_AGAIN: len(matches) - len(once)})
     return replace(found, left_out=found.left_out + again)
 
 
-def _beside(pattern: str | Path) -> list[str]:
+def _beside(pattern: str) -> list[str]:
     """The files by which a run or a plan is known, where `**` may have matched theirs."""
-    top, deep, _ = str(pattern).partition("**")
+    top, deep, _ = pattern.partition("**")
     return glob.glob(f"{top}**", recursive=True) if deep else []
 
 
-def _summed_up(argument: str | Path, files: list[InputFile], found: Selection) -> FoundFiles:
+def _summed_up(location: Location, files: list[InputFile], found: Selection) -> FoundFiles:
     files.sort(key=lambda file: file.name)
     is_plain = len(files) == 1 and not found.left_out
-    return FoundFiles(tuple(files), "" if is_plain else f"{argument}: {found.describe()}")
+    return FoundFiles(tuple(files), "" if is_plain else f"{location}: {found.describe()}")
 
 
 @contextmanager

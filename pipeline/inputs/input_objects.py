@@ -11,41 +11,40 @@ from pyarrow import fs
 
 from pipeline.errors import InputError, NoInput
 from pipeline.inputs.selection import Selection, select, select_matches
-from pipeline.settings import StoreSettings
+from pipeline.location import Location
 from pipeline.storage.object_store import (
     ANSWER_S,
     ATTEMPTS,
     CONNECT_S,
     ObjectUrl,
-    endpoint_url,
     explain_read_fault,
 )
 
 _WILD = re.compile(r"[*?[]")
 
 
-def find_objects(url: str, store: StoreSettings) -> tuple[fs.FileSystem, Selection]:
+def find_objects(location: Location) -> tuple[fs.FileSystem, Selection]:
     """The object itself, those of rows below a prefix, or what a glob matches, see `selection`.
 
     Returns the file system and paths on it. Raises NoInput if there is nothing, InputError.
     """
     try:
-        place = ObjectUrl.parse(url)
-        filesystem = open_filesystem(store)
-        found = _find(filesystem, place)
+        url = ObjectUrl.parse(str(location))
+        filesystem = open_filesystem(location)
+        found = _find(filesystem, url)
     except ValueError as error:  # pa.ArrowInvalid is one
         raise InputError(f"cannot read from the store: {error}") from None
     except (pa.ArrowException, OSError) as error:
         reason = explain_read_fault(error) or f"{str(error).splitlines()[0][:200]}; try again"
-        raise InputError(f"cannot read {url}: {reason}") from error
+        raise InputError(f"cannot read {location}: {reason}") from error
     if not found.names:
-        raise NoInput(f"{_lacking(place, url)}; check the URL")
+        raise NoInput(f"{_lacking(url, location)}; check the URL")
     return filesystem, found
 
 
-def open_filesystem(store: StoreSettings) -> fs.FileSystem:
+def open_filesystem(location: Location) -> fs.FileSystem:
     """pyarrow's view of the store. Raises OSError."""
-    options, endpoint = store.storage_options, endpoint_url(store)
+    options, endpoint = location.store.storage_options, location.endpoint
     arguments = {
         "access_key": options.get("access_key_id"),
         "secret_key": options.get("secret_access_key"),
@@ -64,23 +63,23 @@ def open_filesystem(store: StoreSettings) -> fs.FileSystem:
     )
 
 
-def _find(filesystem: fs.FileSystem, place: ObjectUrl) -> Selection:
-    if place.key and not place.key.endswith("/"):
-        if filesystem.get_file_info(place.path).type == fs.FileType.File:
-            return Selection((place.path,))
-        if _WILD.search(place.key):
-            return _match(filesystem, place)
-    top = place.path
+def _find(filesystem: fs.FileSystem, url: ObjectUrl) -> Selection:
+    if url.key and not url.key.endswith("/"):
+        if filesystem.get_file_info(url.path).type == fs.FileType.File:
+            return Selection((url.path,))
+        if _WILD.search(url.key):
+            return _match(filesystem, url)
+    top = url.path
     found = select([path[len(top) + 1 :] for path in _list(filesystem, top)])
     return replace(found, names=tuple(f"{top}/{name}" for name in found.names))
 
 
-def _match(filesystem: fs.FileSystem, place: ObjectUrl) -> Selection:
-    wanted = place.path.split("/")
+def _match(filesystem: fs.FileSystem, url: ObjectUrl) -> Selection:
+    wanted = url.path.split("/")
     fixed = next(i for i, part in enumerate(wanted) if _WILD.search(part))
     below = _list(filesystem, "/".join(wanted[:fixed]))
     matches = [path for path in below if _fits(path.split("/")[fixed:], wanted[fixed:])]
-    return select_matches(place.path, matches, below)
+    return select_matches(url.path, matches, below)
 
 
 def _fits(names: list[str], patterns: list[str]) -> bool:
@@ -104,7 +103,7 @@ def _list(filesystem: fs.FileSystem, path: str) -> list[str]:
     return [info.path for info in infos if info.type == fs.FileType.File]
 
 
-def _lacking(place: ObjectUrl, url: str) -> str:
-    if not place.key or place.key.endswith("/"):
-        return f"there is no *.parquet or *.jsonl object below {url}"
-    return f"there is no object, prefix or match for {url}"
+def _lacking(url: ObjectUrl, location: Location) -> str:
+    if not url.key or url.key.endswith("/"):
+        return f"there is no *.parquet or *.jsonl object below {location}"
+    return f"there is no object, prefix or match for {location}"

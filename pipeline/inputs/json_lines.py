@@ -11,11 +11,7 @@ as a row with the reason in `REFUSED_COLUMN`: one row shall not stop a job. None
 
 from __future__ import annotations
 
-import codecs
-import io
-import json
-from collections.abc import Callable, Iterator, Mapping
-from itertools import count
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -24,6 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import InputError
 from pipeline.inputs.columns import REFUSED_COLUMN
 from pipeline.inputs.input_files import InputFile, damage_named
+from pipeline.inputs.line_reader import check_fields, read_batches, read_lines
 from pipeline.inputs.openai_batch import TEXT_URL, BadRequest, is_request, row_of_request
 from pipeline.inputs.refused_lines import (
     MISFITS,
@@ -36,14 +33,7 @@ from pipeline.inputs.refused_lines import (
 )
 
 _ENDINGS = (".jsonl", ".jsonl.gz")
-_ROWS_AT_A_TIME = 4096
-_BYTES_AT_A_TIME = 8 << 20  # of lines; parsed they take some ten times that
-_LONGEST_LINE = 256 << 20
-_MOST_VALUES = 10_000_000  # of a line; each takes some 60 bytes
-_MOST_FIELDS = 50_000  # of all lines together
-_MOST_CELLS = 4_000_000  # of a batch: a field that a line lacks takes room there too
 _DEEPEST = 30  # lists in lists; each is three levels of a Parquet schema
-_READ_AT_A_TIME = 1 << 20
 _TEXT = "prompt"
 _REQUEST_SCHEMA = pa.schema(
     {
@@ -77,14 +67,14 @@ def write_rows(
     """
     with damage_named(source.name):
         stamp = source.stamp()
-    first = next(_read_lines(source), None)
+    first = next(read_lines(source), None)
     if first is None:
         raise InputError(f"{source.name} holds no line; check how it was written")
     read = _requests if is_request(first[1]) else _plain
     schema, make_table = read(source, first[1], keeps_refused)
     rows, refused = 0, RefusedLines()
     with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
-        for batch in _read_batches(source, _count_fields(pa.struct(list(schema)))):
+        for batch in read_batches(source, _count_fields(pa.struct(list(schema)))):
             table = make_table(batch)
             writer.write_table(table)
             rows += len(batch)
@@ -156,10 +146,9 @@ def _plain(
     kind = pa.struct([])
     bad: set[int] | None = set() if keeps_refused else None
     mixed: set[str] = set()
-    for batch in _read_batches(source):
+    for batch in read_batches(source):
         kind = _widen_by(source, kind, batch, bad, mixed)
-        if _count_fields(kind) > _MOST_FIELDS:
-            raise _too_many_fields(source, batch[-1][0])
+        check_fields(source, _count_fields(kind), batch[-1][0])
     as_json = [field.name for field in kind if not _is_storable(field.type)] + sorted(mixed)
     types = {field.name: field.type for field in kind}
     types |= dict.fromkeys(as_json, pa.string())
@@ -189,19 +178,8 @@ def _count_fields(kind: pa.DataType) -> int:
     return 1 + sum(_count_fields(kind.field(n).type) for n in range(kind.num_fields))
 
 
-def _too_many_fields(source: InputFile, number: int) -> InputError:
-    return InputError(
-        f"the lines of {source.name} have over {_MOST_FIELDS:,} different fields by line {number}; "
-        "put what has names of its own into one field as text"
-    )
-
-
 def _widen_by(
-    source: InputFile,
-    kind: pa.StructType,
-    batch: list[Line],
-    bad: set[int] | None,
-    mixed: set[str],
+    source: InputFile, kind: pa.StructType, batch: list[Line], bad: set[int] | None, mixed: set[str]
 ) -> pa.StructType:
     """The type that holds all lines before, which `kind` holds, and those of `batch`.
 
@@ -290,76 +268,3 @@ def _is_storable(kind: pa.DataType, depth: int = 0) -> bool:
     inner = [kind.field(n).type for n in range(kind.num_fields)]
     is_empty = pa.types.is_struct(kind) and not inner
     return not is_empty and all(_is_storable(part, depth + 1) for part in inner)
-
-
-def _read_batches(source: InputFile, num_fields: int = 1) -> Iterator[list[Line]]:
-    """Lines in batches that are bounded by rows, bytes and cells, of at least so many fields."""
-    batch: list[Line] = []
-    names: set[str] = set()
-    size = 0
-    for number, text in _read_texts(source):
-        line = _object(source, number, text)
-        batch.append((number, line))
-        names.update(line)
-        if len(names) > _MOST_FIELDS:
-            raise _too_many_fields(source, number)
-        size += len(text)
-        cells = len(batch) * max(num_fields, len(names))
-        if len(batch) >= _ROWS_AT_A_TIME or size >= _BYTES_AT_A_TIME or cells >= _MOST_CELLS:
-            yield batch
-            batch, names, size = [], set(), 0
-    if batch:
-        yield batch
-
-
-def _read_lines(source: InputFile) -> Iterator[Line]:
-    return ((number, _object(source, number, text)) for number, text in _read_texts(source))
-
-
-def _read_texts(source: InputFile) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes); empty lines are skipped."""
-    with damage_named(source.name), source.open_stream() as stream:
-        lines = io.BufferedReader(stream, _READ_AT_A_TIME)
-        for number in count(1):
-            text = lines.readline(_LONGEST_LINE)
-            if len(text) == _LONGEST_LINE:
-                raise InputError(
-                    f"line {number} of {source.name} is longer than {_LONGEST_LINE:,} bytes; split "
-                    "it, or write the rows as Parquet"
-                )
-            if not text:
-                return
-            if text.strip():
-                yield number, text
-
-
-def _object(source: InputFile, number: int, text: bytes) -> dict[str, Any]:
-    if len(text) > _MOST_VALUES and sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
-        raise InputError(
-            f"line {number} of {source.name} holds over {_MOST_VALUES:,} values; split it"
-        )
-    try:
-        value = json.loads(text.removeprefix(codecs.BOM_UTF8), parse_constant=_no_number)
-    except _NoNumber as error:
-        raise InputError(
-            f"line {number} of {source.name} holds {error}, which JSON does not have; "
-            "write null instead"
-        ) from None
-    except RecursionError:
-        raise InputError(
-            f"line {number} of {source.name} has lists or objects too deep in one another; put "
-            "them into one field as text"
-        ) from None
-    except ValueError:  # UnicodeDecodeError is one
-        value = None
-    if not isinstance(value, dict):
-        raise InputError(f"line {number} of {source.name} is not a JSON object in UTF-8")
-    return value
-
-
-class _NoNumber(Exception):
-    """NaN or Infinity, which Python and JavaScript write."""
-
-
-def _no_number(name: str) -> float:
-    raise _NoNumber(name)

@@ -42,8 +42,8 @@ class ParquetCopies:
         """
         with damage_named(original.name):
             stamp = original.stamp()
-        place = f"{original.filesystem.type_name}:{original.path}"
-        copy = self._folder / f"{_short(place)}-{_short(f'{stamp} {_VERSION}')}.parquet"
+        key = f"{original.filesystem.type_name}:{original.path}"
+        copy = self._folder / f"{_short(key)}-{_short(f'{stamp} {_VERSION}')}.parquet"
         file = replace(InputFile.local(copy), name=f"the copy of {original.name}")
         try:
             private_folder(self._folder)

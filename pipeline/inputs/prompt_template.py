@@ -38,7 +38,7 @@ class PromptTemplate:
     """
 
     def __init__(self, source: str, known: Sequence[str], name: str = "the template") -> None:
-        """`known`: the table's columns. Raises UsageError with the place of what is wrong."""
+        """`known`: the table's columns. Raises UsageError with line and column of what is wrong."""
         self._name = name
         self._source = source
         self._num_slow = 0
@@ -82,9 +82,9 @@ class PromptTemplate:
             if column not in known:
                 found = re.search(rf"\b{re.escape(column)}\b", self._source)
                 before = self._source[: found.start() if found else 0]
-                line, place = before.count("\n") + 1, len(before) - before.rfind("\n")
+                line, at = before.count("\n") + 1, len(before) - before.rfind("\n")
                 raise UsageError(
-                    f"{self._name}, line {line}, column {place}, asks for {column!r}, which the "
+                    f"{self._name}, line {line}, column {at}, asks for {column!r}, which the "
                     f"input does not have (it has {', '.join(known)})"
                 )
 
@@ -100,11 +100,11 @@ class PromptTemplate:
     ) -> list[str | BadCell]:
         """The prompt of each row, or why there is none, without quoting the row.
 
-        With a row comes an order: places in `fields`, each once; None: as the template lists them.
+        With a row comes an order: indices of `fields`, each once; None: as the template lists them.
         Raises UsageError where row after row takes too long.
         """
         items = [
-            (row, self.fields if order is None else [self.fields[place] for place in order])
+            (row, self.fields if order is None else [self.fields[index] for index in order])
             for row, order in rows
         ]
         return [self._text(result) for result in self._renderer.map(items)]

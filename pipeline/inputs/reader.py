@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -19,15 +18,16 @@ from pipeline.inputs.block_cache import BlockCache
 from pipeline.inputs.carriage import check_carriage, check_types_carried
 from pipeline.inputs.columns import REFUSED_COLUMN, ColumnMap, find_columns
 from pipeline.inputs.common_schema import with_one_schema
-from pipeline.inputs.input_files import InputFile, find_input_files
+from pipeline.inputs.input_files import InputFile, Stamps, find_input_files
 from pipeline.inputs.json_lines import is_json_lines
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.parquet_input import ParquetInput
 from pipeline.inputs.partitions import read_partitions
 from pipeline.inputs.prompt_rows import RowReader
 from pipeline.inputs.prompt_template import PromptTemplate
+from pipeline.location import Location
 from pipeline.records import PromptBatch
-from pipeline.settings import ReadSettings, StoreSettings
+from pipeline.settings import ReadSettings
 
 _CACHE_BYTES = 256 << 20
 
@@ -59,12 +59,17 @@ class PromptSource:
         return self._labels
 
     @property
+    def stamps(self) -> Stamps:
+        """Of its files, by name, as they were when they were opened."""
+        return {file.origin.name: file.stamp for file in self._files}
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """The columns whose order in the prompt is free: those in a template's `fields(...)`."""
         return () if self._template is None else self._template.fields
 
     def with_field_order(self, order: NDArray[np.uint8]) -> PromptSource:
-        """The same rows with `fields` in another order: [rows, fields] places in `fields`."""
+        """The same rows with `fields` in another order: [rows, fields] indices of `fields`."""
         return replace(self, _field_order=order)
 
     def iter_fields(self) -> Iterator[pl.DataFrame]:
@@ -130,8 +135,8 @@ class PromptSource:
         if not carried:
             return
         for file, _, start, stop in self._file_ranges():
-            for place, table in enumerate(file.iter_batches(carried, stop - start), start):
-                if place == 0:
+            for row, table in enumerate(file.iter_batches(carried, stop - start), start):
+                if row == 0:
                     check_carriage(table.slice(0, 1), self.columns.id, file.origin.name)
 
     def fingerprint(self) -> str:
@@ -192,15 +197,11 @@ class PromptSource:
 
 
 def open_source(
-    path: str | Path,
-    settings: ReadSettings,
-    store: StoreSettings | None = None,
-    copies: ParquetCopies | None = None,
+    location: Location, settings: ReadSettings, copies: ParquetCopies | None = None
 ) -> PromptSource:
     """Open a file, a folder of files, or a glob; of Parquet footers are read, rows are not.
 
-    `store` is how an `s3://` URL is reached; `copies`: where JSON lines files are kept as Parquet;
-    without, they are refused.
+    `copies`: where JSON lines files are kept as Parquet; without, they are refused.
 
     Raises NoInput: nothing there, no rows. InputError: not Parquet, truncated, a line that is no
     row, columns missing or of the wrong type, files that differ in their columns. StorageError
@@ -208,8 +209,8 @@ def open_source(
     """
     if copies is not None:
         copies.drop_stale()
-    found = find_input_files(path, store)
-    files = with_one_schema(_open_files(path, found.files, copies))
+    found = find_input_files(location)
+    files = with_one_schema(_open_files(location, found.files, copies))
     schema = files[0].schema
     template = _read_template(settings, schema.names)
     asked = None if template is None else template.columns
@@ -218,7 +219,7 @@ def open_source(
     first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(block_rows)])
     num_rows = int(first_row[-1])
     if num_rows == 0:
-        raise NoInput(f"{path} holds no rows; check how it was written")
+        raise NoInput(f"{location} holds no rows; check how it was written")
     if settings.limit is not None:
         num_rows = min(num_rows, settings.limit)
     labels = _make_labels([file.origin for file in files])
@@ -230,10 +231,10 @@ def open_source(
 
 
 def _open_files(
-    path: str | Path, found: Sequence[InputFile], copies: ParquetCopies | None
+    location: Location, found: Sequence[InputFile], copies: ParquetCopies | None
 ) -> tuple[ParquetInput, ...]:
     """All files of the input, with the columns that their folders stand for."""
-    folders = read_partitions(path, [file.name for file in found])
+    folders = read_partitions(location.path, [file.name for file in found])
     opened = []
     for row, file in enumerate(found):
         values = {name: folders.column(name)[row] for name in folders.column_names}

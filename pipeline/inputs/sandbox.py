@@ -14,7 +14,8 @@ from typing import Any
 
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+
+from pipeline.namespace import SafeNamespace
 
 MOST_ITEMS = 10_000_000
 """Characters or items that one step may make, and the largest number that it may be given."""
@@ -32,7 +33,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(**options)
         del self.filters["random"]  # the same row must give the same prompt tomorrow
         del self.globals["lipsum"]
-        self.globals["namespace"] = _Namespace
+        self.globals["namespace"] = SafeNamespace
         for name, own in self.filters.items():
             self.filters[name] = _bounded(own)
 
@@ -58,25 +59,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """See Jinja, whose names leave room for keyword arguments. Raises OverflowError."""
         _check_numbers(*args, *kwargs.values())
         return super().call(__context, __obj, *args, **kwargs)
-
-
-class _Namespace(Namespace):
-    """Without names that Python itself would look up on it."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        own, *rest = args
-        for name in dict(*rest, **kwargs):
-            _check_name(name)
-        Namespace.__init__(*args, **kwargs)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise ValueError("names in a namespace must not begin with an underscore")
 
 
 def _bounded(own: Callable[..., Any]) -> Callable[..., Any]:

@@ -54,8 +54,8 @@ class FieldSaving:
     def _remedy(self) -> str:
         if self.fixed_order == self.given_order:
             return ""
-        places = {name: self.fixed_order.index(name) for name in self.given_order}
-        early = [name for place, name in enumerate(self.given_order) if places[name] > place]
+        indices = {name: self.fixed_order.index(name) for name in self.given_order}
+        early = [name for index, name in enumerate(self.given_order) if indices[name] > index]
         verb = "varies" if len(early) == 1 else "vary"
         order = ", ".join(self.fixed_order)
         return f"; {', '.join(early)} {verb} first: list {order} to share {self.fixed:.1%}"
@@ -63,7 +63,7 @@ class FieldSaving:
 
 @dataclass(frozen=True, eq=False)
 class OrderedFields:
-    """`order`: [rows, fields] uint8, places in the template's list."""
+    """`order`: [rows, fields] uint8, indices of the template's list."""
 
     order: NDArray[np.uint8]
     saving: FieldSaving
@@ -102,7 +102,7 @@ def order_fields(source: PromptSource, plan_memory: int, is_applied: bool) -> Or
         fixed=table.shared(given[:, fixed]) / total,
         best=table.shared(order) / total,
         bound=table.most_shared() / total,
-        fixed_order=[names[place] for place in fixed],
+        fixed_order=[names[index] for index in fixed],
         given_order=names,
         is_applied=is_applied,
     )
@@ -113,19 +113,19 @@ def _read_table(names: list[str], batches: Iterable[pl.DataFrame]) -> FieldTable
     hashes: list[list[NDArray[np.uint64]]] = [[] for _ in names]
     lengths: list[list[NDArray[np.int32]]] = [[] for _ in names]
     for batch in batches:
-        for place, name in enumerate(names):
+        for index, name in enumerate(names):
             texts = _texts(batch[name])
-            hashes[place].append(texts.hash().to_numpy())
-            lengths[place].append(texts.str.len_bytes().fill_null(0).cast(pl.Int32).to_numpy())
+            hashes[index].append(texts.hash().to_numpy())
+            lengths[index].append(texts.str.len_bytes().fill_null(0).cast(pl.Int32).to_numpy())
     codes, costs = [], []
-    for place, name in enumerate(names):
-        found = np.unique(np.concatenate(hashes[place]), return_index=True, return_inverse=True)
+    for index, name in enumerate(names):
+        found = np.unique(np.concatenate(hashes[index]), return_index=True, return_inverse=True)
         codes.append(found[2].astype(np.int32))
         # A template prints the name beside the value, and something between them.
         own = len(name.encode()) + 3
-        costs.append(np.concatenate(lengths[place])[found[1]].astype(np.int64) + own)
-        hashes[place].clear()
-        lengths[place].clear()
+        costs.append(np.concatenate(lengths[index])[found[1]].astype(np.int64) + own)
+        hashes[index].clear()
+        lengths[index].clear()
     return FieldTable(tuple(codes), tuple(costs))
 
 

@@ -22,8 +22,8 @@ from prometheus_client.registry import Collector
 
 from pipeline.errors import Interrupted, TimeBudgetReached, UsageError
 from pipeline.job.observer import Observer, Planning, Snapshot
+from pipeline.location import Location
 from pipeline.settings import MonitorSettings
-from pipeline.storage.run_location import Place
 from pipeline.storage.targets import check_replaceable
 
 _STATES = ("waiting", "planning", "running", "complete", "stopped", "failed")
@@ -128,7 +128,7 @@ class _ExportingObserver:
 
 
 @contextmanager
-def exporting(observer: Observer, settings: MonitorSettings, output: Place) -> Iterator[Observer]:
+def exporting(observer: Observer, settings: MonitorSettings, run: Location) -> Iterator[Observer]:
     """The observer to run a job with, while its metrics can be had; how it ended is the last one.
 
     Raises UsageError if the port is taken, or the file cannot be written, before anything ran.
@@ -136,7 +136,7 @@ def exporting(observer: Observer, settings: MonitorSettings, output: Place) -> I
     if settings.metrics_port is None and settings.metrics_file is None:
         yield observer
         return
-    collector = _JobCollector("/".join(str(output).rstrip("/").split("/")[-2:]))
+    collector = _JobCollector("/".join(str(run).rstrip("/").split("/")[-2:]))
     exported = _ExportingObserver(observer, collector, settings.metrics_file)
     with ExitStack() as stack:
         if settings.metrics_file is not None:

@@ -42,7 +42,7 @@ class _Unnamed(Sequence[str]):
     def __getitem__(self, row: slice) -> list[str]: ...
     def __getitem__(self, row: int | slice) -> str | list[str]:
         if isinstance(row, slice):
-            return [self[place] for place in range(*row.indices(len(self)))]
+            return [self[index] for index in range(*row.indices(len(self)))]
         return _unnamed(row, self._table[row])
 
 

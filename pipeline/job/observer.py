@@ -7,30 +7,38 @@ from typing import Protocol
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Pace:
+    """How many rows are done after so many seconds; `rows_before`: by an earlier call."""
+
+    rows_total: int
+    rows_done: int
+    rows_before: int
+    elapsed_s: float
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds left at this pace; None before the first row."""
+        done = self.rows_done - self.rows_before
+        return self.elapsed_s / done * (self.rows_total - self.rows_done) if done > 0 else None
+
+
+class Planning(Pace):
+    """Rows of the input that are read and tokenised."""
+
+
+@dataclass(frozen=True)
+class Snapshot(Pace):
     """Where a session stands. Rows count the whole job, tokens and seconds this session alone.
 
     `saved_tokens` are prompt tokens of answered rows that were not computed for them.
     """
 
-    rows_total: int
-    rows_done: int
     rows_failed: int
-    rows_before: int
     prefilled_tokens: int
     saved_tokens: int
     generated_tokens: int
     prefill_s: float
     decode_s: float
-    elapsed_s: float
-
-    @property
-    def eta_s(self) -> float | None:
-        """Seconds left at this session's pace; None before its first row."""
-        done = self.rows_done - self.rows_before
-        if done <= 0:
-            return None
-        return self.elapsed_s / done * (self.rows_total - self.rows_done)
 
     def rates(self) -> dict[str, float]:
         """Tokens per second of device time in each phase, and rows per second of wall time."""
@@ -44,24 +52,6 @@ class Snapshot:
 
 def _rate(count: int, seconds: float) -> float:
     return count / seconds if seconds > 0 else 0.0
-
-
-@dataclass(frozen=True)
-class Planning:
-    """How many rows of the input are read and tokenised; `rows_before`: by an earlier call."""
-
-    rows_total: int
-    rows_done: int
-    rows_before: int
-    elapsed_s: float
-
-    @property
-    def eta_s(self) -> float | None:
-        """Seconds until the last row is read, at this pace; None before the first one."""
-        done = self.rows_done - self.rows_before
-        if done <= 0:
-            return None
-        return self.elapsed_s / done * (self.rows_total - self.rows_done)
 
 
 class Observer(Protocol):

@@ -12,43 +12,34 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from pipeline.errors import InputError, ModelError, UsageError
-from pipeline.generation import PLAIN, RULES, ids_of, resolve_sampling, why_not_by_vllm
-from pipeline.inputs.parquet_copies import ParquetCopies
-from pipeline.inputs.reader import PromptSource, find_duplicate_ids, open_source
+from pipeline.errors import InputError, ModelError
+from pipeline.inputs.reader import find_duplicate_ids
 from pipeline.job.advice import SAMPLE_CHARACTERS, SAMPLE_ROWS, advise
 from pipeline.job.channel import Stages
 from pipeline.job.checkpoint import Checkpoint
-from pipeline.job.field_ordering import FieldSaving, memory_needed, order_fields
+from pipeline.job.field_ordering import memory_needed, order_fields
+from pipeline.job.job import Job
 from pipeline.job.noise_names import noise_names
 from pipeline.job.observer import Planning
-from pipeline.job.prepare import Limits, Preparation
 from pipeline.job.prepared_rows import PreparedRows
 from pipeline.job.rejections import describe_rejected
 from pipeline.job.row_faults import call_by_halves
-from pipeline.model.folder import check_model_folder
-from pipeline.model.hub import check_model_exists
-from pipeline.model.identity import describe_versions, fingerprint_fields, identify_model
-from pipeline.model.machine import cache_folder
 from pipeline.model.rates import recall_rates
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.shards import cut_into_shards
 from pipeline.plan.summary import KVLimits, PlanSummary, plan_frame, summarise
 from pipeline.plan.token_table import narrowest_dtype
 from pipeline.records import PromptBatch, Rejected
-from pipeline.settings import JobSettings, ModelSettings, PlanSettings
-from pipeline.tokens.tokenizer import PromptTokenizer
+from pipeline.settings import PlanSettings
 
 if TYPE_CHECKING:
-    from pipeline.model.shape import ModelShape
+    pass
 
 _BATCHES_AHEAD = 4
 _ROW_BYTES = 250  # of the plan's own columns while it is built, measured
@@ -62,75 +53,6 @@ Watch = Callable[[Planning], None]
 
 def ignore(planning: Planning) -> None:
     """Nobody watches."""
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """An opened job: input, tokenizer and the model's shape (None only for the echo engine).
-
-    The clock in `settings` is the tokenizer's: None where nothing depends on it.
-
-    `fields`: what the order of the template's fields saves, where it was asked for.
-    """
-
-    settings: JobSettings
-    source: PromptSource
-    tokenizer: PromptTokenizer
-    shape: ModelShape | None
-    fields: FieldSaving | None = None
-
-    @cached_property
-    def model_identity(self) -> dict[str, Any]:
-        """Which model it is, as of `identify_model`, which reads its files: once for a job."""
-        return identify_model(self.settings.model)
-
-    @cached_property
-    def fingerprint(self) -> dict[str, Any]:
-        """All that decides the text of the answers; reads every byte of the input, once."""
-        hashes = {"input": self.source.fingerprint(), "tokenizer": self.tokenizer.fingerprint}
-        return fingerprint_fields(self.settings, self.model_identity, hashes, self.rules)
-
-    @property
-    def generation_config(self) -> dict[str, Any]:
-        """Generation defaults of the model's repository."""
-        return {} if self.shape is None else self.shape.generation_config
-
-    def describe_generation(self) -> str:
-        """Those defaults in one line for a person, and the clock where prompts depend on it."""
-        clock = self.settings.tokens.clock
-        now = "" if clock is None else f"; its chat template takes {clock} for now"
-        own = self.generation_config
-        said = {name: own[name] for name in own if name in PLAIN}
-        said |= {name: own[name] for name in RULES if own.get(name) is not None}
-        shown = ", ".join(f"{name}={value}" for name, value in said.items())
-        return f"generation defaults of the model: {shown or 'none'}{now}"
-
-    def describe(self) -> list[str]:
-        """What a person should know before it runs, a line each."""
-        return [self.describe_generation(), *self.source.columns.describe()]
-
-    @property
-    def rules(self) -> str:
-        """What the logits of rows without fields of their own go through."""
-        return resolve_sampling(self.settings.sampling, self.generation_config, {}).rules
-
-    def preparation(self) -> Preparation:
-        """The rules by which this job's rows become token ids and parameters."""
-        context = None if self.shape is None else self.shape.context_length
-        limits = Limits(context, self.settings.plan.on_overlong, self.settings.model.engine)
-        return Preparation(self.tokenizer, self.settings.sampling, self.generation_config, limits)
-
-    def key(self) -> str:
-        """Stands for all that the prepared rows depend on."""
-        settings = self.settings
-        template = settings.read.template
-        parts = (
-            self.source.fingerprint(), self.source.labels, self.tokenizer.fingerprint,
-            settings.read, settings.tokens, settings.sampling, settings.plan.on_overlong,
-            self.generation_config, None if self.shape is None else self.shape.context_length,
-            None if template is None else template.read_bytes(), describe_versions(),
-        )  # fmt: skip
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,56 +102,6 @@ class PlannedJob:
         is_needed = plan.count_below(np.unique(runs[runs >= 0])) > 0
         total = int(plan.table.lengths[self.rows].sum())
         return total, int(plan.tree.edge_lengths[is_needed].sum())
-
-
-def open_job(input: str, settings: JobSettings) -> Job:
-    """Open input, tokenizer and model config.
-
-    Raises InputError, ModelError, UsageError, and StorageError if JSON lines cannot be kept.
-    """
-    model = settings.model
-    check_model_exists(model)
-    copies = ParquetCopies(cache_folder() / "inputs")
-    source = open_source(input, settings.read, settings.store, copies)
-    check_model_folder(model)
-    tokenizer = PromptTokenizer.load(model.model, model.revision, settings.tokens)
-    tokenizer.check_fits(are_messages=source.columns.messages is not None)
-    clocked = settings.tokens.model_copy(update={"clock": tokenizer.clock})
-    settings = settings.model_copy(update={"tokens": clocked})
-    shape = _read_shape(model)
-    if shape is not None:
-        _check_generation(settings, shape)
-    if not settings.read.reorder_fields:
-        return Job(settings, source, tokenizer, shape)
-    ordered = order_fields(source, settings.plan.plan_memory, is_applied=True)
-    return Job(settings, source.with_field_order(ordered.order), tokenizer, shape, ordered.saving)
-
-
-def _check_generation(settings: JobSettings, shape: ModelShape) -> None:
-    """Raises UsageError where the model's defaults ask for what cannot be done."""
-    sampling, own = settings.sampling, shape.generation_config
-    try:
-        params = resolve_sampling(sampling, own, {})
-    except ValueError as error:
-        raise UsageError(f"{settings.model.model}: {error}") from None
-    reason = why_not_by_vllm(params) if settings.model.engine == "vllm" else None
-    if reason:
-        raise UsageError(f"{settings.model.model}: {reason}")
-    strange = ids_of(params.rules) - set(range(shape.vocabulary_size))
-    if strange:
-        raise UsageError(
-            f"{settings.model.model}: generation_config.json (or --generation-options) names the "
-            f"token id {min(strange)}, but the model knows {shape.vocabulary_size} ids"
-        )
-
-
-def _read_shape(settings: ModelSettings) -> ModelShape | None:
-    folder = Path(settings.model)
-    if settings.engine == "echo" and folder.is_dir() and not (folder / "config.json").exists():
-        return None
-    from pipeline.model.shape import read_shape
-
-    return read_shape(settings.model, settings.revision)
 
 
 def plan_rows(job: Job, keep_rows: bool = False, watch: Watch = ignore) -> PlannedJob:

@@ -1,7 +1,7 @@
 """Who is told how far a plan is: the observer, `status` of this user, and whoever may end it.
 
 A job makes its output folder only when input and model have proved sound. So what `status` can say
-before that lies in the user's cache, in a file for each place, which counts while its owner lives.
+before that lies in the user's cache, in a file for each folder, which counts while its owner lives.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline.errors import StorageError
 from pipeline.job.observer import Observer, Planning
+from pipeline.location import Location
 from pipeline.model.machine import cache_folder
 from pipeline.private_folder import private_folder
 from pipeline.storage.durable import replace_file
@@ -30,9 +31,9 @@ _NOTE_EVERY_S = 1.0
 class PlanningWatch:
     """Called with every batch of rows that is planned."""
 
-    def __init__(self, observer: Observer, place: str | Path) -> None:
+    def __init__(self, observer: Observer, run: Location) -> None:
         self.observer = observer
-        self._place, self._path = place, _note_path(place)
+        self._run, self._path = run, _note_path(run)
         self._noted_at = -_NOTE_EVERY_S
 
     def __call__(self, planning: Planning) -> None:
@@ -63,8 +64,8 @@ class PlanningWatch:
 
     def finish(self) -> None:
         """The run itself has more to say now."""
-        note = read_note(self._place)
-        if note is not None and note["owner"] == own_name():  # else another job's, for this place
+        note = read_note(self._run)
+        if note is not None and note["owner"] == own_name():  # else another job's, for this folder
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
 
@@ -76,16 +77,15 @@ class PlanningWatch:
             replace_file(self._path, json.dumps(note).encode())
 
 
-def read_note(place: str | Path) -> dict[str, Any] | None:
-    """What a living job of this user says of its plan for `place`; None: there is none."""
+def read_note(run: Location) -> dict[str, Any] | None:
+    """What a living job of this user says of its plan for `run`; None: there is none."""
     try:
-        note: dict[str, Any] = json.loads(_note_path(place).read_bytes())
+        note: dict[str, Any] = json.loads(_note_path(run).read_bytes())
         return None if is_dead(note["owner"]) else note
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _note_path(place: str | Path) -> Path:
-    name = str(place).rstrip("/") if "://" in str(place) else os.path.realpath(place)
-    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:24]
+def _note_path(run: Location) -> Path:
+    digest = hashlib.sha256(os.fsencode(run.canonical)).hexdigest()[:24]
     return cache_folder() / "planning" / f"{digest}.json"

@@ -7,21 +7,39 @@ recorded too: a resume and an audit have the same prompts, on whatever day.
 
 from __future__ import annotations
 
+import os
+import platform
 from typing import Any
 
 from pydantic import ValidationError
 
 from pipeline.errors import RunDirectoryError
+from pipeline.job.job import Job
+from pipeline.location import Location
+from pipeline.model.identity import describe_versions
 from pipeline.settings import JobSettings
 from pipeline.storage.manifest import MANIFEST_NAME
 from pipeline.storage.run_directory import SYSTEM_PROMPT_NAME, RunDirectory
-from pipeline.storage.run_location import Place, find_manifest
+from pipeline.storage.run_location import find_manifest
 
 
-def settings_to_show(settings: JobSettings) -> dict[str, Any]:
-    """For `run.json`: plain values, without the system prompt."""
-    tokens = settings.tokens.model_copy(update={"system_prompt": None})
-    return settings.model_copy(update={"tokens": tokens}).model_dump(mode="json")
+def describe_job(job: Job) -> dict[str, Any]:
+    """What `run.json` says about a job besides its fingerprint; paths are meant for the audit."""
+    tokens = job.settings.tokens.model_copy(update={"system_prompt": None})
+    return {
+        "settings": job.settings.model_copy(update={"tokens": tokens}).model_dump(mode="json"),
+        "versions": describe_versions(),
+        "device": {
+            "asked_for": job.settings.model.device,
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+        },
+        "input": {
+            "argument": Location(job.input).absolute,
+            "rows": job.source.num_rows,
+            "files": job.source.summary or "1 file is read",
+        },
+    }
 
 
 def keep_system_prompt(directory: RunDirectory, settings: JobSettings) -> None:
@@ -57,12 +75,12 @@ def recall_settings(directory: RunDirectory) -> JobSettings:
     return settings.model_copy(update={"tokens": tokens})
 
 
-def with_recorded_clock(output: Place, settings: JobSettings) -> JobSettings:
+def with_recorded_clock(output: Location, settings: JobSettings) -> JobSettings:
     """The settings with the clock of the run in `output`, where there is one and none is said.
 
     Raises RunDirectoryError, StorageError.
     """
-    manifest = None if settings.tokens.clock else find_manifest(output, settings.store)
+    manifest = None if settings.tokens.clock else find_manifest(output)
     if manifest is None or "settings" not in manifest:
         return settings
     clock = JobSettings.model_validate(manifest["settings"]).tokens.clock

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
+from pipeline.job.job import Job
 from pipeline.job.observer import Observer
-from pipeline.job.planning import Job, PlannedJob
+from pipeline.job.planning import PlannedJob
 from pipeline.model.identity import describe_versions
 from pipeline.model.machine import cpu_description
 from pipeline.model.rates import recall_rates
@@ -26,7 +27,7 @@ from pipeline.plan.plan import Plan
 from pipeline.settings import JobSettings
 
 if TYPE_CHECKING:
-    from pipeline.engine.base import Engine, KVStates
+    from pipeline.engine.base import Engine, KVConnector
     from pipeline.kvstore.identity import Identity
     from pipeline.kvstore.store import KVStore
 
@@ -69,7 +70,7 @@ def nodes_to_keep(
     return kept & (is_deep | has_deep)
 
 
-def identify_states(
+def kv_identity(
     settings: JobSettings, identity: Mapping[str, Any], tokenizer: str, dtype: str
 ) -> Identity:
     """What the KV of a job depends on besides its token ids.
@@ -93,7 +94,7 @@ def identify_states(
 @contextmanager
 def recycling(
     engine: Engine, planned: PlannedJob, sequences: NDArray[np.int64], observer: Observer
-) -> Iterator[KVStates | None]:
+) -> Iterator[KVConnector | None]:
     """States for the engine to load from `--kv-store`, and to keep there for later runs.
 
     None, and the observer is told why, where the engine has no KV of its own or loading would not
@@ -111,11 +112,11 @@ def recycling(
         observer.say(f"--kv-store is left out: {who} keeps no KV of prefixes")
         yield None
         return
-    from pipeline.kvstore.connector import StoredStates
+    from pipeline.kvstore.connector import StoreConnector
     from pipeline.kvstore.store import KVStore
 
     job = planned.job
-    identity = identify_states(settings, job.model_identity, job.tokenizer.fingerprint, kv.dtype)
+    identity = kv_identity(settings, job.model_identity, job.tokenizer.fingerprint, kv.dtype)
     least = least_depth(job, identity, kv.bytes_per_token)
     if least is None:
         observer.say("--kv-store is left out: here computing a prefix is faster than loading it")
@@ -125,11 +126,11 @@ def recycling(
     with KVStore.open(folder, identity, budget) as store:
         wanted = nodes_to_keep(planned.plan, sequences, least, budget // kv.bytes_per_token)
         wanted &= store.is_writer
-        states = StoredStates(store, PlannedPrompts(planned), wanted, least)
+        connector = StoreConnector(store, PlannedPrompts(planned), wanted, least)
         try:
-            yield states
+            yield connector
         finally:
-            states.close()
+            connector.close()
         observer.say(
             f"KV store: {engine.counters.loaded_tokens} prompt tokens loaded, "
             f"{store.stats.puts} prefixes kept; loading pays from {least} tokens on"
@@ -147,7 +148,7 @@ def expected_hits(planned: PlannedJob) -> dict[str, Any] | None:
 
     dtype = shape.dtype if settings.model.dtype == "auto" else settings.model.dtype
     job = planned.job
-    identity = identify_states(settings, job.model_identity, job.tokenizer.fingerprint, dtype)
+    identity = kv_identity(settings, job.model_identity, job.tokenizer.fingerprint, dtype)
     least = least_depth(job, identity, shape.kv_bytes_per_token(dtype))
     tokens = 0
     if least is not None and folder.is_dir():

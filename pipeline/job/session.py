@@ -91,8 +91,8 @@ class Session:
             for line in (*self._describe(), *engine.notes):
                 self._observer.say(line)
             recycled = recycling(engine, self._planned, self._sequences, self._observer)
-            with self._stop.listening(), recycled as states:
-                self._answer_rows(engine, EngineHooks(kv_states=states))
+            with self._stop.listening(), recycled as connector:
+                self._answer_rows(engine, EngineHooks(kv_connector=connector))
             self._check_prefilled(engine)
             return self._complete(engine)
         except TooManyFailedRows:

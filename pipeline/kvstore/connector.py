@@ -1,4 +1,4 @@
-"""The store as an engine sees it during one run: `KVStates` of its prompts.
+"""The store as an engine sees it during one run: `KVConnector` of its prompts.
 
 ```
  store ─► load (the engine's thread)        keep ─► queue ─► writer thread ─► store
@@ -47,8 +47,8 @@ class _Kept:
     tenant: str
 
 
-class StoredStates:
-    """`KVStates` of one run. `close` it when the engine is done."""
+class StoreConnector:
+    """`KVConnector` of one run. `close` it when the engine is done."""
 
     def __init__(
         self, store: KVStore, prompts: Prompts, wanted: NDArray[np.bool_], least: int
@@ -65,24 +65,24 @@ class StoredStates:
         self._writer.start()
 
     def stored_end(self, sequence: int, end: int) -> int:
-        """See `KVStates.stored_end`."""
+        """See `KVConnector.stored_end`."""
         ids, tenant = self._prompts.ids(sequence)[:end], self._prompts.tenant(sequence)
         length = self._store.match(ids, tenant).length
         return length if length >= self._least else 0
 
     def load(self, sequence: int, low: int, high: int) -> Tensor | None:
-        """See `KVStates.load`."""
+        """See `KVConnector.load`."""
         ids, tenant = self._prompts.ids(sequence), self._prompts.tenant(sequence)
         return self._store.load(ids, low, high, tenant)
 
     def wants(self, node: int) -> bool:
-        """See `KVStates.wants`; only the first time."""
+        """See `KVConnector.wants`; only the first time."""
         is_wanted = bool(self._wanted[node])
         self._wanted[node] = False
         return is_wanted
 
     def keep(self, sequence: int, low: int, high: int, kv: Tensor) -> None:
-        """See `KVStates.keep`. Waits while the disk is far behind."""
+        """See `KVConnector.keep`. Waits while the disk is far behind."""
         with self._written:
             self._written.wait_for(lambda: self._waiting_bytes <= _WAITING_BYTES)
             self._waiting_bytes += kv.nbytes

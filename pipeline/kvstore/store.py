@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, RLock
-from types import TracebackType
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -102,16 +101,16 @@ class KVStore:
         """
         if identity.dtype not in DTYPES:
             raise ValueError(f"KV of dtype {identity.dtype} cannot be stored; known: {[*DTYPES]}")
-        place = StoreFolder.open(folder, create=True)
+        opened = StoreFolder.open(folder, create=True)
         lock, why_not = _try_lock(folder)
-        catalogue = Catalogue(place, is_writer=lock is not None)
+        catalogue = Catalogue(opened, is_writer=lock is not None)
         store = cls(catalogue, identity, budget_bytes, salt, lock)
         try:
             if lock is None:
                 store._say_once("reader", f"the KV store {folder} is only read: {why_not}")
             else:
                 with suppress(OSError):
-                    place.drop_temps()
+                    opened.drop_temps()
             store.refresh()
             if store.is_writer:
                 with suppress(OSError):
@@ -216,12 +215,7 @@ class KVStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        place: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _write(self, head: Head, token_ids: TokenIds, kv: Tensor, stored: Walk) -> bool:

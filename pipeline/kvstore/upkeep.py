@@ -98,15 +98,15 @@ def clean_store(folder: Path, budget_bytes: int | None, quarantine_days: float) 
 
     Raises UsageError while a job writes to the store, StorageError where the disk refuses.
     """
-    place = StoreFolder.open(folder, create=False)
+    opened = StoreFolder.open(folder, create=False)
     with _disk_errors(folder), _locked(folder):
-        temps = place.drop_temps()
-        old = [p for p, s in place.list_quarantine() if s.last_used < _days_ago(quarantine_days)]
+        temps = opened.drop_temps()
+        old = [p for p, s in opened.list_quarantine() if s.last_used < _days_ago(quarantine_days)]
         for path in old:
-            place.drop_quarantined(path)
+            opened.drop_quarantined(path)
         with suppress(FileNotFoundError):
-            place.index_path.unlink()
-        catalogue = Catalogue(place, is_writer=True)
+            opened.index_path.unlink()
+        catalogue = Catalogue(opened, is_writer=True)
         catalogue.refresh()
         if budget_bytes is not None:
             catalogue.make_room(0, budget_bytes)

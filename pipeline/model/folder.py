@@ -29,7 +29,7 @@ def check_model_folder(settings: ModelSettings) -> None:
 
     A hub id is checked where the cache has it; what is not there is somebody else's to report.
     """
-    folder = _find_folder(settings)
+    folder = find_model_folder(settings)
     if folder is not None:
         _check_links(folder)
         if (folder / "adapter_config.json").exists():
@@ -37,7 +37,8 @@ def check_model_folder(settings: ModelSettings) -> None:
         _check_config(folder)
 
 
-def _find_folder(settings: ModelSettings) -> Path | None:
+def find_model_folder(settings: ModelSettings) -> Path | None:
+    """Where the model's files are; None: of a hub id, nowhere on this machine."""
     folder = Path(settings.model)
     if folder.is_dir():
         return folder

@@ -56,7 +56,7 @@ def remember_rates(
     today = datetime.now(UTC).date().isoformat()
     rates = Rates(prefilled / counters["prefill_s"], generated / counters["decode_s"], today)
     try:
-        replace_file(_place(settings, identity), _SCHEMA.dump_json(rates))
+        replace_file(_path(settings, identity), _SCHEMA.dump_json(rates))
     except (OSError, CoppiceError):
         pass
 
@@ -64,13 +64,13 @@ def remember_rates(
 def recall_rates(settings: ModelSettings, identity: Mapping[str, Any]) -> Rates | None:
     """What was kept for this model, type and device, or None. `identity`: as above."""
     try:
-        place = _place(settings, identity)
-        return _SCHEMA.validate_json(place.read_bytes(), strict=True)
+        path = _path(settings, identity)
+        return _SCHEMA.validate_json(path.read_bytes(), strict=True)
     except (OSError, ValueError, CoppiceError):
         return None
 
 
-def _place(settings: ModelSettings, identity: Mapping[str, Any]) -> Path:
+def _path(settings: ModelSettings, identity: Mapping[str, Any]) -> Path:
     """Named by all that the rates depend on. Raises OSError."""
     parts = (
         identity["model"], identity["revision"], settings.dtype, settings.device, settings.engine,

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import datetime
 from contextlib import suppress
-from pathlib import Path
 
 from pipeline.night.settings import Night
 from pipeline.night.state import read_state
 from pipeline.storage.durable import make_folder, write_errors
-from pipeline.storage.object_store import is_url
 from pipeline.storage.remote_folder import RemoteFolder, SupersededError
 
 
@@ -26,35 +24,35 @@ def unfinished_before(night: Night) -> list[Night]:
     days = range(night.settings.catch_up, 0, -1)
     dates = [night.date - datetime.timedelta(days=ago) for ago in days]
     older = [Night.on(date, night.settings, night.job) for date in dates]
-    if is_url(night.run_place):
+    if night.run.is_remote:
         due = _home(night).names("due/")
         older = [night for night in older if _due_name(night) in due]
     else:
-        older = [night for night in older if Path(night.run_place).is_dir()]
+        older = [night for night in older if night.run.local.is_dir()]
     return [night for night in older if read_state(night).is_unfinished]
 
 
 def mark_due(night: Night) -> None:
     """Say that this night is to be done. Raises StorageError."""
-    if is_url(night.run_place):
+    if night.run.is_remote:
         with suppress(SupersededError):
             _home(night).put_if(_due_name(night), b"due\n", None)
         return
-    with write_errors(Path(night.run_place)):
-        make_folder(Path(night.run_place))
+    with write_errors(night.run.local):
+        make_folder(night.run.local)
 
 
 def forget_due(night: Night) -> None:
     """Nothing of this night is to be done any more; one that began stays."""
-    if is_url(night.run_place):
+    if night.run.is_remote:
         _home(night).delete([_due_name(night)])
         return
     with suppress(OSError):
-        Path(night.run_place).rmdir()
+        night.run.local.rmdir()
 
 
 def _home(night: Night) -> RemoteFolder:
-    return RemoteFolder(night.settings.home, night.job.store)
+    return RemoteFolder(night.home)
 
 
 def _due_name(night: Night) -> str:

@@ -23,13 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.errors import FolderInUse, RunDirectoryError
-from pipeline.night.published import (
-    MARKER_NAME,
-    Content,
-    describe_file,
-    marker,
-    parse_marker,
-)
+from pipeline.night.published import MARKER_NAME, Content, describe_file, marker, parse_marker
 from pipeline.private_folder import sync_folder
 from pipeline.storage.durable import copy_file, make_folder, write_errors, write_stream
 from pipeline.storage.lock import FolderLock
@@ -46,10 +40,10 @@ _RENAME_EXCHANGE: Final = 2
 class FolderTarget:
     """See `night.publication.Target`."""
 
-    def __init__(self, target: str) -> None:
-        self._root = Path(target)
+    def __init__(self, target: Path) -> None:
+        self._root = target
 
-    def place(self, date: str) -> str:
+    def location(self, date: str) -> str:
         """Path of a publication."""
         return str(self._root / date)
 
@@ -64,7 +58,7 @@ class FolderTarget:
             raise RunDirectoryError(
                 f"cannot read {path} ({error.strerror}); check who may read it"
             ) from error
-        return parse_marker(content, self.place(date))
+        return parse_marker(content, self.location(date))
 
     def check(self, date: str) -> None:
         """See `night.publication.Target`."""

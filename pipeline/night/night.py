@@ -23,6 +23,7 @@ from pipeline.job.observer import Observer
 from pipeline.model.machine import cache_folder
 from pipeline.night.calendar import forget_due, mark_due, unfinished_before
 from pipeline.night.ending import Ending, NightFailure, NightOutcome
+from pipeline.night.opened_job import OpenedJob
 from pipeline.night.settings import Night, read_night
 from pipeline.night.state import NightState, read_state
 from pipeline.night.steps import (
@@ -35,10 +36,9 @@ from pipeline.night.steps import (
     publish_night,
     report_night,
 )
-from pipeline.settings import StoreSettings
+from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.durable import make_folder, write_errors
 from pipeline.storage.lock import FolderLock
-from pipeline.storage.object_store import is_url
 
 
 def run_nights(
@@ -46,7 +46,7 @@ def run_nights(
     day: datetime.date,
     observer: Observer,
     call: Call = directly,
-    store: StoreSettings | None = None,
+    store: ObjectStoreSettings | None = None,
 ) -> list[Ending]:
     """Do the unfinished nights of the file, oldest first, then that of `day`.
 
@@ -85,13 +85,13 @@ def run_night(
     A failed audit and too many failed rows still get their report, and publish nothing.
     """
     deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
-    state = read_state(night)
+    opened, state = OpenedJob(night), read_state(night)
     if state.stage == "done":
         observer.say(f"the night of {night.date} is done; nothing to do")
-        return _outcome(night, state, f"{night.run_place}/report.html")
+        return _outcome(night, state, f"{night.run}/report.html")
     if state.stage != "audited":  # else only its publication failed, which needs no input
         try:
-            call("validate", night, lambda: check_input(night))
+            call("validate", night, lambda: check_input(opened))
         except NoInput:
             if state.stage != "waiting":
                 raise
@@ -99,24 +99,26 @@ def run_night(
             if night.settings.on_no_input == "fail":
                 raise
             return NightOutcome("skipped", night.date)
-        _generate_and_audit(night, observer, deadline, call)
+        _generate_and_audit(opened, observer, deadline, call)
     page = call("report", night, lambda: report_night(night))["page"]
     call("publish", night, lambda: publish_night(night))
     return _outcome(night, read_state(night), page)
 
 
 def _generate_and_audit(
-    night: Night, observer: Observer, deadline: float | None, call: Call
+    opened: OpenedJob, observer: Observer, deadline: float | None, call: Call
 ) -> None:
+    night = opened.night
+
     def generate() -> dict[str, Any]:
         # Asked at every try: one that is repeated after hours has not the whole time again.
         left = None if deadline is None else deadline - time.monotonic()
-        return generate_night(night, observer, left)
+        return generate_night(opened, observer, left)
 
-    call("plan", night, lambda: plan_night(night, observer))
+    call("plan", night, lambda: plan_night(opened, observer))
     try:
         call("generate", night, generate)
-        call("audit", night, lambda: audit_night(night, observer))
+        call("audit", night, lambda: audit_night(opened, observer))
     except (TooManyFailedRows, AuditFailed):
         call("report", night, lambda: report_night(night))
         raise
@@ -125,10 +127,10 @@ def _generate_and_audit(
 @contextmanager
 def sitting(night: Night) -> Iterator[None]:
     """One process at a time does the nights of a job. Raises FolderInUse, StorageError."""
-    home = night.settings.home
-    folder = Path(home)
-    if is_url(home):
-        folder = cache_folder() / "nights" / hashlib.sha256(home.encode()).hexdigest()[:24]
+    folder = night.home.local
+    if night.home.is_remote:
+        digest = hashlib.sha256(str(night.home).encode()).hexdigest()[:24]
+        folder = cache_folder() / "nights" / digest
     with write_errors(folder):
         make_folder(folder)
     try:

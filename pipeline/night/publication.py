@@ -9,22 +9,21 @@ from __future__ import annotations
 import datetime
 import hashlib
 import re
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from pipeline.audit.gate import WHY_NOT, current_verdict
 from pipeline.errors import AuditFailed, RunDirectoryError, UsageError
+from pipeline.location import Location
 from pipeline.night.dates import parse_date
 from pipeline.night.folder_target import FolderTarget
 from pipeline.night.published import Content
-from pipeline.night.s3_target import StoreTarget
+from pipeline.night.s3_target import S3Target
 from pipeline.night.settings import check_apart
 from pipeline.report.page import render
-from pipeline.settings import AuditSettings, StoreSettings
-from pipeline.storage.object_store import is_url
+from pipeline.settings import AuditSettings
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.run_location import Place, find_manifest, reading_run
+from pipeline.storage.run_location import find_manifest, reading_run
 from pipeline.storage.summaries import PLAN_SUMMARY
 
 _PAGES = ("report.html", "report.md")
@@ -33,7 +32,7 @@ _PAGES = ("report.html", "report.md")
 class Target(Protocol):
     """Where publications are, each below its date. Every method raises StorageError."""
 
-    def place(self, date: str) -> str:
+    def location(self, date: str) -> str:
         """Path or URL of a publication."""
         ...
 
@@ -57,15 +56,15 @@ class Target(Protocol):
 class Published:
     """`is_new`: False if it was published before."""
 
-    place: str
+    location: str
     parts: int
     rows: int
     is_new: bool
 
 
-def open_target(target: str, store: StoreSettings) -> Target:
+def open_target(target: Location) -> Target:
     """Raises UsageError for a URL that is not `s3://`."""
-    return StoreTarget(target, store) if is_url(target) else FolderTarget(target)
+    return S3Target(target) if target.is_remote else FolderTarget(target.local)
 
 
 def edition_of(directory: RunDirectory) -> str:
@@ -74,52 +73,47 @@ def edition_of(directory: RunDirectory) -> str:
     return f"{directory.run_id}-{digest[:12]}"
 
 
-def check_target(run: Place, target: str, date: datetime.date, store: StoreSettings) -> None:
+def check_target(run: Location, target: Location, date: datetime.date) -> None:
     """Refuse, before anything is computed, a target where `publish_run` could not put the run.
 
     Raises UsageError for a library that is missing, RunDirectoryError, StorageError.
     """
-    place, day = open_target(target, store), date.isoformat()
-    place.check(day)
-    held, manifest = place.read(day), find_manifest(run, store)
+    opened, day = open_target(target), date.isoformat()
+    opened.check(day)
+    held, manifest = opened.read(day), find_manifest(run)
     if held is not None and (manifest is None or manifest["run_id"] != held.get("run_id")):
-        raise _of_another_run(place.place(day), held, run)
+        raise _of_another_run(opened.location(day), held, str(run))
 
 
 def publish_run(
-    run: Place,
-    target: str,
-    job: str,
-    date: datetime.date,
-    store: StoreSettings,
-    bar: AuditSettings | None = None,
+    run: Location, target: Location, job: str, date: datetime.date, bar: AuditSettings | None = None
 ) -> Published:
     """Publish a run as `target`/`date`, or find that it is published. `bar`: see `check_gate`.
 
     Raises AuditFailed; RunDirectoryError for a run that is not complete or not audited as it is
     now, or where the date holds another one; StorageError, with nothing published.
     """
-    place, day = open_target(target, store), date.isoformat()
-    with reading_run(run, store) as directory:
+    opened, day = open_target(target), date.isoformat()
+    with reading_run(run) as directory:
         check_gate(directory, bar)
-        held, num_rows = place.read(day), sum(directory.count_rows())
-        published = Published(place.place(day), len(directory.part_names()), num_rows, True)
+        held, num_rows = opened.read(day), sum(directory.count_rows())
+        published = Published(opened.location(day), len(directory.part_names()), num_rows, True)
         if held is not None and held.get("edition") == edition_of(directory):
-            return Published(published.place, published.parts, published.rows, is_new=False)
+            return replace(published, is_new=False)
         described = _describe(directory, job, day)
         if held is not None and not _is_earlier(held, described):
-            raise _of_another_run(published.place, held, directory.name)
+            raise _of_another_run(published.location, held, directory.name)
         render(directory)
         files = {name: directory.root / name for name in _PAGES}
         files |= {f"data/{name}": directory.data / name for name in directory.part_names()}
-        place.publish(day, Content(described, files, replaces=held))
+        opened.publish(day, Content(described, files, replaces=held))
     return published
 
 
-def _of_another_run(place: str, held: dict[str, Any], run: Place) -> RunDirectoryError:
+def _of_another_run(location: str, held: dict[str, Any], run: str) -> RunDirectoryError:
     return RunDirectoryError(
-        f"{place} holds another run ({held.get('run_id')} of {held.get('job')}); move it away to "
-        f"publish {run}"
+        f"{location} holds another run ({held.get('run_id')} of {held.get('job')}); move it away "
+        f"to publish {run}"
     )
 
 
@@ -129,9 +123,7 @@ def check_gate(directory: RunDirectory, bar: AuditSettings | None = None) -> Non
     `bar`: what the audit must have been asked to show at least; None: whatever a person asked.
     StorageError where a row is missing, or a part was altered or is there twice.
     """
-    if not directory.is_sealed:
-        raise directory.incomplete()
-    directory.check_committed()
+    directory.check_complete()
     verdict = current_verdict(directory, bar)
     if verdict == "fail":
         raise AuditFailed(f"the audit of {directory.name} failed, so it is not published")
@@ -142,23 +134,22 @@ def check_gate(directory: RunDirectory, bar: AuditSettings | None = None) -> Non
 
 
 def publish_by_hand(
-    run: str, target: str, date: str | None, job: str | None, store: StoreSettings
+    run: Location, target: Location, date: str | None, job: str | None
 ) -> Published:
     """As `publish_run`; what is not said is taken from a path like NAME/2026-11-22.
 
     Raises UsageError where it cannot be.
     """
-    place = run.rstrip("/") if is_url(run) else str(Path(run).absolute())
-    above, _, own = place.rpartition("/")
+    above, _, own = run.absolute.rstrip("/").rpartition("/")
     if date is None and not re.fullmatch(r"\d{4}-\d\d-\d\d", own):
         raise UsageError(f"{run} does not end in a date; say which day it is by --date 2026-11-22")
     try:
-        check_apart(place, target)
+        check_apart(run, target)
     except ValueError as error:
         raise UsageError(f"{error}; choose another folder") from None
     of_night = date is None or date == own
     chosen = job or (above.rpartition("/")[2] if of_night else own)
-    return publish_run(run, target, chosen, parse_date(date or own), store)
+    return publish_run(run, target, chosen, parse_date(date or own))
 
 
 def _describe(directory: RunDirectory, job: str, date: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a publication holds, and `published.json`, which says so. Knows nothing about places."""
+"""What a publication holds, and `published.json`, which says so. Knows no folder and no store."""
 
 from __future__ import annotations
 
@@ -72,6 +72,6 @@ def marker(described: dict[str, Any], files: dict[str, dict[str, Any]]) -> bytes
     return f"{text}\n".encode()
 
 
-def parse_marker(content: bytes, place: str) -> dict[str, Any]:
+def parse_marker(content: bytes, location: str) -> dict[str, Any]:
     """Raises RunDirectoryError if it is none of ours."""
-    return _MARKER.parse(content, place)
+    return _MARKER.parse(content, location)

@@ -17,32 +17,26 @@ from contextlib import suppress
 from typing import Any
 
 from pipeline.errors import RunDirectoryError, StorageError
-from pipeline.night.published import (
-    MARKER_NAME,
-    Content,
-    describe_file,
-    marker,
-    parse_marker,
-)
-from pipeline.settings import StoreSettings
+from pipeline.location import Location
+from pipeline.night.published import MARKER_NAME, Content, describe_file, marker, parse_marker
 from pipeline.storage.remote_folder import RemoteFolder, SupersededError
 
 
-class StoreTarget:
+class S3Target:
     """See `night.publication.Target`."""
 
-    def __init__(self, target: str, store: StoreSettings) -> None:
+    def __init__(self, target: Location) -> None:
         """Raises UsageError if the URL or the library is not there."""
-        self._folder = RemoteFolder(target, store)
+        self._folder = RemoteFolder(target)
 
-    def place(self, date: str) -> str:
+    def location(self, date: str) -> str:
         """URL of a publication."""
         return f"{self._folder.url}/{date}"
 
     def read(self, date: str) -> dict[str, Any] | None:
         """`published.json` of a publication; None if there is none."""
         held = self._folder.read(f"{date}/{MARKER_NAME}")
-        return None if held is None else parse_marker(held.content, self.place(date))
+        return None if held is None else parse_marker(held.content, self.location(date))
 
     def check(self, date: str) -> None:
         """See `night.publication.Target`; writes an object and removes it."""
@@ -53,9 +47,9 @@ class StoreTarget:
         folder, name = self._folder, f"{date}/{MARKER_NAME}"
         folder.check_conditions()
         held = folder.read(name)
-        found = None if held is None else parse_marker(held.content, self.place(date))
+        found = None if held is None else parse_marker(held.content, self.location(date))
         if found != content.replaces:
-            raise _taken(self.place(date))
+            raise _taken(self.location(date))
         own = f"{content.edition}-{secrets.token_hex(4)}"  # two publishers never share a file
         files = {f"{own}/{name}": path for name, path in content.files.items()}
         text = marker(content.described, {n: describe_file(path, n) for n, path in files.items()})
@@ -66,7 +60,7 @@ class StoreTarget:
             folder.put_if(name, text, None if held is None else held.etag)
         except SupersededError:
             self._roll_back(date, text, files)
-            raise _taken(self.place(date)) from None
+            raise _taken(self.location(date)) from None
         except BaseException:
             self._roll_back(date, text, files)
             raise
@@ -83,7 +77,7 @@ class StoreTarget:
                 self._folder.delete(f"{date}/{file}" for file in files)
 
 
-def _taken(place: str) -> RunDirectoryError:
+def _taken(location: str) -> RunDirectoryError:
     return RunDirectoryError(
-        f"somebody else published {place} meanwhile; look there, then run the same command again"
+        f"somebody else published {location} meanwhile; look there, then run the same command again"
     )

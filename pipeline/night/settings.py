@@ -18,10 +18,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UsageError
-from pipeline.forms import say_fault, unknown_name
-from pipeline.settings import JobSettings, StoreSettings
+from pipeline.forms import say_fault
+from pipeline.location import Location, is_url
+from pipeline.settings import JobSettings, ObjectStoreSettings, check_known
 from pipeline.settings_file import read_config
-from pipeline.storage.object_store import is_url
 
 _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
 _PATHS = ("input", "output", "publish", "template", "chat_template", "metrics_file")
@@ -60,7 +60,7 @@ class NightSettings(BaseModel):
     @model_validator(mode="after")
     def _keep_publication_apart(self) -> NightSettings:
         if self.publish is not None:
-            check_apart(self.home, self.publish)
+            check_apart(Location(self.home), Location(self.publish))
         return self
 
     @property
@@ -72,14 +72,10 @@ class NightSettings(BaseModel):
         """`input` with the date in it."""
         return _DATE.sub(lambda found: day.strftime(found[1] or "%Y-%m-%d"), self.input)
 
-    def run_place_on(self, day: datetime.date) -> str:
-        """The run directory of this date."""
-        return f"{self.home}/{day.isoformat()}"
-
 
 @dataclass(frozen=True)
 class Night:
-    """A nightly job on one logical date: `input` has the date in it, `run_place` ends in it.
+    """A nightly job on one logical date.
 
     It is also what a chat template that prints the date takes for now, whenever the night ends.
     """
@@ -87,21 +83,39 @@ class Night:
     settings: NightSettings
     job: JobSettings
     date: datetime.date
-    input: str
-    run_place: str
 
     @classmethod
     def on(cls, day: datetime.date, settings: NightSettings, job: JobSettings) -> Night:
         """The night of `day`."""
         clock = datetime.datetime.combine(day, datetime.time())
         tokens = job.tokens.model_copy(update={"clock": clock})
-        job = job.model_copy(update={"tokens": tokens})
-        return cls(settings, job, day, settings.input_on(day), settings.run_place_on(day))
+        return cls(settings, job.model_copy(update={"tokens": tokens}), day)
 
-    def reached_by(self, store: StoreSettings) -> Night:
+    def reached_by(self, store: ObjectStoreSettings) -> Night:
         """The same night, with these options of object stores over its own."""
         job = self.job.model_copy(update={"store": self.job.store.overridden_by(store)})
         return replace(self, job=job)
+
+    @property
+    def input(self) -> str:
+        """Path, glob or URL of its prompts, with the date in it."""
+        return self.settings.input_on(self.date)
+
+    @property
+    def home(self) -> Location:
+        """Where the run directories of all nights of the job are."""
+        return Location(self.settings.home, self.job.store)
+
+    @property
+    def run(self) -> Location:
+        """Its run directory, which the date is the name of."""
+        return Location(f"{self.settings.home}/{self.date.isoformat()}", self.job.store)
+
+    @property
+    def target(self) -> Location | None:
+        """Where it is published, below its date; None: nowhere."""
+        path = self.settings.publish
+        return None if path is None else Location(path, self.job.store)
 
     @property
     def awaited_folder(self) -> Path | None:
@@ -124,17 +138,16 @@ def read_night(path: Path, day: datetime.date) -> Night:
         raise UsageError(f"{path}: {error}") from None
 
 
-def check_apart(runs: str, target: str) -> None:
+def check_apart(runs: Location, target: Location) -> None:
     """Raises ValueError if one lies in the other: readers would meet runs that are not finished."""
-    here, there = (_canonical(place) for place in (runs, target))
-    if there == here or there.startswith(f"{here}/") or here.startswith(f"{there}/"):
+    if runs.overlaps(target):
         raise ValueError(f"{target} and {runs}, where runs are, must not lie in one another")
 
 
 def _make_night(written: dict[str, Any], day: datetime.date) -> Night:
     own = {key: value for key, value in written.items() if key in NightSettings.model_fields}
     rest = {key: value for key, value in written.items() if key not in own}
-    _check_known(rest)
+    check_known(rest, NightSettings.model_fields)
     settings = NightSettings.model_validate({k: v for k, v in own.items() if v is not None})
     if rest.get("model") is None:
         raise UsageError("no model is named; add model: FOLDER or a hub id like org/name")
@@ -144,18 +157,6 @@ def _make_night(written: dict[str, Any], day: datetime.date) -> Night:
     if job.tokens.clock is not None:
         raise UsageError("setting clock: that of a night is its date; leave it out")
     return Night.on(day, settings, job)
-
-
-def _check_known(keys: dict[str, Any]) -> None:
-    known = {field for part in JobSettings.model_fields.values() for field in _fields(part)}
-    for key in keys:
-        if key not in known:
-            names = known | set(NightSettings.model_fields)
-            raise UsageError(unknown_name(key, names, "coppice run --help lists them"))
-
-
-def _fields(section: Any) -> set[str]:
-    return set(section.annotation.model_fields)
 
 
 def _with_absolute_paths(written: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -169,7 +170,3 @@ def _with_absolute_paths(written: dict[str, Any], folder: Path) -> dict[str, Any
         key: change[key](value) if key in change and isinstance(value, str) and value else value
         for key, value in written.items()
     }
-
-
-def _canonical(place: str) -> str:
-    return place.rstrip("/") if is_url(place) else os.path.realpath(place)

@@ -34,9 +34,9 @@ class NightState:
 
 def read_state(night: Night) -> NightState:
     """Raises RunDirectoryError for a directory of something else, StorageError."""
-    if not holds_run(night.run_place, night.job.store):
+    if not holds_run(night.run):
         return NightState("waiting")
-    with reading_run(night.run_place, night.job.store, parts=False) as directory:
+    with reading_run(night.run, parts=False) as directory:
         return _describe(night, directory)
 
 
@@ -59,10 +59,10 @@ def _describe(night: Night, directory: RunDirectory) -> NightState:
 
 
 def _where_published(night: Night, directory: RunDirectory) -> str | None:
-    """The place, if what it holds is what the directory holds."""
-    if night.settings.publish is None:
+    """Path or URL, if what is there is what the directory holds."""
+    if night.target is None:
         return None
-    target = open_target(night.settings.publish, night.job.store)
+    target = open_target(night.target)
     held = target.read(night.date.isoformat())
     is_there = held is not None and held.get("edition") == edition_of(directory)
-    return target.place(night.date.isoformat()) if is_there else None
+    return target.location(night.date.isoformat()) if is_there else None

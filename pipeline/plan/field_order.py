@@ -113,14 +113,14 @@ def best_fixed_order(table: FieldTable, order: NDArray[np.uint8]) -> list[int]:
     Tried are the given one, the fields by their mean place in `order` (of `best_order`), and by
     how much of each could be shared at all.
     """
-    places = np.argsort(order, axis=1).mean(axis=0)
+    ranks = np.argsort(order, axis=1).mean(axis=0)
     alone = [
         FieldTable((code,), (cost,)).most_shared() / max(1, int(cost[code].sum()))
         for code, cost in table.fields()
     ]
     tried = [
         list(range(table.num_fields)),
-        np.argsort(places, kind="stable").tolist(),
+        np.argsort(ranks, kind="stable").tolist(),
         np.argsort(np.negative(alone), kind="stable").tolist(),
     ]
 

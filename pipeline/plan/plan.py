@@ -70,11 +70,6 @@ class Plan:
     reuse_depth: NDArray[np.int64]
     group_of_row: NDArray[np.int64]
 
-    def edge_token_ids(self, node: int) -> NDArray[np.unsignedinteger]:
-        """The ids on the edge into `node`: [end - start]."""
-        row = self.tree.row_of_prompt[self.tree.prompt_lo[node]]
-        return self.table[int(row)][self.tree.start[node] : self.tree.end[node]]
-
     def prompt_token_ids(self, sequence: int) -> NDArray[np.unsignedinteger]:
         """The whole prompt of a sequence."""
         return self.table[int(self.sequences.row[sequence])]
@@ -172,16 +167,13 @@ def _make_sequences(
     sequence_of_row[order] = np.cumsum(is_head) - 1
     row, head_params = order[is_head], chosen[is_head]
     keys = np.zeros(len(row), np.uint64)
-    for place in np.flatnonzero(~greedy[head_params]).tolist():
-        keys[place] = noise_key(params[head_params[place]].seed, ids[int(row[place])])
+    for index in np.flatnonzero(~greedy[head_params]).tolist():
+        keys[index] = noise_key(params[head_params[index]].seed, ids[int(row[index])])
     return Sequences(prompt[is_head], head_params, row, keys), sequence_of_row
 
 
 def _choose_groups(
-    tree: RadixTree,
-    sequences_below: NDArray[np.int64],
-    min_prefix_tokens: int,
-    break_even: float,
+    tree: RadixTree, sequences_below: NDArray[np.int64], min_prefix_tokens: int, break_even: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
     """By node: is it a group node; where does the one above it end; the deepest one down to it.
 
@@ -210,9 +202,9 @@ def _choose_groups(
 
 def _levels(parent: NDArray[np.int64], nodes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """`nodes`, whose parents are among them, by the number of nodes above them."""
-    place = np.full(len(parent) + 1, -1, np.int64)  # the last one stands for "no parent"
-    place[nodes] = np.arange(len(nodes))
-    above = place[parent[nodes]]
+    index = np.full(len(parent) + 1, -1, np.int64)  # the last one stands for "no parent"
+    index[nodes] = np.arange(len(nodes))
+    above = index[parent[nodes]]
     level = (above >= 0).astype(np.int64)
     while len(todo := np.flatnonzero(above >= 0)):
         over = above[todo]

@@ -101,9 +101,9 @@ def build_tree(
     inner = np.flatnonzero(start)
     above = before[np.where(border[low[inner]] == start[inner], low[inner], high[inner])]
     ends_there = lengths[above] == start[inner]
-    place = np.searchsorted(branch, (above << shift) | start[inner])
+    index = np.searchsorted(branch, (above << shift) | start[inner])
     ranks = np.append(rank_of_branch, -1)
-    parent[inner] = np.where(ends_there, terminal[above], ranks[place])
+    parent[inner] = np.where(ends_there, terminal[above], ranks[index])
     return RadixTree(parent, start, end, low, high, terminal, row_of_prompt)
 
 
@@ -123,11 +123,11 @@ def previous_smaller(values: NDArray[np.int64]) -> NDArray[np.int64]:
     block = todo.copy()
     for depth, row in enumerate(levels):
         is_found = (block % 2 == 1) & (row[block - 1] < values[todo])
-        found, place = todo[is_found], block[is_found] - 1
+        found, index = todo[is_found], block[is_found] - 1
         for lower in reversed(levels[:depth]):
-            right = np.minimum(2 * place + 1, len(lower) - 1)
-            place = np.where(lower[right] < values[found], right, 2 * place)
-        nearest[found] = place
+            right = np.minimum(2 * index + 1, len(lower) - 1)
+            index = np.where(lower[right] < values[found], right, 2 * index)
+        nearest[found] = index
         todo, block = todo[~is_found], block[~is_found] // 2
         if not len(todo):
             break

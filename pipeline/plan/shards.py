@@ -211,8 +211,8 @@ class Costs:
             stop = min(max(self._reach(low, most), low + 1), high)
             if stop < high:
                 least = min(max(self._reach(low, most - limit // _SLACK), low + 1), stop)
-                places = self.shared[least : stop + 1][::-1]  # the last one of equally good ones
-                stop -= int(np.argmin(places))
+                sizes = self.shared[least : stop + 1][::-1]  # the last one of equally good ones
+                stop -= int(np.argmin(sizes))
             pieces.append((self.whole(low, stop) - above, low, stop))
             low = stop
         return np.array(pieces, np.int64).reshape(-1, 3)

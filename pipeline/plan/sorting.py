@@ -196,10 +196,10 @@ def _order_ties(
     in_run = np.zeros(len(rows), bool)
     in_run[1:] |= is_tied
     in_run[:-1] |= is_tied
-    places = np.flatnonzero(in_run)
-    run = np.cumsum(np.append(False, ~is_tied))[places]
-    chosen = rows[places]
-    rows[places] = chosen[np.lexsort((chosen, lengths[chosen], run))]
+    indices = np.flatnonzero(in_run)
+    run = np.cumsum(np.append(False, ~is_tied))[indices]
+    chosen = rows[indices]
+    rows[indices] = chosen[np.lexsort((chosen, lengths[chosen], run))]
     return rows
 
 

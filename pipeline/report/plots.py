@@ -42,9 +42,9 @@ def draw_latency(metrics: RunMetrics) -> str:
 
     def draw(figure: Figure) -> None:
         axes = _axes(figure, "reuse depth (tokens)", "latency without queue (s)")
-        for place, depth in enumerate(metrics.depths):
-            axes.vlines(place, depth.service_p10_s, depth.service_p90_s, LEAF, lw=7, alpha=0.45)
-            axes.plot(place, depth.service_p50_s, "o", color=LEAF, ms=7)
+        for index, depth in enumerate(metrics.depths):
+            axes.vlines(index, depth.service_p10_s, depth.service_p90_s, LEAF, lw=7, alpha=0.45)
+            axes.plot(index, depth.service_p50_s, "o", color=LEAF, ms=7)
         axes.set_xticks(range(len(metrics.depths)), [b.label for b in metrics.depths])
         axes.set_xlim(-0.6, max(len(metrics.depths), 1) - 0.4)
         axes.set_ylim(bottom=0)

@@ -56,25 +56,25 @@ def _spark(
     is_share = form is percent
     scale = 1.0 if is_share else max(known, default=0.0) or 1.0
     bars = "".join(
-        _bar(place, night.date, form(value), value, scale, kind)
-        for place, (night, value) in enumerate(zip(nights, values, strict=True))
+        _bar(index, night.date, form(value), value, scale, kind)
+        for index, (night, value) in enumerate(zip(nights, values, strict=True))
     )
     against = change(values[-1], earlier[-1] if earlier else None, points=is_share)
     top = "of 100 %" if is_share else f"most {form(max(known, default=None))}"
     return Spark(name, form(values[-1]), against, top, _svg(f"{name}, by night", bars, nights))
 
 
-def _bar(place: int, date: str, shown: str, value: float | None, scale: float, kind: str) -> str:
+def _bar(index: int, date: str, shown: str, value: float | None, scale: float, kind: str) -> str:
     """A bar as high as its number; zero is a line on the ground, no number a faint one."""
     high = 0.0 if value is None else max(_LEAST, _HEIGHT * value / scale)
     name = "none" if value is None else "zero" if value == 0 else kind
     high = 2 if name in ("none", "zero") else high
-    return _rectangle(place, high, name, f"{date}: {shown}")
+    return _rectangle(index, high, name, f"{date}: {shown}")
 
 
-def _rectangle(place: int, high: float, kind: str, words: str) -> str:
+def _rectangle(index: int, high: float, kind: str, words: str) -> str:
     return (
-        f'<rect class="{kind}" x="{place * _SLOT + 1}" y="{_HEIGHT - high:.4g}" '
+        f'<rect class="{kind}" x="{index * _SLOT + 1}" y="{_HEIGHT - high:.4g}" '
         f'width="{_SLOT - 2}" height="{high:.4g}"><title>{escape(words)}</title></rect>'
     )
 
@@ -83,10 +83,10 @@ def _verdicts(nights: Sequence[Night]) -> Spark:
     """Full height where it passed, half where it failed, so that colour is not all that tells."""
 
     def bars() -> Iterator[str]:
-        for place, night in enumerate(nights):
+        for index, night in enumerate(nights):
             kind = {"pass": "bar", "fail": "bad", None: "none"}[night.verdict]
             high = {"pass": _HEIGHT, "fail": _HEIGHT / 2, None: 2}[night.verdict]
-            yield _rectangle(place, high, kind, f"{night.date}: {_VERDICTS[night.verdict]}")
+            yield _rectangle(index, high, kind, f"{night.date}: {_VERDICTS[night.verdict]}")
 
     audited = [night for night in nights if night.verdict]
     passed = sum(night.verdict == "pass" for night in audited)

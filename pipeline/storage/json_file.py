@@ -44,19 +44,19 @@ class JsonFile:
             ) from error
         return self.parse(content, root)
 
-    def parse(self, content: bytes | str, place: str | Path) -> dict[str, Any]:
-        """The content of the file in `place`. Raises RunDirectoryError."""
+    def parse(self, content: bytes | str, path: str | Path) -> dict[str, Any]:
+        """The content of the file in `path`. Raises RunDirectoryError."""
         try:
             value: dict[str, Any] = json.loads(content, parse_constant=_refuse)
             self._schema.validate_python(value)
         except ValidationError as error:
-            raise self._damage(place, _explain(error)) from error
+            raise self._damage(path, _explain(error)) from error
         except (ValueError, RecursionError) as error:
-            raise self._damage(place, "it is not JSON in UTF-8") from error
+            raise self._damage(path, "it is not JSON in UTF-8") from error
         return value
 
-    def _damage(self, place: str | Path, why: str) -> RunDirectoryError:
-        return RunDirectoryError(f"{place}/{self.name} is damaged ({why}); {self._remedy}")
+    def _damage(self, path: str | Path, why: str) -> RunDirectoryError:
+        return RunDirectoryError(f"{path}/{self.name} is damaged ({why}); {self._remedy}")
 
 
 def _refuse(constant: str) -> Any:

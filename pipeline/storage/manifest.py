@@ -108,26 +108,26 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return parse_manifest(content, root)
 
 
-def parse_manifest(content: bytes, place: str | Path) -> dict[str, Any]:
-    """The content of run.json in `place`. Raises RunDirectoryError as `read_manifest`."""
+def parse_manifest(content: bytes, path: str | Path) -> dict[str, Any]:
+    """The content of run.json in `path`. Raises RunDirectoryError as `read_manifest`."""
     try:
         manifest = json.loads(content)
         version, _ = manifest["schema_version"], (manifest["run_id"], manifest["fingerprint"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _no_run(place) from error
+        raise _no_run(path) from error
     if type(version) is int and version != SCHEMA_VERSION:
         raise RunDirectoryError(
-            f"{place}/{MANIFEST_NAME} has the version {version}, not {SCHEMA_VERSION}; "
+            f"{path}/{MANIFEST_NAME} has the version {version}, not {SCHEMA_VERSION}; "
             "use the coppice that made it"
         )
-    return _MANIFEST.parse(content, place)
+    return _MANIFEST.parse(content, path)
 
 
-def _no_run(place: str | Path) -> RunDirectoryError:
-    return RunDirectoryError(f"{place} holds no run (no readable {MANIFEST_NAME}); check the path")
+def _no_run(path: str | Path) -> RunDirectoryError:
+    return RunDirectoryError(f"{path} holds no run (no readable {MANIFEST_NAME}); check the path")
 
 
-def check_fingerprint(place: str | Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_fingerprint(path: str | Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises RunDirectoryError naming the first field in which two fingerprints differ."""
     wanted = _flatten(json.loads(json.dumps(wanted)))  # as it would be read back: tuples are lists
     held = _flatten(held)
@@ -135,7 +135,7 @@ def check_fingerprint(place: str | Path, held: dict[str, Any], wanted: dict[str,
     for field in sorted(held.keys() | wanted.keys(), key=lambda name: (name in _HASHES, name)):
         if held.get(field) != wanted.get(field):
             raise RunDirectoryError(
-                f"{place} holds a run with another {field} ({_shorten(held.get(field))}, now "
+                f"{path} holds a run with another {field} ({_shorten(held.get(field))}, now "
                 f"{_shorten(wanted.get(field))}); choose a new folder or go back to the old value"
             )
 

@@ -1,4 +1,4 @@
-"""What a URL below `s3://` names, how its store is reached, and what it means when it refuses.
+"""What a URL below `s3://` names, and what it means when its store refuses.
 
 Every call of a store ends within about 30 seconds: one that does not answer is an error, not a job
 that hangs.
@@ -6,17 +6,13 @@ that hangs.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
-
-from pipeline.settings import StoreSettings
 
 SCHEME = "s3"
 CONNECT_S = 4
 ANSWER_S = 8
 ATTEMPTS = 3
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 # What is in a message of AWS's C++ or Python library -> what it means for a person.
 _FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -73,17 +69,6 @@ class ObjectUrl:
     def path(self) -> str:
         """As pyarrow wants it."""
         return f"{self.bucket}/{self.key}".rstrip("/")
-
-
-def is_url(argument: object) -> bool:
-    """Whether this names something outside of this machine's file system."""
-    return "://" in str(argument)
-
-
-def endpoint_url(store: StoreSettings) -> str | None:
-    """Where a store other than AWS is, by option or by AWS's variables."""
-    named = (os.environ.get(name) for name in _ENDPOINTS)
-    return store.storage_options.get("endpoint_url") or next(filter(None, named), None)
 
 
 def explain_fault(error: BaseException) -> str | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunDirectoryError, StorageError, UsageError, install_extra
-from pipeline.settings import StoreSettings
+from pipeline.location import Location
 from pipeline.storage.durable import publish, temp_path, write_errors, write_stream
 from pipeline.storage.object_store import (
     ANSWER_S,
@@ -26,7 +26,6 @@ from pipeline.storage.object_store import (
     CONNECT_S,
     SCHEME,
     ObjectUrl,
-    endpoint_url,
     explain_fault,
 )
 
@@ -54,18 +53,18 @@ class SupersededError(Exception):
 class RemoteFolder:
     """Files by relative names like `data/x.parquet`. Every method raises StorageError."""
 
-    def __init__(self, url: str, store: StoreSettings) -> None:
+    def __init__(self, location: Location) -> None:
         """Raises UsageError if the URL, an option or the library is not there; asks nobody."""
         try:
-            place = ObjectUrl.parse(url)
+            url = ObjectUrl.parse(str(location))
         except ValueError as error:
             raise UsageError(f"cannot use this as the output: {error}") from None
-        key = place.key.strip("/")
-        self.url = f"{SCHEME}://{place.bucket}/{key}".rstrip("/")
-        self.endpoint = endpoint_url(store)
-        self._bucket = place.bucket
+        key = url.key.strip("/")
+        self.url = f"{SCHEME}://{url.bucket}/{key}".rstrip("/")
+        self.endpoint = location.endpoint
+        self._bucket = url.bucket
         self._prefix = f"{key}/" if key else ""
-        self._client = _connect(store, self.endpoint, self.url)
+        self._client = _connect(location, self.url)
 
     def names(self, below: str = "") -> dict[str, int]:
         """Every file whose name begins so, with its size in bytes."""
@@ -192,14 +191,14 @@ class RemoteFolder:
         return {"Bucket": self._bucket, "Key": self._prefix + name}
 
 
-def _connect(store: StoreSettings, endpoint: str | None, url: str) -> Any:
+def _connect(location: Location, url: str) -> Any:
     try:
         import boto3
         from botocore import UNSIGNED
         from botocore.config import Config
     except ImportError:
         raise UsageError(f"{url} needs boto3; {install_extra('s3')}") from None
-    options = store.storage_options
+    options, endpoint = location.store.storage_options, location.endpoint
     config = Config(
         connect_timeout=CONNECT_S,
         read_timeout=ANSWER_S,

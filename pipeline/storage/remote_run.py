@@ -29,25 +29,15 @@ from numpy.typing import NDArray
 
 from pipeline.errors import CoppiceError, RunDirectoryError, StorageError
 from pipeline.private_folder import private_folder
+from pipeline.storage.committed_parts import SUCCESS_NAME
 from pipeline.storage.durable import replace_file
 from pipeline.storage.lock import FolderLock, is_abandoned, is_dead, own_name
-from pipeline.storage.manifest import (
-    MANIFEST_NAME,
-    check_fingerprint,
-    parse_manifest,
-    run_id_of,
-)
+from pipeline.storage.manifest import MANIFEST_NAME, check_fingerprint, parse_manifest, run_id_of
 from pipeline.storage.metrics_log import METRICS_NAME
 from pipeline.storage.nights import NightFiles, read_remote_nights
 from pipeline.storage.part_list import describe_parts, is_stored, named_parts, part_file
 from pipeline.storage.remote_folder import RemoteFolder, Stored, SupersededError
-from pipeline.storage.run_directory import (
-    AUDIT_NAMES,
-    PLAN_NAME,
-    SUCCESS_NAME,
-    SYSTEM_PROMPT_NAME,
-    RunDirectory,
-)
+from pipeline.storage.run_directory import AUDIT_NAMES, PLAN_NAME, SYSTEM_PROMPT_NAME, RunDirectory
 from pipeline.storage.writer import PART_NAME
 
 _TREE_NAME: Final = "plan/tree.parquet"
@@ -101,8 +91,8 @@ class RemoteRun(RunDirectory):
                 f"cannot keep a working copy of {folder.url} ({error}); set XDG_CACHE_HOME to a "
                 "folder of your own"
             ) from error
-        place = (folder.endpoint, folder.url, run_id_of(fingerprint))
-        root = copies / hashlib.sha256(repr(place).encode()).hexdigest()[:24]
+        key = (folder.endpoint, folder.url, run_id_of(fingerprint))
+        root = copies / hashlib.sha256(repr(key).encode()).hexdigest()[:24]
         private_folder(root)
         try:
             local = RunDirectory.create_or_resume(root, fingerprint, description)

@@ -9,42 +9,39 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunDirectoryError
-from pipeline.settings import StoreSettings
+from pipeline.location import Location
 from pipeline.storage.durable import is_temp
 from pipeline.storage.manifest import MANIFEST_NAME, parse_manifest, read_manifest
-from pipeline.storage.object_store import is_url
 from pipeline.storage.remote_folder import RemoteFolder
 from pipeline.storage.remote_run import RemoteRun, check_empty
 from pipeline.storage.run_directory import RunDirectory, check_is_run
 from pipeline.storage.targets import folder_to_write
 
-Place = str | Path
 
-
-def holds_run(place: Place, store: StoreSettings) -> bool:
+def holds_run(run: Location) -> bool:
     """Whether there is a run.json. Raises UsageError, StorageError."""
-    if not is_url(place):
-        return (Path(place) / MANIFEST_NAME).exists()
-    return RemoteFolder(str(place), store).read(MANIFEST_NAME) is not None
+    if not run.is_remote:
+        return (run.local / MANIFEST_NAME).exists()
+    return RemoteFolder(run).read(MANIFEST_NAME) is not None
 
 
-def find_manifest(place: Place, store: StoreSettings) -> dict[str, Any] | None:
+def find_manifest(run: Location) -> dict[str, Any] | None:
     """run.json, None if there is no run. Raises RunDirectoryError, UsageError, StorageError."""
-    if not is_url(place):
-        return read_manifest(Path(place)) if holds_run(place, store) else None
-    held = RemoteFolder(str(place), store).read(MANIFEST_NAME)
-    return None if held is None else parse_manifest(held.content, place)
+    if not run.is_remote:
+        return read_manifest(run.local) if holds_run(run) else None
+    held = RemoteFolder(run).read(MANIFEST_NAME)
+    return None if held is None else parse_manifest(held.content, str(run))
 
 
-def check_place(place: Place, store: StoreSettings) -> None:
-    """Refuse a place where no run could be begun or resumed, before anything is computed for it.
+def check_location(run: Location) -> None:
+    """Refuse a location where no run could be begun or resumed, before anything is computed for it.
 
     Changes nothing there. Raises RunDirectoryError, UsageError, StorageError.
     """
-    if not is_url(place):
-        _check_folder(Path(place))
-    elif not holds_run(place, store):
-        check_empty(RemoteFolder(str(place), store))
+    if not run.is_remote:
+        _check_folder(run.local)
+    elif not holds_run(run):
+        check_empty(RemoteFolder(run))
 
 
 def _check_folder(folder: Path) -> None:
@@ -58,30 +55,26 @@ def _check_folder(folder: Path) -> None:
 
 
 def take_run(
-    place: Place,
-    store: StoreSettings,
-    copies: Path,
-    fingerprint: dict[str, Any],
-    description: dict[str, Any],
+    run: Location, copies: Path, fingerprint: dict[str, Any], description: dict[str, Any]
 ) -> RunDirectory:
     """The run there, begun or resumed, as `RunDirectory.create_or_resume`.
 
     `copies` is where the working copies of remote runs are.
     """
-    if not is_url(place):
-        return RunDirectory.create_or_resume(place, fingerprint, description)
-    return RemoteRun.take(RemoteFolder(str(place), store), copies, fingerprint, description)
+    if not run.is_remote:
+        return RunDirectory.create_or_resume(run.path, fingerprint, description)
+    return RemoteRun.take(RemoteFolder(run), copies, fingerprint, description)
 
 
 @contextmanager
-def reading_run(place: Place, store: StoreSettings, parts: bool = True) -> Iterator[RunDirectory]:
+def reading_run(run: Location, parts: bool = True) -> Iterator[RunDirectory]:
     """The run there, to read or to add files; `parts` False: a remote run's parts stay there.
 
     Raises RunDirectoryError if there is no run, StorageError.
     """
-    if not is_url(place):
-        yield RunDirectory.open(place)
+    if not run.is_remote:
+        yield RunDirectory.open(run.path)
         return
-    folder = RemoteFolder(str(place), store)
+    folder = RemoteFolder(run)
     with tempfile.TemporaryDirectory(prefix="coppice-") as root:
         yield RemoteRun.fetch(folder, Path(root), parts)

@@ -71,8 +71,8 @@ def carry_columns(results: pa.Table, inputs: pa.Table, id_column: str | None) ->
     schema = output_schema(inputs.schema, id_column)
     ours = results.select([field.name for field in OUTPUT_FIELDS])
     theirs = [
-        inputs.column(place).cast(carried_type(field.type))
-        for place, field in enumerate(inputs.schema)
+        inputs.column(index).cast(carried_type(field.type))
+        for index, field in enumerate(inputs.schema)
         if not _is_ours(field, id_column)
     ]
     return pa.Table.from_arrays(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UsageError
+from pipeline.location import Location
 
 
 def check_replaceable(path: Path, beginnings: Sequence[bytes], option: str) -> None:
@@ -39,12 +40,8 @@ def folder_to_write(folder: Path) -> tuple[Path, str | None]:
     return there, None
 
 
-def check_apart(source: str | Path, output: str | Path) -> None:
+def check_apart(source: Location, output: Location) -> None:
     """Raises UsageError if a run would be written into the very folder that its rows are in."""
-    source, output = str(source), str(output)
-    if "://" in source or "://" in output:
-        is_same = source.rstrip("/") == output.rstrip("/")
-    else:
-        is_same = os.path.realpath(source) == os.path.realpath(output)
-    if is_same:
-        raise UsageError(f"{output} is the input; choose another -o, like {output.rstrip('/')}/out")
+    if source.canonical == output.canonical:
+        inside = f"{str(output).rstrip('/')}/out"
+        raise UsageError(f"{output} is the input; choose another -o, like {inside}")

@@ -15,9 +15,9 @@ import jinja2
 import jinja2.ext
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from pipeline.confined import Fault
+from pipeline.namespace import SafeNamespace
 from pipeline.records import Message
 from pipeline.time_limit import TimeLimit, TookTooLong
 
@@ -68,7 +68,7 @@ def make_environment(clock: datetime) -> jinja2.Environment:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals[CLOCK_NAME] = clock.strftime
     environment.globals["dict"] = _Dict()
-    environment.globals["namespace"] = _Namespace
+    environment.globals["namespace"] = SafeNamespace
     return environment
 
 
@@ -97,25 +97,6 @@ class _Dict:
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
         """See `dict`."""
         return dict.fromkeys(*args)
-
-
-class _Namespace(Namespace):
-    """Without names that Python itself would look up on it."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        own, *rest = args
-        for name in dict(*rest, **kwargs):
-            _check_name(name)
-        Namespace.__init__(*args, **kwargs)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError("names in a namespace begin with no underscore")
 
 
 def _tojson(

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError, ModelError
-from pipeline.inputs import json_lines
+from pipeline.inputs import line_reader
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.reader import open_source
+from pipeline.location import Location
 from pipeline.settings import ReadSettings
 from pipeline.tokens.loading import load_tokenizer
 from tests.tiny_job import answers, write_tokenizer
@@ -93,7 +94,7 @@ def test_no_slice_of_a_file_is_large(tmp_path: Path, values: pa.Array, encoding:
     else:
         pytest.skip("of texts only")
     assert path.stat().st_size < 200_000
-    (file,) = open_source(path, ReadSettings())._files
+    (file,) = open_source(Location(path), ReadSettings())._files
     before = pa.total_allocated_bytes()
     rows = 0
     for batch in file.iter_batches(["x"], 3000):
@@ -107,7 +108,7 @@ def test_no_slice_of_a_file_is_large(tmp_path: Path, values: pa.Array, encoding:
 def test_rows_of_a_block_that_is_not_kept_are_the_same(tmp_path: Path) -> None:
     table = pa.table({"prompt": [f"{i} " * 20_000 for i in range(600)]})
     pq.write_table(table, tmp_path / "in.parquet", compression="zstd", row_group_size=250)
-    opened = open_source(tmp_path / "in.parquet", ReadSettings())
+    opened = open_source(Location(tmp_path / "in.parquet"), ReadSettings())
     wanted = pa.array([599, 0, 3, 3, 251, 250, 249])
     kept = opened.take(wanted.to_numpy())
     object.__setattr__(opened._files[0], "num_bytes", 0)
@@ -147,23 +148,25 @@ def test_a_line_that_unfolds(tmp_path: Path, content: bytes, said: str) -> None:
     """Seen red: 7.5 GB and abort."""
     path = lines(tmp_path / "in.jsonl.gz", content)
     with pytest.raises(InputError, match=said):
-        open_source(path, ReadSettings(), copies=ParquetCopies(tmp_path / "cache"))
+        open_source(Location(path), ReadSettings(), copies=ParquetCopies(tmp_path / "cache"))
 
 
 def test_lines_that_share_no_field_take_no_square(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten fields of their own in each of 3,000 lines would make 90 million cells."""
-    monkeypatch.setattr(json_lines, "_MOST_FIELDS", 40_000)
+    monkeypatch.setattr(line_reader, "_MOST_FIELDS", 40_000)
     rows = [{"prompt": "a"} | {f"k{i}-{j}": j for j in range(10)} for i in range(300)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     opened = open_source(
-        tmp_path / "in.jsonl", ReadSettings(), copies=ParquetCopies(tmp_path / "cache")
+        Location(tmp_path / "in.jsonl"), ReadSettings(), copies=ParquetCopies(tmp_path / "cache")
     )
     assert opened.num_rows == 300 and len(opened.schema) == 3001
-    monkeypatch.setattr(json_lines, "_MOST_FIELDS", 2000)
+    monkeypatch.setattr(line_reader, "_MOST_FIELDS", 2000)
     with pytest.raises(InputError, match="over 2,000 different fields by line 200"):
-        open_source(tmp_path / "in.jsonl", ReadSettings(), copies=ParquetCopies(tmp_path / "c2"))
+        open_source(
+            Location(tmp_path / "in.jsonl"), ReadSettings(), copies=ParquetCopies(tmp_path / "c2")
+        )
 
 
 def bomb(folder: Path, field: str) -> Path:

@@ -20,10 +20,11 @@ from pipeline.audit.gate import current_verdict
 from pipeline.cli.tables import status_table
 from pipeline.errors import CoppiceError, RunDirectoryError, StorageError
 from pipeline.inputs.conversion import convert
+from pipeline.location import Location
 from pipeline.night.publication import publish_by_hand, publish_run
 from pipeline.night.state import read_state
-from pipeline.run import report_run
-from pipeline.settings import AuditSettings, StoreSettings
+from pipeline.run import write_report
+from pipeline.settings import AuditSettings
 from pipeline.status import read_status
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.schema import OUTPUT_FIELDS
@@ -35,12 +36,10 @@ from pipeline.storage.writer import (
 )
 from tests.night.job import DAY, NightlyJob
 
-STORE = StoreSettings()
-
 
 def publish(job: NightlyJob, **changes: Any) -> Any:
     place, target = job.run_directory(), str(job.published)
-    return publish_run(place, target, "reviews", DAY, STORE, **changes)
+    return publish_run(Location(place), Location(target), "reviews", DAY, **changes)
 
 
 def edit(path: Path, **fields: Any) -> None:
@@ -82,7 +81,7 @@ def test_a_night_audits_again_what_was_audited_by_a_lower_bar(audited: NightlyJo
     for path in (run / "audit").iterdir():
         path.unlink()
     lax = AuditSettings(audit_sample="1", audit_min_exact=0.0, audit_free_running=0, audit_arms=0)
-    first = audit_run(run, lax)
+    first = audit_run(Location(run), lax)
     summary = run / "audit" / "summary.json"
     assert json.loads(summary.read_text())["bar"]["audit_sample"] == "1"
     if not first.passed:  # the sample met the planted row; say that it had not
@@ -182,10 +181,12 @@ def test_status_says_no_pass_that_publish_would_not_believe(
 ) -> None:
     """Seen red: "audit pass" though `audit.parquet` was gone."""
     run = audited.run_directory()
-    assert read_status(run)["audit"] == "pass"
+    assert read_status(Location(run))["audit"] == "pass"
     (run / "audit" / "audit.parquet").unlink()
-    assert read_status(run)["audit"] == "unfounded"
-    assert dict(status_table(read_status(run)))["audit"].endswith("do not bear out its verdict")
+    assert read_status(Location(run))["audit"] == "unfounded"
+    assert dict(status_table(read_status(Location(run))))["audit"].endswith(
+        "do not bear out its verdict"
+    )
 
 
 def test_forged_counters_are_counted_again(audited: NightlyJob) -> None:
@@ -247,11 +248,11 @@ def test_every_command_checks_the_rows_against_the_plan(
     page = (run / "report.html").read_bytes()
     harm(run)
     acts: dict[str, Callable[[], object]] = {
-        "convert": lambda: convert(run, target),
-        "report": lambda: report_run(run),
-        "status": lambda: read_status(run),
-        "publish": lambda: publish_by_hand(str(run), str(audited.published), None, None, STORE),
-        "audit": lambda: audit_run(run, AuditSettings()),
+        "convert": lambda: convert(Location(run), Location(target)),
+        "report": lambda: write_report(Location(run)),
+        "status": lambda: read_status(Location(run)),
+        "publish": lambda: publish_by_hand(Location(run), Location(audited.published), None, None),
+        "audit": lambda: audit_run(Location(run), AuditSettings()),
     }
     said = "plan.parquet is gone" if harm is lose_plan else name
     with pytest.raises(CoppiceError, match=said) as error:

@@ -19,6 +19,7 @@ import pytest
 
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.reader import open_source
+from pipeline.location import Location
 from pipeline.settings import ReadSettings
 from tests.tiny_job import write_prompts, write_tokenizer
 
@@ -54,7 +55,7 @@ def keys(path: Path, pieces: int) -> Path:
 def read(source: Path, cache: Path) -> float:
     """Seconds of processor time of all that a job reads."""
     begin = time.process_time()
-    opened = open_source(source, ReadSettings(), copies=ParquetCopies(cache))
+    opened = open_source(Location(source), ReadSettings(), copies=ParquetCopies(cache))
     assert sum(len(batch.ids) for batch in opened.iter_prompts()) == opened.num_rows
     opened.check_carried_columns()
     for start in range(0, opened.num_rows, 1000):
@@ -93,15 +94,17 @@ _STAGE = """
 import sys
 from pathlib import Path
 import numpy as np
-from pipeline.job.planning import open_job, plan_rows
+from pipeline.job.job import open_job
+from pipeline.job.planning import plan_rows
 from pipeline.settings import ReadSettings
 from pipeline.inputs.input_files import InputFile
 from pipeline.inputs.parquet_copies import ParquetCopies
+from pipeline.location import Location
 from pipeline.inputs.reader import open_source
 from tests.tiny_job import echo_settings
 path, lines, cache = Path(sys.argv[1]), InputFile.local(Path(sys.argv[2])), sys.argv[3]
 settings = echo_settings(Path(sys.argv[4]))
-source = open_source(path, ReadSettings())
+source = open_source(Location(path), ReadSettings())
 print("ready", flush=True)
 """
 

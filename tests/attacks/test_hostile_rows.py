@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from pipeline.audit.auditing import audit_run
 from pipeline.errors import InputError, UsageError
 from pipeline.generation import resolve_sampling
-from pipeline.job.planning import open_job, plan_rows
+from pipeline.job.job import open_job
+from pipeline.job.planning import plan_rows
 from pipeline.job.prepare import Preparation
+from pipeline.location import Location
 from pipeline.run import plan_job, run_job, validate_input
 from pipeline.settings import AuditSettings, JobSettings
 from pipeline.tokens.answer_text import AnswerText
@@ -283,7 +285,7 @@ def test_an_audit_of_failed_rows_alone_says_that_there_is_nothing_to_audit(tmp_p
     flat = {"model": str(write_model(tmp_path / "model")), "fail_on_error": "2"}
     run_job(str(tmp_path / "in.parquet"), tmp_path / "out", JobSettings.from_flat(flat))
     with pytest.raises(UsageError, match=r"no row of .*out was answered.*failed\.parquet"):
-        audit_run(tmp_path / "out", AuditSettings())
+        audit_run(Location(tmp_path / "out"), AuditSettings())
 
 
 def refuse_one(

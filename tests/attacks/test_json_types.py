@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
-from pipeline.audit.auditing import describe_audit, reopen_job
+from pipeline.audit.auditing import describe_audit
 from pipeline.audit.gate import current_verdict
+from pipeline.audit.reopened_job import reopen_job
 from pipeline.errors import CoppiceError
 from pipeline.inputs.conversion import convert
+from pipeline.location import Location
 from pipeline.model.rates import recall_rates
 from pipeline.night.publication import publish_by_hand
-from pipeline.run import report_run
-from pipeline.settings import ModelSettings, StoreSettings
+from pipeline.run import write_report
+from pipeline.settings import ModelSettings
 from pipeline.status import read_status
 from pipeline.storage.run_directory import RunDirectory
 from tests.night.job import DAY, NightlyJob
@@ -57,13 +59,18 @@ def commands(run: Path, model: str) -> dict[str, Callable[[], object]]:
     target = run.parent / "answers.jsonl"
     published = run.parent.parent / f"published-{run.parent.name}"
     return {
-        "status": lambda: read_status(run),
-        "audit --show": lambda: describe_audit(run),
+        "status": lambda: read_status(Location(run)),
+        "audit --show": lambda: describe_audit(Location(run)),
         "audit": lambda: reopen_job(RunDirectory.open(run)),
         "gate": lambda: current_verdict(RunDirectory.open(run)),
-        "convert": lambda: convert(run, target),
-        "report": lambda: report_run(run),
-        "publish": lambda: publish_by_hand(str(run), str(published), None, None, StoreSettings()),
+        "convert": lambda: convert(Location(run), Location(target)),
+        "report": lambda: write_report(Location(run)),
+        "publish": lambda: publish_by_hand(
+            Location(run),
+            Location(published),
+            None,
+            None,
+        ),
     }
 
 
@@ -135,7 +142,7 @@ def test_wrong_rates_in_the_cache_are_no_rates(
 ) -> None:
     """Seen red: text as a rate was kept, and dividing by it ended in a traceback."""
     place = tmp_path / "rates.json"
-    monkeypatch.setattr("pipeline.model.rates._place", lambda *_: place)
+    monkeypatch.setattr("pipeline.model.rates._path", lambda *_: place)
     said = {"prefill_tokens_per_s": value, "decode_tokens_per_s": 1.0, "measured_on": "today"}
     place.write_text(json.dumps(said))
     assert recall_rates(ModelSettings(model=str(model_folder)), {}) is None
@@ -156,4 +163,4 @@ def test_the_summary_of_a_run_names_what_is_wrong(sound: Path, audited: NightlyJ
     with pytest.raises(
         CoppiceError, match=r"run\.json is damaged \(counters\.rows_in: .*\); bring"
     ):
-        read_status(run)
+        read_status(Location(run))

@@ -181,7 +181,7 @@ def test_what_another_user_left_in_staging_stops_nobody(
             raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("shutil.rmtree", refuse)
-    FolderTarget(str(target)).publish("2026-11-22", content(tmp_path / "run"))
+    FolderTarget(target).publish("2026-11-22", content(tmp_path / "run"))
     assert (target / "2026-11-22" / "report.html").exists()
 
 

@@ -13,9 +13,10 @@ import pytest
 from pipeline.audit.auditing import audit_run
 from pipeline.errors import CoppiceError, RunDirectoryError
 from pipeline.inputs.conversion import convert
+from pipeline.location import Location
 from pipeline.night.publication import publish_by_hand
-from pipeline.run import report_run
-from pipeline.settings import AuditSettings, StoreSettings
+from pipeline.run import write_report
+from pipeline.settings import AuditSettings
 from pipeline.status import read_status
 from pipeline.storage.manifest import new_manifest, parse_manifest
 from pipeline.storage.part_list import part_file
@@ -24,7 +25,6 @@ from pipeline.storage.writer import PART_NAME
 from tests.night.job import DAY, NightlyJob
 from tests.storage.buckets import Store
 
-STORE = StoreSettings()
 NAMES = [
     "{secret}",
     "../{secret}",
@@ -68,11 +68,13 @@ def name_parts(job: NightlyJob, store: Store, bucket: str, name: str) -> None:
 
 def commands(url: str, folder: Path) -> dict[str, Callable[[], object]]:
     return {
-        "publish": lambda: publish_by_hand(url, str(folder / "published"), None, "reviews", STORE),
-        "report": lambda: report_run(url, STORE),
-        "status": lambda: read_status(url, STORE),
-        "convert": lambda: convert(url, folder / "answers.jsonl", STORE),
-        "audit": lambda: audit_run(url, AuditSettings(), store=STORE),
+        "publish": lambda: publish_by_hand(
+            Location(url), Location(folder / "published"), None, "reviews"
+        ),
+        "report": lambda: write_report(Location(url)),
+        "status": lambda: read_status(Location(url)),
+        "convert": lambda: convert(Location(url), Location(folder / "answers.jsonl")),
+        "audit": lambda: audit_run(Location(url), AuditSettings()),
     }
 
 
@@ -153,7 +155,7 @@ def test_linked_files_are_neither_appended_to_nor_chmoded(
     for name in ("report.html", "metrics.jsonl"):
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(secret)
-    report_run(run)
+    write_report(Location(run))
     assert not (run / "report.html").is_symlink()
     with pytest.raises(CoppiceError, match="metrics.jsonl"):
         RunDirectory.open(run).append_metrics({"rows_done": 1})

@@ -10,13 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.audit.auditing import audit_run, describe_audit
+from pipeline.audit.auditing import audit_opened, audit_run, describe_audit
 from pipeline.audit.gate import seed_of_output
 from pipeline.audit.other_arms import Arms
 from pipeline.audit.similarity import Encoder
 from pipeline.engine.verify import arms
-from pipeline.errors import InputError, ModelError, RunDirectoryError, StorageError
-from pipeline.job.planning import open_job, select_rows
+from pipeline.errors import CoppiceError, InputError, ModelError, RunDirectoryError, StorageError
+from pipeline.job.job import open_job
+from pipeline.job.planning import select_rows
+from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import AuditSettings, JobSettings
 from pipeline.storage.run_directory import RunDirectory
@@ -48,9 +50,9 @@ def make_run(folder: Path, model: Path, **flat: object) -> Path:
 @pytest.mark.parametrize("flat", [{}, {"temperature": 1.0}, {"stop": ["a"]}])
 def test_an_honest_run_passes(tmp_path: Path, model: Path, flat: dict[str, object]) -> None:
     output = make_run(tmp_path, model, **flat)
-    verdict = audit_run(output, EVERY_ROW)
+    verdict = audit_run(Location(output), EVERY_ROW)
     assert verdict.passed, verdict.reasons
-    summary = describe_audit(output)
+    summary = describe_audit(Location(output))
     assert summary["classes"]["identical"] == (4 if "temperature" in flat else 3)
     assert summary["seed"] == seed_of_output(RunDirectory.open(output))
     rows = pl.read_parquet(output / "audit" / "audit.parquet")
@@ -63,8 +65,8 @@ def test_sampled_rows_without_ids_are_replayed_with_their_own_noise(
     pq.write_table(pa.table({"prompt": PROMPTS}), tmp_path / "p.parquet")
     settings = {"model": str(model), "engine": "naive", "max_new_tokens": 6, "temperature": 1.0}
     run_job(str(tmp_path / "p.parquet"), tmp_path / "out", JobSettings.from_flat(settings))
-    assert audit_run(tmp_path / "out", EVERY_ROW).passed
-    assert describe_audit(tmp_path / "out")["classes"]["identical"] == 4
+    assert audit_run(Location(tmp_path / "out"), EVERY_ROW).passed
+    assert describe_audit(Location(tmp_path / "out"))["classes"]["identical"] == 4
 
 
 @pytest.mark.parametrize("flat", [{}, {"temperature": 1.0}])
@@ -72,9 +74,9 @@ def test_a_run_that_shared_prefixes_is_computed_in_other_ways_too(
     tmp_path: Path, model: Path, flat: dict[str, object]
 ) -> None:
     output = make_run(tmp_path, model, engine="prefix", **flat)
-    verdict = audit_run(output, EVERY_ROW)
+    verdict = audit_run(Location(output), EVERY_ROW)
     assert verdict.passed, verdict.reasons
-    summary = describe_audit(output)
+    summary = describe_audit(Location(output))
     assert list(summary["arms"]) == ["again", "batched", "reuse", "product"]
     rows = summary["rows_audited"]
     assert all(arm["rows"] == arm["rows_exact"] == rows for arm in summary["arms"].values())
@@ -90,12 +92,12 @@ def test_a_strict_run_is_held_to_its_bits(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = make_run(tmp_path, model, engine="prefix", fidelity="strict")
-    verdict = audit_run(output, EVERY_ROW)
+    verdict = audit_run(Location(output), EVERY_ROW)
     assert verdict.passed and verdict.tier == "strict", verdict.reasons
-    summary = describe_audit(output)
+    summary = describe_audit(Location(output))
     assert summary["strict"] == {"rows": 3, "rows_same_bits": 3}
     monkeypatch.setattr(arms, "same_bits_alone", lambda engine, rows: [True, False, True])
-    assert not audit_run(output, EVERY_ROW).passed
+    assert not audit_run(Location(output), EVERY_ROW).passed
 
 
 def test_an_audit_that_notices_no_fault_fails(
@@ -104,14 +106,14 @@ def test_an_audit_that_notices_no_fault_fails(
     """The check of the check: a replay that agrees with whatever it is given."""
     output = make_run(tmp_path, model, engine="prefix")
     monkeypatch.setattr(Arms, "_passes", lambda self, row: True)
-    verdict = audit_run(output, EVERY_ROW)
+    verdict = audit_run(Location(output), EVERY_ROW)
     assert not verdict.passed and "caught 0 of" in verdict.reasons[0]
 
 
 def test_arms_can_be_left_out(tmp_path: Path, model: Path) -> None:
     output = make_run(tmp_path, model, engine="prefix")
-    assert audit_run(output, EVERY_ROW.model_copy(update={"audit_arms": 0})).passed
-    summary = describe_audit(output)
+    assert audit_run(Location(output), EVERY_ROW.model_copy(update={"audit_arms": 0})).passed
+    summary = describe_audit(Location(output))
     assert summary["arms"] == {} and summary["faults"]["planted"] == 0
 
 
@@ -126,7 +128,7 @@ def test_a_changed_token_is_found(tmp_path: Path, model: Path) -> None:
     changed = table.set_column(column, field, pa.array(ids, type=field.type))
     part.unlink()
     write_part(output / "data", 0, changed, {})
-    verdict = audit_run(output, EVERY_ROW)
+    verdict = audit_run(Location(output), EVERY_ROW)
     assert not verdict.passed
     rows = pl.read_parquet(output / "audit" / "audit.parquet")
     assert rows.filter(~pl.col("audit_exact"))["audit_first_divergence"].to_list() == [3]
@@ -136,7 +138,7 @@ def test_another_input_is_refused(tmp_path: Path, model: Path) -> None:
     output = make_run(tmp_path, model)
     write_prompts(tmp_path / "p.parquet", ["something else"])
     with pytest.raises(InputError, match="has changed since"):
-        audit_run(output, EVERY_ROW)
+        audit_run(Location(output), EVERY_ROW)
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
@@ -145,13 +147,13 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     with (model / "config.json").open("a") as config:
         config.write("\n")
     with pytest.raises(ModelError, match="model differs"):
-        audit_run(output, EVERY_ROW)
+        audit_run(Location(output), EVERY_ROW)
 
 
 def test_a_run_that_was_not_audited_says_so(tmp_path: Path, model: Path) -> None:
     output = make_run(tmp_path, model)
     with pytest.raises(RunDirectoryError, match="coppice audit"):
-        describe_audit(output)
+        describe_audit(Location(output))
 
 
 def test_rows_are_found_again_in_input_order(tmp_path: Path) -> None:
@@ -179,19 +181,43 @@ def test_an_altered_part_is_named(tmp_path: Path, model: Path) -> None:
     output = make_run(tmp_path, model)
     part = rewrite_a_token(output)
     with pytest.raises(StorageError, match=f"{part.name} was altered"):
-        audit_run(output, EVERY_ROW)
+        audit_run(Location(output), EVERY_ROW)
 
 
 def test_a_missing_part_is_no_smaller_run(tmp_path: Path, model: Path) -> None:
     output = make_run(tmp_path, model, rows_per_part=2)
     sorted((output / "data").iterdir())[0].unlink()
     with pytest.raises(StorageError, match="2 of 4 rows have no answer"):
-        audit_run(output, EVERY_ROW)
+        audit_run(Location(output), EVERY_ROW)
 
 
 def test_an_unfinished_run_gets_no_verdict(tmp_path: Path, model: Path) -> None:
     output = make_run(tmp_path, model)
     (output / "_SUCCESS").unlink()
     with pytest.raises(RunDirectoryError, match="not complete"):
-        audit_run(output, EVERY_ROW)
+        audit_run(Location(output), EVERY_ROW)
     assert not (output / "audit").exists()
+
+
+OTHER_JOBS: dict[str, tuple[dict[str, object], type[CoppiceError], str]] = {
+    "other rows": ({"limit": 2}, InputError, "has changed since"),
+    "other sampling": ({"max_new_tokens": 5}, ModelError, "sampling differs"),
+    "without an option of the run": ({}, ModelError, "generation_options differs"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_JOBS)
+def test_an_opened_job_that_is_not_of_the_run_is_refused(
+    tmp_path: Path, model: Path, name: str
+) -> None:
+    """The fingerprints are compared both ways: a field that only the run has counts as well."""
+    flat, kind, says = OTHER_JOBS[name]
+    recorded = {"generation_options": ["repetition_penalty=1.1"]}
+    run = make_run(tmp_path, model, **recorded)
+    asked = {"model": str(model), "engine": "naive", "max_new_tokens": 6, "dtype": "float32"}
+    same = open_job(str(tmp_path / "p.parquet"), JobSettings.from_flat(asked | recorded))
+    assert audit_opened(same, Location(run), EVERY_ROW).passed
+    own = recorded if flat else {}
+    other = open_job(str(tmp_path / "p.parquet"), JobSettings.from_flat(asked | own | flat))
+    with pytest.raises(kind, match=says):
+        audit_opened(other, Location(run), EVERY_ROW)

@@ -12,7 +12,8 @@ import yaml
 from pipeline.audit.similarity import Encoder
 from pipeline.cli import app as cli
 from pipeline.cli.options import PANELS
-from pipeline.settings import AuditSettings, JobSettings
+from pipeline.location import Location
+from pipeline.settings import JobSettings
 from pipeline.status import read_status
 from tests.tiny_job import write_model, write_prompts, write_tokenizer
 
@@ -205,12 +206,13 @@ def test_a_wrong_file_is_refused(shell: Shell, tmp_path: Path, text: str, messag
 
 
 def test_every_setting_has_a_flag(shell: Shell) -> None:
-    assert set(PANELS) == {f.annotation for f in JobSettings.model_fields.values()}
+    assert set(PANELS) == set(JobSettings.model_fields)
     assert shell("run", "--help") == 0
     for flag in PANELS.values():
         assert f"─ {flag} ─" in shell.out or flag == "Audit"
     for section in PANELS:
-        for name in section.model_fields if section is not AuditSettings else ():
+        fields = JobSettings.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+        for name in fields if section != "audit" else ():
             assert f"--{name.replace('_', '-')} " in shell.out, "no flag is cut"
     words = " ".join(shell.out.replace("│", " ").split())
     for default in ("2GiB", "1%", "30m", "256", "1000", "prefix", "auto"):
@@ -294,9 +296,9 @@ def test_status_can_be_watched_until_the_job_ends(
     assert shell(*job, "--fail-on-error", "1") == 0
     looks: list[str] = []
 
-    def read(directory: str, store: object) -> dict[str, Any]:
-        looks.append(directory)
-        state = read_status(directory)
+    def read(run: Location) -> dict[str, Any]:
+        looks.append(str(run))
+        state = read_status(run)
         status = ("waiting", "planning", "running")[len(looks) - 1 : len(looks)]
         return state | ({"status": status[0]} if status else {})
 

@@ -50,7 +50,7 @@ def test_the_plain_line_says_it_all() -> None:
 
 
 def test_nothing_is_known_before_the_first_row() -> None:
-    start = Snapshot(10, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 1.0)
+    start = Snapshot(10, 0, 0, 1.0, 0, 0, 0, 0, 0.0, 0.0)
     assert start.eta_s is None
     assert "ETA unknown" in plain_line(start)
 

@@ -21,13 +21,13 @@ from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.errors import EngineError
 from pipeline.settings import EngineSettings
 from tests.engine import tiny
-from tests.engine.test_kv_states import TokenStore
+from tests.engine.test_kv_connector import TokenStore
 
 PIPELINE = Path(__file__).resolve().parents[2] / "pipeline"
 HOOKS = {
     "on_logits": EngineHooks(on_logits=lambda rows, at, logits: None),
     "force_tokens": EngineHooks(force_tokens=lambda rows, at: rows),
-    "kv_states": EngineHooks(kv_states=TokenStore()),
+    "kv_connector": EngineHooks(kv_connector=TokenStore()),
 }
 
 
@@ -59,7 +59,9 @@ def test_nothing_is_assigned_to_an_engine_from_outside() -> None:
 def test_a_hook_is_used_or_refused_and_never_left_out(name: str) -> None:
     plan = tiny.plan_of([[5, 6, 7], [5, 6, 8]])
     for engine in engines():
-        knows = engine.capabilities.kv if name == "kv_states" else engine.capabilities.shows_logits
+        knows = (
+            engine.capabilities.kv if name == "kv_connector" else engine.capabilities.shows_logits
+        )
         assert bool(knows) == (engine.name == "prefix")
         if not knows:
             with pytest.raises(EngineError, match=f"does not know the hook {name}"):

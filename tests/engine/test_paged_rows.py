@@ -38,6 +38,7 @@ from pipeline.plan.plan import Plan
 from pipeline.records import Completion, SamplingParams
 from pipeline.settings import EngineSettings
 from tests.engine import tiny
+from tests.engine.integrity import check_integrity
 from tests.engine.test_cuda_graphs import DirectCall
 from tests.engine.test_prefix_engine import FullMemory
 
@@ -123,7 +124,7 @@ class Watch:
         owned = [span.kv for span in spans if span.is_resident]
         owned += [block for row in s.rows for block in row.blocks if block.length]
         assert set(owned) == set(s._residency.ranges), "a range is reserved for nobody"
-        cache.check_integrity(owned)
+        check_integrity(cache, owned)
         assert cache.used_tokens == sum(kv.length for kv in owned)
         assert cache.used_tokens <= cache.peak_tokens <= cache.capacity
         order = [row.sequence for row in s.rows] + list(s.waiting)
@@ -491,7 +492,7 @@ def test_ranges_that_grow_and_move_keep_their_contents(steps: list[tuple[str, in
                 assert kv_range.start + kv_range.length + length >= min(
                     [r.start for r, _ in owned if r.start > kv_range.start and r.length] + [30]
                 )
-        cache.check_integrity([kv_range for kv_range, _ in owned])
+        check_integrity(cache, [kv_range for kv_range, _ in owned])
         for kv_range, contents in owned:
             slots = cache.arena[0, 0, 0, kv_range.start : kv_range.start + kv_range.length, 0]
             fresh = kv_range.length - len(contents)

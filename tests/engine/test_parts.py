@@ -24,6 +24,7 @@ from pipeline.model.model import LoadedModel, load_model
 from pipeline.records import SamplingParams
 from pipeline.settings import EngineSettings, ModelSettings
 from tests.engine import tiny
+from tests.engine.integrity import check_integrity
 
 CPU = torch.device("cpu")
 
@@ -40,7 +41,7 @@ def test_kv_ranges_tile_the_arena(operations: list[tuple[int, bool, int]]) -> No
             cache.release(live.pop(victim % len(live)))
         else:
             live.append(acquired)
-        cache.check_integrity(live)
+        check_integrity(cache, live)
         assert cache.used_tokens == sum(r.length for r in live) <= cache.peak_tokens <= 24
 
 
@@ -55,7 +56,7 @@ def test_compact_moves_contents_and_joins_the_gaps() -> None:
     cache.release(ranges[2])
     assert cache.acquire(6, from_left=True) is None
     cache.compact([ranges[1], ranges[3]])
-    cache.check_integrity([ranges[1], ranges[3]])
+    check_integrity(cache, [ranges[1], ranges[3]])
     assert cache.arena[0, 0, 0, :6, 0].tolist() == [1, 1, 1, 3, 3, 3]
     assert cache.acquire(6, from_left=True) is not None
 

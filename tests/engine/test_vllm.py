@@ -17,6 +17,7 @@ from pipeline.engine.base import RunControl
 from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.vllm_engine import VllmEngine, _salts, parse_options
 from pipeline.errors import ModelError, UsageError
+from pipeline.location import Location
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.token_table import TokenTable
 from pipeline.records import SamplingParams
@@ -198,5 +199,5 @@ def test_a_job_on_vllm_resumes_and_passes_the_same_audit(
     assert outcome.counters["rows_ok"] == 40
     written = answers(tmp_path / "out")
     assert not any("e" in text for text in written["generated_text"])
-    verdict = audit_run(tmp_path / "out", AuditSettings(audit_sample="100%"))
+    verdict = audit_run(Location(tmp_path / "out"), AuditSettings(audit_sample="100%"))
     assert verdict.passed and verdict.rows_audited >= 30

@@ -27,6 +27,7 @@ from pipeline.records import Completion, SamplingParams
 from pipeline.settings import EngineSettings
 from tests.engine.tiny import GREEDY, LONGER, SAMPLED, load_tiny, plan_of, random_prompts
 from tests.executor.thread_crew import ThreadCrew
+from tests.plan.edges import edge_token_ids
 
 _SEED = threading.Lock()  # models are drawn from torch's own, shared state
 
@@ -99,7 +100,7 @@ def test_a_carved_plan_needs_what_the_whole_one_needs(chosen: slice) -> None:
         assert ours.tolist() == theirs.tolist()
         path = part.tree.path(int(part.tree.terminal[part.sequences.prompt[place]]))
         assert sum(int(part.tree.edge_lengths[node]) for node in path) == len(ours)
-        at = [part.edge_token_ids(node).tolist() for node in path]
+        at = [edge_token_ids(part, node).tolist() for node in path]
         assert [token for edge in at for token in edge] == ours.tolist()
     assert (part.sequences.noise_key == plan.sequences.noise_key[sequences]).all()
     counts = part.count_below(np.arange(len(sequences)))

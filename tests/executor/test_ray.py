@@ -21,6 +21,7 @@ import pytest
 from pipeline.audit.auditing import audit_run
 from pipeline.errors import Interrupted, TimeBudgetReached, UsageError
 from pipeline.job import stopping
+from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import AuditSettings, FleetSettings, JobSettings
 from tests.executor.ray_engines import make_watched
@@ -125,7 +126,7 @@ def test_two_workers_answer_as_one_and_count_every_token(
     assert "ray: 2 workers with a CPU each" in manifest["engine"]["notes"][0]
     assert len(pids(workers)) == 2, "one worker has done it all"
     assert answers(out)["latency_s"].min() > 0  # type: ignore[operator]
-    assert audit_run(out, AuditSettings(audit_sample="10%", audit_arms=0)).passed
+    assert audit_run(Location(out), AuditSettings(audit_sample="10%", audit_arms=0)).passed
 
 
 @pytest.mark.fault(
@@ -263,10 +264,10 @@ def test_another_model_on_a_workers_machine_is_refused(
 ) -> None:
     """By content, not by path: rows of another model would be wrong and look right."""
     from pipeline.errors import ModelError
-    from pipeline.job import planning
+    from pipeline.job import job as opened
 
     monkeypatch.setattr(
-        planning, "identify_model", lambda model: {"model": "of the driver", "revision": None}
+        opened, "identify_model", lambda model: {"model": "of the driver", "revision": None}
     )
     with pytest.raises(ModelError, match="not the model of the machine that began"):
         run_job(str(source), tmp_path / "out", settings_of(), make_engine=make_watched)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from pipeline.errors import UsageError
+from pipeline.location import Location
 from pipeline.status import read_status
 from tests.executor import ray_engines
 from tests.tiny_job import answers, write_prompts
@@ -133,7 +134,7 @@ def test_a_head_that_dies_ends_the_job_in_a_sentence(
     assert time.monotonic() - killed < 40
     assert job.returncode == 1
     assert "head of the Ray cluster" in said.splitlines()[-1] and "same command" in said
-    assert read_status(out)["status"] == "failed"
+    assert read_status(Location(out))["status"] == "failed"
     committed = answers(out).height
     assert 5 <= committed < 400
 

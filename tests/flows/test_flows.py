@@ -25,8 +25,9 @@ from flows.parameters import JobForm
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.errors import AuditFailed, EngineError, InputError, UsageError
 from pipeline.job.outcome import RunOutcome
+from pipeline.location import Location
 from pipeline.run import run_job
-from pipeline.settings import JobSettings, StoreSettings
+from pipeline.settings import JobSettings, ObjectStoreSettings
 from tests.tiny_job import echo_settings, write_prompts, write_tokenizer
 
 # Prefect makes forms of the dicts that it is given.
@@ -165,15 +166,15 @@ def test_a_failed_audit_fails_the_flow_and_is_reported(
     job: tuple[str, str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Failed:
-        passed = False
-        reasons = ("one row is corrupt",)
+        def check(self, run: object) -> None:
+            raise AuditFailed(f"the audit of {run} failed: one row is corrupt")
 
     reported: list[str] = []
     monkeypatch.setattr("flows.audit.audit_run", lambda *arguments: Failed())
 
-    def write_report(path: str, store: object) -> dict[str, str]:
-        reported.append(path)
-        return {"page": f"{path}/report.html", "summary": "| rows | 2 |"}
+    def write_report(run: Location) -> dict[str, str]:
+        reported.append(str(run))
+        return {"page": f"{run}/report.html", "summary": "| rows | 2 |"}
 
     monkeypatch.setattr("flows.audit.write_report", write_report)
     run_job(job[0], Path(job[1]), echo_settings(Path(job[2]["model"])))
@@ -279,4 +280,5 @@ def test_a_link_is_one_that_a_browser_opens(
     """Seen red: file:///..., which no browser opens from a site."""
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     options = {} if endpoint is None else {"endpoint_url": endpoint}
-    assert _address(page, StoreSettings(storage_options=options)) == link
+    run = Location(page.removesuffix("/report.html"), ObjectStoreSettings(storage_options=options))
+    assert _address(run, page) == link

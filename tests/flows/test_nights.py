@@ -157,7 +157,7 @@ def test_a_failed_audit_publishes_nothing_and_somebody_is_told(
 ) -> None:
     job = make_job("wrong")
     night = job.night()
-    run_job(night.input, night.run_place, night.job, make_engine=on(EchoEngine()))
+    run_job(night.input, night.run.path, night.job, make_engine=on(EchoEngine()))
     for _ in range(3):  # on SQLite a busy server loses an event now and then, see docs/nights.md
         state = server.ended(run := begin(server, job))
         assert (state["type"], state["name"]) == ("FAILED", "Failed")

@@ -16,6 +16,7 @@ from pipeline.errors import CoppiceError, InputError, UsageError
 from pipeline.inputs.conversion import convert
 from pipeline.inputs.openai_batch import BadRequest, request_of_row, row_of_request
 from pipeline.inputs.reader import open_source
+from pipeline.location import Location
 from pipeline.settings import ReadSettings
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why? Ünïcode"}]
@@ -104,13 +105,13 @@ def test_what_means_as_usual_is_dropped() -> None:
 def test_a_batch_file_becomes_rows_that_a_run_takes_and_comes_back(tmp_path: Path) -> None:
     requests = [request("a", temperature=0.5, max_completion_tokens=7), request("b", stop=["."])]
     lines = write_lines(tmp_path / "in.jsonl", requests[0], "", requests[1])
-    assert convert(lines, tmp_path / "rows.parquet") == 2
-    source = open_source(tmp_path / "rows.parquet", ReadSettings())
+    assert convert(Location(lines), Location(tmp_path / "rows.parquet")) == 2
+    source = open_source(Location(tmp_path / "rows.parquet"), ReadSettings())
     (batch,) = source.iter_prompts()
     assert batch.ids == ["a", "b"] and not batch.rejected
     assert batch.contents == [CHAT, CHAT]
     assert batch.overrides == [{"temperature": 0.5, "max_new_tokens": 7}, {"stop": (".",)}]
-    assert convert(tmp_path / "rows.parquet", tmp_path / "back.jsonl") == 2
+    assert convert(Location(tmp_path / "rows.parquet"), Location(tmp_path / "back.jsonl")) == 2
     assert read_lines(tmp_path / "back.jsonl") == requests
 
 
@@ -120,7 +121,7 @@ def test_plain_lines_keep_their_columns(tmp_path: Path) -> None:
         {"id": "x", "prompt": "one", "more": 1},
         {"id": "y", "prompt": "two", "messages": None},
     )
-    assert convert(lines, tmp_path / "rows.parquet") == 2
+    assert convert(Location(lines), Location(tmp_path / "rows.parquet")) == 2
     frame = pl.read_parquet(tmp_path / "rows.parquet")
     assert frame["prompt"].to_list() == ["one", "two"] and frame["more"].to_list() == [1, None]
 
@@ -153,28 +154,33 @@ def test_a_line_that_cannot_be_taken_is_named_and_nothing_is_left(
 ) -> None:
     source = write_lines(tmp_path / "in.jsonl", *lines)
     with pytest.raises(InputError, match=said):
-        convert(source, tmp_path / "rows.parquet")
+        convert(Location(source), Location(tmp_path / "rows.parquet"))
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_a_field_with_lists_or_objects_of_two_types_is_json_text(tmp_path: Path) -> None:
     values = [[{"c": "x"}], [{"c": ["y"]}], None, {"c": 1}, "x", 5]
     source = write_lines(tmp_path / "in.jsonl", *({"prompt": "p", "t": value} for value in values))
-    assert convert(source, tmp_path / "rows.parquet") == 6
+    assert convert(Location(source), Location(tmp_path / "rows.parquet")) == 6
     frame = pl.read_parquet(tmp_path / "rows.parquet")
     assert [text and json.loads(text) for text in frame["t"]] == values
 
 
 def test_lists_of_thirty_levels_are_rows(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", f'{{"prompt": "p", "x": {"[" * 30}{"]" * 30}}}')
-    assert convert(source, tmp_path / "rows.parquet") == 1
-    assert open_source(tmp_path / "rows.parquet", ReadSettings()).take(np.array([0])).num_rows == 1
+    assert convert(Location(source), Location(tmp_path / "rows.parquet")) == 1
+    assert (
+        open_source(Location(tmp_path / "rows.parquet"), ReadSettings())
+        .take(np.array([0]))
+        .num_rows
+        == 1
+    )
 
 
 def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
     with pytest.raises(InputError, match="line 2 of .*UTF-8"):
-        convert(tmp_path / "in.jsonl", tmp_path / "rows.parquet")
+        convert(Location(tmp_path / "in.jsonl"), Location(tmp_path / "rows.parquet"))
 
 
 def test_what_a_row_says_wrongly_is_left_to_the_run(tmp_path: Path) -> None:
@@ -182,8 +188,8 @@ def test_what_a_row_says_wrongly_is_left_to_the_run(tmp_path: Path) -> None:
     lines = [request("a", messages=[]), request("b", temperature="hot"), request("c", stop=5)]
     lines += [request("d", messages=parts), request("e", max_tokens=-1), request("f")]
     source = write_lines(tmp_path / "in.jsonl", *lines)
-    assert convert(source, tmp_path / "rows.parquet") == 6
-    (batch,) = open_source(tmp_path / "rows.parquet", ReadSettings()).iter_prompts()
+    assert convert(Location(source), Location(tmp_path / "rows.parquet")) == 6
+    (batch,) = open_source(Location(tmp_path / "rows.parquet"), ReadSettings()).iter_prompts()
     assert [bad.row_index for bad in batch.rejected] == [0, 1, 2, 3]
     assert batch.overrides[4] == {"max_new_tokens": -1}  # refused with the ranges, when planning
 
@@ -191,33 +197,33 @@ def test_what_a_row_says_wrongly_is_left_to_the_run(tmp_path: Path) -> None:
 def test_columns_that_only_share_a_name_with_a_request_change_nothing(tmp_path: Path) -> None:
     rows = {"id": ["a"], "prompt": ["x"], "url": ["https://example.com"], "model": [1]}
     pl.DataFrame(rows).write_parquet(tmp_path / "in.parquet")
-    assert convert(tmp_path / "in.parquet", tmp_path / "out.jsonl") == 1
+    assert convert(Location(tmp_path / "in.parquet"), Location(tmp_path / "out.jsonl")) == 1
     (line,) = read_lines(tmp_path / "out.jsonl")
     assert line == {
         "custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}
     }  # fmt: skip
-    assert convert(tmp_path / "out.jsonl", tmp_path / "back.parquet") == 1
+    assert convert(Location(tmp_path / "out.jsonl"), Location(tmp_path / "back.parquet")) == 1
 
 
 def test_a_mark_of_byte_order_is_not_part_of_the_first_line(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(b'\xef\xbb\xbf{"id": "a", "prompt": "x"}\r\n')
-    assert convert(tmp_path / "in.jsonl", tmp_path / "rows.parquet") == 1
+    assert convert(Location(tmp_path / "in.jsonl"), Location(tmp_path / "rows.parquet")) == 1
 
 
 def test_a_row_that_no_run_would_take_is_not_turned_into_a_request(tmp_path: Path) -> None:
     pl.DataFrame({"id": ["a", "b"], "prompt": ["p", None]}).write_parquet(tmp_path / "in.parquet")
     with pytest.raises(InputError, match="row 1 of"):
-        convert(tmp_path / "in.parquet", tmp_path / "out.jsonl")
+        convert(Location(tmp_path / "in.parquet"), Location(tmp_path / "out.jsonl"))
     assert not (tmp_path / "out.jsonl").exists()
 
 
 @pytest.mark.parametrize(("source", "target"), [("a.jsonl", "b.jsonl"), ("a.parquet", "b.csv")])
 def test_other_endings_are_a_usage_error(tmp_path: Path, source: str, target: str) -> None:
     with pytest.raises(UsageError, match="convert from"):
-        convert(tmp_path / source, tmp_path / target)
+        convert(Location(tmp_path / source), Location(tmp_path / target))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for source, target in (("a.jsonl", "b.parquet"), ("a.parquet", "b.jsonl")):
         with pytest.raises(CoppiceError, match="a\\."):
-            convert(tmp_path / source, tmp_path / target)
+            convert(Location(tmp_path / source), Location(tmp_path / target))

@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError, StorageError
-from pipeline.inputs import json_lines, parquet_copies
+from pipeline.inputs import json_lines, line_reader, parquet_copies
 from pipeline.inputs.input_files import InputFile
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.reader import PromptSource, open_source
+from pipeline.location import Location
 from pipeline.private_folder import private_folder
 from pipeline.settings import ReadSettings
 from tests.storage.disk import FailingDisk
@@ -31,7 +32,7 @@ ROWS = [{"prompt": f"p{i}", "score": i} for i in range(7)]
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies have row groups of three rows."""
-    monkeypatch.setattr(json_lines, "_ROWS_AT_A_TIME", 3)
+    monkeypatch.setattr(line_reader, "_ROWS_AT_A_TIME", 3)
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def write(path: Path, rows: Sequence[object] = ROWS) -> Path:
 
 
 def source(path: Path | str, cache: Path) -> PromptSource:
-    return open_source(path, ReadSettings(), copies=ParquetCopies(cache))
+    return open_source(Location(path), ReadSettings(), copies=ParquetCopies(cache))
 
 
 def prompts(opened: PromptSource) -> list[Any]:
@@ -228,7 +229,7 @@ def test_gzip_is_read_whole_or_refused(tmp_path: Path, cache: Path) -> None:
 def test_an_endless_line_is_refused_before_it_fills_the_memory(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_lines, "_LONGEST_LINE", 1000)
+    monkeypatch.setattr(line_reader, "_LONGEST_LINE", 1000)
     lines = write(tmp_path / "in.jsonl", [*ROWS, {"prompt": "x" * 2000}])
     with pytest.raises(InputError, match="line 8 of .* is longer"):
         source(lines, cache)

@@ -15,6 +15,7 @@ from pipeline.errors import InputError
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.partitions import read_partitions
 from pipeline.inputs.reader import PromptSource, open_source
+from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import ReadSettings
 from tests.tiny_job import answers, echo_settings
@@ -27,7 +28,7 @@ def write(path: Path, **columns: list[Any]) -> Path:
 
 
 def source(path: Path | str, **settings: Any) -> PromptSource:
-    return open_source(path, ReadSettings(**settings))
+    return open_source(Location(path), ReadSettings(**settings))
 
 
 def refused(path: Path | str) -> str:
@@ -170,7 +171,9 @@ def test_json_lines_have_them_too(tmp_path: Path) -> None:
         folder = tmp_path / "in" / f"lang={lang}"
         folder.mkdir(parents=True)
         (folder / "x.jsonl").write_text('{"prompt": "p"}\n')
-    opened = open_source(tmp_path / "in", ReadSettings(), copies=ParquetCopies(tmp_path / "cache"))
+    opened = open_source(
+        Location(tmp_path / "in"), ReadSettings(), copies=ParquetCopies(tmp_path / "cache")
+    )
     assert opened.take(np.array([1])).to_pylist() == [{"prompt": "p", "lang": "en"}]
     hashes = {opened.fingerprint(), source_of_renamed(tmp_path).fingerprint()}
     assert len(hashes) == 2
@@ -178,4 +181,6 @@ def test_json_lines_have_them_too(tmp_path: Path) -> None:
 
 def source_of_renamed(tmp_path: Path) -> PromptSource:
     (tmp_path / "in" / "lang=en").rename(tmp_path / "in" / "lang=es")
-    return open_source(tmp_path / "in", ReadSettings(), copies=ParquetCopies(tmp_path / "cache"))
+    return open_source(
+        Location(tmp_path / "in"), ReadSettings(), copies=ParquetCopies(tmp_path / "cache")
+    )

@@ -11,6 +11,7 @@ from pipeline.errors import UsageError
 from pipeline.inputs.cells import BadCell
 from pipeline.inputs.prompt_template import PromptTemplate
 from pipeline.inputs.reader import open_source
+from pipeline.location import Location
 from pipeline.settings import ReadSettings
 
 TABLE = pl.DataFrame(
@@ -28,7 +29,7 @@ def read(tmp_path: Path, template: str) -> tuple[list[object], dict[int, tuple[s
     (tmp_path / "t.j2").write_text(template)
     TABLE.write_parquet(tmp_path / "in.parquet")
     settings = ReadSettings(template=tmp_path / "t.j2")
-    (batch,) = open_source(tmp_path / "in.parquet", settings).iter_prompts()
+    (batch,) = open_source(Location(tmp_path / "in.parquet"), settings).iter_prompts()
     faults = {bad.row_index: (bad.error_type, bad.message) for bad in batch.rejected}
     return list(batch.contents), faults
 
@@ -89,17 +90,19 @@ def test_a_wrong_template_is_a_usage_error_with_its_place(
 def test_files_and_columns_that_do_not_go_together(tmp_path: Path) -> None:
     TABLE.write_parquet(tmp_path / "in.parquet")
     with pytest.raises(UsageError, match="cannot read the template"):
-        open_source(tmp_path / "in.parquet", ReadSettings(template=tmp_path / "absent.j2"))
+        open_source(
+            Location(tmp_path / "in.parquet"), ReadSettings(template=tmp_path / "absent.j2")
+        )
     (tmp_path / "t.j2").write_bytes(b"\xff{{ price }}")
     settings = ReadSettings(template=tmp_path / "t.j2")
     with pytest.raises(UsageError, match="not UTF-8"):
-        open_source(tmp_path / "in.parquet", settings)
+        open_source(Location(tmp_path / "in.parquet"), settings)
     (tmp_path / "t.j2").write_bytes(b"\xef\xbb\xbf{{ price }}")
-    (batch,) = open_source(tmp_path / "in.parquet", settings).iter_prompts()
+    (batch,) = open_source(Location(tmp_path / "in.parquet"), settings).iter_prompts()
     assert batch.contents == ["1", "2", "3"]
     settings = ReadSettings(template=tmp_path / "t.j2", prompt_column="product")
     with pytest.raises(UsageError, match="drop --prompt-column"):
-        open_source(tmp_path / "in.parquet", settings)
+        open_source(Location(tmp_path / "in.parquet"), settings)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.inputs.reader import PromptSource, find_duplicate_ids, open_source
+from pipeline.location import Location
 from pipeline.records import PromptBatch
 from pipeline.settings import ReadSettings
 
@@ -31,7 +32,7 @@ def write(path: Path, row_group_size: int = 1000, **columns: Any) -> Path:
 
 
 def source(path: Path | str, **settings: Any) -> PromptSource:
-    return open_source(path, ReadSettings(**settings))
+    return open_source(Location(path), ReadSettings(**settings))
 
 
 def rows(opened: PromptSource) -> PromptBatch:

@@ -9,6 +9,7 @@ import pytest
 from pipeline.inputs.input_files import find_input_files
 from pipeline.inputs.reader import open_source
 from pipeline.inputs.selection import HIDDEN, OUTPUTS, search, select
+from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import JobSettings, ReadSettings
 from tests.tiny_job import answers, write_prompts
@@ -69,7 +70,7 @@ def test_a_pattern_reads_a_file_once_though_links_go_in_circles(tmp_path: Path) 
     """Seen red: a folder that links to itself gave each row forty times."""
     write_prompts(tmp_path / "a.parquet", ["a"])
     (tmp_path / "loop").symlink_to(tmp_path)
-    found = find_input_files(f"{tmp_path}/**/*.parquet")
+    found = find_input_files(Location(f"{tmp_path}/**/*.parquet"))
     assert [file.name for file in found.files] == [f"{tmp_path}/a.parquet"]
     assert "matched again by way of a linked folder" in found.summary
 
@@ -88,21 +89,21 @@ def test_files_that_are_nearly_rows_are_counted(tmp_path: Path) -> None:
 def test_what_is_read_is_said_with_counts(tmp_path: Path) -> None:
     for name in ("a.parquet", "b.parquet", "_x/c.parquet"):
         prompts(tmp_path, name, "hello")
-    said = open_source(tmp_path, ReadSettings()).summary
+    said = open_source(Location(tmp_path), ReadSettings()).summary
     assert said.endswith(
         "2 files are read; left out: 1 with a name or a folder that begins with _ or ."
     )
-    assert open_source(tmp_path / "a.parquet", ReadSettings()).summary == ""
-    assert open_source(f"{tmp_path}/**/*.parquet", ReadSettings()).num_rows == 2
-    assert open_source(f"{tmp_path}/_x/*.parquet", ReadSettings()).num_rows == 1
+    assert open_source(Location(tmp_path / "a.parquet"), ReadSettings()).summary == ""
+    assert open_source(Location(f"{tmp_path}/**/*.parquet"), ReadSettings()).num_rows == 2
+    assert open_source(Location(f"{tmp_path}/_x/*.parquet"), ReadSettings()).num_rows == 1
 
 
 def test_a_renamed_file_of_a_folder_is_another_input(tmp_path: Path) -> None:
     for name in ("a.parquet", "b.parquet"):
         prompts(tmp_path, name, "hello")
-    before = open_source(tmp_path, ReadSettings()).fingerprint()
+    before = open_source(Location(tmp_path), ReadSettings()).fingerprint()
     (tmp_path / "b.parquet").rename(tmp_path / "c.parquet")
-    assert open_source(tmp_path, ReadSettings()).fingerprint() != before
+    assert open_source(Location(tmp_path), ReadSettings()).fingerprint() != before
 
 
 @pytest.mark.fault(

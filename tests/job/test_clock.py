@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.audit.auditing import reopen_job
+from pipeline.audit.reopened_job import reopen_job
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.errors import EngineError, RunDirectoryError, UsageError
-from pipeline.job.planning import open_job
+from pipeline.job.job import open_job
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
 from pipeline.storage.manifest import read_manifest

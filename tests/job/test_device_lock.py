@@ -18,6 +18,7 @@ import pytest
 from pipeline.errors import TimeBudgetReached, UsageError
 from pipeline.job.device_lock import holding_device
 from pipeline.job.observer import SilentObserver
+from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
 from tests.tiny_job import PROMPTS, answers, write_prompts
@@ -181,4 +182,4 @@ def test_an_audit_waits_for_its_turn_as_well(
     run_job(str(source), tmp_path / "out", job(model_folder, busy_device="fail"))
     with another_job():
         with pytest.raises(UsageError, match="in use by"):
-            audit_run(tmp_path / "out", AuditSettings())
+            audit_run(Location(tmp_path / "out"), AuditSettings())

@@ -10,7 +10,8 @@ import polars as pl
 import pytest
 
 from pipeline.errors import RunDirectoryError, UsageError
-from pipeline.job.planning import Job, open_job, plan_for_a_person, plan_rows
+from pipeline.job.job import Job, open_job
+from pipeline.job.planning import plan_for_a_person, plan_rows
 from pipeline.run import run_job
 from tests.tiny_job import echo_settings, write_tokenizer
 

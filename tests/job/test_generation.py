@@ -17,6 +17,7 @@ from pipeline.audit.similarity import Encoder
 from pipeline.errors import CoppiceError, RunDirectoryError, UsageError
 from pipeline.generation import GenerationRules
 from pipeline.job.observer import SilentObserver
+from pipeline.location import Location
 from pipeline.model import identity as fingerprint
 from pipeline.run import plan_job, run_job, validate_input
 from pipeline.settings import AuditSettings, JobSettings
@@ -80,7 +81,7 @@ def test_a_run_says_what_generate_says_and_its_audit_passes(
     texts = generated(model, max_new_tokens=12)
     assert texts != generated(plain_model, max_new_tokens=12)
     assert answers(tmp_path / "out")["generated_text"].to_list() == texts
-    verdict = audit_run(tmp_path / "out", EVERY_ROW)
+    verdict = audit_run(Location(tmp_path / "out"), EVERY_ROW)
     assert verdict.passed and verdict.free_exact == verdict.free_rows == 4, verdict.reasons
 
 
@@ -93,7 +94,7 @@ def test_a_field_that_we_ignore_fails_the_audit(
         generation, "RULES", tuple(n for n in generation.RULES if n != "repetition_penalty")
     )
     run_job(prompts, tmp_path / "out", settings(model))
-    verdict = audit_run(tmp_path / "out", EVERY_ROW)
+    verdict = audit_run(Location(tmp_path / "out"), EVERY_ROW)
     assert not verdict.passed
     assert "free-running answers differ without a near-tie" in verdict.reasons[0]
 
@@ -108,7 +109,7 @@ def test_what_cannot_be_done_is_refused_before_anything_ran(
     run_job(prompts, tmp_path / "out", settings(model, generation_options=["num_beams=1"]))
     texts = generated(plain_model, max_new_tokens=12)
     assert answers(tmp_path / "out")["generated_text"].to_list() == texts
-    assert audit_run(tmp_path / "out", EVERY_ROW).passed
+    assert audit_run(Location(tmp_path / "out"), EVERY_ROW).passed
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_a_flag_overrules_the_model_and_belongs_to_the_run(
     run_job(prompts, tmp_path / "out", without)
     texts = generated(plain_model, max_new_tokens=12)
     assert answers(tmp_path / "out")["generated_text"].to_list() == texts
-    assert audit_run(tmp_path / "out", EVERY_ROW).passed
+    assert audit_run(Location(tmp_path / "out"), EVERY_ROW).passed
     with pytest.raises(RunDirectoryError, match="another (generation_|repetition)"):
         run_job(prompts, tmp_path / "out", settings(model))
 
@@ -173,7 +174,7 @@ def test_stop_strings_of_the_model_end_an_answer(
         for own, text in zip(ours, texts, strict=True)
     )
     assert ours != generated(plain_model, max_new_tokens=12)
-    assert audit_run(tmp_path / "out", EVERY_ROW).passed
+    assert audit_run(Location(tmp_path / "out"), EVERY_ROW).passed
 
 
 def test_a_special_token_that_is_no_eos_stops(
@@ -184,7 +185,7 @@ def test_a_special_token_that_is_no_eos_stops(
     rows = answers(tmp_path / "out")
     assert rows["generated_text"].to_list() == generated(plain_model, max_new_tokens=12)
     assert "stop" in rows["finish_reason"].to_list()
-    assert audit_run(tmp_path / "out", EVERY_ROW).passed
+    assert audit_run(Location(tmp_path / "out"), EVERY_ROW).passed
 
 
 def test_a_strict_run_belongs_to_its_number_of_threads(
@@ -197,7 +198,7 @@ def test_a_strict_run_belongs_to_its_number_of_threads(
     with pytest.raises(RunDirectoryError, match="another threads .*now 77"):
         run_job(prompts, tmp_path / "out", strict)
     run_job(prompts, tmp_path / "loose", settings(plain_model))
-    assert audit_run(tmp_path / "out", AuditSettings(audit_arms=0)).passed
+    assert audit_run(Location(tmp_path / "out"), AuditSettings(audit_arms=0)).passed
 
 
 def test_numbers_beyond_what_can_be_counted_are_their_rows_errors(

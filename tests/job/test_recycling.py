@@ -16,6 +16,7 @@ from pipeline.audit.auditing import audit_run
 from pipeline.job.observer import SilentObserver
 from pipeline.job.recycling import nodes_to_keep
 from pipeline.kvstore.store import KVStore
+from pipeline.location import Location
 from pipeline.plan.plan import Plan
 from pipeline.run import plan_job, run_job
 from pipeline.settings import AuditSettings, JobSettings
@@ -83,7 +84,7 @@ def test_the_second_night_computes_nothing_that_rows_shared(nights: Nights) -> N
     assert set(answers(first)["reuse_source"]) == {"run", "none"}
     assert set(answers(second)["reuse_source"]) == {"store"}
     assert f"{int(warm['loaded_tokens'])} prompt tokens loaded" in said
-    verdict = audit_run(second, AuditSettings(audit_sample="100%"))
+    verdict = audit_run(Location(second), AuditSettings(audit_sample="100%"))
     assert verdict.passed and verdict.rows_exact == verdict.rows_audited == len(PROMPTS)
 
 
@@ -194,13 +195,11 @@ def test_a_damaged_store_costs_time_and_nothing_else(
 
 def test_two_jobs_use_one_store_and_one_of_them_writes(nights: Nights) -> None:
     nights.run(PROMPTS)
-    from pipeline.job.planning import open_job
-    from pipeline.job.recycling import identify_states
+    from pipeline.job.job import open_job
+    from pipeline.job.recycling import kv_identity
 
     job = open_job(str(nights.root / "p1.parquet"), nights.settings())
-    identity = identify_states(
-        job.settings, job.model_identity, job.tokenizer.fingerprint, "float32"
-    )
+    identity = kv_identity(job.settings, job.model_identity, job.tokenizer.fingerprint, "float32")
     with KVStore.open(nights.store, identity, 1 << 30) as other:
         assert other.is_writer
         _, counters, said = nights.run([*PROMPTS, f"{SYSTEM}one more", f"{SYSTEM}one more?"])

@@ -18,6 +18,7 @@ from pipeline.engine.echo_engine import EchoEngine
 from pipeline.errors import Stalled
 from pipeline.job.observer import SilentObserver
 from pipeline.job.watchdog import Stillness, Watchdog, describe_threads
+from pipeline.location import Location
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion
 from pipeline.run import run_job
@@ -80,7 +81,7 @@ def test_a_job_whose_threads_come_back_raises_and_goes_on_later(
         run_job(str(source), tmp_path / "out", settings, make_engine=on(engine))
     assert caught.value.exit_code == 1 and "same command" in str(caught.value)
     assert "thread writer" in caplog.text and "test_watchdog.py" in caplog.text
-    assert read_status(tmp_path / "out")["status"] == "failed"
+    assert read_status(Location(tmp_path / "out"))["status"] == "failed"
     assert not [t for t in threading.enumerate() if t.name in ("writer", "ticker", "watchdog")]
     committed = answers(tmp_path / "out").height
     assert committed >= 2

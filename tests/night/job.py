@@ -62,7 +62,7 @@ class NightlyJob:
 
     def run_directory(self, day: datetime.date = DAY) -> Path:
         """Of that night."""
-        return Path(self.night(day).run_place)
+        return self.night(day).run.local
 
     def sit(self, day: datetime.date = DAY) -> list[Ending]:
         """One sitting."""

@@ -28,4 +28,4 @@ def publish_and_die(
     found = content(base / "run")
     with pytest.MonkeyPatch.context() as patch:
         DeadlyDisk(patch, target.parent, kill_at, when)
-        FolderTarget(str(target)).publish("2026-11-22", found)
+        FolderTarget(target).publish("2026-11-22", found)

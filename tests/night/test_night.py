@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.audit.auditing import audit_run, reopen_job
+from pipeline.audit.auditing import audit_opened
+from pipeline.audit.reopened_job import reopen_job
 from pipeline.audit.verdict import Verdict
 from pipeline.engine.base import Engine
 from pipeline.engine.load import make_engine
@@ -32,17 +33,20 @@ from pipeline.errors import (
 )
 from pipeline.inputs import parquet_input
 from pipeline.job.checkpoint import Checkpoint
+from pipeline.job.job import Job
 from pipeline.job.observer import Planning, SilentObserver
+from pipeline.location import Location
 from pipeline.night import night as night_module
 from pipeline.night import steps
 from pipeline.night.calendar import mark_due
 from pipeline.night.ending import Ending, NightFailure, NightOutcome, worst
 from pipeline.night.night import run_nights, sitting
+from pipeline.night.opened_job import OpenedJob
 from pipeline.night.settings import Night
 from pipeline.night.state import read_state
 from pipeline.night.steps import Step
 from pipeline.records import Completion
-from pipeline.run import run_job
+from pipeline.run import run_opened
 from pipeline.settings import JobSettings
 from pipeline.storage.lock import FolderLock
 from pipeline.storage.run_directory import RunDirectory
@@ -108,7 +112,7 @@ def test_the_planning_of_a_night_is_shown(job: NightlyJob) -> None:
         def show_planning(self, planning: Planning) -> None:
             shown.append(planning)
 
-    assert steps.plan_night(job.night(), Watching())["rows"] == len(PROMPTS)
+    assert steps.plan_night(OpenedJob(job.night()), Watching())["rows"] == len(PROMPTS)
     assert shown and shown[-1].rows_done == len(PROMPTS)
 
 
@@ -138,7 +142,7 @@ def act_after(patch: pytest.MonkeyPatch, after: int, act: Callable[[], object]) 
         engine.generate = generate_and_act  # type: ignore[method-assign,assignment]
         return engine
 
-    patch.setattr(steps, "run_job", partial(run_job, make_engine=make))
+    patch.setattr(steps, "run_opened", partial(run_opened, make_engine=make))
 
 
 def fall() -> None:
@@ -147,17 +151,17 @@ def fall() -> None:
 
 def fail_audits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers that full prefill does not confirm."""
-    real = audit_run
+    real = audit_opened
 
-    def audit(place: Any, *rest: Any) -> Verdict:
-        for part in (Path(place) / "audit").glob("*"):
+    def audit(opened: Job, run: Location, *rest: Any) -> Verdict:
+        for part in (run.local / "audit").glob("*"):
             part.unlink()
-        verdict = real(place, *rest)
-        path = Path(place) / "audit" / "summary.json"
+        verdict = real(opened, run, *rest)
+        path = run.local / "audit" / "summary.json"
         path.write_text(path.read_text().replace('"verdict": "pass"', '"verdict": "fail"'))
         return Verdict(**(vars(verdict) | {"verdict": "fail", "reasons": ("1 row is corrupt",)}))
 
-    monkeypatch.setattr(steps, "audit_run", audit)
+    monkeypatch.setattr(steps, "audit_opened", audit)
 
 
 def test_a_night_tokenises_its_input_once(
@@ -410,10 +414,10 @@ def test_the_budget_is_of_the_whole_sitting(
     budgets = []
     now = time.monotonic()
 
-    def generate(night: Night, observer: Any, time_budget_s: float) -> dict[str, Any]:
+    def generate(opened: OpenedJob, observer: Any, time_budget_s: float) -> dict[str, Any]:
         budgets.append(time_budget_s)
         monkeypatch.setattr(time, "monotonic", lambda: now + 1800.0)
-        return steps.generate_night(night, observer, time_budget_s)
+        return steps.generate_night(opened, observer, time_budget_s)
 
     monkeypatch.setattr(night_module, "generate_night", generate)
     monkeypatch.setattr(time, "monotonic", lambda: now)

@@ -14,11 +14,11 @@ import polars as pl
 import pytest
 
 from pipeline.errors import AuditFailed, CoppiceError, RunDirectoryError, StorageError, UsageError
+from pipeline.location import Location
 from pipeline.night import folder_target
 from pipeline.night.folder_target import FolderTarget
 from pipeline.night.publication import Published, publish_by_hand, publish_run
 from pipeline.night.published import Content
-from pipeline.settings import StoreSettings
 from pipeline.storage.lock import FolderLock
 from pipeline.storage.run_directory import RunDirectory
 from tests.night.job import DAY, NightlyJob
@@ -27,11 +27,10 @@ from tests.torture.disk import CODES, KILLED, WRITES, FailingDisk, WatchedDisk, 
 from tests.torture.victim import Server
 
 DATE = DAY.isoformat()
-STORE = StoreSettings()
 
 
 def publish(job: NightlyJob) -> Published:
-    return publish_run(job.run_directory(), str(job.published), "reviews", DAY, STORE)
+    return publish_run(Location(job.run_directory()), Location(job.published), "reviews", DAY)
 
 
 def hidden(target: Path) -> list[str]:
@@ -47,8 +46,8 @@ def published_in(target: Path) -> list[Path]:
 def publish_the_next(target: Path, found: Content, expected: set[str]) -> None:
     """This date unless it is published, then another; nothing may be left over."""
     if not published_in(target):
-        FolderTarget(str(target)).publish(DATE, found)
-    FolderTarget(str(target)).publish("2026-11-23", found)
+        FolderTarget(target).publish(DATE, found)
+    FolderTarget(target).publish("2026-11-23", found)
     assert set(tree(target / DATE)) == set(tree(target / "2026-11-23")) == expected
     assert hidden(target) == []
 
@@ -159,14 +158,14 @@ def test_every_operation_of_a_publication_fails(
     target, found = tmp_path / "published", content(tmp_path / "run")
     with monkeypatch.context() as patch:
         disk = WatchedDisk(patch, tmp_path)
-        FolderTarget(str(target)).publish(DATE, found)
+        FolderTarget(target).publish(DATE, found)
     expected, num_failed = set(tree(target / DATE)), 0
     for number in range(len(disk.operations)):
         shutil.rmtree(target)
         with monkeypatch.context() as patch:
             FailingDisk(patch, tmp_path, number, code, lasts)
             try:
-                FolderTarget(str(target)).publish(DATE, found)
+                FolderTarget(target).publish(DATE, found)
             except CoppiceError as error:
                 num_failed += 1
                 assert os.strerror(code) in str(error)
@@ -200,7 +199,7 @@ def test_a_publication_that_is_killed_at_any_moment(
     found = content(tmp_path / "run")
     with monkeypatch.context() as patch:
         disk = WatchedDisk(patch, target.parent)
-        FolderTarget(str(target)).publish(DATE, found)
+        FolderTarget(target).publish(DATE, found)
     expected = set(tree(target / DATE))
     assert len(disk.operations) > 15
     num_left = 0
@@ -253,7 +252,10 @@ def test_a_later_state_of_the_same_run_takes_the_place_of_the_earlier(
     before = json.loads((audited.published / DATE / "published.json").read_text())
     recompute(audited)
     done = publish_run(
-        audited.run_directory(), str(audited.folder / "published"), "reviews", DAY, STORE
+        Location(audited.run_directory()),
+        Location(audited.folder / "published"),
+        "reviews",
+        DAY,
     )
     assert done.is_new
     after = json.loads((audited.published / DATE / "published.json").read_text())
@@ -337,19 +339,24 @@ def test_a_target_in_the_run_or_around_it_is_refused(audited: NightlyJob, target
         (run.parent / "published").symlink_to(run)
         target = "../published"
     with pytest.raises(UsageError, match="must not lie in one another"):
-        publish_by_hand(str(run), str(run / target), None, None, STORE)
+        publish_by_hand(Location(run), Location(run / target), None, None)
 
 
 def test_by_hand_date_and_job_come_from_the_path(audited: NightlyJob) -> None:
     publish(audited)
-    again = publish_by_hand(str(audited.run_directory()), str(audited.published), None, None, STORE)
+    again = publish_by_hand(
+        Location(audited.run_directory()),
+        Location(audited.published),
+        None,
+        None,
+    )
     assert not again.is_new
     other = audited.folder / "elsewhere"
     shutil.copytree(audited.run_directory(), other)
     with pytest.raises(UsageError, match="--date"):
-        publish_by_hand(str(other), str(audited.published), None, None, STORE)
-    done = publish_by_hand(str(other), str(audited.published), "2026-11-25", None, STORE)
-    assert done.place.endswith("2026-11-25")
+        publish_by_hand(Location(other), Location(audited.published), None, None)
+    done = publish_by_hand(Location(other), Location(audited.published), "2026-11-25", None)
+    assert done.location.endswith("2026-11-25")
     marker = json.loads((audited.published / "2026-11-25" / "published.json").read_text())
     assert marker["job"] == "elsewhere"
 

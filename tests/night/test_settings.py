@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from pipeline.errors import UsageError
+from pipeline.location import Location
 from pipeline.night.settings import check_apart, read_night
 from tests.night.job import DAY
 
@@ -32,7 +33,7 @@ def test_a_night_of_all_settings(tmp_path: Path) -> None:
     )  # fmt: skip
     night = read_night(path, DAY)
     assert night.input == f"{tmp_path}/in/2026-11-22/*.parquet"
-    assert night.run_place == f"{tmp_path}/out/reviews/2026-11-22"
+    assert str(night.run) == f"{tmp_path}/out/reviews/2026-11-22"
     assert night.awaited_folder == tmp_path / "in"
     assert night.settings.publish == "/data/published"
     assert (night.settings.catch_up, night.settings.on_no_input) == (0, "skip")
@@ -63,7 +64,7 @@ def test_paths_mean_the_same_from_anywhere(tmp_path: Path, monkeypatch: pytest.M
     here = read_night(Path("nightly.yaml"), DAY)
     monkeypatch.chdir("/")
     assert read_night(path, DAY) == here
-    assert here.run_place == "/home/team/nights/reviews/2026-11-22"
+    assert str(here.run) == "/home/team/nights/reviews/2026-11-22"
     assert here.job.model.model == "org/name"
 
 
@@ -144,13 +145,13 @@ def test_a_mistake_quotes_no_system_prompt(tmp_path: Path, content: str) -> None
 
 
 def test_places_beside_one_another_are_apart(tmp_path: Path) -> None:
-    check_apart(f"{tmp_path}/out", f"{tmp_path}/out-published")
-    check_apart(f"{tmp_path}/out", "s3://bucket/out")
+    check_apart(Location(f"{tmp_path}/out"), Location(f"{tmp_path}/out-published"))
+    check_apart(Location(f"{tmp_path}/out"), Location("s3://bucket/out"))
     (tmp_path / "link").symlink_to(tmp_path / "out")
     with pytest.raises(ValueError, match="one another"):
-        check_apart(f"{tmp_path}/out", f"{tmp_path}/link/x")
+        check_apart(Location(f"{tmp_path}/out"), Location(f"{tmp_path}/link/x"))
 
 
 def test_a_leap_day_and_the_year_before(tmp_path: Path) -> None:
     night = read_night(write(tmp_path), datetime.date(2028, 2, 29))
-    assert night.run_place.endswith("/2028-02-29")
+    assert str(night.run).endswith("/2028-02-29")

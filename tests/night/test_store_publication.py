@@ -9,23 +9,22 @@ from typing import Any
 import pytest
 
 from pipeline.errors import CoppiceError, RunDirectoryError, StorageError
+from pipeline.location import Location
 from pipeline.night.calendar import forget_due, mark_due, unfinished_before
 from pipeline.night.publication import publish_run
 from pipeline.night.published import Content
-from pipeline.night.s3_target import StoreTarget
-from pipeline.settings import StoreSettings
+from pipeline.night.s3_target import S3Target
 from pipeline.storage.remote_folder import RemoteFolder
 from tests.night.job import DAY, NightlyJob, before
 from tests.night.publisher import content
 from tests.storage.buckets import FailingStore, Store
 
 DATE = DAY.isoformat()
-STORE = StoreSettings()
 
 
 def publish(bucket: str, found: Content) -> None:
     """A target of its own each time; making one takes a while."""
-    StoreTarget(f"s3://{bucket}/published", STORE).publish(DATE, found)
+    S3Target(Location(f"s3://{bucket}/published")).publish(DATE, found)
 
 
 def marker(store: Store, bucket: str) -> dict[str, Any] | None:
@@ -50,7 +49,7 @@ def test_readers_go_by_the_marker(store: Store, bucket: str, tmp_path: Path) -> 
     found = content(tmp_path)
     publish(bucket, found)
     check_whole(store, bucket, found)
-    held = StoreTarget(f"s3://{bucket}/published/", STORE).read(DATE)
+    held = S3Target(Location(f"s3://{bucket}/published/")).read(DATE)
     assert held == marker(store, bucket)
     later = content(tmp_path, held, state=2)
     publish(bucket, later)
@@ -69,7 +68,7 @@ def test_every_call_to_the_store_fails(
 ) -> None:
     """Seen red: the marker first; files removed though the marker was there, its answer lost."""
     bucket, first = store.new_bucket(), content(tmp_path)
-    target = StoreTarget(f"s3://{bucket}/published", STORE)
+    target = S3Target(Location(f"s3://{bucket}/published"))
 
     def prepare() -> Content:
         for key in store.keys(bucket):
@@ -135,11 +134,13 @@ def test_a_run_of_a_folder_is_published_to_a_bucket(
     audited: NightlyJob, store: Store, bucket: str
 ) -> None:
     target = f"s3://{bucket}/published"
-    done = publish_run(audited.run_directory(), target, "reviews", DAY, STORE)
-    assert (done.place, done.is_new) == (f"{target}/{DATE}", True)
+    done = publish_run(Location(audited.run_directory()), Location(target), "reviews", DAY)
+    assert (done.location, done.is_new) == (f"{target}/{DATE}", True)
     named = marker(store, bucket)
     assert named is not None and len(named["files"]) == 3 and named["audit"] == "pass"
-    assert not publish_run(audited.run_directory(), target, "reviews", DAY, STORE).is_new
+    assert not publish_run(
+        Location(audited.run_directory()), Location(target), "reviews", DAY
+    ).is_new
 
 
 def test_a_bucket_says_which_nights_are_due(job: NightlyJob, store: Store, bucket: str) -> None:
@@ -173,4 +174,9 @@ def test_nights_below_a_bucket(audited: NightlyJob, store: Store, bucket: str) -
 
 def test_a_bucket_that_is_not_there_is_named(audited: NightlyJob, store: Store) -> None:
     with pytest.raises(CoppiceError, match="there is no such bucket"):
-        publish_run(audited.run_directory(), "s3://not-there/x", "reviews", DAY, STORE)
+        publish_run(
+            Location(audited.run_directory()),
+            Location("s3://not-there/x"),
+            "reviews",
+            DAY,
+        )

@@ -20,6 +20,7 @@ from pipeline.plan.summary import (
 )
 from pipeline.plan.token_table import TokenTable
 from pipeline.records import SamplingParams
+from tests.plan.edges import edge_token_ids
 from tests.plan.trie_oracle import Drawn, drawn_rows
 
 PARAMS = (
@@ -106,7 +107,7 @@ def test_edge_token_ids_spell_the_prompts(drawn: Drawn, params: list[int]) -> No
     plan = make_plan(drawn, params)
     for sequence in range(len(plan.sequences)):
         path = plan.tree.path(int(plan.tree.terminal[plan.sequences.prompt[sequence]]))
-        spelt = np.concatenate([plan.edge_token_ids(node) for node in path])
+        spelt = np.concatenate([edge_token_ids(plan, node) for node in path])
         assert spelt.tolist() == plan.prompt_token_ids(sequence).tolist()
 
 

@@ -253,11 +253,12 @@ def _read_file(path: Path, fault: str = "") -> tuple[str, int, str]:
     """All that a job does with its input, and how it ended: (outcome, rows, what came instead)."""
     from pipeline.errors import InputError
     from pipeline.inputs.reader import open_source
+    from pipeline.location import Location
     from pipeline.settings import ReadSettings
 
     try:
         exec(fault)
-        source = open_source(path, ReadSettings())
+        source = open_source(Location(path), ReadSettings())
         source.fingerprint()
         rows = sum(len(batch.ids) for batch in source.iter_prompts())
         source.check_carried_columns()

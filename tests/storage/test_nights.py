@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.settings import StoreSettings
+from pipeline.location import Location
+from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.manifest import new_manifest
 from pipeline.storage.nights import read_nights, read_remote_nights
 from pipeline.storage.remote_folder import RemoteFolder
@@ -72,11 +73,14 @@ def test_nights_in_a_store(store: Store, bucket: str, tmp_path: Path) -> None:
     store.put(bucket, "jobs/a/2026-11-09/audit/summary.json", b'{"verdict": "pass"}')
     store.put(bucket, "jobs/a/2026-11-08/notes.txt", b"no run")
     store.put(bucket, "jobs/b/2026-11-07/run.json", manifest)
-    folder = RemoteFolder(f"s3://{bucket}/jobs/a/2026-11-11", StoreSettings())
+    folder = RemoteFolder(Location(f"s3://{bucket}/jobs/a/2026-11-11", ObjectStoreSettings()))
     nights = read_remote_nights(folder)
     assert RemoteRun(tmp_path, None, folder).nights() == nights
     assert [night.date for night in nights] == ["2026-11-09", "2026-11-10", "2026-11-11"]
     assert [night.has_page for night in nights] == [True, False, False]
     assert nights[0].audit == {"verdict": "pass"} and nights[1].manifest is None
-    assert read_remote_nights(RemoteFolder(f"s3://{bucket}/jobs/a", StoreSettings())) == []
-    assert read_remote_nights(RemoteFolder(f"s3://{bucket}", StoreSettings())) == []
+    assert (
+        read_remote_nights(RemoteFolder(Location(f"s3://{bucket}/jobs/a", ObjectStoreSettings())))
+        == []
+    )
+    assert read_remote_nights(RemoteFolder(Location(f"s3://{bucket}", ObjectStoreSettings()))) == []

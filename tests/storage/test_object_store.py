@@ -16,7 +16,8 @@ from pipeline.errors import InputError
 from pipeline.inputs.input_files import find_input_files
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.reader import open_source
-from pipeline.settings import ReadSettings, StoreSettings
+from pipeline.location import Location
+from pipeline.settings import ObjectStoreSettings, ReadSettings
 from tests.storage.buckets import KEY_ID, SECRET, Store
 from tests.tiny_job import write_prompts
 
@@ -46,13 +47,13 @@ def filled(store: Store, bucket: str) -> str:
 
 
 def texts(url: str, settings: ReadSettings | None = None) -> list[object]:
-    source = open_source(url, settings or ReadSettings())
+    source = open_source(Location(url), settings or ReadSettings())
     return [text for batch in source.iter_prompts() for text in batch.contents]
 
 
 def test_an_object_has_the_rows_of_the_file(filled: str, tmp_path: Path) -> None:
-    local = open_source(write_prompts(tmp_path / "one.parquet", PROMPTS), ReadSettings())
-    remote = open_source(f"s3://{filled}/one.parquet", ReadSettings())
+    local = open_source(Location(write_prompts(tmp_path / "one.parquet", PROMPTS)), ReadSettings())
+    remote = open_source(Location(f"s3://{filled}/one.parquet"), ReadSettings())
     batches = [list(source.iter_prompts()) for source in (local, remote)]
     assert batches[0] == batches[1]
     rows = np.array([3, 0])
@@ -94,7 +95,7 @@ def test_json_lines_and_partitions_are_read_from_a_store_too(
     store.put(bucket, "logs/lang=de/x.jsonl", b'{"id": "a", "prompt": "hallo"}\n')
     store.put(bucket, "logs/lang=en/y.jsonl", b'{"id": "b", "prompt": "hello"}\n')
     copies = ParquetCopies(tmp_path / "copies")
-    source = open_source(f"s3://{bucket}/logs/", ReadSettings(), copies=copies)
+    source = open_source(Location(f"s3://{bucket}/logs/"), ReadSettings(), copies=copies)
     assert source.take(np.arange(2)).to_pylist() == [
         {"id": "a", "prompt": "hallo", "lang": "de"},
         {"id": "b", "prompt": "hello", "lang": "en"},
@@ -112,7 +113,11 @@ def test_ids_of_files_without_a_column_are_those_of_a_folder(
         pq.write_table(pa.table({"prompt": ["x"]}), tmp_path / name)
         store.put(bucket, f"in/{name}", (tmp_path / name).read_bytes())
     ids = [
-        [name for batch in open_source(place, ReadSettings()).iter_prompts() for name in batch.ids]
+        [
+            name
+            for batch in open_source(Location(place), ReadSettings()).iter_prompts()
+            for name in batch.ids
+        ]
         for place in (str(tmp_path), f"s3://{bucket}/in/")
     ]
     assert ids[0] == ids[1] == ["a/p.parquet:0:0", "b/p.parquet:0:0"]
@@ -130,8 +135,8 @@ def test_options_go_before_the_environment(
         "secret_access_key": SECRET,
         "region": "us-east-1",
     }
-    chosen = StoreSettings(storage_options=options)
-    assert open_source(f"s3://{filled}/one.parquet", ReadSettings(), chosen).num_rows == 4
+    chosen = ObjectStoreSettings(storage_options=options)
+    assert open_source(Location(f"s3://{filled}/one.parquet", chosen), ReadSettings()).num_rows == 4
 
 
 @pytest.mark.parametrize(
@@ -170,7 +175,7 @@ def test_refused_credentials_are_named(store: Store, filled: str, key: str) -> N
 
 
 def test_credentials_that_end_while_rows_are_read_are_named(store: Store, filled: str) -> None:
-    source = open_source(f"s3://{filled}/one.parquet", ReadSettings())
+    source = open_source(Location(f"s3://{filled}/one.parquet"), ReadSettings())
     with store.revoked(), pytest.raises(InputError, match="refuses the credentials"):
         list(source.iter_prompts())
 
@@ -185,10 +190,10 @@ def silent_port() -> Iterator[int]:
 
 
 def test_a_store_that_is_not_there_is_an_error_at_once(filled: str) -> None:
-    away = StoreSettings(storage_options={"endpoint_url": "http://127.0.0.1:9"})
+    away = ObjectStoreSettings(storage_options={"endpoint_url": "http://127.0.0.1:9"})
     started = time.monotonic()
     with pytest.raises(InputError, match="cannot be reached; check the network"):
-        find_input_files(f"s3://{filled}/one.parquet", away)
+        find_input_files(Location(f"s3://{filled}/one.parquet", away))
     assert time.monotonic() - started < 5
 
 
@@ -196,10 +201,12 @@ def test_a_store_that_never_answers_is_an_error_in_time(
     filled: str, silent_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.inputs.input_objects.ANSWER_S", 1)
-    silent = StoreSettings(storage_options={"endpoint_url": f"http://127.0.0.1:{silent_port}"})
+    silent = ObjectStoreSettings(
+        storage_options={"endpoint_url": f"http://127.0.0.1:{silent_port}"}
+    )
     started = time.monotonic()
     with pytest.raises(InputError, match="cannot be reached; check the network"):
-        find_input_files(f"s3://{filled}/one.parquet", silent)
+        find_input_files(Location(f"s3://{filled}/one.parquet", silent))
     assert time.monotonic() - started < 10  # with 8 s to answer: 25 s, measured
 
 
@@ -207,18 +214,20 @@ def test_a_store_that_never_answers_is_an_error_in_time(
 def test_an_object_that_is_replaced_between_plan_and_read_is_noticed(
     store: Store, filled: str, same_size: bool
 ) -> None:
-    source = open_source(f"s3://{filled}/one.parquet", ReadSettings())
+    source = open_source(Location(f"s3://{filled}/one.parquet"), ReadSettings())
     before = source.fingerprint()
     prompts = ["hallo", *PROMPTS[1:]] if same_size else ["hello there", *PROMPTS[1:]]
     assert (len(parquet(prompts)) == len(parquet(PROMPTS))) == same_size
     store.put(filled, "one.parquet", parquet(prompts))
     with pytest.raises(InputError, match="changed while it was being read; start again"):
         list(source.iter_prompts())
-    assert open_source(f"s3://{filled}/one.parquet", ReadSettings()).fingerprint() != before
+    assert (
+        open_source(Location(f"s3://{filled}/one.parquet"), ReadSettings()).fingerprint() != before
+    )
 
 
 def test_an_object_that_is_replaced_while_it_is_read_is_noticed(store: Store, filled: str) -> None:
-    source = open_source(f"s3://{filled}/one.parquet", ReadSettings())
+    source = open_source(Location(f"s3://{filled}/one.parquet"), ReadSettings())
     batches = source.iter_prompts()
     next(batches)
     store.put(filled, "one.parquet", parquet(["hallo", *PROMPTS[1:]]))
@@ -227,7 +236,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_noticed(store: Store, fi
 
 
 def test_an_object_that_goes_away_is_noticed(store: Store, filled: str) -> None:
-    source = open_source(f"s3://{filled}/one.parquet", ReadSettings())
+    source = open_source(Location(f"s3://{filled}/one.parquet"), ReadSettings())
     store.delete(filled, "one.parquet")
     with pytest.raises(InputError, match="one.parquet"):
         list(source.iter_prompts())

@@ -18,8 +18,9 @@ from botocore.client import BaseClient
 from pipeline.engine.base import Engine
 from pipeline.errors import RunDirectoryError, StorageError, UsageError
 from pipeline.inputs.conversion import convert
-from pipeline.run import report_run, run_job
-from pipeline.settings import JobSettings, StoreSettings
+from pipeline.location import Location
+from pipeline.run import run_job, write_report
+from pipeline.settings import JobSettings, ObjectStoreSettings
 from pipeline.status import read_status
 from pipeline.storage.remote_folder import RemoteFolder
 from pipeline.storage.remote_run import RemoteRun
@@ -77,7 +78,9 @@ def without_times(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def take(url: str, copies: Path) -> RemoteRun:
-    return RemoteRun.take(RemoteFolder(url, StoreSettings()), copies, FINGERPRINT, DESCRIPTION)
+    return RemoteRun.take(
+        RemoteFolder(Location(url, ObjectStoreSettings())), copies, FINGERPRINT, DESCRIPTION
+    )
 
 
 def commit(run: RunDirectory, *rows: int) -> Path:
@@ -331,7 +334,7 @@ def test_of_two_that_begin_at_once_one_goes_on(store: Store, out: str, cache: Pa
     ends: list[RemoteRun | RunDirectoryError] = []
 
     def begin(copies: Path) -> None:
-        folder = RemoteFolder(out, StoreSettings())
+        folder = RemoteFolder(Location(out, ObjectStoreSettings()))
         real = folder.check_conditions
         folder.check_conditions = lambda: (real(), ready.wait())  # type: ignore[method-assign,assignment]
         try:
@@ -486,7 +489,7 @@ def test_a_prefix_with_something_else_in_it_is_refused_before_anything_is_comput
 def test_another_job_is_refused_by_name_of_the_field(out: str, cache: Path) -> None:
     take(out, cache).close()
     other = {**FINGERPRINT, "temperature": 1.0}
-    folder = RemoteFolder(out, StoreSettings())
+    folder = RemoteFolder(Location(out, ObjectStoreSettings()))
     with pytest.raises(RunDirectoryError, match=f"{out} holds a run with another temperature"):
         RemoteRun.take(folder, cache, other, DESCRIPTION)
 
@@ -545,7 +548,7 @@ def test_a_run_directory_may_be_copied_there_and_back(
         if path.is_file() and path.name != ".lock":
             store.put(bucket, path.relative_to(tmp_path).as_posix(), path.read_bytes())
     url = f"s3://{bucket}/local"
-    assert read_status(url)["rows_done"] == 2
+    assert read_status(Location(url))["rows_done"] == 2
     with take(url, cache) as run:
         commit(run, 2)
         (tmp_path / "local" / "run.json").write_bytes((run.root / "run.json").read_bytes())
@@ -565,7 +568,7 @@ def test_a_missing_library_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(UsageError, match=r"needs boto3; .*pip install -e '\.\[s3\]'"):
-        run_job(prompts, out, settings) if command == "run" else read_status(out)
+        run_job(prompts, out, settings) if command == "run" else read_status(Location(out))
 
 
 @pytest.mark.parametrize(
@@ -586,7 +589,7 @@ def test_an_output_that_cannot_be_is_refused(
 def test_a_store_that_is_not_there_is_an_error_at_once(
     out: str, prompts: str, settings: JobSettings
 ) -> None:
-    away = StoreSettings(storage_options={"endpoint_url": "http://127.0.0.1:9"})
+    away = ObjectStoreSettings(storage_options={"endpoint_url": "http://127.0.0.1:9"})
     started = time.monotonic()
     with pytest.raises(StorageError, match="cannot be reached; check the network"):
         run_job(prompts, out, settings.model_copy(update={"store": away}))
@@ -608,30 +611,30 @@ def test_status_report_and_responses_are_those_of_a_folder(
     interrupt(store, prompts, url, settings)
     with monkeypatch.context() as inner:
         asked = FailingStore(inner)
-        state = read_status(url)
+        state = read_status(Location(url))
         assert not [call for call in asked.calls if "data/" in call]
     assert (state["status"], state["rows"]) == ("failed", 7)
     assert 0 < state["rows_done"] < 7 and state["rows_failed"] == 1
     run_job(prompts, url, settings)
-    state = read_status(url)
+    state = read_status(Location(url))
     assert (state["status"], state["rows_done"], state["rows_failed"]) == ("complete", 7, 1)
     assert state["rows_per_s"] is not None
-    assert report_run(url) == f"{url}/report.html"
+    assert write_report(Location(url))["page"] == f"{url}/report.html"
     page = store.get(bucket, "run/report.html")
     assert b"hello" not in page and b'<svg class="tree"' in page
     assert {"run/report.html", "run/report.md"} < set(store.keys(bucket))
-    assert convert(url, tmp_path / "responses.jsonl") == 7
+    assert convert(Location(url), Location(tmp_path / "responses.jsonl")) == 7
     with pytest.raises(RunDirectoryError, match="holds no run"):
-        read_status(f"s3://{bucket}/elsewhere")
+        read_status(Location(f"s3://{bucket}/elsewhere"))
 
 
 def test_status_tells_a_running_job_from_a_dead_one(store: Store, bucket: str, cache: Path) -> None:
     url = f"s3://{bucket}/run"
     with take(url, cache) as run:
         commit(run, 0)
-        assert read_status(url)["status"] == "running"
+        assert read_status(Location(url))["status"] == "running"
         run.update_manifest(writer={"name": "process 999999999 on elsewhere"})
-        assert read_status(url)["status"] == "running"  # nobody here can tell
+        assert read_status(Location(url))["status"] == "running"  # nobody here can tell
         run.update_manifest(writer={"name": run.read_manifest()["writer"]["name"]})
 
 
@@ -647,10 +650,10 @@ def test_an_audit_reads_and_writes_there(
         {"model": str(model_folder), "engine": "naive", "max_new_tokens": 3}
     )
     run_job(f"s3://{bucket}/in/", url, settings)
-    verdict = audit_run(url, settings.audit)
-    assert verdict.passed and describe_audit(url)["rows_audited"] == verdict.rows_audited
+    verdict = audit_run(Location(url), settings.audit)
+    assert verdict.passed and describe_audit(Location(url))["rows_audited"] == verdict.rows_audited
     assert {"run/audit/audit.parquet", "run/audit/summary.json"} < set(store.keys(bucket))
-    assert read_status(url)["audit"] == "pass"
+    assert read_status(Location(url))["audit"] == "pass"
 
 
 # Secrets, and what is left on the disk.
@@ -673,13 +676,13 @@ def test_secrets_are_in_no_file(
         "session_token": "CANARY-token",
         "region": "us-east-1",
     }
-    chosen = settings.model_copy(update={"store": StoreSettings(storage_options=options)})
+    chosen = settings.model_copy(update={"store": ObjectStoreSettings(storage_options=options)})
     store.put(bucket, "in/p.parquet", Path(prompts).read_bytes())
     interrupt(store, f"s3://{bucket}/in/", f"s3://{bucket}/run", chosen)
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 5
     run_job(f"s3://{bucket}/in/", f"s3://{bucket}/run", chosen)
-    report_run(f"s3://{bucket}/run", chosen.store)
+    write_report(Location(f"s3://{bucket}/run", chosen.store))
     files += [store.get(bucket, key) for key in store.keys(bucket)]
     assert not [content for content in files if b"CANARY" in content]
     assert "CANARY" not in caplog.text

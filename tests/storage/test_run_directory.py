@@ -19,6 +19,7 @@ import polars as pl
 import pytest
 
 from pipeline.errors import RunDirectoryError, StorageError
+from pipeline.location import Location
 from pipeline.status import read_status
 from pipeline.storage.lock import is_abandoned
 from pipeline.storage.run_directory import RunDirectory
@@ -262,7 +263,7 @@ def test_a_torn_line_of_metrics_is_cut_off(tmp_path: Path) -> None:
         for torn in ('{"rows": 2', "\0" * 5000):
             with (tmp_path / "metrics.jsonl").open("a") as file:
                 file.write(torn)
-            assert read_status(tmp_path)["rows_left"] == 1
+            assert read_status(Location(tmp_path))["rows_left"] == 1
             run.append_metrics({"rows": 3})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["rows"] for line in lines] == [1, 3, 3]
@@ -290,7 +291,7 @@ def test_nobody_holds_a_lock_with_half_a_name(tmp_path: Path, owner: str) -> Non
     with create(tmp_path) as run:
         run.update_manifest(input={"rows": 1})
     (tmp_path / ".lock").write_text(owner.format(host=socket.gethostname()))
-    assert is_abandoned(tmp_path) and read_status(tmp_path)["status"] == "stopped"
+    assert is_abandoned(tmp_path) and read_status(Location(tmp_path))["status"] == "stopped"
 
 
 def whole_job(root: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from pipeline.audit.auditing import audit_run
 from pipeline.audit.similarity import Encoder
-from pipeline.run import report_run, run_job
+from pipeline.location import Location
+from pipeline.run import run_job, write_report
 from pipeline.settings import AuditSettings, JobSettings
 from tests.tiny_job import write_prompts
 from tests.torture.job import Content, check_whole
@@ -74,8 +75,10 @@ def write_audit(output: Path, sample: str) -> object:
     """Audit and report; no encoder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
-        audit_run(output, AuditSettings(audit_sample=sample, audit_free_running=1, audit_arms=0))
-        return report_run(output)
+        audit_run(
+            Location(output), AuditSettings(audit_sample=sample, audit_free_running=1, audit_arms=0)
+        )
+        return write_report(Location(output))["page"]
 
 
 def finished_run(folder: Path, model: Path) -> Path:

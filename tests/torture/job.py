@@ -23,12 +23,14 @@ from pipeline.engine.base import EngineFactory
 from pipeline.engine.load import make_engine
 from pipeline.inputs import parquet_input
 from pipeline.job.checkpoint import Checkpoint
+from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
 from pipeline.status import read_status
+from pipeline.storage.committed_parts import SUCCESS_NAME
 from pipeline.storage.durable import is_temp
 from pipeline.storage.lock import LOCK_NAME
-from pipeline.storage.run_directory import SUCCESS_NAME, RunDirectory
+from pipeline.storage.run_directory import RunDirectory
 from tests.tiny_job import answers, echo_settings, write_prompts
 
 ROWS = 26
@@ -145,7 +147,7 @@ def check_run(output: Path) -> NDArray[np.int64]:
             check_whole(path)
     directory = RunDirectory.open(output)
     done = directory.done_rows()  # each part against its hash, each row once
-    state = read_status(output)
+    state = read_status(Location(output))
     assert state["rows_done"] == len(done)
     if directory.is_sealed:
         assert directory.is_whole and state["rows_left"] == 0
@@ -187,7 +189,7 @@ def check_complete(output: Path, expected: Content, calls: int, *ignored: str) -
     assert rows.tolist() == list(range(len(expected["answers"])))
     for name, frame in job_content(output, *ignored).items():
         assert frame.equals(expected[name]), name
-    assert read_status(output)["status"] == "complete"
+    assert read_status(Location(output))["status"] == "complete"
     manifest = RunDirectory.open(output).read_manifest()
     assert manifest["counters"]["rows_in"] == len(rows)
     assert len(manifest["sessions"]) <= calls, "a session is recorded twice"

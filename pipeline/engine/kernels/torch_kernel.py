@@ -121,9 +121,9 @@ def _levels(spans: KVSpans, num_tokens: int) -> list[KVSpans]:
     """KVSpans by depth: the one nearest the root first."""
     seen = np.zeros(num_tokens, np.int64)
     depth = np.empty(len(spans), np.int64)
-    for place in np.argsort(spans[:, 4], kind="stable").tolist():
-        q_lo, q_hi = spans[place, 0], spans[place, 1]
-        depth[place] = seen[q_lo]
+    for index in np.argsort(spans[:, 4], kind="stable").tolist():
+        q_lo, q_hi = spans[index, 0], spans[index, 1]
+        depth[index] = seen[q_lo]
         seen[q_lo:q_hi] += 1
     return [spans[depth == d] for d in range(int(depth.max(initial=-1)) + 1)]
 
@@ -161,13 +161,13 @@ def _bucket(spans: KVSpans, device: torch.device) -> Bucket:
     queries = q_lo + np.arange((q_hi - q_lo).max())
     valid = np.flatnonzero(queries < q_hi)
     queries = np.minimum(queries, q_hi - 1)
-    place = np.arange((kv_hi - kv_lo).max())
-    hidden = kv_lo + place >= kv_hi
+    offset = np.arange((kv_hi - kv_lo).max())
+    hidden = kv_lo + offset >= kv_hi
     bias = np.where(hidden, -np.inf, 0.0).astype(np.float32)[:, None, None, :]
     return Bucket(
         queries=torch.from_numpy(queries).to(device),
-        keys=torch.from_numpy(np.minimum(kv_lo + place, kv_hi - 1)).to(device),
-        key_positions=torch.from_numpy(position + place).to(device),
+        keys=torch.from_numpy(np.minimum(kv_lo + offset, kv_hi - 1)).to(device),
+        key_positions=torch.from_numpy(position + offset).to(device),
         bias=torch.from_numpy(bias).to(device) if hidden.any() else None,
         source=torch.from_numpy(valid).to(device),
         target=torch.from_numpy(queries.ravel()[valid]).to(device),

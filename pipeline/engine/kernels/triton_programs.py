@@ -138,9 +138,9 @@ def merge_partials(
         total = 1.0
     acc = tl.zeros([BLOCK_D], tl.float32)
     for start in range(low, high, BLOCK_P):
-        place = start + tl.arange(0, BLOCK_P)
-        is_part = place < high
-        source = tl.load(partials + place, mask=is_part, other=0) * num_heads + head
+        index = start + tl.arange(0, BLOCK_P)
+        is_part = index < high
+        source = tl.load(partials + index, mask=is_part, other=0) * num_heads + head
         lse = tl.load(part_lse + source, mask=is_part, other=float("-inf"))
         part = tl.load(
             part_out + source[:, None] * HEAD_DIM + column[None, :],

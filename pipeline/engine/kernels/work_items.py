@@ -123,12 +123,12 @@ def _cut(spans: KVSpans, tile: int, split_keys: int) -> Items:
     count = tiles * splits
     source = np.repeat(np.arange(len(spans)), count)
     nth = np.arange(len(source)) - np.repeat(np.cumsum(count) - count, count)
-    split, place = np.divmod(nth, tiles[source])
+    split, index = np.divmod(nth, tiles[source])
     q_lo, q_hi, kv_lo, kv_hi, position = spans[source].T
     step = -(-keys // np.maximum(splits, 1))[source]
     first = split * step
     items = np.empty((len(source), ITEM_FIELDS), np.int64)
-    items[:, 0] = q_lo + place * tile
+    items[:, 0] = q_lo + index * tile
     items[:, 1] = np.minimum(items[:, 0] + tile, q_hi)
     items[:, 2] = kv_lo + first
     items[:, 3] = np.minimum(items[:, 2] + step, kv_hi)

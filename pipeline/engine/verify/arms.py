@@ -104,31 +104,28 @@ def forced_logits(engine: PrefixEngine, rows: Sequence[ForcedRow], share: bool) 
 def _plan(rows: Sequence[ForcedRow], share: bool, vocabulary_size: int) -> Plan:
     """One sequence a row, also where prompts are equal: seeds tell them apart."""
     params = tuple(
-        SamplingParams(max_new_tokens=len(row.output), seed=place, ignore_eos=True)
-        for place, row in enumerate(rows)
+        SamplingParams(max_new_tokens=len(row.output), seed=index, ignore_eos=True)
+        for index, row in enumerate(rows)
     )
     table = TokenTable.from_lists([list(row.prompt) for row in rows], vocabulary_size)
-    places = np.arange(len(rows))
-    tenants = np.zeros(len(rows), np.int64) if share else places
-    return build_plan(table, [str(place) for place in places], params, places, tenants)
+    indices = np.arange(len(rows))
+    tenants = np.zeros(len(rows), np.int64) if share else indices
+    return build_plan(table, [str(index) for index in indices], params, indices, tenants)
 
 
 def _deviations(
-    sampler: Sampler,
-    rows: Sequence[ForcedRow],
-    baseline: Sequence[Tensor],
-    other: Sequence[Tensor],
+    sampler: Sampler, rows: Sequence[ForcedRow], baseline: Sequence[Tensor], other: Sequence[Tensor]
 ) -> list[Deviation]:
     return [_deviation(sampler, *each) for each in zip(rows, baseline, other, strict=True)]
 
 
 def _deviation(sampler: Sampler, row: ForcedRow, baseline: Tensor, other: Tensor) -> Deviation:
     """`baseline`, `other`: logits [n, V]."""
-    places = np.arange(len(row.output))
-    keys = np.full(len(places), row.noise_key, np.uint64)
-    params = [row.params] * len(places)
+    indices = np.arange(len(row.output))
+    keys = np.full(len(indices), row.noise_key, np.uint64)
+    params = [row.params] * len(indices)
     said, says = (
-        sampler.sample(x.float(), params, keys, places, lambda i: (row.prompt, row.output[:i]))
+        sampler.sample(x.float(), params, keys, indices, lambda i: (row.prompt, row.output[:i]))
         for x in (baseline, other)
     )
     expected, found = (torch.log_softmax(x.double(), -1) for x in (baseline, other))

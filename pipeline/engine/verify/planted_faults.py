@@ -49,8 +49,8 @@ def write_with_fault(
     table = TokenTable.from_lists(
         [list(prompt) for prompt in given], engine.loaded.shape.vocabulary_size
     )
-    places = np.arange(len(given))
-    plan = build_plan(table, [str(place) for place in places], params, places)
+    indices = np.arange(len(given))
+    plan = build_plan(table, [str(index) for index in indices], params, indices)
     backend = engine.backend
     if fault is not None:
         backend = replace(backend, forward=FaultyForward(backend.forward, fault, at))

@@ -19,7 +19,7 @@ from tests.engine.test_prefix_engine import random_plan, run
 
 
 class TokenStore:
-    """`KVStates` with an entry per token, by the ids up to it; what could be slower or plainer?"""
+    """`KVConnector` with an entry per token, by the ids up to it: slow and plain."""
 
     def __init__(self) -> None:
         self.tokens: dict[tuple[int, ...], Tensor] = {}
@@ -71,10 +71,10 @@ def test_a_second_run_loads_what_the_first_one_shared(family: str, seed: int) ->
     loaded = tiny.load_tiny(family)
     store = TokenStore().of(plan)
     first = PrefixEngine(loaded, EngineSettings(max_rows=5))
-    expected = run(first, plan, hooks=EngineHooks(kv_states=store))
+    expected = run(first, plan, hooks=EngineHooks(kv_connector=store))
     assert first.counters.loaded_tokens == 0
     second = PrefixEngine(loaded, EngineSettings(max_rows=7, max_batch_tokens=16))
-    done = run(second, plan, hooks=EngineHooks(kv_states=store))
+    done = run(second, plan, hooks=EngineHooks(kv_connector=store))
     plain = run(NaiveEngine(loaded), plan)
     assert {s: c.token_ids for s, c in done.items()} == {s: c.token_ids for s, c in plain.items()}
     counters, unique = second.counters, plan.tree.unique_tokens
@@ -99,7 +99,7 @@ def test_states_of_another_job_serve_at_any_depth_and_may_fail(seed: int) -> Non
     store = TokenStore()
     before, after = tiny.plan_of(base), tiny.plan_of(tonight)
     first = PrefixEngine(loaded, EngineSettings())
-    run(first, before, hooks=EngineHooks(kv_states=store.of(before)))
+    run(first, before, hooks=EngineHooks(kv_connector=store.of(before)))
     for ids in draw.sample(sorted(store.tokens), len(store.tokens) // 10):
         del store.tokens[ids]  # and so all that lies behind it
     store.failing = 0.3
@@ -107,7 +107,7 @@ def test_states_of_another_job_serve_at_any_depth_and_may_fail(seed: int) -> Non
     expected = run(free, after)
     budget = max(free.counters.peak_kv_bytes // 2, 130 * loaded.shape.kv_bytes_per_token())
     second = PrefixEngine(loaded, EngineSettings(kv_budget=budget, max_rows=6))
-    done = run(second, after, hooks=EngineHooks(kv_states=store.of(after)))
+    done = run(second, after, hooks=EngineHooks(kv_connector=store.of(after)))
     assert {s: c.token_ids for s, c in done.items()} == {
         s: c.token_ids for s, c in expected.items()
     }
@@ -122,9 +122,9 @@ def test_the_failing_loads_are_no_empty_test() -> None:
     loaded = tiny.load_tiny()
     store = TokenStore().of(plan)
     engine = PrefixEngine(loaded, EngineSettings())
-    run(engine, plan, hooks=EngineHooks(kv_states=store))
+    run(engine, plan, hooks=EngineHooks(kv_connector=store))
     store.failing = 0.5
-    run(engine, plan, hooks=EngineHooks(kv_states=store))
+    run(engine, plan, hooks=EngineHooks(kv_connector=store))
     assert store.failures and engine.counters.loaded_tokens
 
 
@@ -133,7 +133,7 @@ def test_nothing_is_kept_that_nobody_wants() -> None:
     store = TokenStore().of(plan)
     store.wanted = False
     engine = PrefixEngine(tiny.load_tiny(), EngineSettings())
-    run(engine, plan, hooks=EngineHooks(kv_states=store))
+    run(engine, plan, hooks=EngineHooks(kv_connector=store))
     assert not store.tokens
 
 
@@ -144,7 +144,7 @@ def test_a_prompt_that_is_stored_to_its_end_still_computes_its_last_token() -> N
     store = TokenStore()
     before, after = tiny.plan_of([[*prefix, 20], [*prefix, 21]]), tiny.plan_of([prefix])
     engine = PrefixEngine(loaded, EngineSettings())
-    run(engine, before, hooks=EngineHooks(kv_states=store.of(before)))
-    done = run(engine, after, hooks=EngineHooks(kv_states=store.of(after)))
+    run(engine, before, hooks=EngineHooks(kv_connector=store.of(before)))
+    done = run(engine, after, hooks=EngineHooks(kv_connector=store.of(after)))
     assert done[0].token_ids == run(NaiveEngine(loaded), after)[0].token_ids
     assert (engine.counters.prefilled_tokens, engine.counters.loaded_tokens) == (1, 5)

@@ -1,0 +1,169 @@
+"""One job, opened: its input, its tokenizer and which model it is. Reads rows to order fields only.
+
+It is opened once and passed on, and says whether its files are still those that were opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import CoppiceError, UsageError
+from pipeline.generation import PLAIN, RULES, ids_of, resolve_sampling, why_not_by_vllm
+from pipeline.inputs.input_files import InputFile, Stamps, stamp_input
+from pipeline.inputs.parquet_copies import ParquetCopies
+from pipeline.inputs.reader import PromptSource, open_source
+from pipeline.job.field_ordering import FieldSaving, order_fields
+from pipeline.job.prepare import Limits, Preparation
+from pipeline.location import Location
+from pipeline.model.folder import check_model_folder, find_model_folder
+from pipeline.model.hub import check_model_exists
+from pipeline.model.identity import describe_versions, fingerprint_fields, identify_model
+from pipeline.model.machine import cache_folder
+from pipeline.settings import JobSettings, ModelSettings
+from pipeline.tokens.tokenizer import PromptTokenizer
+
+if TYPE_CHECKING:
+    from pipeline.model.shape import ModelShape
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """An opened job: input, tokenizer and the model's shape (None only for the echo engine).
+
+    `input`: as a person named it. The clock in `settings` is the tokenizer's: None where nothing
+    depends on it. `fields`: what the order of the template's fields saves, where it was asked for.
+    `stamps`: of the files of model and templates, from before they were read.
+    """
+
+    input: str
+    settings: JobSettings
+    source: PromptSource
+    tokenizer: PromptTokenizer
+    shape: ModelShape | None
+    fields: FieldSaving | None
+    stamps: Stamps
+
+    def is_current(self) -> bool:
+        """Whether opening it again would read the same files: none is new, gone or changed."""
+        try:
+            found = stamp_input(Location(self.input, self.settings.store))
+            return found == self.source.stamps and _stamp_files(self.settings) == self.stamps
+        except (CoppiceError, OSError):
+            return False
+
+    @cached_property
+    def model_identity(self) -> dict[str, Any]:
+        """Which model it is, as of `identify_model`, which reads its files: once for a job."""
+        return identify_model(self.settings.model)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides the text of the answers; reads every byte of the input, once."""
+        hashes = {"input": self.source.fingerprint(), "tokenizer": self.tokenizer.fingerprint}
+        return fingerprint_fields(self.settings, self.model_identity, hashes, self.rules)
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """Generation defaults of the model's repository."""
+        return {} if self.shape is None else self.shape.generation_config
+
+    def describe_generation(self) -> str:
+        """Those defaults in one line for a person, and the clock where prompts depend on it."""
+        clock = self.settings.tokens.clock
+        now = "" if clock is None else f"; its chat template takes {clock} for now"
+        own = self.generation_config
+        said = {name: own[name] for name in own if name in PLAIN}
+        said |= {name: own[name] for name in RULES if own.get(name) is not None}
+        shown = ", ".join(f"{name}={value}" for name, value in said.items())
+        return f"generation defaults of the model: {shown or 'none'}{now}"
+
+    def describe(self) -> list[str]:
+        """What a person should know before it runs, a line each."""
+        return [self.describe_generation(), *self.source.columns.describe()]
+
+    @property
+    def rules(self) -> str:
+        """What the logits of rows without fields of their own go through."""
+        return resolve_sampling(self.settings.sampling, self.generation_config, {}).rules
+
+    def preparation(self) -> Preparation:
+        """The rules by which this job's rows become token ids and parameters."""
+        context = None if self.shape is None else self.shape.context_length
+        limits = Limits(context, self.settings.plan.on_overlong, self.settings.model.engine)
+        return Preparation(self.tokenizer, self.settings.sampling, self.generation_config, limits)
+
+    def key(self) -> str:
+        """Stands for all that the prepared rows depend on."""
+        settings = self.settings
+        template = settings.read.template
+        parts = (
+            self.source.fingerprint(), self.source.labels, self.tokenizer.fingerprint,
+            settings.read, settings.tokens, settings.sampling, settings.plan.on_overlong,
+            self.generation_config, None if self.shape is None else self.shape.context_length,
+            None if template is None else template.read_bytes(), describe_versions(),
+        )  # fmt: skip
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def open_job(input: str, settings: JobSettings) -> Job:
+    """Open input, tokenizer and model config.
+
+    Raises InputError, ModelError, UsageError, and StorageError if JSON lines cannot be kept.
+    """
+    model = settings.model
+    check_model_exists(model)
+    stamps = _stamp_files(settings)
+    copies = ParquetCopies(cache_folder() / "inputs")
+    source = open_source(Location(input, settings.store), settings.read, copies)
+    check_model_folder(model)
+    tokenizer = PromptTokenizer.load(model.model, model.revision, settings.tokens)
+    tokenizer.check_fits(are_messages=source.columns.messages is not None)
+    clocked = settings.tokens.model_copy(update={"clock": tokenizer.clock})
+    settings = settings.model_copy(update={"tokens": clocked})
+    shape = _read_shape(model)
+    if shape is not None:
+        _check_generation(settings, shape)
+    fields = None
+    if settings.read.reorder_fields:
+        ordered = order_fields(source, settings.plan.plan_memory, is_applied=True)
+        source, fields = source.with_field_order(ordered.order), ordered.saving
+    return Job(input, settings, source, tokenizer, shape, fields, stamps)
+
+
+def _stamp_files(settings: JobSettings) -> Stamps:
+    """Of the files of the model and of the templates, by path."""
+    folder = find_model_folder(settings.model)
+    templates = (settings.read.template, settings.tokens.chat_template)
+    paths = [*filter(None, templates), *([] if folder is None else folder.rglob("*"))]
+    return {str(path): InputFile.local(path).stamp() for path in paths if path.is_file()}
+
+
+def _check_generation(settings: JobSettings, shape: ModelShape) -> None:
+    """Raises UsageError where the model's defaults ask for what cannot be done."""
+    sampling, own = settings.sampling, shape.generation_config
+    try:
+        params = resolve_sampling(sampling, own, {})
+    except ValueError as error:
+        raise UsageError(f"{settings.model.model}: {error}") from None
+    reason = why_not_by_vllm(params) if settings.model.engine == "vllm" else None
+    if reason:
+        raise UsageError(f"{settings.model.model}: {reason}")
+    strange = ids_of(params.rules) - set(range(shape.vocabulary_size))
+    if strange:
+        raise UsageError(
+            f"{settings.model.model}: generation_config.json (or --generation-options) names the "
+            f"token id {min(strange)}, but the model knows {shape.vocabulary_size} ids"
+        )
+
+
+def _read_shape(settings: ModelSettings) -> ModelShape | None:
+    folder = Path(settings.model)
+    if settings.engine == "echo" and folder.is_dir() and not (folder / "config.json").exists():
+        return None
+    from pipeline.model.shape import read_shape
+
+    return read_shape(settings.model, settings.revision)
