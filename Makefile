@@ -18,9 +18,9 @@ test: $(VENV)/.installed-dev  ## the whole test suite
 FAST ?= tests/test_settings.py tests/test_docs.py tests/test_imports.py tests/test_time_limit.py \
 	tests/plan/test_radix_tree.py tests/plan/test_plan.py tests/plan/test_sorting.py \
 	tests/plan/test_shards.py tests/plan/test_caching.py tests/tokens \
-	tests/inputs/test_reader.py tests/storage/test_schema.py tests/inputs/test_partitions.py \
+	tests/inputs/test_prompt_source.py tests/storage/test_schema.py tests/inputs/test_partitions.py \
 	tests/inputs/test_prompt_template.py tests/inputs/test_conversion.py \
-	tests/storage/test_writer.py tests/storage/test_run_directory.py \
+	tests/storage/test_part_file.py tests/storage/test_run_directory.py \
 	tests/executor/test_dispatch.py tests/audit/test_sample.py tests/audit/test_evidence.py \
 	tests/audit/test_verdict.py tests/report/test_metrics.py tests/report/test_tree.py \
 	tests/night/test_cron.py tests/night/test_dates.py tests/night/test_settings.py

@@ -23,7 +23,7 @@ import pyarrow as pa
 from pipeline.errors import UsageError
 from pipeline.model.machine import cache_folder
 from pipeline.storage.durable import replace_file, write_errors
-from pipeline.storage.writer import encode_parquet
+from pipeline.storage.part_file import encode_parquet
 
 _STALE_S = 30 * 24 * 3600  # an audit, or a resume, may come weeks after the run
 _DIGITS = 24

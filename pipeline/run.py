@@ -46,10 +46,10 @@ from pipeline.model.machine import cache_folder
 from pipeline.plan.summary import largest_nodes, tree_frame
 from pipeline.settings import JobSettings
 from pipeline.storage.durable import replace_file
+from pipeline.storage.part_file import encode_parquet
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import holds_run, reading_run, take_run
 from pipeline.storage.targets import check_apart, check_replaceable, folder_to_write
-from pipeline.storage.writer import encode_parquet
 
 
 def open_to_run(input: str, run: Location, settings: JobSettings) -> Job:

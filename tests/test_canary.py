@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.inputs import parquet_input
-from pipeline.job.checkpoint import Checkpoint
+from pipeline.job.planning_checkpoint import Checkpoint
 from pipeline.run import run_job
 from pipeline.storage.run_directory import SYSTEM_PROMPT_NAME
 from tests.cli.test_app import Shell

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.inputs.reader import open_source
+from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import JobSettings, ReadSettings

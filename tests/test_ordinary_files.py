@@ -17,7 +17,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.generation import resolve_sampling
 from pipeline.inputs.conversion import convert
-from pipeline.inputs.reader import open_source
+from pipeline.inputs.prompt_source import open_source
 from pipeline.job.job import Job, open_job
 from pipeline.job.planning import plan_rows
 from pipeline.location import Location

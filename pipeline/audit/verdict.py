@@ -1,4 +1,4 @@
-"""The gate: what audited rows must show. Pure arithmetic; knows no files, models or texts.
+"""The verdict: what audited rows must show. Pure arithmetic; knows no files, models or texts.
 
 The rule, the same in both tiers; they differ only in how near a near-tie is (`replay.BARS`):
 
@@ -10,7 +10,7 @@ The rule, the same in both tiers; they differ only in how near a near-tie is (`r
 4. no free-running answer differs from ours, except from a near-tie on;
 5. the other arms and the planted faults, where they were run, show what `arms` asks of them.
 
-`bound_95` is not a gate but what the sample can promise: with 95 % confidence, at most that share
+`bound_95` is no rule but what the sample can promise: with 95 % confidence, at most that share
 of all rows differs in any token (near-ties counted). It takes rows as independent; rows of one
 group share a prefix and are not, which is why rule 1 asks for every group. `bound_95_groups` is the
 same bound over groups (a row without one is its own), and `bootstrap_95` the 95 % quantile of the

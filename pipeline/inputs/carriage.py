@@ -13,8 +13,8 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.errors import InputError
+from pipeline.storage.part_file import encode_parquet
 from pipeline.storage.schema import OUTPUT_FIELDS, carry_columns, output_schema
-from pipeline.storage.writer import encode_parquet
 from pipeline.unheard import panics_unheard
 
 

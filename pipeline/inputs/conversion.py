@@ -24,7 +24,7 @@ from pipeline.errors import InputError, UsageError
 from pipeline.inputs.input_files import InputFile
 from pipeline.inputs.json_lines import is_json_lines, write_rows
 from pipeline.inputs.openai_batch import ANSWER_COLUMNS, request_of_row, response_of_answer
-from pipeline.inputs.reader import open_source
+from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
 from pipeline.settings import ReadSettings
 from pipeline.storage.durable import write_whole

@@ -14,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from pipeline.inputs.reader import PromptSource
+from pipeline.inputs.prompt_source import PromptSource
 from pipeline.plan.field_order import FieldTable, best_fixed_order, best_order, given_order
 
 _CELL_BYTES = 60  # of memory, measured

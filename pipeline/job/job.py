@@ -15,7 +15,7 @@ from pipeline.errors import CoppiceError, UsageError
 from pipeline.generation import PLAIN, RULES, ids_of, resolve_sampling, why_not_by_vllm
 from pipeline.inputs.input_files import InputFile, Stamps, stamp_input
 from pipeline.inputs.parquet_copies import ParquetCopies
-from pipeline.inputs.reader import PromptSource, open_source
+from pipeline.inputs.prompt_source import PromptSource, open_source
 from pipeline.job.field_ordering import FieldSaving, order_fields
 from pipeline.job.prepare import Limits, Preparation
 from pipeline.location import Location

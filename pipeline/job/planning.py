@@ -19,14 +19,14 @@ import polars as pl
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError, ModelError
-from pipeline.inputs.reader import find_duplicate_ids
+from pipeline.inputs.prompt_source import find_duplicate_ids
 from pipeline.job.advice import SAMPLE_CHARACTERS, SAMPLE_ROWS, advise
 from pipeline.job.channel import Stages
-from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.field_ordering import memory_needed, order_fields
 from pipeline.job.job import Job
 from pipeline.job.noise_names import noise_names
 from pipeline.job.observer import Planning
+from pipeline.job.planning_checkpoint import Checkpoint
 from pipeline.job.prepared_rows import PreparedRows
 from pipeline.job.rejections import describe_rejected
 from pipeline.job.row_faults import call_by_halves

@@ -18,7 +18,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.job.checkpoint import Checkpoint
+from pipeline.job.planning_checkpoint import Checkpoint
 from pipeline.job.prepare import Preparation
 from pipeline.plan.token_table import TokenFile, TokenTable
 from pipeline.records import PromptBatch, Rejected, SamplingParams

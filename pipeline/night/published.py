@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from pipeline.errors import StorageError
 from pipeline.storage.json_file import RECORD, Count, Digits, JsonFile
-from pipeline.storage.writer import PART_NAME
+from pipeline.storage.part_file import PART_NAME
 
 MARKER_NAME: Final = "published.json"
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import StorageError
 from pipeline.storage.manifest import read_manifest
+from pipeline.storage.part_file import PART_NAME, PartFooter, read_part_footer
 from pipeline.storage.schema import OUTPUT_FIELDS
-from pipeline.storage.writer import PART_NAME, PartFooter, read_part_footer
 
 SUCCESS_NAME = "_SUCCESS"
 

@@ -8,7 +8,7 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from pipeline.storage.json_file import RECORD, Count
-from pipeline.storage.writer import PART_NAME, PartFooter
+from pipeline.storage.part_file import PART_NAME, PartFooter
 
 PartName = Annotated[str, Field(pattern=f"^{PART_NAME.pattern}$")]
 """Before it is joined to a path, a name from elsewhere must be one that we make."""

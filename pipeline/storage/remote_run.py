@@ -35,10 +35,10 @@ from pipeline.storage.lock import FolderLock, is_abandoned, is_dead, own_name
 from pipeline.storage.manifest import MANIFEST_NAME, check_fingerprint, parse_manifest, run_id_of
 from pipeline.storage.metrics_log import METRICS_NAME
 from pipeline.storage.nights import NightFiles, read_remote_nights
+from pipeline.storage.part_file import PART_NAME
 from pipeline.storage.part_list import describe_parts, is_stored, named_parts, part_file
 from pipeline.storage.remote_folder import RemoteFolder, Stored, SupersededError
 from pipeline.storage.run_directory import AUDIT_NAMES, PLAN_NAME, SYSTEM_PROMPT_NAME, RunDirectory
-from pipeline.storage.writer import PART_NAME
 
 _TREE_NAME: Final = "plan/tree.parquet"
 _PLAN_NAMES: Final = (PLAN_NAME, _TREE_NAME, "plan/summary.json")  # the last one last

@@ -31,8 +31,8 @@ from pipeline.storage.manifest import (
 )
 from pipeline.storage.metrics_log import append_metrics
 from pipeline.storage.nights import NightFiles, read_nights
+from pipeline.storage.part_file import encode_parquet, write_part
 from pipeline.storage.run_tables import read_table
-from pipeline.storage.writer import encode_parquet, write_part
 
 PLAN_NAME = "plan/plan.parquet"
 SYSTEM_PROMPT_NAME = "system_prompt.txt"
@@ -127,7 +127,7 @@ class RunDirectory(CommittedParts):
         self._write(name, text.encode())
 
     def write_part(self, number: int, table: pa.Table, provenance: dict[str, str]) -> Path:
-        """Commit a part, as `writer.write_part`. Raises StorageError."""
+        """Commit a part, as `part_file.write_part`. Raises StorageError."""
         self._check_locked()
         return write_part(self.data, number, table, provenance)
 

@@ -18,7 +18,7 @@ import pytest
 from pipeline.errors import InputError, ModelError
 from pipeline.inputs import line_reader
 from pipeline.inputs.parquet_copies import ParquetCopies
-from pipeline.inputs.reader import open_source
+from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
 from pipeline.settings import ReadSettings
 from pipeline.tokens.loading import load_tokenizer

@@ -143,7 +143,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_planning(
     def fail(settings: JobSettings) -> Engine:
         raise EngineError("no device")
 
-    monkeypatch.setattr("pipeline.inputs.reader._BATCH_ROWS", 1, raising=False)
+    monkeypatch.setattr("pipeline.inputs.prompt_source._BATCH_ROWS", 1, raising=False)
     source = write_prompts(tmp_path / "p.parquet", PROMPTS * 2000)
     with pytest.raises(EngineError, match="no device"):
         run_job(str(source), tmp_path / "out", settings, Slow(), fail)

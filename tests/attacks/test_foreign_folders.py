@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.engine.kernels import native
 from pipeline.errors import UsageError
-from pipeline.job.checkpoint import Checkpoint
+from pipeline.job.planning_checkpoint import Checkpoint
 from pipeline.kvstore.entry import map_entry
 from pipeline.kvstore.folder import StoreFolder
 from pipeline.kvstore.header import BadEntry

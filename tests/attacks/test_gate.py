@@ -26,14 +26,14 @@ from pipeline.night.state import read_state
 from pipeline.run import write_report
 from pipeline.settings import AuditSettings
 from pipeline.status import read_status
-from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.schema import OUTPUT_FIELDS
-from pipeline.storage.writer import (
+from pipeline.storage.part_file import (
     _METADATA_KEY,
     encode_parquet,
     read_part_footer,
     write_part,
 )
+from pipeline.storage.run_directory import RunDirectory
+from pipeline.storage.schema import OUTPUT_FIELDS
 from tests.night.job import DAY, NightlyJob
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.inputs.parquet_copies import ParquetCopies
-from pipeline.inputs.reader import open_source
+from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
 from pipeline.settings import ReadSettings
 from tests.tiny_job import write_prompts, write_tokenizer
@@ -100,7 +100,7 @@ from pipeline.settings import ReadSettings
 from pipeline.inputs.input_files import InputFile
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.location import Location
-from pipeline.inputs.reader import open_source
+from pipeline.inputs.prompt_source import open_source
 from tests.tiny_job import echo_settings
 path, lines, cache = Path(sys.argv[1]), InputFile.local(Path(sys.argv[2])), sys.argv[3]
 settings = echo_settings(Path(sys.argv[4]))

@@ -19,9 +19,9 @@ from pipeline.run import write_report
 from pipeline.settings import AuditSettings
 from pipeline.status import read_status
 from pipeline.storage.manifest import new_manifest, parse_manifest
+from pipeline.storage.part_file import PART_NAME
 from pipeline.storage.part_list import part_file
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.writer import PART_NAME
 from tests.night.job import DAY, NightlyJob
 from tests.storage.buckets import Store
 

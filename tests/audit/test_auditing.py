@@ -21,8 +21,8 @@ from pipeline.job.planning import select_rows
 from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import AuditSettings, JobSettings
+from pipeline.storage.part_file import write_part
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.writer import write_part
 from tests.tiny_job import echo_settings, write_model, write_prompts, write_tokenizer
 
 PROMPTS = [f"answer this question in one word: {w}" for w in ("why?", "who?", "why?", "me or you?")]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.errors import CoppiceError, InputError, UsageError
 from pipeline.inputs.conversion import convert
 from pipeline.inputs.openai_batch import BadRequest, request_of_row, row_of_request
-from pipeline.inputs.reader import open_source
+from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
 from pipeline.settings import ReadSettings
 

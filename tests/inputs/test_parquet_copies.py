@@ -20,7 +20,7 @@ from pipeline.errors import InputError, StorageError
 from pipeline.inputs import json_lines, line_reader, parquet_copies
 from pipeline.inputs.input_files import InputFile
 from pipeline.inputs.parquet_copies import ParquetCopies
-from pipeline.inputs.reader import PromptSource, open_source
+from pipeline.inputs.prompt_source import PromptSource, open_source
 from pipeline.location import Location
 from pipeline.private_folder import private_folder
 from pipeline.settings import ReadSettings

@@ -14,7 +14,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.partitions import read_partitions
-from pipeline.inputs.reader import PromptSource, open_source
+from pipeline.inputs.prompt_source import PromptSource, open_source
 from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import ReadSettings

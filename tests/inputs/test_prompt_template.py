@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.inputs.cells import BadCell
+from pipeline.inputs.prompt_source import open_source
 from pipeline.inputs.prompt_template import PromptTemplate
-from pipeline.inputs.reader import open_source
 from pipeline.location import Location
 from pipeline.settings import ReadSettings
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.inputs.input_files import find_input_files
-from pipeline.inputs.reader import open_source
+from pipeline.inputs.prompt_source import open_source
 from pipeline.inputs.selection import HIDDEN, OUTPUTS, search, select
 from pipeline.location import Location
 from pipeline.run import run_job

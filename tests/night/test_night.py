@@ -32,9 +32,9 @@ from pipeline.errors import (
     TooManyFailedRows,
 )
 from pipeline.inputs import parquet_input
-from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.job import Job
 from pipeline.job.observer import Planning, SilentObserver
+from pipeline.job.planning_checkpoint import Checkpoint
 from pipeline.location import Location
 from pipeline.night import night as night_module
 from pipeline.night import steps

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import CoppiceError, InputError, ModelError
-from pipeline.inputs.reader import PromptSource
+from pipeline.inputs.prompt_source import PromptSource
 from pipeline.job.observer import SilentObserver
 from pipeline.model import identity
 from pipeline.night.night import run_night

@@ -10,9 +10,9 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from pipeline.storage.part_file import write_part
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.schema import OUTPUT_FIELDS
-from pipeline.storage.writer import write_part
 
 EVIL_ID = "</script><img src=x onerror=\"document.title='owned'\">"
 EVIL = "</td><script>alert('x')</script> | [a](https://evil.example) & more"

@@ -235,7 +235,7 @@ def _count(counts: Counts, number: int, said: list[Any]) -> None:
 
 def _read_files(seed: int, first: int, count: int, most_bytes: int) -> None:
     """The child: a line for each file."""
-    from pipeline.inputs import reader  # noqa: F401  (loaded before memory is limited)
+    from pipeline.inputs import prompt_source  # noqa: F401  (loaded before memory is limited)
 
     resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -252,7 +252,7 @@ def _read_files(seed: int, first: int, count: int, most_bytes: int) -> None:
 def _read_file(path: Path, fault: str = "") -> tuple[str, int, str]:
     """All that a job does with its input, and how it ended: (outcome, rows, what came instead)."""
     from pipeline.errors import InputError
-    from pipeline.inputs.reader import open_source
+    from pipeline.inputs.prompt_source import open_source
     from pipeline.location import Location
     from pipeline.settings import ReadSettings
 

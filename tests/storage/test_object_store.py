@@ -15,7 +15,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.inputs.input_files import find_input_files
 from pipeline.inputs.parquet_copies import ParquetCopies
-from pipeline.inputs.reader import open_source
+from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
 from pipeline.settings import ObjectStoreSettings, ReadSettings
 from tests.storage.buckets import KEY_ID, SECRET, Store

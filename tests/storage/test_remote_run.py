@@ -219,9 +219,9 @@ def test_another_machine_goes_on_from_what_is_committed(
 def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Input rows in the order in which parts with them were written."""
     rows: list[int] = []
-    from pipeline.storage import run_directory, writer
+    from pipeline.storage import part_file, run_directory
 
-    real = writer.write_part
+    real = part_file.write_part
 
     def write_part(folder: Path, number: int, table: Any, provenance: Any) -> Path:
         rows.extend(table.column("row_index").to_pylist())

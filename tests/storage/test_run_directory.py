@@ -22,8 +22,8 @@ from pipeline.errors import RunDirectoryError, StorageError
 from pipeline.location import Location
 from pipeline.status import read_status
 from pipeline.storage.lock import is_abandoned
+from pipeline.storage.part_file import write_part
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.writer import write_part
 from tests.storage.disk import CODES, FailingDisk
 from tests.storage.tables import answers
 

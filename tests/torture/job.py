@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipeline.engine.base import EngineFactory
 from pipeline.engine.load import make_engine
 from pipeline.inputs import parquet_input
-from pipeline.job.checkpoint import Checkpoint
+from pipeline.job.planning_checkpoint import Checkpoint
 from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import JobSettings

@@ -16,7 +16,7 @@ from pyarrow import Table
 
 from pipeline.errors import CoppiceError
 from pipeline.storage import run_directory
-from pipeline.storage.writer import write_part
+from pipeline.storage.part_file import write_part
 from tests.torture.disk import KILLED, FailingDisk, WatchedDisk, When
 from tests.torture.job import (
     Bench,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage import durable, writer
+from pipeline.storage import durable, part_file
 from tests.torture.job import RunBench
 from tests.torture.sweep import record, sweep_power_cuts
 
@@ -43,7 +43,7 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("module", [durable, writer])
+@pytest.mark.parametrize("module", [durable, part_file])
 @pytest.mark.parametrize("fault", PLANTED)
 def test_the_cut_finds_what_is_planted(
     tmp_path: Path,

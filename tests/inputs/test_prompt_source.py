@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.inputs.reader import PromptSource, find_duplicate_ids, open_source
+from pipeline.inputs.prompt_source import PromptSource, find_duplicate_ids, open_source
 from pipeline.location import Location
 from pipeline.records import PromptBatch
 from pipeline.settings import ReadSettings
@@ -168,7 +168,7 @@ def test_limit_takes_the_first_rows_over_files_and_groups(tmp_path: Path, limit:
 def test_take_in_any_order_equals_a_plain_read(
     tmp_path: Path, row_group_size: int, cache_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.inputs.reader._CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr("pipeline.inputs.prompt_source._CACHE_BYTES", cache_bytes)
     n = 60
     table = {
         "prompt": [f"p{i}" for i in range(n)],

@@ -31,7 +31,7 @@ from pipeline.model.machine import private_cache
 from pipeline.private_folder import NotPrivate, private_folder
 from pipeline.storage.durable import replace_file, write_errors
 from pipeline.storage.lock import FolderLock
-from pipeline.storage.writer import encode_parquet
+from pipeline.storage.part_file import encode_parquet
 
 _STALE_S = 7 * 24 * 3600  # what nobody came back for
 _logger = logging.getLogger("coppice")

@@ -16,9 +16,9 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.inputs import parquet_input
-from pipeline.job.checkpoint import Checkpoint
 from pipeline.job.job import open_job
 from pipeline.job.planning import PlannedJob, plan_rows
+from pipeline.job.planning_checkpoint import Checkpoint
 from pipeline.settings import JobSettings
 from tests.job.preparing import fail_after, watch_prepared
 from tests.tiny_job import echo_settings, write_prompts
@@ -187,7 +187,7 @@ def test_old_folders_are_dropped(tmp_path: Path, source: Path, tokenizer_folder:
 
 _SLOW = """
 import sys, time
-from pipeline.job.checkpoint import Checkpoint
+from pipeline.job.planning_checkpoint import Checkpoint
 from pipeline.job.job import open_job
 from pipeline.job.planning import plan_rows
 from pipeline.job.prepare import Preparation

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import StorageError
-from pipeline.storage import durable, writer
-from pipeline.storage.writer import read_part_footer, write_part
+from pipeline.storage import durable, part_file
+from pipeline.storage.part_file import read_part_footer, write_part
 from tests.storage.disk import CODES, FailingDisk
 from tests.storage.tables import answers
 
@@ -72,7 +72,7 @@ def test_a_part_that_vanished_or_is_foreign_is_named(tmp_path: Path) -> None:
 def test_a_part_that_reads_back_differently_is_not_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.writer._hash_file", lambda path: "other")
+    monkeypatch.setattr("pipeline.storage.part_file._hash_file", lambda path: "other")
     with pytest.raises(StorageError, match="reads back differently"):
         write_part(tmp_path, 0, answers([0]), PROVENANCE)
     assert not list(tmp_path.iterdir())
@@ -83,7 +83,9 @@ def test_a_disk_that_keeps_something_else_is_named(
 ) -> None:
     """Seen red: what is no Parquet at all escaped as an error of pyarrow's."""
     real = durable.write_new
-    monkeypatch.setattr(writer, "write_new", lambda path, content: real(path, bytes(len(content))))
+    monkeypatch.setattr(
+        part_file, "write_new", lambda path, content: real(path, bytes(len(content)))
+    )
     with pytest.raises(StorageError, match="reads back differently"):
         write_part(tmp_path, 0, answers([0]), PROVENANCE)
     assert not list(tmp_path.iterdir())
