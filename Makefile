@@ -10,9 +10,10 @@ demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts,
 	$(BIN)/coppice demo -o $(DEMO)
 
 # A file is one worker's: fixtures of a module (a Prefect server, a Ray cluster) start once. Files
-# with few and long tests must not come last, where one worker would wait for the other.
+# with few and long tests must not come last, where one worker would wait for the others; and since
+# a third of the time they wait for processes, there is one worker more than the two cores of CI.
 test: $(VENV)/.installed-dev  ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # By measured CPU time: what is left out starts models, processes, servers or clusters, or compiles.
 FAST ?= tests/test_settings.py tests/test_docs.py tests/test_imports.py tests/test_time_limit.py \

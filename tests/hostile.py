@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 MOST_BYTES = 4 << 30  # of address space; a limit of the child's, not of coppice
-MOST_SECONDS = 0.5  # instead of the 10 s of a job
+MOST_SECONDS = 0.25  # instead of the 10 s of a job
 ESCAPES = {
     "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "attr filter": "{{ '' | attr('__class__') }}",

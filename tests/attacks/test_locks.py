@@ -145,7 +145,7 @@ from pipeline.night.published import Content
 user, umask, target, page, day = sys.argv[1:]
 os.setgroups([]); os.setgid(4242); os.setuid(int(user)); os.umask(int(umask, 8))
 content = Content({"edition": "run-1"}, {"report.html": Path(page)}, None)
-FolderTarget(target).publish(day, content)
+FolderTarget(Path(target)).publish(day, content)
 """
 
 

@@ -220,6 +220,7 @@ def test_a_night_that_would_overlap_is_cancelled(
     server.ended(run)
 
 
+@pytest.mark.slow
 def test_two_jobs_on_one_device_queue_for_it(
     server: PrefectServer, served: Process, make_job: MakeJob
 ) -> None:
@@ -248,6 +249,7 @@ def test_a_night_needs_no_server_to_end(
     assert state["name"] == "Completed" and "Completed: 40 rows" in state["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "Prefect database locked",
     injected="another process holds the server's SQLite file for five seconds of a night",

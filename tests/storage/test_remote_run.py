@@ -280,7 +280,7 @@ def one_client(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("one_client")
-@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize("answered", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_whichever_operation_fails_the_same_command_makes_it_good(
     store: Store, bucket: str, cache: Path, monkeypatch: pytest.MonkeyPatch, answered: bool
 ) -> None:

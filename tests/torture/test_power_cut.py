@@ -43,7 +43,7 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("module", [durable, part_file])
+@pytest.mark.parametrize("module", [pytest.param(durable, marks=pytest.mark.slow), part_file])
 @pytest.mark.parametrize("fault", PLANTED)
 def test_the_cut_finds_what_is_planted(
     tmp_path: Path,

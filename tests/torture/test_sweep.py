@@ -47,7 +47,10 @@ def test_any_operation_may_fail(
     injected="before, within and behind the n-th file operation, for all n in make torture",
     outcome="no row lost or doubled after the next call",
 )
-@pytest.mark.parametrize(("when", "first"), [("before", 3), ("halfway", 11), ("after", 7)])
+@pytest.mark.parametrize(
+    ("when", "first"),
+    [("before", 3), pytest.param("halfway", 11, marks=pytest.mark.slow), ("after", 7)],
+)
 def test_any_operation_may_be_the_last(
     tmp_path: Path, tokenizer_folder: Path, server: Server, when: When, first: int
 ) -> None:
@@ -145,7 +148,13 @@ PLANTED: dict[str, tuple[object, str, object]] = {
 }
 
 
-@pytest.mark.parametrize("fault", PLANTED)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "a row of a resumed job forgotten",
+        *(pytest.param(fault, marks=pytest.mark.slow) for fault in list(PLANTED)[:-1]),
+    ],
+)
 def test_the_sweep_finds_what_is_planted(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
