@@ -8,9 +8,13 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from pipeline.settings import JobSettings
-from tests.tiny_job import echo_settings, write_model, write_tokenizer
-from tests.torture.victim import Server
+# Before torch is imported, and for all processes that tests start: matrices are tiny here, and
+# threads of several processes on two cores would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pipeline.settings import JobSettings  # noqa: E402
+from tests.tiny_job import echo_settings, write_model, write_tokenizer  # noqa: E402
+from tests.torture.victim import Server  # noqa: E402
 
 # A busy machine is slow now and then, and that is no fault of what is tested.
 hypothesis.settings.register_profile("coppice", deadline=None)
