@@ -156,7 +156,7 @@ BODIES = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=120, derandomize=True)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(BODIES)
 def test_a_template_of_chance_gives_a_text_or_a_named_error(source: str) -> None:
     """Seen red: with a list of the faults that Jinja raises (a filter's AssertionError is none)."""

@@ -34,7 +34,8 @@ print(Path("/proc/self/status").read_text())
     injected="one among three, as a prompt or in a carried column",
     outcome="the prompt is a failed row, the column is carried; memory bounded",
 )
-@pytest.mark.parametrize("column", ["prompt", pytest.param("note", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("column", ["prompt", "note"])
 def test_a_row_of_100_mb(tmp_path: Path, column: str) -> None:
     """Seen red: tokenised before it was refused."""
     columns = {"id": list("abcde"), "prompt": ["hello"] * 5, "note": ["n"] * 5}

@@ -82,6 +82,7 @@ class PrefixEngine(LocalEngine):
         self.backend: Final = backend or choose(loaded, settings.kernels)
         self.sampler: Final = Sampler(loaded, self.backend.likeliest)
         self.break_even: Final = break_even
+        self.threads: Final = Threads.chosen(settings, loaded.device)
         dtype = str(loaded.model.dtype).removeprefix("torch.")
         self.capabilities = EngineCapabilities(
             computes_once=True,
@@ -142,7 +143,7 @@ class _Run:
         self.counters = engine.counters
         self.plan = work.plan
         self.control = work.control
-        self.threads = Threads.chosen(settings, loaded.device)
+        self.threads = engine.threads
         self.max_batch_tokens = settings.max_batch_tokens
         self.max_decode_rows = settings.max_rows
         weight = next(loaded.model.parameters())

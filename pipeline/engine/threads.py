@@ -18,6 +18,7 @@ import torch
 from pipeline.settings import EngineSettings
 
 _LOOK_EVERY_S = 0.25  # the system counts time in hundredths of a second
+_FULL = 0.9  # of the time of all cores: more is wanted than there is
 _TOLERATED = 0.4  # of a core: what others may use before a thread makes room for them
 
 
@@ -70,15 +71,17 @@ class Threads:
         return cls(torch.get_num_threads())
 
     def adapt(self) -> None:
-        """Between two steps: so many threads as others leave free. Costs nothing most times."""
+        """Before a step: so many threads as others left free since the last look. Costs nothing
+        most times. The first look of a run tells what others did while it was prepared."""
         if time.monotonic() - self._before.clock < _LOOK_EVERY_S:
             return
         now, before = self._read(), self._before
         self._before = now
         seconds = now.clock - before.clock
-        others = (now.all_programs - before.all_programs - now.ours + before.ours) / seconds
-        # Where all of us want more than there is, a fair scheduler cuts what each gets alike.
-        wanted = others * max(1.0, self.number / max(now.cores - others, 0.01))
+        busy = (now.all_programs - before.all_programs) / seconds
+        wanted = others = busy - (now.ours - before.ours) / seconds
+        if busy > _FULL * now.cores:  # a fair scheduler cuts what each of us gets alike
+            wanted *= max(1.0, self.number / max(now.cores - others, 0.01))
         self._set(max(1, min(self._most, int(now.cores - wanted + _TOLERATED))))
 
     def restore(self) -> None:

@@ -406,7 +406,7 @@ JSON = st.recursive(
 CELL = st.one_of(st.none(), st.text(max_size=9), JSON.map(json.dumps))
 DRAWN = settings(
     deadline=None,
-    max_examples=60,
+    max_examples=40,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -28,7 +28,7 @@ class Machine:
     def read(self) -> CPUTime:
         """A second later."""
         ours = self.used[-1] if self.used else self.cores
-        share = min(1.0, self.cores / (ours + self.neighbours))
+        share = min(1.0, self.cores / max(ours + self.neighbours, 1.0))
         clock, busy, own, cores = self._now
         own_now, others_now = ours * share, self.neighbours * share
         self._now = CPUTime(clock + 1.0, busy + own_now + others_now, own + own_now, cores)
@@ -72,6 +72,15 @@ def test_a_neighbour_that_comes_and_goes_is_followed_both_ways() -> None:
     found.adapt()
     found.restore()
     assert machine.used[-2:] == [1, 2]
+
+
+@pytest.mark.parametrize(("neighbours", "number"), [(0, 16), (1, 15), (8, 8), (16, 1)])
+def test_the_first_look_sees_what_others_did_while_we_slept(neighbours: int, number: int) -> None:
+    machine = Machine(16)
+    machine.neighbours, machine.used = neighbours, [0]
+    found = Threads(16, machine.read, machine.used.append)
+    found.adapt()
+    assert found.number == number
 
 
 @pytest.mark.parametrize(("load", "number"), [(0.05, 4), (0.3, 4), (0.6, 3), (2.2, 2), (9.5, 1)])

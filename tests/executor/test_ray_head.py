@@ -107,6 +107,7 @@ def start_job(head: Head, source: Path, out: Path, *flags: str) -> subprocess.Po
     )
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "the cluster's head dies",
     injected="kill -9 of the Ray head's gcs_server while two actors compute",

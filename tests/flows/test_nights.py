@@ -200,6 +200,7 @@ def nights_of(served: Process) -> list[psutil.Process]:
     return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "night still going",
     injected="a second run of the deployment while a night runs",

@@ -16,21 +16,21 @@ def test_at_least_95_percent_of_the_optimum_on_every_small_table() -> None:
     """Seen red with the paper's score, what a value saves alone: 0.875 on the worst table."""
     random = np.random.default_rng(0)
     ratios = []
-    for _ in range(60):
+    for _ in range(40):
         rows, costs = random_table(random)
         table, most = to_table(rows, costs), most_by_enumeration(rows, costs)
         shared = table.shared(best_order(table))
         assert shared <= most <= table.most_shared()
         if most:
             ratios.append(shared / most)
-    assert len(ratios) > 45
+    assert len(ratios) > 30
     assert min(ratios) >= 0.95
     assert np.mean(ratios) >= 0.999
 
 
 def test_every_row_has_every_field_once_and_shares_what_a_trie_says() -> None:
     random = np.random.default_rng(1)
-    for _ in range(50):
+    for _ in range(30):
         rows, costs = random_table(random)
         table = to_table(rows, costs)
         order = best_order(table)

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = 600_000  # 396 MB of token ids
 
@@ -22,6 +24,7 @@ def measure(sort_memory: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_and_changes_nothing_but_itself() -> None:
     """Seen red: partitions gathered from a mapped file, whose pages stay resident."""
     little, much = measure("16MiB"), measure("1GiB")

@@ -279,8 +279,9 @@ def one_client(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.storage.remote_folder._connect", lambda *_: store.client)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_client")
-@pytest.mark.parametrize("answered", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("answered", [False, True])
 def test_whichever_operation_fails_the_same_command_makes_it_good(
     store: Store, bucket: str, cache: Path, monkeypatch: pytest.MonkeyPatch, answered: bool
 ) -> None:
