@@ -58,7 +58,7 @@ class Threads:
     ) -> None:
         """`use`: has so many threads compute, in the thread that calls it."""
         self.number = most
-        self._most = most
+        self._most = self._applied = most
         self._read = read
         self._use = use
         self._before = read()
@@ -73,8 +73,15 @@ class Threads:
     def adapt(self) -> None:
         """Before a step: so many threads as others left free since the last look. Costs nothing
         most times. The first look of a run tells what others did while it was prepared."""
-        if time.monotonic() - self._before.clock < _LOOK_EVERY_S:
-            return
+        if time.monotonic() - self._before.clock >= _LOOK_EVERY_S:
+            self.number = self._look()
+        self._apply(self.number)
+
+    def restore(self) -> None:
+        """All of them again, until the next step."""
+        self._apply(self._most)
+
+    def _look(self) -> int:
         now, before = self._read(), self._before
         self._before = now
         seconds = now.clock - before.clock
@@ -82,15 +89,11 @@ class Threads:
         wanted = others = busy - (now.ours - before.ours) / seconds
         if busy > _FULL * now.cores:  # a fair scheduler cuts what each of us gets alike
             wanted *= max(1.0, self.number / max(now.cores - others, 0.01))
-        self._set(max(1, min(self._most, int(now.cores - wanted + _TOLERATED))))
+        return max(1, min(self._most, int(now.cores - wanted + _TOLERATED)))
 
-    def restore(self) -> None:
-        """All of them again."""
-        self._set(self._most)
-
-    def _set(self, number: int) -> None:
-        if number != self.number:
-            self.number = number
+    def _apply(self, number: int) -> None:
+        if number != self._applied:
+            self._applied = number
             self._use(number)
 
 

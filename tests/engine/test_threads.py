@@ -58,7 +58,9 @@ def test_neighbours_get_the_cores_that_they_use_and_we_the_others(
     assert settled(machine, most).number == max(1, min(most, cores - int(machine.neighbours)))
 
 
-def test_a_neighbour_that_comes_and_goes_is_followed_both_ways() -> None:
+def test_a_neighbour_that_comes_and_goes_is_followed_both_ways(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     machine = Machine(2)
     found = Threads(2, machine.read, machine.used.append)
     seen = []
@@ -72,6 +74,9 @@ def test_a_neighbour_that_comes_and_goes_is_followed_both_ways() -> None:
     found.adapt()
     found.restore()
     assert machine.used[-2:] == [1, 2]
+    monkeypatch.setattr(threads, "_LOOK_EVERY_S", 10_000.0)
+    found.adapt()
+    assert machine.used[-1] == 1, "the next run begins where the last one ended"
 
 
 @pytest.mark.parametrize(("neighbours", "number"), [(0, 16), (1, 15), (8, 8), (16, 1)])
