@@ -23,10 +23,9 @@ import torch
 from benchmarks.prompts import distinct_prompts, plan_prompts, shared_prompts
 from benchmarks.setup import add_options, setup_of
 from benchmarks.shapes import load_random
-from pipeline.engine.base import RunControl
+from benchmarks.strict import seconds
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.engine.threads import use_threads
-from pipeline.plan.plan import Plan
 from pipeline.settings import EngineSettings
 
 _MODES = ("quiet", "free threads", "all threads", "one thread")
@@ -44,14 +43,6 @@ def neighbours(number: int) -> Iterator[None]:
         for process in running:
             process.kill()
             process.wait()
-
-
-def seconds(engine: PrefixEngine, plan: Plan) -> float:
-    """Of one job with cold caches."""
-    begin = time.perf_counter()
-    for completion in engine.generate(plan, np.arange(len(plan.sequences)), RunControl()):
-        assert completion.error_type is None, completion.error_message
-    return time.perf_counter() - begin
 
 
 def main() -> None:
@@ -79,7 +70,7 @@ def main() -> None:
             seconds(engine, plans["2 rows"])
             with neighbours(0 if mode == "quiet" else args.neighbours):
                 for name, plan in plans.items():
-                    found[name][mode].append(seconds(engine, plan))
+                    found[name][mode].append(seconds(engine, plan)[0])
     report: dict[str, Any] = {"threads": most, "neighbours": args.neighbours, "shape": setup.shape}
     for name, modes in found.items():
         report[name] = {mode: statistics.median(times) for mode, times in modes.items()}

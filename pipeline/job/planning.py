@@ -12,7 +12,6 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -37,9 +36,6 @@ from pipeline.plan.summary import KVLimits, PlanSummary, plan_frame, summarise
 from pipeline.plan.token_table import narrowest_dtype
 from pipeline.records import PromptBatch, Rejected
 from pipeline.settings import PlanSettings
-
-if TYPE_CHECKING:
-    pass
 
 _BATCHES_AHEAD = 4
 _ROW_BYTES = 250  # of the plan's own columns while it is built, measured
