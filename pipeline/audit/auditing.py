@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from pipeline.audit.evidence import NO_EVIDENCE
 from pipeline.audit.gate import describe_bar, seed_of_output
-from pipeline.audit.other_arms import Arms
 from pipeline.audit.reopened_job import check_same, reopen_job
 from pipeline.audit.replay import BARS, AuditInput, RowAudit, Tier, audit_row
 from pipeline.audit.sample import candidate_rows, choose_rows
@@ -108,6 +107,8 @@ def _audit(
         similarity = _similarity(job, encoder, inputs, audits)
         evidence, kl = NO_EVIDENCE, {}
         if settings.audit_arms and inputs and ran.computes_once:
+            from pipeline.audit.other_arms import Arms  # brings the whole engine
+
             observer.say(f"computing up to {settings.audit_arms} of them in other ways as well")
             arms = Arms(loaded, baseline, job.settings.engine, tier)
             some = np.random.default_rng(seed).permutation(len(inputs))[: settings.audit_arms]

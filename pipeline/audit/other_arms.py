@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import TYPE_CHECKING
 
 from pipeline.audit.evidence import NO_EVIDENCE, ArmSummary, Evidence, PlantedFault
 from pipeline.audit.replay import BARS, AuditInput, Tier, audit_row
+from pipeline.engine.base import Baseline
+from pipeline.engine.prefix_engine import PrefixEngine
+from pipeline.engine.verify import arms
+from pipeline.engine.verify.planted_faults import FAULTS, Fault, write_with_fault
+from pipeline.model.model import LoadedModel
 from pipeline.records import SamplingParams
 from pipeline.settings import EngineSettings
-
-if TYPE_CHECKING:
-    from pipeline.engine.base import Baseline
-    from pipeline.engine.verify.arms import ForcedRow
-    from pipeline.engine.verify.planted_faults import Fault
-    from pipeline.model.model import LoadedModel
 
 _MOST_POSITIONS = 32  # of an answer that are compared
 _MOST_LOGIT_BYTES = 512 << 20
@@ -34,8 +32,6 @@ class Arms:
         self, loaded: LoadedModel, baseline: Baseline, settings: EngineSettings, tier: Tier
     ) -> None:
         """Raises ModelError for a model whose KV cannot be shared."""
-        from pipeline.engine.prefix_engine import PrefixEngine
-
         self._engine = PrefixEngine(loaded, settings)
         self._baseline = baseline
         self._bars = BARS[tier]
@@ -60,10 +56,8 @@ class Arms:
         return max(1, _MOST_LOGIT_BYTES // (2 * 4 * _MOST_POSITIONS * vocabulary))
 
     def _arms(self, rows: Sequence[AuditInput]) -> dict[str, ArmSummary]:
-        from pipeline.engine.verify.arms import compare_arms
-
         found = {}
-        for name, deviations in compare_arms(self._engine, _forced(rows)):
+        for name, deviations in arms.compare_arms(self._engine, _forced(rows)):
             found[name] = ArmSummary.of(deviations)
             if name == "product":
                 worst = [float(deviation.kl.max()) for deviation in deviations]
@@ -71,18 +65,14 @@ class Arms:
         return found
 
     def _same_bits(self, rows: Sequence[AuditInput]) -> list[bool]:
-        from pipeline.engine.verify.arms import same_bits_alone
-
         if self._engine.settings.fidelity != "strict":
             return []
-        return same_bits_alone(self._engine, _forced(rows))
+        return arms.same_bits_alone(self._engine, _forced(rows))
 
     def _faults(
         self, rows: Sequence[AuditInput], groups: Sequence[int | None], num_groups: int
     ) -> list[PlantedFault]:
         """Each fault at three places of the prefixes that rows of the largest groups share."""
-        from pipeline.engine.verify.planted_faults import FAULTS
-
         found = []
         for prompts in _prompts_by_group(rows, groups)[:num_groups]:
             shared = _common_prefix(prompts)
@@ -98,8 +88,6 @@ class Arms:
         self, prompts: Sequence[Sequence[int]], fault: Fault | None, at: int
     ) -> list[AuditInput]:
         """Answers as the audit would find them; a row that failed has no tokens."""
-        from pipeline.engine.verify.planted_faults import write_with_fault
-
         params = SamplingParams(max_new_tokens=_FAULT_TOKENS)
         done = write_with_fault(self._engine, prompts, _FAULT_TOKENS, fault, at)
         eos = frozenset(self._engine.loaded.shape.eos_token_ids)
@@ -116,11 +104,9 @@ class Arms:
         return audit_row(self._baseline, row, self._bars).row_class in ("identical", "near_tie")
 
 
-def _forced(rows: Sequence[AuditInput]) -> list[ForcedRow]:
-    from pipeline.engine.verify.arms import ForcedRow
-
+def _forced(rows: Sequence[AuditInput]) -> list[arms.ForcedRow]:
     return [
-        ForcedRow(row.prompt, row.output[:_MOST_POSITIONS], row.params, row.noise_key)
+        arms.ForcedRow(row.prompt, row.output[:_MOST_POSITIONS], row.params, row.noise_key)
         for row in rows
     ]
 
