@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +43,7 @@ from pipeline.storage.summaries import AUDIT_SUMMARY
 if TYPE_CHECKING:
     from pipeline.model.model import LoadedModel
 
-_ANSWER_COLUMNS = ("row_index", "generated_text", "finish_reason", "completion_token_ids")
+_ANSWER_COLUMNS = ("row_index", "generated_text", "completion_token_ids")
 _SAY_EVERY_S = 30.0
 _EMBEDDED_CHARACTERS = 400
 
@@ -93,18 +92,18 @@ def _audit(
         )
     encoder = Encoder.load(settings.audit_encoder)
     seed = seed_of_output(directory)
-    chosen = _choose(job, candidates, settings, seed, encoder)
+    chosen = _with_answers(directory, _choose(job, candidates, settings, seed, encoder))
     observer.say(f"auditing {len(chosen)} of {len(candidates)} rows against plain full prefill")
     with holding_device(job.settings, observer):
         loaded, baseline = _load_baseline(job)
         tier = _tier(job.settings, loaded)
-        inputs = _audit_inputs(job, directory, chosen["row_index"].to_numpy(), loaded)
+        inputs = _audit_inputs(job, chosen, loaded)
         num_chosen = len(chosen)
         chosen, inputs = _replayable(ran, chosen, inputs, observer)
         replay_started = time.monotonic()
         audits = _replay(baseline, inputs, tier, _free_rows(inputs, settings, seed), observer)
         seconds = {"replay_seconds": time.monotonic() - replay_started}
-        similarity = _similarity(job, encoder, inputs, audits)
+        similarity = _similarity(job, encoder, chosen, inputs, audits)
         evidence, kl = NO_EVIDENCE, {}
         if settings.audit_arms and inputs and ran.computes_once:
             from pipeline.audit.other_arms import Arms  # brings the whole engine
@@ -112,8 +111,7 @@ def _audit(
             observer.say(f"computing up to {settings.audit_arms} of them in other ways as well")
             arms = Arms(loaded, baseline, job.settings.engine, tier)
             some = np.random.default_rng(seed).permutation(len(inputs))[: settings.audit_arms]
-            rows = [item.row for item in inputs]
-            evidence = arms.gather(rows, chosen["group_id"].to_list(), some.tolist())
+            evidence = arms.gather(inputs, chosen["group_id"].to_list(), some.tolist())
             kl = arms.kl
     verdict = judge(audits, GroupCoverage.of(candidates, chosen), tier, settings, evidence)
     directory.write_frame("audit/audit.parquet", audit_frame(chosen, audits, similarity, kl))
@@ -150,13 +148,12 @@ def _choose(
 
 def _load_baseline(job: Job) -> tuple[LoadedModel, Baseline]:
     from pipeline.engine.naive_engine import NaiveEngine
-    from pipeline.engine.threads import Threads, use_threads
+    from pipeline.engine.threads import use_threads
     from pipeline.model.model import load_model
 
     use_threads(job.settings.engine)
     loaded = load_model(job.settings.model)
-    threads = Threads.chosen(job.settings.engine, loaded.device)
-    return loaded, NaiveEngine(loaded, threads=threads)
+    return loaded, NaiveEngine(loaded, settings=job.settings.engine)
 
 
 def _render(job: Job, rows: Sequence[int]) -> list[str]:
@@ -167,26 +164,21 @@ def _render(job: Job, rows: Sequence[int]) -> list[str]:
     return [by_row[row] for row in rows]
 
 
-@dataclass(frozen=True)
-class _Audited:
-    """A row to replay, and its text as the run wrote it."""
+def _with_answers(directory: RunDirectory, chosen: pl.DataFrame) -> pl.DataFrame:
+    """The chosen rows, by `row_index`, and what the committed parts say to them."""
+    wanted = pl.col("row_index").is_in(chosen["row_index"].to_list())
+    answers = directory.scan().filter(wanted).select(_ANSWER_COLUMNS).collect()
+    return chosen.join(answers, on="row_index").sort("row_index")
 
-    row: AuditInput
-    text: str
 
-
-def _audit_inputs(
-    job: Job, directory: RunDirectory, rows: NDArray[np.int64], loaded: LoadedModel
-) -> list[_Audited]:
-    """Prompt ids made anew from the input, answers from the committed parts; by `row_index`."""
-    batch = select_rows(job, rows)
+def _audit_inputs(job: Job, chosen: pl.DataFrame, loaded: LoadedModel) -> list[AuditInput]:
+    """Row by row; prompt ids are made anew from the input."""
+    batch = select_rows(job, chosen["row_index"].to_numpy())
     prepared = job.preparation().prepare(batch)
     prompts = np.split(prepared.flat, np.cumsum(prepared.lengths)[:-1])
-    answers = directory.scan().filter(pl.col("row_index").is_in(rows.tolist()))
-    written = answers.select(_ANSWER_COLUMNS).sort("row_index").collect()
     inputs = []
     for answer, row_id, prompt, params in zip(
-        written.iter_rows(named=True), batch.ids, prompts, prepared.params, strict=True
+        chosen.iter_rows(named=True), batch.ids, prompts, prepared.params, strict=True
     ):
         name = noise_name(job.source.columns, row_id, answer["row_index"], prompt)
         row = AuditInput(
@@ -199,20 +191,20 @@ def _audit_inputs(
             eos_token_ids=frozenset(loaded.shape.eos_token_ids),
             is_stopped=job.tokenizer.answers.is_stopped,
         )
-        inputs.append(_Audited(row, answer["generated_text"]))
+        inputs.append(row)
     return inputs
 
 
 def _replayable(
-    ran: EngineCapabilities, chosen: pl.DataFrame, inputs: list[_Audited], observer: Observer
-) -> tuple[pl.DataFrame, list[_Audited]]:
+    ran: EngineCapabilities, chosen: pl.DataFrame, inputs: list[AuditInput], observer: Observer
+) -> tuple[pl.DataFrame, list[AuditInput]]:
     """Those rows whose answer follows from prompt and parameters alone.
 
     Raises UsageError if there is none among them.
     """
     if ran.replays_noise:
         return chosen, inputs
-    greedy = [item for item in inputs if item.row.params.is_greedy]
+    greedy = [row for row in inputs if row.params.is_greedy]
     if inputs and not greedy:
         raise UsageError(
             "the engine drew every audited answer with noise of its own, which nothing can replay; "
@@ -221,24 +213,24 @@ def _replayable(
     if len(greedy) < len(inputs):
         left_out = len(inputs) - len(greedy)
         observer.say(f"{left_out} of them are left out: the engine drew them with noise of its own")
-    rows = [item.row.row_index for item in greedy]
+    rows = [row.row_index for row in greedy]
     return chosen.filter(pl.col("row_index").is_in(rows)), greedy
 
 
-def _free_rows(inputs: list[_Audited], settings: AuditSettings, seed: int) -> set[int]:
+def _free_rows(inputs: list[AuditInput], settings: AuditSettings, seed: int) -> set[int]:
     """Positions of the greedy rows that the baseline generates on its own as well."""
-    greedy = [i for i, item in enumerate(inputs) if item.row.params.is_greedy]
+    greedy = [i for i, row in enumerate(inputs) if row.params.is_greedy]
     shuffled = np.random.default_rng(seed).permutation(greedy)
     return set(shuffled[: settings.audit_free_running].tolist())
 
 
 def _replay(
-    baseline: Baseline, inputs: list[_Audited], tier: Tier, free: set[int], observer: Observer
+    baseline: Baseline, inputs: list[AuditInput], tier: Tier, free: set[int], observer: Observer
 ) -> list[RowAudit]:
     audits = []
     said_at = time.monotonic()
-    for index, item in enumerate(inputs):
-        audits.append(audit_row(baseline, item.row, BARS[tier], free_run=index in free))
+    for index, row in enumerate(inputs):
+        audits.append(audit_row(baseline, row, BARS[tier], free_run=index in free))
         if time.monotonic() - said_at > _SAY_EVERY_S:
             said_at = time.monotonic()
             observer.say(f"{index + 1}/{len(inputs)} rows audited")
@@ -246,7 +238,11 @@ def _replay(
 
 
 def _similarity(
-    job: Job, encoder: Encoder | None, inputs: list[_Audited], audits: list[RowAudit]
+    job: Job,
+    encoder: Encoder | None,
+    chosen: pl.DataFrame,
+    inputs: list[AuditInput],
+    audits: list[RowAudit],
 ) -> dict[int, float]:
     """Cosine of our text and the baseline's by `row_index`; empty without an encoder.
 
@@ -255,11 +251,10 @@ def _similarity(
     if encoder is None or not audits:
         return {}
     said = [a.baseline_ids if a.free_run is None else a.free_run.token_ids for a in audits]
-    rows = [item.row for item in inputs]
     texts = job.tokenizer.answers.decode(
-        [row.prompt for row in rows], said, [row.params.stop for row in rows]
+        [row.prompt for row in inputs], said, [row.params.stop for row in inputs]
     )
-    cosines = encoder.cosine([item.text for item in inputs], texts)
+    cosines = encoder.cosine(chosen["generated_text"].to_list(), texts)
     return {a.row_index: float(c) for a, c in zip(audits, cosines, strict=True)}
 
 

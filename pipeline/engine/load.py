@@ -26,14 +26,14 @@ def make_engine(settings: JobSettings) -> Engine:
 
         return VllmEngine(settings.model, settings.engine)
     from pipeline.engine.naive_engine import NaiveEngine
-    from pipeline.engine.threads import Threads, use_threads
+    from pipeline.engine.threads import use_threads
     from pipeline.model.model import load_model
 
     use_threads(settings.engine)
     loaded = load_model(settings.model)
     if chosen == "prefix":
         return _tested(loaded, settings.engine)
-    return NaiveEngine(loaded, threads=Threads.chosen(settings.engine, loaded.device))
+    return NaiveEngine(loaded, settings=settings.engine)
 
 
 def check_strict(settings: JobSettings) -> None:
@@ -50,7 +50,6 @@ def _tested(loaded: LoadedModel, settings: EngineSettings) -> Engine:
     from pipeline.engine.naive_engine import NaiveEngine
     from pipeline.engine.prefix_engine import PrefixEngine
     from pipeline.engine.sharing_cost import break_even_tokens
-    from pipeline.engine.threads import Threads
     from pipeline.engine.verify.self_test import self_test
     from pipeline.engine.verify.strict_probe import strict_probe
 
@@ -62,7 +61,7 @@ def _tested(loaded: LoadedModel, settings: EngineSettings) -> Engine:
         if is_strict:
             raise UsageError(f"--fidelity strict: {error}; leave it out") from error
         note = f"{error}; so each row is computed in full by the naive engine"
-        return NaiveEngine(loaded, [note], Threads.chosen(settings, loaded.device))
+        return NaiveEngine(loaded, [note], settings)
     notes = [f"self-test passed: within {worst:.1e} of the model's own largest logit"]
     if is_strict:
         notes.append(f"strict: the same bits in {strict_probe(engine)} of as many ways")

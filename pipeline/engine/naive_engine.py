@@ -30,6 +30,7 @@ from pipeline.engine.threads import Threads
 from pipeline.model.model import LoadedModel, own_attention
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, FinishReason, SamplingParams, Timing
+from pipeline.settings import EngineSettings
 
 
 class NonFiniteError(Exception):
@@ -58,12 +59,12 @@ class NaiveEngine(LocalEngine):
     name = "naive"
 
     def __init__(
-        self, loaded: LoadedModel, notes: Sequence[str] = (), threads: Threads | None = None
+        self, loaded: LoadedModel, notes: Sequence[str] = (), settings: EngineSettings | None = None
     ) -> None:
-        """`notes`: why this engine runs, where another one was asked for. `threads` None: as many
-        as there are."""
+        """`notes`: why this engine runs, where another one was asked for. `settings` None: with as
+        many threads as there are."""
         super().__init__(notes)
-        self._threads = threads
+        self._threads = None if settings is None else Threads.chosen(settings, loaded.device)
         self.loaded: Final = loaded
         self._eos = frozenset(loaded.shape.eos_token_ids)
         self._sampler = Sampler(loaded)
