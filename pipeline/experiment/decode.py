@@ -74,7 +74,7 @@ class GreedyDecoder:
             raise ModelError("the model does not keep the KV of all positions in equal layers")
         return torch.stack(layers).cpu()
 
-    def reference(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+    def reference(self, token_ids: Sequence[int], kv: Tensor | None = None) -> tuple[int, ...]:
         """What transformers' own `generate` writes: another loop, for comparison alone."""
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         ids = torch.tensor([list(token_ids)], device=self._device)
@@ -83,6 +83,7 @@ class GreedyDecoder:
                 output = self.model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
+                    past_key_values=None if kv is None else cache_of(kv, self._device),
                     max_new_tokens=self.num_new,
                     do_sample=False,
                     pad_token_id=0,
@@ -98,11 +99,12 @@ class GreedyDecoder:
     @torch.inference_mode()
     def logits(self, fed: list[int], position: int, cache: DynamicCache) -> Tensor:
         """Logits after the last of `fed`: [vocabulary]. Appends to the cache."""
-        end = position + len(fed)
+        positions = torch.arange(position, position + len(fed), device=self._device)
+        seen = cache.get_seq_length() + len(fed)
         output: Any = self.model(
             torch.tensor([fed], device=self._device),
-            position_ids=torch.arange(position, end, device=self._device).unsqueeze(0),
-            attention_mask=torch.ones(1, end, dtype=torch.long, device=self._device),
+            position_ids=positions.unsqueeze(0),
+            attention_mask=torch.ones(1, seen, dtype=torch.long, device=self._device),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,

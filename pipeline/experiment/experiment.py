@@ -12,6 +12,7 @@ Knows decoders, stores and finders; nothing of files of results.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from pipeline.experiment.decode import GreedyDecoder
 from pipeline.experiment.finders import Finder, Found, LongestPrefix, NearestEmbedding, NoReuse
 from pipeline.experiment.kept_prompts import KeptPrompt
 from pipeline.experiment.naive_paper import generate_naively
-from pipeline.experiment.page_cache import drop_page_cache
 from pipeline.experiment.protocol import Protocol, run_rounds
 from pipeline.experiment.retrieval import EmbeddingIndex, TextEncoder, keep_vectors
 from pipeline.kvstore.identity import Identity, TokenIds
@@ -139,9 +139,18 @@ def open_to_read(folder: Path, identity: Identity) -> KVStore:
 
 
 def open_cold(folder: Path, identity: Identity) -> KVStore:
-    """As `open_to_read`, with its entries neither in the page cache nor checked before."""
+    """As `open_to_read`, with its entries neither in the page cache nor checked before.
+
+    Pages that a process still has mapped stay in it. Raises OSError.
+    """
     store = open_to_read(folder, identity)
-    drop_page_cache(folder)
+    for path in folder.rglob("*.safetensors"):
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(file)  # dirty pages cannot be dropped
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(file)
     return store
 
 

@@ -7,12 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.audit.similarity import Encoder
 from pipeline.errors import InputError
+from pipeline.experiment.decode import GreedyDecoder
 from pipeline.experiment.kept_prompts import KeptPrompt, read_kept_prompts
+from pipeline.experiment.retrieval import keep_vectors
 from pipeline.experiment.subjects import encode_texts
 from pipeline.job.recycling import kv_identity
 from pipeline.kvstore.identity import TokenIds
+from pipeline.kvstore.store import KVStore
+from pipeline.model.folder import check_model_folder
 from pipeline.model.identity import identify_model
+from pipeline.model.model import load_model
+from pipeline.model.shape import read_shape
 from pipeline.settings import JobSettings
 from pipeline.tokens.tokenizer import PromptTokenizer
 
@@ -36,12 +43,6 @@ def build_store(path: Path, settings: JobSettings, say: Callable[[str], None]) -
     same model, tokenizer and dtype find the states. Raises InputError for a prompt longer than the
     context, UsageError, ModelError, StorageError.
     """
-    from pipeline.experiment.decode import GreedyDecoder
-    from pipeline.kvstore.store import KVStore
-    from pipeline.model.folder import check_model_folder
-    from pipeline.model.model import load_model
-    from pipeline.model.shape import read_shape
-
     began = time.monotonic()
     folder = settings.recycle.kv_store
     assert folder is not None
@@ -79,9 +80,6 @@ def _check_lengths(
 
 
 def _keep_vectors(folder: Path, prompts: list[KeptPrompt], say: Callable[[str], None]) -> None:
-    from pipeline.audit.similarity import Encoder
-    from pipeline.experiment.retrieval import keep_vectors
-
     encoder = Encoder.load()
     if encoder is None:
         say("no sentence encoder is on this machine, so no embeddings are kept beside the states")

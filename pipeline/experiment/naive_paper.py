@@ -18,13 +18,12 @@ Never use this for anything but the comparison.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from pipeline.experiment.decode import cache_of
+from pipeline.experiment.decode import GreedyDecoder, cache_of
 
 Route = Literal["generate", "emulated"]
 
@@ -40,51 +39,19 @@ def generate_naively(
     model: PreTrainedModel, suffix: Sequence[int], kv: Tensor, num_new: int
 ) -> NaiveAnswer:
     """The paper's call. `kv` [layers, 2, kv_heads, r, head_dim] with r >= 1; `suffix` not empty."""
+    decoder = GreedyDecoder(model, num_new)
     try:
-        return NaiveAnswer(_call_generate(model, suffix, kv, num_new), "generate")
+        return NaiveAnswer(decoder.reference(suffix, kv), "generate")
     except (RuntimeError, IndexError, ValueError):
-        return NaiveAnswer(_emulate(model, suffix, kv, num_new), "emulated")
+        return NaiveAnswer(_emulate(decoder, suffix, kv), "emulated")
 
 
-def _call_generate(
-    model: PreTrainedModel, suffix: Sequence[int], kv: Tensor, num_new: int
-) -> tuple[int, ...]:
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    ids = torch.tensor([list(suffix)], device=model.device)
-    try:
-        with torch.inference_mode():
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                past_key_values=cache_of(kv, model.device),
-                max_new_tokens=num_new,
-                do_sample=False,
-                pad_token_id=0,
-            )
-    finally:
-        model.generation_config = own
-    return tuple(output[0, len(suffix) :].tolist())
-
-
-@torch.inference_mode()
-def _emulate(
-    model: PreTrainedModel, suffix: Sequence[int], kv: Tensor, num_new: int
-) -> tuple[int, ...]:
+def _emulate(decoder: GreedyDecoder, suffix: Sequence[int], kv: Tensor) -> tuple[int, ...]:
     """Input preparation of transformers 4.30 to 4.47 for GPT-2, with everything visible."""
-    cache: DynamicCache = cache_of(kv, model.device)
-    ids = list(suffix)
-    while len(ids) < len(suffix) + num_new:
-        past = cache.get_seq_length()
-        fed = ids[past:] or ids[-1:]
+    cache, ids = cache_of(kv, decoder.model.device), list(suffix)
+    while len(ids) < len(suffix) + decoder.num_new:
+        fed = ids[cache.get_seq_length() :] or ids[-1:]
         # Positions count the mask's ones, of which there are as many as ids.
-        positions = torch.arange(len(ids) - len(fed), len(ids), device=model.device)
-        output: Any = model(
-            torch.tensor([fed], device=model.device),
-            position_ids=positions.unsqueeze(0),
-            attention_mask=torch.ones(1, past + len(fed), dtype=torch.long, device=model.device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        ids.append(int(output.logits[0, -1].argmax()))
+        logits = decoder.logits(fed, len(ids) - len(fed), cache)
+        ids.append(int(logits.argmax()))
     return tuple(ids[len(suffix) :])

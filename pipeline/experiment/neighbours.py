@@ -12,13 +12,14 @@ import re
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pipeline.experiment.retrieval import EmbeddingIndex, TextEncoder
 from pipeline.kvstore.identity import TokenIds
+from pipeline.kvstore.tree import common_length
 
 _CUTS = 8
 _END = re.compile(r"\n|[.!?] ")
@@ -90,11 +91,6 @@ def study_neighbours(
     return rows
 
 
-def as_rows(rows: Sequence[NeighbourRow]) -> list[dict[str, Any]]:
-    """For a table."""
-    return [asdict(row) for row in rows]
-
-
 def _count(
     stored: Sequence[TokenIds], asked: Sequence[TokenIds], keys: Sequence[int]
 ) -> dict[str, Any]:
@@ -102,7 +98,7 @@ def _count(
     whole = {_key(ids) for ids in stored}
     # [queries]: what could be shared and is, and by the rule r = k.
     best = np.array([longest_shared(sorted_ids, ids) for ids in asked])
-    near = np.array([shared(stored[k], ids) for k, ids in zip(keys, asked, strict=True)])
+    near = np.array([common_length(stored[k], ids) for k, ids in zip(keys, asked, strict=True)])
     best_whole = np.array([_longest_whole(whole, ids) for ids in asked])
     lengths = np.array([len(stored[key]) for key in keys])
     near_whole = np.where(near == lengths, near, 0)
@@ -119,19 +115,12 @@ def _count(
     }
 
 
-def shared(a: TokenIds, b: TokenIds) -> int:
-    """Tokens that two prompts have in common from the start."""
-    n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n
-
-
 def longest_shared(sorted_ids: Sequence[bytes], ids: TokenIds) -> int:
     """Most tokens that any stored prompt shares: one of the two that sort beside it does."""
     key = _key(ids)
     place = bisect_left(sorted_ids, key)
     beside = sorted_ids[max(place - 1, 0) : place + 1]
-    return max((shared(np.frombuffer(other, ">u4"), ids) for other in beside), default=0)
+    return max((common_length(np.frombuffer(other, ">u4"), ids) for other in beside), default=0)
 
 
 def _longest_whole(stored: set[bytes], ids: TokenIds) -> int:

@@ -17,10 +17,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from pipeline.audit.similarity import Encoder
 from pipeline.errors import UsageError, install_extra
 from pipeline.experiment.comparison import (
     PAPER,
@@ -29,10 +30,11 @@ from pipeline.experiment.comparison import (
     recycled_table,
     summary_table,
 )
+from pipeline.experiment.decode import GreedyDecoder
 from pipeline.experiment.depth import DepthStudy, study_depth
 from pipeline.experiment.experiment import Subject, run_experiment
 from pipeline.experiment.kept_prompts import KeptPrompt, read_kept_prompts
-from pipeline.experiment.neighbours import NeighbourRow, as_rows, make_corpus, study_neighbours
+from pipeline.experiment.neighbours import NeighbourRow, make_corpus, study_neighbours
 from pipeline.experiment.pages import draw_recycling, summary_page
 from pipeline.experiment.protocol import Protocol
 from pipeline.experiment.retrieval import TextEncoder
@@ -114,7 +116,7 @@ def _measure(
     depth = _study_depth(settings, sizes, timed[0], stores / "depth", say)
     say("nearest embeddings and longest prefixes, as the store grows")
     neighbours = _study_neighbours(settings, sizes, encoder, embedded[0])
-    tables |= {"depth": depth.rows(), "neighbours": as_rows(neighbours)}
+    tables |= {"depth": depth.rows(), "neighbours": [asdict(row) for row in neighbours]}
     seconds = time.monotonic() - began
     return tables, {
         "how": _describe(settings, seconds, load),
@@ -131,7 +133,7 @@ def _study_depth(
 ) -> DepthStudy:
     say(f"{timed.name}: reuse depths of one long prompt, {settings.depth_repeats} times")
     repeats = replace(settings.protocol, repeats=settings.depth_repeats)
-    subject = replace(timed, decoder=sizes.deep(timed.decoder))
+    subject = replace(timed, decoder=GreedyDecoder(timed.decoder.model, sizes.new_deep))
     return study_depth(subject, sizes.depth, repeats, stores)
 
 
@@ -157,8 +159,6 @@ def _read_prompts(settings: PaperSettings) -> Prompts:
 
 
 def _load_encoder() -> TextEncoder:
-    from pipeline.audit.similarity import Encoder
-
     encoder = Encoder.load()
     if encoder is None:
         raise UsageError(

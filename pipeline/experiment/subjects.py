@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.errors import ModelError
+from pipeline.experiment.decode import GreedyDecoder
 from pipeline.experiment.depth import DepthSettings
 from pipeline.experiment.experiment import Subject
 from pipeline.job.recycling import kv_identity
 from pipeline.kvstore.identity import Identity, TokenIds
+from pipeline.model.folder import check_model_folder
 from pipeline.model.identity import identify_model
+from pipeline.model.model import load_model
 from pipeline.settings import JobSettings, TokenSettings
 from pipeline.tokens.tokenizer import PromptTokenizer
-
-if TYPE_CHECKING:
-    from pipeline.experiment.decode import GreedyDecoder
 
 DIALOGPT: Final = "microsoft/DialoGPT-medium"
 Tested = tuple[Subject, str]
@@ -47,12 +50,6 @@ class Sizes:
         """Seconds instead of minutes, and no figure worth quoting."""
         depth = DepthSettings(prompt_tokens=96, depths=(0, 8, 32, 64))
         return cls((2, 4, 64), 5000, new=4, new_deep=4, depth=depth, stored=(10, 30), queries=10)
-
-    def deep(self, decoder: GreedyDecoder) -> GreedyDecoder:
-        """The same model, writing as many tokens as the study of depth wants."""
-        from pipeline.experiment.decode import GreedyDecoder
-
-        return GreedyDecoder(decoder.model, self.new_deep)
 
 
 def embedded_subject(demo: Path, sizes: Sizes) -> Tested:
@@ -89,10 +86,6 @@ def _cached(name: str) -> str | None:
 
 
 def _real_subject(model: str, name: str, num_new: int, longest: int | None = None) -> Subject:
-    from pipeline.experiment.decode import GreedyDecoder
-    from pipeline.model.folder import check_model_folder
-    from pipeline.model.model import load_model
-
     settings = JobSettings.from_flat({"model": model, "engine": "naive", "dtype": "float32"})
     check_model_folder(settings.model)
     loaded = load_model(settings.model)
@@ -108,7 +101,7 @@ def _real_subject(model: str, name: str, num_new: int, longest: int | None = Non
     return Subject(
         name=name,
         decoder=GreedyDecoder(loaded.model, num_new),
-        encode=lambda texts: encode_texts(tokenizer, texts),
+        encode=partial(encode_texts, tokenizer),
         read=read,
         identity=kv_identity(
             settings, identify_model(settings.model), tokenizer.fingerprint, "float32"
@@ -119,9 +112,7 @@ def _real_subject(model: str, name: str, num_new: int, longest: int | None = Non
 
 
 def _random_subject(tokenizer: str, sizes: Sizes) -> Tested:
-    from pipeline.experiment.decode import GreedyDecoder
-    from pipeline.experiment.random_model import build_random_gpt2
-
+    """A GPT-2 that takes the time of a real one and says nothing, with always the same weights."""
     layers, heads, width = sizes.shape
     loaded = PromptTokenizer.load(tokenizer, None, TokenSettings())
     if loaded.vocabulary_size > sizes.vocabulary:
@@ -129,14 +120,20 @@ def _random_subject(tokenizer: str, sizes: Sizes) -> Tested:
             f"the tokenizer {tokenizer} has {loaded.vocabulary_size} entries, the model's shape "
             f"{sizes.vocabulary}; give --tokenizer a smaller one"
         )
-    model = build_random_gpt2(sizes.shape, sizes.vocabulary)
+    config = GPT2Config(
+        n_layer=layers, n_head=heads, n_embd=width, vocab_size=sizes.vocabulary,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config).eval().requires_grad_(False)
     named = hashlib.sha256(f"random weights, seed 0: {model.config.to_json_string()}".encode())
     layout = (layers, heads, width // heads)
     identity = Identity(named.hexdigest(), loaded.fingerprint, "float32", layout, "null")
     subject = Subject(
         name=f"GPT-2 of {layers} layers, width {width}, random weights",
         decoder=GreedyDecoder(model, sizes.new),
-        encode=lambda texts: encode_texts(loaded, texts),
+        encode=partial(encode_texts, loaded),
         read=None,
         identity=identity,
         context=model.config.n_positions,

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.experiment.neighbours import longest_shared, make_corpus, shared, study_neighbours
+from pipeline.experiment.neighbours import longest_shared, make_corpus, study_neighbours
 from pipeline.experiment.retrieval import EmbeddingIndex, Vectors, keep_vectors
 from pipeline.kvstore.folder import EMBEDDINGS_NAME
 from pipeline.kvstore.identity import TokenIds
+from pipeline.kvstore.tree import common_length
 
 
 class LetterEncoder:
@@ -115,7 +116,7 @@ def test_the_longest_shared_prefix_is_what_a_loop_finds(seed: int) -> None:
     keys = sorted(ids.astype(">u4").tobytes() for ids in stored)
     for n in range(1, 9):
         query = draw.choice([1, 256, 70000], n).astype(np.uint32)
-        assert longest_shared(keys, query) == max(shared(ids, query) for ids in stored)
+        assert longest_shared(keys, query) == max(common_length(ids, query) for ids in stored)
 
 
 def test_what_the_nearest_misses_is_counted() -> None:
