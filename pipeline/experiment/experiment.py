@@ -15,12 +15,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from pipeline.errors import EngineError, InputError
-from pipeline.experiment.decode import GreedyDecoder
+from pipeline.experiment.decode import Generation, GreedyDecoder
 from pipeline.experiment.finders import Finder, Found, LongestPrefix, NearestEmbedding, NoReuse
 from pipeline.experiment.kept_prompts import KeptPrompt
 from pipeline.experiment.naive_paper import generate_naively
@@ -56,7 +56,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of one prompt. `latency_s` counts everything from the text on but tokenising."""
+    """One run of one prompt. `latency_s` counts everything from the text on but tokenising.
+
+    `found` is without its KV: the pages would stay mapped, and never be cold.
+    """
 
     token_ids: tuple[int, ...]
     found: Found
@@ -184,7 +187,7 @@ class _Arms:
         found = finder.find(asked.prompt.text, asked.token_ids)
         done = self._subject.decoder.generate(asked.token_ids.tolist(), found.kv)
         latency_s = time.perf_counter() - begin
-        return _trial(done.token_ids, found, (done.prefill_s, done.decode_s, latency_s))
+        return _trial(done, found, latency_s)
 
     def _answer_cold(self, asked: Asked) -> Trial:
         return self._answer(LongestPrefix(open_cold(self._folder, self._subject.identity)), asked)
@@ -198,17 +201,15 @@ class _Arms:
         started = time.perf_counter()
         answer = generate_naively(decoder.model, suffix, found.kv, decoder.num_new)
         end = time.perf_counter()
-        return _trial(answer.token_ids, found, (end - started, 0.0, end - begin), answer.route)
+        done = Generation(answer.token_ids, end - started, 0.0)
+        return _trial(done, found, end - begin, answer.route)
 
 
-def _trial(
-    token_ids: tuple[int, ...], found: Found, seconds: tuple[float, float, float], route: str = ""
-) -> Trial:
-    """Without the KV itself: its pages would stay mapped, and never be cold."""
-    reused = found.reused
-    times = (found.embed_s, found.lookup_s, found.load_s)
-    bare = Found(None, found.source, found.similarity, *times)
-    return Trial(token_ids, bare, reused, *seconds, route)
+def _trial(done: Generation, found: Found, latency_s: float, route: str = "") -> Trial:
+    return Trial(
+        done.token_ids, replace(found, kv=None), found.reused, done.prefill_s, done.decode_s,
+        latency_s, route,
+    )  # fmt: skip
 
 
 def _encode(subject: Subject, prompts: Sequence[KeptPrompt]) -> list[Asked]:

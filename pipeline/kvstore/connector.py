@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from queue import Queue
 from threading import Condition, Thread
 from typing import Protocol
@@ -37,16 +36,6 @@ class Prompts(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """KV on its way to the store, as arguments of `KVStore.put`."""
-
-    token_ids: TokenIds
-    low: int
-    kv: Tensor
-    tenant: str
-
-
 class StoreConnector:
     """`KVConnector` of one run. `close` it when the engine is done."""
 
@@ -58,7 +47,7 @@ class StoreConnector:
         self._prompts = prompts
         self._wanted = wanted.copy()
         self._least = least
-        self._queue: Queue[_Kept | None] = Queue()
+        self._queue: Queue[tuple[TokenIds, int, Tensor, str] | None] = Queue()
         self._waiting_bytes = 0
         self._written = Condition()
         self._writer = Thread(target=self._write, name="kv-store")
@@ -87,7 +76,7 @@ class StoreConnector:
             self._written.wait_for(lambda: self._waiting_bytes <= _WAITING_BYTES)
             self._waiting_bytes += kv.nbytes
         ids, tenant = self._prompts.ids(sequence)[:high], self._prompts.tenant(sequence)
-        self._queue.put(_Kept(ids, low, kv, tenant))
+        self._queue.put((ids, low, kv, tenant))
 
     def close(self) -> None:
         """Returns when all that was kept is written."""
@@ -97,10 +86,11 @@ class StoreConnector:
     def _write(self) -> None:
         """Goes on whatever happens: the engine waits for room in the queue."""
         while (kept := self._queue.get()) is not None:
+            ids, low, kv, tenant = kept
             try:
-                self._store.put(kept.token_ids, kept.low, kept.kv, kept.tenant)
+                self._store.put(ids, low, kv, tenant)
             except Exception as error:  # a fault of ours, which must cost no job
                 _logger.warning("the KV store keeps nothing of a prefix: %s", place_of(error))
             with self._written:
-                self._waiting_bytes -= kept.kv.nbytes
+                self._waiting_bytes -= kv.nbytes
                 self._written.notify()

@@ -95,11 +95,7 @@ class StoreFolder:
 
     def remove(self, key: str) -> None:
         """Remove an entry; it may be gone already."""
-        path = self.entry_path(key)
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        self.drop_quarantined(self.entry_path(key))
 
     def quarantine(self, key: str) -> int:
         """Put an entry aside, whatever it is; returns its bytes."""
@@ -123,7 +119,7 @@ class StoreFolder:
         return sorted(found, key=lambda pair: pair[1].last_used)
 
     def drop_quarantined(self, path: Path) -> None:
-        """Remove one thing that was put aside."""
+        """Remove one thing that was put aside, whatever it is."""
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

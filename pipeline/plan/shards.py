@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.plan.plan import Plan
+from pipeline.plan.subplan import prefill_tokens
 
 _SHORT = 50  # a prefix is short if all shards together compute it for so small a part of the job
 _STEP = 1.02  # from one limit to the next
@@ -74,8 +75,7 @@ def cut_into_ranges(plan: Plan, costs: Costs, num_workers: int) -> Ranges:
 
 def cost_of(plan: Plan, sequences: NDArray[np.int64]) -> int:
     """Tokens that a machine computes, prompt and new, if it runs these sequences and no other."""
-    needed = plan.count_below(sequences) > 0
-    return int(plan.tree.edge_lengths[needed].sum() + plan.max_new_tokens[sequences].sum())
+    return prefill_tokens(plan, sequences) + int(plan.max_new_tokens[sequences].sum())
 
 
 def _best_pieces(plan: Plan, costs: Costs, num_shards: int, num_prefixes: int) -> Ranges:

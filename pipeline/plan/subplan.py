@@ -16,16 +16,13 @@ def only(plan: Plan, sequences: NDArray[np.int64]) -> Plan:
     """The same tree, table and rows; of the sequences these (ascending), numbered anew."""
     if len(sequences) == len(plan.sequences):
         return plan
-    before = np.zeros(len(plan.sequences) + 1, np.int64)
-    before[sequences + 1] = 1
-    before = np.cumsum(before)
     numbers = np.full(len(plan.sequences) + 1, -1, np.int64)  # the last one: of rows without any
     numbers[sequences] = np.arange(len(sequences))
     return replace(
         plan,
         sequences=_take(plan.sequences, sequences),
-        sequence_lo=before[plan.sequence_lo],
-        sequence_hi=before[plan.sequence_hi],
+        sequence_lo=np.searchsorted(sequences, plan.sequence_lo),
+        sequence_hi=np.searchsorted(sequences, plan.sequence_hi),
         sequence_of_row=numbers[plan.sequence_of_row],
     )
 

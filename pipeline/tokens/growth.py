@@ -25,12 +25,8 @@ def growth_of(backend: Tokenizer) -> float:
     What Unicode itself makes longer is left out: it is never much.
     """
     encoding = _growth(steps_of(backend.normalizer)) * _growth(steps_of(backend.pre_tokenizer))
-    return max(encoding * _copies(steps_of(backend.post_processor)), decoding_growth(backend))
-
-
-def decoding_growth(backend: Tokenizer) -> float:
-    """The same of the text of an answer."""
-    return _growth(steps_of(backend.decoder))
+    decoding = _growth(steps_of(backend.decoder))
+    return max(encoding * _copies(steps_of(backend.post_processor)), decoding)
 
 
 def steps_of(component: Any) -> list[dict[str, Any]]:
