@@ -44,16 +44,15 @@ class Arms:
 
         `groups`: the prefix group of each row.
         """
-        fitting = [rows[i] for i in some if rows[i].output][: self._most_rows()]
+        vocabulary = self._engine.loaded.shape.vocabulary_size  # two arms' logits are in memory
+        most_rows = max(1, _MOST_LOGIT_BYTES // (2 * 4 * _MOST_POSITIONS * vocabulary))
+        fitting = [rows[i] for i in some if rows[i].output][:most_rows]
         if not fitting:
             return NO_EVIDENCE
         faults = self._faults(rows, groups, max(1, len(some) // _ROWS_A_FAULTY_GROUP))
-        return Evidence(self._arms(fitting), faults, self._same_bits(fitting))
-
-    def _most_rows(self) -> int:
-        """The logits of two arms must fit into memory."""
-        vocabulary = self._engine.loaded.shape.vocabulary_size
-        return max(1, _MOST_LOGIT_BYTES // (2 * 4 * _MOST_POSITIONS * vocabulary))
+        is_strict = self._engine.settings.fidelity == "strict"
+        same_bits = arms.same_bits_alone(self._engine, _forced(fitting)) if is_strict else []
+        return Evidence(self._arms(fitting), faults, same_bits)
 
     def _arms(self, rows: Sequence[AuditInput]) -> dict[str, ArmSummary]:
         found = {}
@@ -63,11 +62,6 @@ class Arms:
                 worst = [float(deviation.kl.max()) for deviation in deviations]
                 self.kl = dict(zip((row.row_index for row in rows), worst, strict=True))
         return found
-
-    def _same_bits(self, rows: Sequence[AuditInput]) -> list[bool]:
-        if self._engine.settings.fidelity != "strict":
-            return []
-        return arms.same_bits_alone(self._engine, _forced(rows))
 
     def _faults(
         self, rows: Sequence[AuditInput], groups: Sequence[int | None], num_groups: int

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pipeline.engine import native_forward
 from pipeline.engine.forward import Forward, TransformersForward
@@ -55,13 +56,15 @@ def choose_backend(loaded: LoadedModel, kernels: str) -> Backend:
         note = f"attention runs on plain torch, not on coppice's CPU kernels: {reason}"
         packed = TransformersForward(model, pack_weights=True)
         return Backend(packed, TorchKernel(device), note)
-    kernel = NativeKernel(*heads)
-    forward: Forward
+    forward = fused_forward(model)
+    return Backend(forward, NativeKernel(*heads), likeliest=native_kernel.likeliest_token)
+
+
+def fused_forward(model: PreTrainedModel) -> Forward:
+    """With the compiled kernels' fused steps, where they know the model; packed weights anyway."""
     if native_forward.suits(model):
-        forward = native_forward.NativeForward(model)
-    else:
-        forward = TransformersForward(model, pack_weights=True)
-    return Backend(forward, kernel, likeliest=native_kernel.likeliest_token)
+        return native_forward.NativeForward(model)
+    return TransformersForward(model, pack_weights=True)
 
 
 def knows_heads(loaded: LoadedModel) -> bool:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,12 +58,9 @@ class NextTokens(NamedTuple):
     logits: Tensor
 
 
-class Recorder(Protocol):
-    """Turns work on the current device into something that repeats it."""
-
-    def __call__(self, work: Callable[[], None]) -> Replay:
-        """`work` has run before; it may or may not run here. Raises RuntimeError if it cannot."""
-        ...
+Recorder = Callable[[Callable[[], None]], Replay]
+"""Turns work that has run before on the current device into something that repeats it. The work may
+or may not run meanwhile. Raises RuntimeError if it cannot."""
 
 
 class CudaRecorder:

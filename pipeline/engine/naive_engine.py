@@ -79,11 +79,12 @@ class NaiveEngine(LocalEngine):
             params = plan.params[int(plan.sequences.params[sequence])]
             noise_key = int(plan.sequences.noise_key[sequence])
             begin = time.perf_counter()
-            failure: NonFiniteError | None = None
+            error_type = message = None
             try:
                 token_ids, reason = self._answer(prompt, params, noise_key, control)
             except NonFiniteError as error:
-                token_ids, reason, failure = (), "error", error
+                token_ids, reason = (), "error"
+                error_type, message = "NonFiniteLogits", str(error)
             end = time.perf_counter()
             counters.prefilled_tokens += len(prompt)
             counters.generated_tokens += len(token_ids)
@@ -100,11 +101,7 @@ class NaiveEngine(LocalEngine):
                 ttft_s=end - start,
                 latency_s=end - start,
             )
-            if failure is None:
-                yield Completion(sequence, token_ids, reason, 0, timing)
-            else:
-                error_type, message = "NonFiniteLogits", str(failure)
-                yield Completion(sequence, (), "error", 0, timing, error_type, message)
+            yield Completion(sequence, token_ids, reason, 0, timing, error_type, message)
 
     def generate_one(self, prompt: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
         """See `Baseline.generate_one`."""

@@ -5,7 +5,7 @@ What enters, gives way and stays is decided elsewhere (`policy`); here it is onl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from pipeline.engine.kv_cache import KVCache, KVRange
 from pipeline.engine.spans import KVSpan, SharedPlacement, SharedSpan
@@ -60,10 +60,8 @@ class Residency:
 
     def idle(self) -> list[SharedSpan]:
         """Resident spans without live rows."""
-        return [span for span in self._spans() if span.is_resident and not span.live_rows]
-
-    def _spans(self) -> Iterator[SharedSpan]:
-        return (placement.span for placement in self.placed.values())
+        spans = (placement.span for placement in self.placed.values())
+        return [span for span in spans if span.is_resident and not span.live_rows]
 
 
 def slots_of(spans: list[KVSpan] | list[SharedSpan]) -> int:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.engine import native_forward
-from pipeline.engine.backend import Backend, knows_heads
-from pipeline.engine.forward import Forward, TransformersForward, can_pack
+from pipeline.engine.backend import Backend, fused_forward, knows_heads
+from pipeline.engine.forward import TransformersForward, can_pack
 from pipeline.engine.kernels import native, native_kernel
 from pipeline.engine.kernels.kernel import AttentionKernel
 from pipeline.engine.kernels.strict_native_kernel import StrictNativeKernel
@@ -58,9 +57,6 @@ def _tiled(loaded: LoadedModel, *, pack: bool) -> TiledForward:
     model = loaded.model
     if not pack or not can_pack(model):
         return TiledForward(TransformersForward(model, pack_weights=False), ONE_SIZE)
-    forward: Forward
-    if native.why_unavailable() is None and native_forward.suits(model):
-        forward = native_forward.NativeForward(model)
-    else:
-        forward = TransformersForward(model, pack_weights=True)
-    return TiledForward(forward, SIZES)
+    if native.why_unavailable() is None:
+        return TiledForward(fused_forward(model), SIZES)
+    return TiledForward(TransformersForward(model, pack_weights=True), SIZES)

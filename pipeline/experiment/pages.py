@@ -132,7 +132,7 @@ def _warm(depth: Mapping[str, Any]) -> list[Row]:
 
 def _draw_latency(axes: Axes, depth: Mapping[str, Any]) -> None:
     rows = _warm(depth)
-    _with_intervals(axes, rows, "latency_s", ("latency_low_s", "latency_high_s"), "measured")
+    _with_intervals(axes, rows, "latency_s", ("latency_low_s", "latency_high_s"))
     k = [row["depth"] for row in rows]
     axes.plot(k, [row["predicted_s"] for row in rows], "--", color=_BARK, label="predicted")
     axes.axhline(rows[0]["baseline_s"], color=_STONE, lw=1, label="baseline")
@@ -143,7 +143,7 @@ def _draw_latency(axes: Axes, depth: Mapping[str, Any]) -> None:
 
 def _draw_speedup(axes: Axes, depth: Mapping[str, Any]) -> None:
     rows = _warm(depth)
-    _with_intervals(axes, rows, "speedup_percent", ("speedup_low", "speedup_high"), "measured")
+    _with_intervals(axes, rows, "speedup_percent", ("speedup_low", "speedup_high"))
     axes.axhline(0, color=_STONE, lw=1)
     for (name, value), colour in zip(
         depth["break_even"].items(), (_LEAF, _STONE, _BARK), strict=True
@@ -170,14 +170,12 @@ def _draw_alpha(axes: Axes, depth: Mapping[str, Any]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _with_intervals(
-    axes: Axes, rows: Sequence[Row], name: str, bounds: tuple[str, str], label: str
-) -> None:
+def _with_intervals(axes: Axes, rows: Sequence[Row], name: str, bounds: tuple[str, str]) -> None:
     values = [row[name] for row in rows]
     low = [max(row[name] - row[bounds[0]], 0.0) for row in rows]
     high = [max(row[bounds[1]] - row[name], 0.0) for row in rows]
     k = [row["depth"] for row in rows]
-    axes.errorbar(k, values, [low, high], fmt="o-", ms=4, capsize=3, color=_LEAF, label=label)
+    axes.errorbar(k, values, [low, high], fmt="o-", ms=4, capsize=3, color=_LEAF, label="measured")
     axes.grid(alpha=0.25)
 
 

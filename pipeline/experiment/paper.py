@@ -74,7 +74,10 @@ def run_paper(settings: PaperSettings, say: Say) -> dict[str, Any]:
     recycled KV changed a token: then nothing is written.
     """
     sizes = Sizes.quick() if settings.is_quick else Sizes()
-    prompts = _read_prompts(settings)
+    prompts = (
+        read_kept_prompts(settings.cache_prompts or settings.demo / "cache_prompts.csv"),
+        read_kept_prompts(settings.test_prompts or settings.demo / "test_prompts.csv"),
+    )
     encoder = _load_encoder()
     with write_errors(settings.output):
         make_folder(settings.output)
@@ -149,13 +152,6 @@ def _tables(rows: Sequence[Any], subject: Subject, encoder: TextEncoder) -> dict
         "recycled": recycled_table(rows, subject.read, encoder),
         "comparison": comparison_table(rows),
     }
-
-
-def _read_prompts(settings: PaperSettings) -> Prompts:
-    return (
-        read_kept_prompts(settings.cache_prompts or settings.demo / "cache_prompts.csv"),
-        read_kept_prompts(settings.test_prompts or settings.demo / "test_prompts.csv"),
-    )
 
 
 def _load_encoder() -> TextEncoder:

@@ -54,16 +54,13 @@ def measure_load_cost(folder: Path, identity: Identity) -> LoadCost:
     dtype = getattr(torch, identity.dtype)
     per_token = 2 * layers * heads * size * dtype.itemsize
     lengths = (1, max(2, _PROBE_BYTES // per_token))
-    seconds = []
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".coppice-probe-") as probe:
         ids = [np.full(n, index, np.uint32) for index, n in enumerate(lengths)]
         with KVStore.open(Path(probe), identity, 1 << 40) as store:
             for own in ids:
                 store.put(own, 0, torch.zeros(layers, 2, heads, len(own), size, dtype=dtype))
-        for own in ids:
-            seconds.append(
-                float(np.median([_load(Path(probe), identity, own) for _ in range(_REPEATS)]))
-            )
+        loads = [[_load(Path(probe), identity, own) for _ in range(_REPEATS)] for own in ids]
+    seconds = np.median(loads, axis=1).tolist()
     per_byte_s = (seconds[1] - seconds[0]) / ((lengths[1] - lengths[0]) * per_token)
     return LoadCost(seconds[0], 1 / max(per_byte_s, 1e-12))
 

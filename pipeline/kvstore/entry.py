@@ -53,12 +53,14 @@ def map_entry(path: Path) -> MappedEntry:
     """Map an entry; its KV is not checked yet. Raises BadEntry, OSError."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        _check_owner(os.fstat(file), path)
+        check_private(os.fstat(file), path)
         head, token_ids = read_head(file)
         mapped = mmap.mmap(file, head.file_bytes, access=mmap.ACCESS_COPY)
         inode = os.fstat(file).st_ino
         # Mapped pages are read in small pieces; asked for at once they come four times as fast.
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+    except NotPrivate as error:
+        raise BadEntry(str(error)) from error
     finally:
         os.close(file)
     _populate(mapped)
@@ -66,13 +68,6 @@ def map_entry(path: Path) -> MappedEntry:
     count = head.kv_bytes // dtype.itemsize
     kv = torch.frombuffer(mapped, dtype=dtype, count=count, offset=head.kv_offset)
     return MappedEntry(head, token_ids, kv.view(head.kv_shape), inode)
-
-
-def _check_owner(state: os.stat_result, path: Path) -> None:
-    try:
-        check_private(state, path)
-    except NotPrivate as error:
-        raise BadEntry(str(error)) from error
 
 
 def check_entry(entry: MappedEntry) -> None:

@@ -101,7 +101,8 @@ def clean_store(folder: Path, budget_bytes: int | None, quarantine_days: float) 
     opened = StoreFolder.open(folder, create=False)
     with _disk_errors(folder), _locked(folder):
         temps = opened.drop_temps()
-        old = [p for p, s in opened.list_quarantine() if s.last_used < _days_ago(quarantine_days)]
+        since = time.time_ns() - quarantine_days * _DAY_NS
+        old = [path for path, state in opened.list_quarantine() if state.last_used < since]
         for path in old:
             opened.drop_quarantined(path)
         with suppress(FileNotFoundError):
@@ -129,10 +130,6 @@ def _read(folder: Path) -> Catalogue:
     with _disk_errors(folder):
         catalogue.refresh()
     return catalogue
-
-
-def _days_ago(days: float) -> float:
-    return time.time_ns() - days * _DAY_NS
 
 
 @contextmanager

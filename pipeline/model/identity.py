@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ModelError
+from pipeline.model.folder import find_model_folder
 from pipeline.model.machine import num_threads
 from pipeline.settings import EngineSettings, JobSettings, ModelSettings
 
@@ -80,16 +81,14 @@ def identify_model(settings: ModelSettings) -> dict[str, Any]:
     folder = Path(settings.model)
     if folder.is_dir():
         return {"model": hash_model_folder(folder), "revision": None}
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(settings.model, "config.json", revision=settings.revision)
-    if not isinstance(config, str):
+    snapshot = find_model_folder(settings)
+    if snapshot is None:
         raise ModelError(
             f"model {settings.model!r} is neither a folder nor in the local hub cache; "
             "download it first or check the name"
         )
     # The cache keeps snapshots/<commit>/config.json, and a commit names the content of all files.
-    return {"model": settings.model, "revision": Path(config).parent.name}
+    return {"model": settings.model, "revision": snapshot.name}
 
 
 def hash_model_folder(folder: Path) -> str:

@@ -43,9 +43,12 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     """
     shape = read_shape(settings.model, settings.revision)
     check_weights(settings.model)
-    _check_support(settings)
-    dtype = shape.dtype if settings.dtype == "auto" else settings.dtype
     config = read_config(settings.model, settings.revision)
+    # What the prefix engine lacks is said before transformers fails on what it lacks itself.
+    reason = why_unsupported(config) if settings.engine == "prefix" else None
+    if reason:
+        raise ModelError(f"{settings.model}: {reason}")
+    dtype = shape.dtype if settings.dtype == "auto" else settings.dtype
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # what it would warn of is an error here, said once
     try:
@@ -81,12 +84,3 @@ def own_attention(model_class: Any, config: Any) -> str:
     """
     has_cap = getattr(config, "attn_logit_softcapping", None) is not None
     return "sdpa" if model_class._supports_sdpa and not has_cap else "eager"
-
-
-def _check_support(settings: ModelSettings) -> None:
-    """Say what the prefix engine lacks before transformers fails on what it lacks itself."""
-    if settings.engine != "prefix":
-        return
-    reason = why_unsupported(read_config(settings.model, settings.revision))
-    if reason:
-        raise ModelError(f"{settings.model}: {reason}")

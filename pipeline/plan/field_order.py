@@ -70,15 +70,13 @@ class FieldTable:
         saved = 0
         node = np.zeros(self.num_rows, np.int64)
         rows = np.arange(self.num_rows)
+        most_codes = max(map(len, self.lengths))
         for field in order.T:
             code, cost = self._gather(field, rows)
-            key = (node * self.num_fields + field) * self._most_codes() + code
+            key = (node * self.num_fields + field) * most_codes + code
             _, first, node = np.unique(key, return_index=True, return_inverse=True)
             saved += int(cost.sum() - cost[first].sum())
         return saved
-
-    def _most_codes(self) -> int:
-        return max(len(cost) for cost in self.lengths)
 
     def _gather(self, field: NDArray[np.uint8], rows: Ints) -> tuple[Ints, Ints]:
         """Code and length of the field `field[i]` of row i."""

@@ -161,19 +161,14 @@ def refuse_lots(source: str) -> None:
         before = before if kind == "whitespace" else text
 
 
-def _start_of_today() -> datetime:
-    """A moment that all sessions and shards of a day agree on."""
-    return datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
-
-
 def find_template(
     tokenizer: Any, override: Path | None, clock: datetime | None = None
 ) -> ChatTemplate | None:
     """The template in the file `override`, else the tokenizer's own, if any. Raises UsageError.
 
-    `clock` None: today, as it begins.
+    `clock` None: today, as it begins, on which all sessions and shards of a day agree.
     """
-    clock = clock or _start_of_today()
+    clock = clock or datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
     if override is not None:
         try:
             return ChatTemplate(override.read_text(encoding="utf-8"), tokenizer, clock)

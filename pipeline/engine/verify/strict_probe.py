@@ -17,12 +17,10 @@ them does not hold is refused, since strict mode would promise too much.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.kv_cache import KVCache
@@ -55,21 +53,16 @@ def strict_probe(engine: PrefixEngine) -> int:
     return len(ways)
 
 
-@dataclass(frozen=True)
 class _Trial:
     """One random prompt and the ways to its logits [prompt, V]; every way has fresh KV."""
 
-    engine: PrefixEngine
-
-    @property
-    def _length(self) -> int:
-        context = self.engine.loaded.shape.context_length or _PROMPT
-        return min(_PROMPT, context)
-
-    @property
-    def _sizes(self) -> tuple[int, ...]:
-        """Tile sizes of the engine; a forward that is not tiled has the prompt's own."""
-        return self.engine.backend.tile_sizes or (self._length,)
+    def __init__(self, engine: PrefixEngine) -> None:
+        self.engine = engine
+        shape = engine.loaded.shape
+        self._length = min(_PROMPT, shape.context_length or _PROMPT)
+        self._ids = np.random.default_rng(0).integers(0, shape.vocabulary_size, self._length)
+        # A forward that is not tiled has the prompt's own size.
+        self._sizes = engine.backend.tile_sizes or (self._length,)
 
     def ways(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """(what it shows, completing "the same ..", a call that computes the logits)."""
@@ -124,11 +117,6 @@ class _Trial:
             keep = torch.arange(_BESIDE + 1)
             logits.append(self.engine.backend.forward(batch, cache, keep)[-1:])
         return torch.cat(logits)
-
-    @property
-    def _ids(self) -> NDArray[np.int64]:
-        draw = np.random.default_rng(0)
-        return draw.integers(0, self.engine.loaded.shape.vocabulary_size, self._length)
 
     def _piece(self, low: int, high: int, slot: int) -> Piece:
         """Prompt positions `[low, high)`, the prompt's KV lying from `slot` on."""
