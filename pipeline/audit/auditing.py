@@ -198,10 +198,7 @@ def _audit_inputs(job: Job, chosen: pl.DataFrame, loaded: LoadedModel) -> list[A
 def _replayable(
     ran: EngineCapabilities, chosen: pl.DataFrame, inputs: list[AuditInput], observer: Observer
 ) -> tuple[pl.DataFrame, list[AuditInput]]:
-    """Those rows whose answer follows from prompt and parameters alone.
-
-    Raises UsageError if there is none among them.
-    """
+    """Those rows whose answer follows from prompt and parameters alone. Raises UsageError."""
     if ran.replays_noise:
         return chosen, inputs
     greedy = [row for row in inputs if row.params.is_greedy]
@@ -244,10 +241,7 @@ def _similarity(
     inputs: list[AuditInput],
     audits: list[RowAudit],
 ) -> dict[int, float]:
-    """Cosine of our text and the baseline's by `row_index`; empty without an encoder.
-
-    The baseline's text is its free run where there is one, else what it said position by position.
-    """
+    """Cosine of our text and the baseline's, of its free run if there is one, by `row_index`."""
     if encoder is None or not audits:
         return {}
     said = [a.baseline_ids if a.free_run is None else a.free_run.token_ids for a in audits]

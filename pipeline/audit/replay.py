@@ -174,14 +174,10 @@ def _classify(deficit: float | None, bars: Bars) -> RowClass:
 
 
 def _run_free(baseline: Baseline, row: AuditInput, replay: Replay, bars: Bars) -> FreeRun:
-    """Plain generation against our ids, token by token.
-
-    The baseline does not see stop strings: where one ended our answer, it only has to begin alike.
-    The replay knows how close the two best tokens were at the position where both part ways.
-    """
+    """Plain generation against our ids, token by token."""
     alone = baseline.generate_one(row.prompt, row.params)
     output = tuple(row.output)
-    if row.params.stop and row.finish_reason == "stop":
+    if row.params.stop and row.finish_reason == "stop":  # which the baseline does not see
         alone = alone[: len(output)]
     common = min(len(alone), len(output))
     differing = (i for i in range(common) if alone[i] != output[i])

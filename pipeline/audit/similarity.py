@@ -82,11 +82,10 @@ class Encoder:
         folder = _snapshot(wanted, local_files_only=True)
         if folder is None and wanted == DEFAULT_MODEL:
             folder = _packaged()
+        folder = folder or _snapshot(wanted, local_files_only=False)
+        if folder is None and name is None:
+            return None
         if folder is None:
-            folder = _snapshot(wanted, local_files_only=False)
-        if folder is None:
-            if name is None:
-                return None
             raise ModelError(
                 f"the encoder {name} is neither a folder nor cached nor reachable; "
                 "give --audit-encoder a folder, or leave it out"
@@ -132,10 +131,7 @@ def _snapshot(name: str, local_files_only: bool) -> Path | None:
 
 
 def _hub_answers(name: str) -> bool:
-    """Whether the hub may be asked, and knows the model, at once.
-
-    The hub's own client retries for minutes what does not answer; this question it may not repeat.
-    """
+    """Whether the hub knows the model and says so at once: its own client retries for minutes."""
     import httpx
     from huggingface_hub import constants
 

@@ -106,19 +106,15 @@ class KVConnector(Protocol):
 
     def stored_end(self, sequence: int, end: int) -> int:
         """Up to where the prompt's first `end` tokens are stored and worth loading; 0: nowhere."""
-        ...
 
     def load(self, sequence: int, low: int, high: int) -> Tensor | None:
         """The KV of positions `[low, high)`; None where it cannot be had after all."""
-        ...
 
     def wants(self, node: int) -> bool:
         """Whether the KV of a shared node of the plan shall be kept."""
-        ...
 
     def keep(self, sequence: int, low: int, high: int, kv: Tensor) -> None:
         """Take the KV of the prompt's positions `[low, high)`; it is the caller's no more."""
-        ...
 
 
 OnLogits = Callable[[list[int], list[int], "Tensor"], None]
@@ -201,7 +197,6 @@ class Engine(Protocol):
     @property
     def capabilities(self) -> EngineCapabilities:
         """What it can do; the same for its whole life."""
-        ...
 
     def generate(
         self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks = NO_HOOKS
@@ -211,11 +206,9 @@ class Engine(Protocol):
         Completions come as they finish. `counters` is new from the call on. A sequence that cannot
         run yields a completion with an error; only a fault of the engine itself raises EngineError.
         """
-        ...
 
     def close(self) -> None:
         """Give back what is not this process's own memory, in bounded time; twice is once."""
-        ...
 
 
 class LocalEngine:
@@ -230,7 +223,6 @@ class LocalEngine:
     def generate(
         self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks = NO_HOOKS
     ) -> Iterator[Completion]:
-        """See `Engine.generate`."""
         self.capabilities.check(hooks)
         self.counters = EngineCounters()
         return self._completions(plan, sequences, control, hooks)
@@ -288,11 +280,9 @@ class Baseline(Protocol):
         self, prompt: Sequence[int], output: Sequence[int], params: SamplingParams, noise_key: int
     ) -> Replay:
         """One full prefill of prompt + output; no reuse of any kind. `noise_key` as in the plan."""
-        ...
 
     def generate_one(self, prompt: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
         """Plain `generate`, batch of one, no padding; greedy, and blind to stop strings.
 
         Ends with EOS if one was generated, else after `max_new_tokens`.
         """
-        ...

@@ -29,7 +29,6 @@ class Forward(Protocol):
 
     def __call__(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
         """Logits [len(keep), V], in the model's dtype, of the packed positions `keep`."""
-        ...
 
 
 class TransformersForward:
@@ -48,7 +47,6 @@ class TransformersForward:
                     self._pack(module, module.weight.T)
 
     def __call__(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
-        """See `Forward`."""
         if self._model.config._attn_implementation != ATTENTION_NAME:
             self._model.set_attn_implementation(ATTENTION_NAME)
             assert self._model.config._attn_implementation == ATTENTION_NAME, "switch was refused"

@@ -104,7 +104,6 @@ class NaiveEngine(LocalEngine):
             yield Completion(sequence, token_ids, reason, 0, timing, error_type, message)
 
     def generate_one(self, prompt: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
-        """See `Baseline.generate_one`."""
         return self._generate(prompt, params, LogitsProcessorList())
 
     def _generate(
@@ -131,7 +130,6 @@ class NaiveEngine(LocalEngine):
     def replay(
         self, prompt: Sequence[int], output: Sequence[int], params: SamplingParams, noise_key: int
     ) -> Replay:
-        """See `Baseline.replay`."""
         logits = self.forced_logits(prompt, output)
         positions = np.arange(len(output))
         keys = np.full(len(output), noise_key, np.uint64)

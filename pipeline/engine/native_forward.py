@@ -121,7 +121,6 @@ class NativeForward:
         self._head = _packed(model.lm_head)
 
     def __call__(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
-        """See `Forward`."""
         x = self._embedding(batch.input_ids)
         cos, sin = (r[0] for r in self._rotary(x, batch.position_ids))
         x = x[0]

@@ -29,7 +29,6 @@ class PackedLinear:
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        """y."""
         return self._apply(x, "none")
 
     def silu(self, x: Tensor) -> Tensor:

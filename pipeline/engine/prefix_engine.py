@@ -165,25 +165,20 @@ class _Run:
     @torch.inference_mode()
     def completions(self) -> Iterator[Completion]:
         """The engine's loop."""
+        is_over = False
         try:
-            yield from self._completions()
+            while not is_over and not self.control.should_abort():
+                if self.threads is not None:
+                    self.threads.adapt()
+                self._admit()
+                self._decode_one_step()
+                is_last = self.control.should_drain() or not self.scheduler.waiting
+                is_over = is_last and not self.scheduler.has_begun
+                if self.finished and (self.guard.check_if_due() or is_over):
+                    yield from self._take_finished()
         finally:
             if self.threads is not None:
                 self.threads.restore()
-
-    def _completions(self) -> Iterator[Completion]:
-        scheduler = self.scheduler
-        while not self.control.should_abort():
-            if self.threads is not None:
-                self.threads.adapt()
-            self._admit()
-            self._decode_one_step()
-            is_last = self.control.should_drain() or not scheduler.waiting
-            is_over = is_last and not scheduler.has_begun
-            if self.finished and (self.guard.check_if_due() or is_over):
-                yield from self._take_finished()
-            if is_over:
-                return
 
     def _admit(self) -> None:
         """Let rows in and prefill them; a drain lets back in what was preempted."""
@@ -275,19 +270,15 @@ class _Run:
             else:
                 target.span.logits = logits[i].clone()
         seconds = self._now() - begin
-        self._charge_prefill(taken, seconds / int(lengths.sum()))
-        for job, _, high in taken:
+        per_token_s = seconds / int(lengths.sum())
+        for job, low, high in taken:
+            if not job.is_repeat:  # a row pays for what it is the first to need
+                job.place.span.prefill_s += per_token_s * (high - low)
             if not isinstance(job.target, LiveRow) and high == job.end:
                 self._note_full(job.target)
         self._append_tokens(rows, logits[of_rows])
         self._count_prefill(taken)  # here: a step may end half done
         self.counters.prefill_s += seconds
-
-    def _charge_prefill(self, taken: list[Chunk], per_token_s: float) -> None:
-        """A row pays for what it is the first to need, not for what must be repeated."""
-        for job, low, high in taken:
-            if not job.is_repeat:
-                job.place.span.prefill_s += per_token_s * (high - low)
 
     def _count_prefill(self, taken: list[Chunk]) -> None:
         for job, low, high in taken:

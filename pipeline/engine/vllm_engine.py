@@ -53,7 +53,9 @@ class VllmEngine(LocalEngine):
         self._max_waiting = settings.max_rows + _AHEAD
         self._engine = _load(model, settings).llm_engine
         block_size = self._engine.vllm_config.cache_config.block_size
-        self.notes.append(f"vLLM {_version()} shares prefixes in blocks of {block_size} tokens")
+        from vllm import __version__ as version
+
+        self.notes.append(f"vLLM {version} shares prefixes in blocks of {block_size} tokens")
 
     def _completions(
         self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks
@@ -149,12 +151,6 @@ class VllmEngine(LocalEngine):
             return Completion(sequence, (), "error", 0, timing, "AbortedByVllm", message)
         reason: FinishReason = answer.finish_reason
         return Completion(sequence, token_ids, reason, cached, timing)
-
-
-def _version() -> str:
-    import vllm
-
-    return str(vllm.__version__)
 
 
 def _load(model: ModelSettings, settings: EngineSettings) -> Any:

@@ -54,7 +54,6 @@ class NoReuse:
     """The baseline."""
 
     def find(self, text: str, token_ids: TokenIds) -> Found:
-        """Nothing."""
         return Found()
 
 

@@ -16,7 +16,7 @@ from pipeline.errors import StorageError
 from pipeline.kvstore.folder import FileState, StoreFolder
 from pipeline.kvstore.header import BadEntry, Head, read_head
 from pipeline.kvstore.identity import TokenIds, entry_key
-from pipeline.kvstore.index import Row, read_index, write_index
+from pipeline.kvstore.index import read_index, write_index
 from pipeline.kvstore.tree import Node, PrefixTree
 
 _WORTH_AN_INDEX = 1000  # entries that were read one by one at open: the next one need not
@@ -143,27 +143,16 @@ class Catalogue:
             return
         self.identities |= dict(index.roots)
         nodes: list[Node | None] = []
-        for row in index.rows:
-            nodes.append(self._take(row, nodes, index.roots, listed))
-
-    def _take(
-        self,
-        row: Row,
-        nodes: list[Node | None],
-        roots: list[tuple[str, str]],
-        listed: dict[str, FileState],
-    ) -> Node | None:
-        known = self.tree.nodes.get(row.key)
-        if known is not None or row.key not in listed:
-            self.is_index_old |= known is None
-            return known
-        parent = self.tree.root(roots[-1 - row.parent][0]) if row.parent < 0 else nodes[row.parent]
-        if parent is None:
-            return None
-        node = self.tree.attach(parent, row.key, row.token_ids, row.low)
-        if node is not None:
-            self._count(node, listed[row.key])
-        return node
+        for key, place, low, token_ids in index.rows:
+            node = self.tree.nodes.get(key)
+            if node is None and key in listed:
+                parent = self.tree.root(index.roots[-1 - place][0]) if place < 0 else nodes[place]
+                node = None if parent is None else self.tree.attach(parent, key, token_ids, low)
+                if node is not None:
+                    self._count(node, listed[key])
+            elif node is None:
+                self.is_index_old = True
+            nodes.append(node)
 
     def _count(self, node: Node, state: FileState) -> None:
         node.size, node.last_used = state

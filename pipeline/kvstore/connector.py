@@ -29,11 +29,9 @@ class Prompts(Protocol):
 
     def ids(self, sequence: int) -> TokenIds:
         """Token ids of the whole prompt."""
-        ...
 
     def tenant(self, sequence: int) -> str:
         """Whose prompt it is; empty: nobody's."""
-        ...
 
 
 class StoreConnector:
@@ -54,13 +52,11 @@ class StoreConnector:
         self._writer.start()
 
     def stored_end(self, sequence: int, end: int) -> int:
-        """See `KVConnector.stored_end`."""
         ids, tenant = self._prompts.ids(sequence)[:end], self._prompts.tenant(sequence)
         length = self._store.match(ids, tenant).length
         return length if length >= self._least else 0
 
     def load(self, sequence: int, low: int, high: int) -> Tensor | None:
-        """See `KVConnector.load`."""
         ids, tenant = self._prompts.ids(sequence), self._prompts.tenant(sequence)
         return self._store.load(ids, low, high, tenant)
 

@@ -46,9 +46,10 @@ class AnswerText:
 
     def is_stopped(self, token_ids: Ids, stop: tuple[str, ...], prompt: Ids = ()) -> bool:
         """Whether a stop string ends in the text of these ids, which follow `prompt`."""
-        if not stop or not self._holds(self._raw(prompt, token_ids, stop), stop):
+        if not stop:
             return False
-        return self._find(prompt, token_ids, stop) is not None
+        raw = self._raw(prompt, token_ids, stop)
+        return any(end in raw for end in stop) and self._find(prompt, token_ids, stop) is not None
 
     def has_just_stopped(
         self, token_ids: Sequence[int], stop: tuple[str, ...], prompt: Ids = ()
@@ -58,10 +59,6 @@ class AnswerText:
         if len(token_ids) < most:
             return self.is_stopped(token_ids, stop, prompt)
         text = self._backend.decode(list(token_ids[-most:]), skip_special_tokens=False)
-        return self._holds(text, stop)
-
-    @staticmethod
-    def _holds(text: str, stop: tuple[str, ...]) -> bool:
         return any(end in text for end in stop)
 
     def _visible(self, prompts: Sequence[Ids], answers: Sequence[Ids]) -> list[str]:

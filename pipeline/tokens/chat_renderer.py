@@ -78,7 +78,6 @@ class _Generation(jinja2.ext.Extension):
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """See Jinja."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         call = jinja2.nodes.CallBlock(self.call_method("_print"), [], [], body)
@@ -95,7 +94,6 @@ class _Dict:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        """See `dict`."""
         return dict.fromkeys(*args)
 
 

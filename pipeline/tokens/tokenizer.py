@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -122,7 +122,9 @@ class PromptTokenizer:
         for row in present.keys() - rows.overlong.keys():
             if not rows.ids[row]:
                 rows.errors.setdefault(row, "the tokenizer makes no token of this prompt")
-        return _join(rows)
+        lengths = np.array([len(ids) for ids in rows.ids], np.int64)
+        arrays = [np.zeros(0, np.uint32), *(np.array(ids, np.uint32) for ids in rows.ids)]
+        return EncodedBatch(np.concatenate(arrays), lengths, rows.errors, rows.overlong)
 
     def render(self, content: Content) -> str:
         """The text that is tokenised. Raises TemplateFault if the template refuses."""
@@ -161,7 +163,7 @@ class PromptTokenizer:
             return
         self._refuse_system_prompt()
         parse = self._settings.parse_special_tokens
-        encode = self._encode(parse_specials=parse, add_specials=True)
+        encode = partial(self._encode, parse_specials=parse, add_specials=True)
         for row, text in list(texts.items()):
             try:
                 self._check_length([text], rows.most_tokens)
@@ -198,7 +200,7 @@ class PromptTokenizer:
                     raise
                 kind = type(error).__name__
                 rows.errors[row] = f"the conversation cannot be tokenised ({kind})"
-        _encode_each(self._encode(parse_specials=True, add_specials=False), whole, rows)
+        _encode_each(partial(self._encode, parse_specials=True, add_specials=False), whole, rows)
 
     def _check_length(self, texts: Sequence[str], most_tokens: int | None) -> None:
         """Raises _Overlong if these texts are sure to have more tokens together, ValueError if it
@@ -217,10 +219,9 @@ class PromptTokenizer:
         )
 
     def _encode_pieces(self, pieces: Sequence[str | int], most_tokens: int | None) -> list[int]:
-        encode = self._encode(parse_specials=False, add_specials=False)
         texts = [piece for piece in pieces if isinstance(piece, str)]
         self._check_length(texts, most_tokens)
-        encoded = iter(encode(texts))
+        encoded = iter(self._encode(texts, parse_specials=False, add_specials=False))
         return [
             number
             for piece in pieces
@@ -228,27 +229,19 @@ class PromptTokenizer:
         ]
 
     def _encode(
-        self, parse_specials: bool, add_specials: bool
-    ) -> Callable[[list[str]], list[list[int]]]:
-        def encode(texts: list[str]) -> list[list[int]]:
-            self._backend.encode_special_tokens = not parse_specials
-            rows = [
-                encoding.ids
-                for some in _portions(texts, int(_LETTERS_AT_A_TIME / self._growth))
-                for encoding in self._backend.encode_batch_fast(
-                    some, add_special_tokens=add_specials
-                )
-            ]
-            if parse_specials and add_specials:
-                return [self._without_second_bos(ids) for ids in rows]
-            return rows
-
-        return encode
-
-    def _without_second_bos(self, ids: list[int]) -> list[int]:
-        """A text that begins with the token that is put before every text needs no second one."""
-        added = self._added_at_start
-        return ids[1:] if added is not None and ids[:2] == [added, added] else ids
+        self, texts: list[str], *, parse_specials: bool, add_specials: bool
+    ) -> list[list[int]]:
+        """A text that begins with the token that is put before every text gets no second one."""
+        self._backend.encode_special_tokens = not parse_specials
+        rows = [
+            encoding.ids
+            for some in _portions(texts, int(_LETTERS_AT_A_TIME / self._growth))
+            for encoding in self._backend.encode_batch_fast(some, add_special_tokens=add_specials)
+        ]
+        if parse_specials and add_specials:
+            added = self._added_at_start
+            return [ids[1:] if ids[:2] == [added, added] else ids for ids in rows]
+        return rows
 
     @cached_property
     def _added_at_start(self) -> int | None:
@@ -320,9 +313,3 @@ def _portions(texts: list[str], most_letters: int) -> Iterator[list[str]]:
             yield texts[start:stop]
             start, letters = stop, len(text)
     yield texts[start:]
-
-
-def _join(rows: _Rows) -> EncodedBatch:
-    lengths = np.array([len(row) for row in rows.ids], np.int64)
-    flat = np.concatenate([np.zeros(0, np.uint32), *(np.array(r, np.uint32) for r in rows.ids)])
-    return EncodedBatch(flat, lengths, rows.errors, rows.overlong)

@@ -18,10 +18,8 @@ class AttentionKernel(Protocol):
 
     def prepare(self, spans: KVSpans, positions: NDArray[np.int64]) -> Any:
         """The work of one forward of N queries at `positions` [N]; valid for all its layers."""
-        ...
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, work: Any, rules: AttentionRules
     ) -> Tensor:
         """query [N, Hq, d], keys and values [Hkv, capacity, d] -> [N, Hq, d], query's dtype."""
-        ...

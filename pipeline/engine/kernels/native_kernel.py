@@ -48,7 +48,6 @@ class NativeKernel:
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, work: NativeWork, rules: AttentionRules
     ) -> Tensor:
-        """As `attend_reference`."""
         out: Tensor = torch.ops.coppice.cascade_attention(
             query, keys, values, work.positions, work.spans, work.tiles,
             rules.scale, rules.window, rules.softcap, rules.sinks,

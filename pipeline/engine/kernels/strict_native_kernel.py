@@ -17,13 +17,11 @@ class StrictNativeKernel:
     name = "strict native"
 
     def prepare(self, spans: KVSpans, positions: NDArray[np.int64]) -> StrictWork:
-        """Nothing to plan."""
         return StrictWork(np.ascontiguousarray(spans), np.ascontiguousarray(positions))
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, work: StrictWork, rules: AttentionRules
     ) -> Tensor:
-        """As `attend_reference`; a query's bits follow from its own keys and values alone."""
         out: Tensor = torch.ops.coppice.strict_attention(
             query, keys, values, torch.from_numpy(work.positions), torch.from_numpy(work.spans),
             rules.scale, rules.window, rules.softcap, rules.sinks,

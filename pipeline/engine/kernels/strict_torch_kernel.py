@@ -21,13 +21,11 @@ class StrictTorchKernel:
     name = "strict torch"
 
     def prepare(self, spans: KVSpans, positions: NDArray[np.int64]) -> StrictWork:
-        """Nothing to plan."""
         return StrictWork(spans, positions)
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, work: StrictWork, rules: AttentionRules
     ) -> Tensor:
-        """As `attend_reference`; a query's bits follow from its own keys and values alone."""
         tokens, heads, head_dim = query.shape
         out = torch.zeros(tokens, heads, head_dim)
         for i in range(tokens):

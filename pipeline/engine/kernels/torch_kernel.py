@@ -22,17 +22,6 @@ _PADDED_CELLS = 1 << 24  # padded query x key pairs of one bucket: bounds its me
 
 
 @dataclass(frozen=True, slots=True)
-class DenseItem:
-    """A span that is a GEMM of its own; see `KVSpans` for the fields."""
-
-    q_lo: int
-    q_hi: int
-    kv_lo: int
-    kv_hi: int
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
 class Bucket:
     """Small spans done as one padded GEMM.
 
@@ -53,7 +42,7 @@ class Bucket:
 class Level:
     """KVSpans whose queries do not overlap: large ones on their own, small ones in buckets."""
 
-    singles: tuple[DenseItem, ...]
+    singles: list[list[int]]
     buckets: tuple[Bucket, ...]
     is_causal: bool
     is_first: bool
@@ -89,7 +78,6 @@ class TorchKernel:
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, work: TorchWork, rules: AttentionRules
     ) -> Tensor:
-        """As `attend_reference`."""
         state = _LayerAttention(query, keys.shape[0], rules, work.positions)
         for level in work.levels:
             state.run(level, keys, values)
@@ -132,7 +120,6 @@ def make_level(spans: KVSpans, is_causal: bool, is_first: bool, device: torch.de
     """Split spans into singles and buckets of similar shape."""
     queries, keys = spans[:, 1] - spans[:, 0], spans[:, 3] - spans[:, 2]
     is_single = (queries * keys > _BUCKET_CELLS) | (keys > _BUCKET_KEYS)
-    singles = tuple(DenseItem(*item) for item in spans[is_single].tolist())
     small = spans[~is_single]
     shape = (_grade(queries[~is_single]) << 32) | _grade(keys[~is_single])
     order = np.argsort(shape, kind="stable")
@@ -146,7 +133,7 @@ def make_level(spans: KVSpans, is_causal: bool, is_first: bool, device: torch.de
             cuts = range(begin, end, step)
             buckets += [_bucket(small[order[i : min(i + step, end)]], device) for i in cuts]
         begin = end
-    return Level(singles, tuple(buckets), is_causal, is_first)
+    return Level(spans[is_single].tolist(), tuple(buckets), is_causal, is_first)
 
 
 def _grade(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -190,8 +177,8 @@ class _LayerAttention:
 
     def run(self, level: Level, k: Tensor, v: Tensor) -> None:
         """Attend the items of `level` to k, v [Hkv, slots, d]."""
-        for item in level.singles:
-            self._single(item, k, v, level)
+        for span in level.singles:
+            self._single(span, k, v, level)
         for bucket in level.buckets:
             self._bucket(bucket, k, v, level)
 
@@ -203,9 +190,10 @@ class _LayerAttention:
             out = out * torch.sigmoid(self.lse - sinks).unsqueeze(-1)
         return out.to(self.query.dtype).transpose(0, 1).flatten(1, 2).contiguous()
 
-    def _single(self, item: DenseItem, k: Tensor, v: Tensor, level: Level) -> None:
-        queries, keys = slice(item.q_lo, item.q_hi), slice(item.kv_lo, item.kv_hi)
-        at = torch.arange(item.position, item.position + item.kv_hi - item.kv_lo, device=k.device)
+    def _single(self, span: list[int], k: Tensor, v: Tensor, level: Level) -> None:
+        q_lo, q_hi, kv_lo, kv_hi, position = span
+        queries, keys = slice(q_lo, q_hi), slice(kv_lo, kv_hi)
+        at = torch.arange(position, position + kv_hi - kv_lo, device=k.device)
         bias = self._window_bias(self.positions[queries].unsqueeze(0), at.unsqueeze(0), None)
         q = self.query[:, queries].unsqueeze(1)
         out, lse = self._attend(q, k[:, keys].unsqueeze(1), v[:, keys].unsqueeze(1), bias, level)

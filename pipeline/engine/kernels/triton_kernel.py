@@ -87,7 +87,6 @@ class TritonKernel:
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, work: DeviceWork, rules: AttentionRules
     ) -> Tensor:
-        """As `attend_reference`."""
         return attend(query, keys, values, work, rules)
 
 

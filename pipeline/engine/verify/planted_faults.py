@@ -70,7 +70,6 @@ class FaultyForward:
         self._is_done = False
 
     def __call__(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
-        """See `Forward`."""
         if self._fault == "position":
             later = batch.position_ids > self._at
             batch = replace(batch, position_ids=batch.position_ids + later)
