@@ -143,7 +143,6 @@ def resolve_sampling(
 
 
 def _read_stop(said: object) -> tuple[str, ...]:
-    """Raises ValueError."""
     stop = (said,) if isinstance(said, str) else said
     if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
         raise ValueError("stop must be a text or a list of texts")
@@ -229,7 +228,6 @@ def end_at(params: SamplingParams, prompt_tokens: int) -> SamplingParams | None:
 
 
 def ids_of(rules: str) -> set[TokenId]:
-    """Every token id that these rules name."""
     said = GenerationRules(**{k: v for k, v in read_rules(rules).items() if v is not None})
     forced = (said.forced_bos_token_id, said.forced_eos_token_id)
     named = (

@@ -125,7 +125,6 @@ class Evidence:
         return sum(product for product, _ in either), sum(batched for _, batched in either)
 
     def to_json(self) -> dict[str, Any]:
-        """A mapping of plain values."""
         return {
             "strict": {"rows": len(self.same_bits), "rows_same_bits": sum(self.same_bits)},
             "arms": {name: arm.to_json() for name, arm in self.arms.items()},

@@ -109,12 +109,10 @@ class Verdict:
 
     @property
     def rows_audited(self) -> int:
-        """Rows that were replayed."""
         return sum(self.classes.values())
 
     @property
     def rows_exact(self) -> int:
-        """Rows without any difference."""
         return self.classes["identical"]
 
     def to_json(self, seed: int, similarity: Mapping[str, Any]) -> dict[str, Any]:

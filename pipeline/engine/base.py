@@ -233,7 +233,6 @@ class LocalEngine:
     def _completions(
         self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks
     ) -> Iterator[Completion]:
-        """What `generate` yields."""
         raise NotImplementedError
 
 

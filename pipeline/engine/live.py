@@ -87,7 +87,6 @@ class PrefillJob:
 
     @property
     def place(self) -> Placement:
-        """Where the tokens stand."""
         return self.target.place if isinstance(self.target, LiveRow) else self.target
 
     @property

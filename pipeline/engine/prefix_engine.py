@@ -164,7 +164,6 @@ class _Run:
 
     @torch.inference_mode()
     def completions(self) -> Iterator[Completion]:
-        """The engine's loop."""
         is_over = False
         try:
             while not is_over and not self.control.should_abort():

@@ -43,7 +43,6 @@ class Residency:
         return kv
 
     def free(self, kv: KVRange) -> None:
-        """Give a range back."""
         self._ranges.discard(kv)
         self.cache.release(kv)
 
@@ -59,7 +58,6 @@ class Residency:
         del self.placed[span.key]
 
     def idle(self) -> list[SharedSpan]:
-        """Resident spans without live rows."""
         spans = (placement.span for placement in self.placed.values())
         return [span for span in spans if span.is_resident and not span.live_rows]
 

@@ -111,22 +111,16 @@ class _Bench:
         return np.stack([queries, queries + 1, first + low, first + high, low], 1)
 
 
-def _kernel_sources() -> str:
-    """A hash of the kernels' code: another version of them costs something else."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).with_name("kernels").glob("*.[cph]*")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def _fingerprint(loaded: LoadedModel, backend: Backend) -> str:
     """Of all that the measured times depend on."""
     shape, device = loaded.shape, loaded.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_description()
     size = sum(p.numel() for p in loaded.model.parameters())
+    kernels = sorted(Path(__file__).with_name("kernels").glob("*.[cph]*"))
     parts = (
         shape.family, shape.num_layers, shape.num_kv_heads, shape.head_dim, size,
         loaded.model.dtype, machine, torch.get_num_threads(), torch.__version__,
-        backend.kernel.name, backend.forward.name, _kernel_sources(),
+        backend.kernel.name, backend.forward.name,
+        *(path.read_bytes() for path in kernels),
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

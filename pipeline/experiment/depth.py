@@ -153,7 +153,6 @@ def study_depth(
 def _cells(
     subject: Subject, settings: DepthSettings, ids: TokenIds, folder: Path
 ) -> dict[Cell, Callable[[], Span]]:
-    """What every round runs."""
     store = open_to_read(folder, subject.identity)
     deepest = max(settings.depths)
     cells: dict[Cell, Callable[[], Span]] = {

@@ -91,7 +91,6 @@ class LongestPrefix:
         self._tenant = tenant
 
     def find(self, text: str, token_ids: TokenIds) -> Found:
-        """The longest stored prefix."""
         begin = time.perf_counter()
         length = self._store.match(token_ids, self._tenant).length
         reused = min(length, len(token_ids) - 1)

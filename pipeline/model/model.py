@@ -32,7 +32,6 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
         return torch.device(self.model.device)
 
 

@@ -44,7 +44,6 @@ class FieldTable:
 
     @property
     def num_rows(self) -> int:
-        """All of them."""
         return len(self.codes[0])
 
     @property
@@ -53,7 +52,6 @@ class FieldTable:
         return len(self.codes)
 
     def total(self) -> int:
-        """The sum of all values' lengths."""
         return sum(int(cost[code].sum()) for code, cost in self.fields())
 
     def most_shared(self) -> int:

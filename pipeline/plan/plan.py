@@ -71,7 +71,6 @@ class Plan:
     group_of_row: NDArray[np.int64]
 
     def prompt_token_ids(self, sequence: int) -> NDArray[np.unsignedinteger]:
-        """The whole prompt of a sequence."""
         return self.table[int(self.sequences.row[sequence])]
 
     def count_below(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:

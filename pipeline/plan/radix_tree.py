@@ -44,7 +44,6 @@ class RadixTree:
 
     @property
     def num_prompts(self) -> int:
-        """Distinct prompts."""
         return len(self.terminal)
 
     @property

@@ -252,7 +252,6 @@ def _equal_slots(differ: NDArray[np.uint64], slots: int) -> NDArray[np.int64]:
 def _shared_by_two(
     table: TokenTable, tenant: NDArray[np.int64], before: np.int64, after: np.int64
 ) -> int:
-    """Tokens that two rows of the table have in common."""
     if tenant[before] != tenant[after]:
         return 0
     a, b = table[int(before)], table[int(after)]

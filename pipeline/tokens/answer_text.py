@@ -116,7 +116,6 @@ def _longest(stop: tuple[str, ...]) -> int:
 
 
 def _last(prompt: Ids, most: int) -> list[int]:
-    """The last ids of a prompt as plain integers."""
     tail = prompt[max(0, len(prompt) - most) :]
     return tail.tolist() if isinstance(tail, np.ndarray) else list(tail)
 

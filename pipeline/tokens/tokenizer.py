@@ -142,7 +142,6 @@ class PromptTokenizer:
 
     @cached_property
     def answers(self) -> AnswerText:
-        """How generated ids become text."""
         return AnswerText(self._backend)
 
     def looks_rendered(self, texts: Sequence[str]) -> str | None:

@@ -91,7 +91,6 @@ class TritonKernel:
 
 
 def upload(work: WorkItems, device: torch.device) -> DeviceWork:
-    """Copy the work to the device as it is."""
     flat = torch.from_numpy(work.flatten(work.shape)).to(device)
     return DeviceWork.view(flat, work.shape, work.block_m, work.rep)
 

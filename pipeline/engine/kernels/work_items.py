@@ -70,7 +70,6 @@ class WorkItems:
 
     @property
     def shape(self) -> WorkShape:
-        """The sizes of the arrays."""
         return WorkShape(len(self.positions), len(self.large), len(self.small), len(self.partials))
 
     def flatten(self, shape: WorkShape) -> NDArray[np.int64]:

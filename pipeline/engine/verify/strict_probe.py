@@ -73,7 +73,6 @@ class _Trial:
         yield "in decode as in prefill", self.decoded
 
     def alone(self) -> Tensor:
-        """The prompt in one forward."""
         return self._prefill([self._piece(0, self._length, 0)], self._cache(), 0)
 
     def beside(self, size: int) -> Tensor:
