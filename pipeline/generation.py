@@ -63,10 +63,7 @@ class UnsupportedGeneration(ValueError):
 
 
 class GenerationRules(BaseModel):
-    """The rules that logits go through; a field at its default changes nothing.
-
-    Names and meanings are those of transformers' `GenerationConfig`.
-    """
+    """Rules for logits, as transformers' `GenerationConfig` has them; a default changes nothing."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -213,10 +210,7 @@ def active_rules(rules: str) -> frozenset[str]:
 
 
 def end_at(params: SamplingParams, prompt_tokens: int) -> SamplingParams | None:
-    """Parameters whose `max_length`, of prompt and answer, has become `max_new_tokens`.
-
-    None: the prompt leaves nothing of it.
-    """
+    """Parameters whose `max_length` has become `max_new_tokens`; None: the prompt fills it."""
     limit = read_rules(params.rules).get("max_length")
     if limit is None:
         return params

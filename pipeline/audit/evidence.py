@@ -75,10 +75,7 @@ class PlantedFault:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All arms of one audit; empty where only the replay was asked for.
-
-    `same_bits`: by row, of strict mode only.
-    """
+    """All arms of one audit; empty after a replay alone. `same_bits`: by row, in strict mode."""
 
     arms: Mapping[str, ArmSummary] = field(default_factory=dict)
     faults: Sequence[PlantedFault] = ()

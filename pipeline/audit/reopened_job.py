@@ -23,10 +23,7 @@ def reopen_job(directory: RunDirectory, store: ObjectStoreSettings | None = None
 
 
 def check_same(job: Job, directory: RunDirectory) -> Job:
-    """The job, if it is that of the run directory.
-
-    Raises InputError or ModelError if the input, the tokenizer or the model is another one now.
-    """
+    """The job, if it is that of the run directory. Raises InputError or ModelError if it is not."""
     now, before = job.fingerprint, directory.read_manifest()["fingerprint"]
     if now["input"] != before.get("input"):
         raise InputError(

@@ -62,10 +62,7 @@ class EngineCounters:
 
 
 class StopCheck(Protocol):
-    """Whether one of the stop strings ends in the text of these generated token ids.
-
-    It may begin in the prompt, whose token ids are given as well.
-    """
+    """Whether a stop string ends in the text of these generated ids; it may begin in the prompt."""
 
     def __call__(
         self, token_ids: Sequence[int], stop: tuple[str, ...], prompt: TokenIds
@@ -126,10 +123,7 @@ ForceTokens = Callable[[list[int], list[int]], list[int]]
 
 @dataclass(frozen=True)
 class EngineHooks:
-    """What a caller sees of one `generate` call and puts into it; None: nothing.
-
-    An engine that does not know a hook refuses it, see `EngineCapabilities.check`.
-    """
+    """What a caller sees of one `generate` call and puts into it; None: nothing."""
 
     on_logits: OnLogits | None = None
     force_tokens: ForceTokens | None = None

@@ -174,7 +174,9 @@ class _Run:
                 is_last = self.control.should_drain() or not self.scheduler.waiting
                 is_over = is_last and not self.scheduler.has_begun
                 if self.finished and (self.guard.check_if_due() or is_over):
-                    yield from self._take_finished()
+                    done, self.finished = self.finished, []
+                    self.counters.cached_tokens += sum(row.cached_tokens for row in done)
+                    yield from done
         finally:
             if self.threads is not None:
                 self.threads.restore()
@@ -410,11 +412,6 @@ class _Run:
         self.scheduler.finish(row)
         self.counters.peak_kv_bytes = self.cache.peak_tokens * self.cache.bytes_per_token
         self.finished.append(completion)
-
-    def _take_finished(self) -> list[Completion]:
-        taken, self.finished = self.finished, []
-        self.counters.cached_tokens += sum(completion.cached_tokens for completion in taken)
-        return taken
 
     def _now(self) -> float:
         """Seconds since the engine started."""

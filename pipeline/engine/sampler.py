@@ -128,10 +128,7 @@ class Sampler:
 def configured(
     config: GenerationConfig, params: SamplingParams, eos: Sequence[int] | int | None
 ) -> GenerationConfig:
-    """A copy of `config` that asks `generate()` for what these parameters ask for.
-
-    What they do not speak of stays as it is in `config`.
-    """
+    """A copy of `config` that asks `generate()` for these parameters; all else stays as it is."""
     ends = [eos] if isinstance(eos, int) else list(eos or ())
     config = deepcopy(config)
     config._from_model_config = False

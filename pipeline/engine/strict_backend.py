@@ -10,10 +10,8 @@ import torch
 from pipeline.engine.backend import Backend, fused_forward, knows_heads
 from pipeline.engine.forward import TransformersForward, can_pack
 from pipeline.engine.kernels import native, native_kernel
-from pipeline.engine.kernels.kernel import AttentionKernel
 from pipeline.engine.kernels.strict_native_kernel import StrictNativeKernel
 from pipeline.engine.kernels.strict_torch_kernel import StrictTorchKernel
-from pipeline.engine.sampling import likeliest_token
 from pipeline.engine.tiled_forward import ONE_SIZE, SIZES, TiledForward
 from pipeline.errors import UsageError
 from pipeline.model.families import has_experts
@@ -25,16 +23,15 @@ def choose_strict_backend(loaded: LoadedModel, kernels: str) -> Backend:
     reason = why_not_strict(loaded)
     if reason:
         raise UsageError(f"--fidelity strict: {reason}")
-    kernel: AttentionKernel = StrictTorchKernel()
     forward = _tiled(loaded, pack=kernels != "torch")
-    note, likeliest = None, likeliest_token
-    if kernels != "torch":
-        reason = native.why_unavailable() or (None if knows_heads(loaded) else "unusual heads")
-        if reason is None:
-            kernel, likeliest = StrictNativeKernel(), native_kernel.likeliest_token
-        else:
-            note = f"strict attention runs query by query in plain torch: {reason}"
-    return Backend(forward, kernel, note, likeliest, forward.sizes)
+    if kernels == "torch":
+        return Backend(forward, StrictTorchKernel(), tile_sizes=forward.sizes)
+    reason = native.why_unavailable() or (None if knows_heads(loaded) else "unusual heads")
+    if reason:
+        note = f"strict attention runs query by query in plain torch: {reason}"
+        return Backend(forward, StrictTorchKernel(), note, tile_sizes=forward.sizes)
+    likeliest = native_kernel.likeliest_token
+    return Backend(forward, StrictNativeKernel(), None, likeliest, forward.sizes)
 
 
 def why_not_strict(loaded: LoadedModel) -> str | None:

@@ -26,9 +26,7 @@ class KeptPrompt:
 
 
 def read_kept_prompts(path: Path) -> list[KeptPrompt]:
-    """The rows of a CSV file (columns id, prompt; also kind, answer), or of a job's Parquet file.
-
-    `text` is another name of `prompt`.
+    """The rows of a CSV file (id, prompt or text; also kind, answer), or of a job's Parquet file.
 
     Raises InputError: missing, no such columns, empty texts, ids that repeat. NoInput: no rows.
     """

@@ -80,25 +80,17 @@ class EmbeddingIndex:
 
 
 def keep_vectors(folder: Path, encoder: TextEncoder, texts: Sequence[str]) -> Vectors:
-    """Vectors of these texts: those kept in `folder`, and the others computed and kept there too.
-
-    Names in the file are hashes of the texts. Raises StorageError.
-    """
+    """Vectors of these texts, out of `folder` or computed and kept there. Raises StorageError."""
     names = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
     known = _read_vectors(folder, encoder.name)
     new = {name: text for name, text in zip(names, texts, strict=True) if name not in known}
     if new:
         known |= dict(zip(new, encoder.encode(list(new.values())), strict=True))
-        _save_vectors(folder, encoder.name, known)
+        every, vectors = list(known), np.stack(list(known.values()))
+        said = {"encoder": encoder.name, "names": "\n".join(every)}
+        said["sha256"] = _digest(every, vectors)
+        replace_file(folder / EMBEDDINGS_NAME, save({"vectors": vectors}, said))
     return np.stack([known[name] for name in names])
-
-
-def _save_vectors(folder: Path, encoder: str, known: dict[str, Vectors]) -> None:
-    names, vectors = list(known), np.stack(list(known.values()))
-    metadata = {
-        "encoder": encoder, "names": "\n".join(names), "sha256": _digest(names, vectors)
-    }  # fmt: skip
-    replace_file(folder / EMBEDDINGS_NAME, save({"vectors": vectors}, metadata))
 
 
 def _read_vectors(folder: Path, encoder: str) -> dict[str, Vectors]:

@@ -36,10 +36,8 @@ class LoadedModel:
 
 
 def load_model(settings: ModelSettings) -> LoadedModel:
-    """Load weights onto the device.
-
-    Raises ModelError: missing, partial, or pickle-only weights, or a family the engine cannot run.
-    """
+    """Load weights onto the device. Raises ModelError where they are missing, partial or pickled,
+    or of a family that the engine cannot run."""
     shape = read_shape(settings.model, settings.revision)
     check_weights(settings.model)
     config = read_config(settings.model, settings.revision)

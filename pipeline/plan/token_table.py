@@ -119,10 +119,8 @@ class TokenFile:
         dtype: np.dtype[np.unsignedinteger],
         lengths: NDArray[np.integer] | None = None,
     ) -> None:
-        """`file` is open for reading and writing, at its end; it is closed with the table.
-
-        `lengths`: of the rows that it holds already.
-        """
+        """`file` is open for reading and writing, at its end, and is closed with the table;
+        `lengths`: of the rows that it holds already."""
         self._file = file
         self._close = weakref.finalize(self, _close, file)
         self._dtype = dtype

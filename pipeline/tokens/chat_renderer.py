@@ -54,10 +54,7 @@ class ChatRenderer:
 
 
 def make_environment(clock: datetime) -> jinja2.Environment:
-    """Where chat templates are compiled; nothing is computed before there is a conversation.
-
-    `clock`: what they take for now.
-    """
+    """Where chat templates, which take `clock` for now, are compiled; nothing is computed yet."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,

@@ -38,10 +38,7 @@ class TemplateFault(ValueError):
 
 @dataclass
 class ChatTemplate:
-    """The text of a Jinja template, and the tokenizer (of transformers) whose tokens it names.
-
-    `clock`: what the template takes for now.
-    """
+    """A Jinja template, the tokenizer (of transformers) whose tokens it names, and its `clock`."""
 
     source: str
     tokenizer: Any

@@ -113,10 +113,7 @@ def choose_split_keys(spans: KVSpans, rep: int, block_m: int, kv_heads: int, pro
 
 
 def _cut(spans: KVSpans, tile: int, split_keys: int) -> Items:
-    """Items by span, then keys, then queries: neighbours read the same keys, out of the cache.
-
-    The number of the first partial is left open.
-    """
+    """Items by span, then keys, then queries: neighbours read the same keys, out of the cache."""
     tokens, keys = spans[:, 1] - spans[:, 0], spans[:, 3] - spans[:, 2]
     tiles, splits = -(-tokens // tile), -(-keys // split_keys)
     count = tiles * splits
@@ -126,7 +123,7 @@ def _cut(spans: KVSpans, tile: int, split_keys: int) -> Items:
     q_lo, q_hi, kv_lo, kv_hi, position = spans[source].T
     step = -(-keys // np.maximum(splits, 1))[source]
     first = split * step
-    items = np.empty((len(source), ITEM_FIELDS), np.int64)
+    items = np.empty((len(source), ITEM_FIELDS), np.int64)  # the first partial's number comes later
     items[:, 0] = q_lo + index * tile
     items[:, 1] = np.minimum(items[:, 0] + tile, q_hi)
     items[:, 2] = kv_lo + first

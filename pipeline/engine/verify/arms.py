@@ -66,10 +66,9 @@ def compare_arms(
 
 
 def same_bits_alone(engine: PrefixEngine, rows: Sequence[ForcedRow]) -> list[bool]:
-    """[rows] whether all logits, with reuse and in a batch, are those of the row run alone.
+    """[rows] whether all logits, with reuse and in a batch, have the bits of the row run alone.
 
-    Bit for bit, by the same engine: what strict mode promises. Raises EngineError where a row
-    cannot run.
+    That is what strict mode promises. Raises EngineError where a row cannot run.
     """
     together = forced_logits(engine, rows, share=True)
     alone = (forced_logits(engine, [row], share=False)[0] for row in rows)
