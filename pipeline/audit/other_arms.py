@@ -40,7 +40,7 @@ class Arms:
     def gather(
         self, rows: Sequence[AuditInput], groups: Sequence[int | None], some: Sequence[int]
     ) -> Evidence:
-        """The arms on `some` of `rows`, faults in the largest prefix `groups`. Raises EngineError."""
+        """The arms on `some` of `rows`, faults in their largest `groups`. Raises EngineError."""
         vocabulary = self._engine.loaded.shape.vocabulary_size  # two arms' logits are in memory
         most_rows = max(1, _MOST_LOGIT_BYTES // (2 * 4 * _MOST_POSITIONS * vocabulary))
         fitting = [rows[i] for i in some if rows[i].output][:most_rows]
