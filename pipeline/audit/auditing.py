@@ -19,7 +19,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from pipeline.audit.evidence import NO_EVIDENCE
-from pipeline.audit.gate import describe_bar, seed_of_output
+from pipeline.audit.gate import seed_of_output
 from pipeline.audit.reopened_job import check_same, reopen_job
 from pipeline.audit.replay import BARS, AuditInput, RowAudit, Tier, audit_row
 from pipeline.audit.sample import candidate_rows, choose_rows
@@ -120,7 +120,7 @@ def _audit(
         None if encoder is None else encoder.name, list(similarity.values())
     )
     asked = {
-        "bar": describe_bar(settings),
+        "bar": settings.model_dump(exclude={"audit_encoder"}),  # which only describes
         "rows_auditable": len(candidates),
         "rows_left_out": num_chosen - len(chosen),
     }
@@ -139,8 +139,11 @@ def _choose(
 ) -> pl.DataFrame:
     def embed(rows: Sequence[int]) -> NDArray[np.float32]:
         assert encoder is not None
+        contents = select_rows(job, rows).contents
+        texts = ["" if content is None else job.tokenizer.render(content) for content in contents]
+        text_of = dict(zip(sorted(rows), texts, strict=True))
         # Beginnings are what rows share and an encoder reads a few hundred tokens, so the ends.
-        return encoder.encode([text[-_EMBEDDED_CHARACTERS:] for text in _render(job, rows)])
+        return encoder.encode([text_of[row][-_EMBEDDED_CHARACTERS:] for row in rows])
 
     size = settings.num_rows(len(candidates))
     return choose_rows(candidates, size, seed, None if encoder is None else embed)
@@ -154,14 +157,6 @@ def _load_baseline(job: Job) -> tuple[LoadedModel, Baseline]:
     use_threads(job.settings.engine)
     loaded = load_model(job.settings.model)
     return loaded, NaiveEngine(loaded, settings=job.settings.engine)
-
-
-def _render(job: Job, rows: Sequence[int]) -> list[str]:
-    """Rendered prompts of these rows, in the order given."""
-    batch = select_rows(job, rows)
-    texts = [job.tokenizer.render(c) if c is not None else "" for c in batch.contents]
-    by_row = dict(zip(sorted(rows), texts, strict=True))
-    return [by_row[row] for row in rows]
 
 
 def _with_answers(directory: RunDirectory, chosen: pl.DataFrame) -> pl.DataFrame:

@@ -56,11 +56,6 @@ def seed_of_output(directory: RunDirectory) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def describe_bar(settings: AuditSettings) -> dict[str, Any]:
-    """What the summary says of what was asked for; an encoder only describes."""
-    return settings.model_dump(exclude={"audit_encoder"})
-
-
 def _is_borne_out(directory: RunDirectory, summary: dict[str, Any]) -> bool:
     """Whether the audited rows are rows of this run and come to what the summary says."""
     rows = read_table(directory.root / AUDIT_NAMES[1], _COLUMNS, AUDIT_AGAIN)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipeline.errors import EngineError, ModelError
 from pipeline.experiment.decode import cache_of
 from pipeline.experiment.experiment import Subject, keep_all, open_cold, open_to_read
-from pipeline.experiment.finders import LongestPrefix, NoReuse
+from pipeline.experiment.finders import Finder, LongestPrefix, NoReuse
 from pipeline.experiment.protocol import Protocol, median_interval, run_rounds, speedup_interval
 from pipeline.kvstore.identity import TokenIds
 
@@ -171,7 +171,7 @@ def _cells(
     return cells
 
 
-def _run(subject: Subject, finder: NoReuse | LongestPrefix, ids: TokenIds) -> Span:
+def _run(subject: Subject, finder: Finder, ids: TokenIds) -> Span:
     begin = time.perf_counter()
     found = finder.find("", ids)
     done = subject.decoder.generate(ids.tolist(), found.kv)

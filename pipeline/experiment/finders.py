@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -42,12 +41,6 @@ class Found:
     def reused(self) -> int:
         """Prompt tokens that need not be computed."""
         return 0 if self.kv is None else int(self.kv.shape[3])
-
-
-class Finder(Protocol):
-    """Looks for KV of the beginning of a prompt."""
-
-    def find(self, text: str, token_ids: TokenIds) -> Found: ...
 
 
 class NoReuse:
@@ -97,3 +90,7 @@ class LongestPrefix:
         looked = time.perf_counter()
         kv = self._store.load(token_ids, 0, reused, self._tenant) if reused else None
         return Found(kv, lookup_s=looked - begin, load_s=time.perf_counter() - looked)
+
+
+Finder = NoReuse | NearestEmbedding | LongestPrefix
+"""Looks for KV of the beginning of a prompt."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,17 +56,14 @@ def remember_rates(
         return
     today = datetime.now(UTC).date().isoformat()
     rates = Rates(prefilled / counters["prefill_s"], generated / counters["decode_s"], today)
-    try:
+    with suppress(OSError, CoppiceError):
         replace_file(_path(settings, identity), _SCHEMA.dump_json(rates))
-    except (OSError, CoppiceError):
-        pass
 
 
 def recall_rates(settings: ModelSettings, identity: Mapping[str, Any]) -> Rates | None:
     """What was kept for this model, type and device, or None. `identity`: as above."""
     try:
-        path = _path(settings, identity)
-        return _SCHEMA.validate_json(path.read_bytes(), strict=True)
+        return _SCHEMA.validate_json(_path(settings, identity).read_bytes(), strict=True)
     except (OSError, ValueError, CoppiceError):
         return None
 
