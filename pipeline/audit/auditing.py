@@ -37,7 +37,7 @@ from pipeline.job.planning import select_rows
 from pipeline.job.stopping import interruptible
 from pipeline.location import Location
 from pipeline.plan.plan import noise_key
-from pipeline.settings import AuditSettings, JobSettings
+from pipeline.settings import AuditSettings, JobSettings, ModelSettings
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import reading_run
 from pipeline.storage.summaries import AUDIT_SUMMARY
@@ -109,7 +109,8 @@ def _audit(
         evidence, kl = NO_EVIDENCE, {}
         if settings.audit_arms and inputs and ran.computes_once:
             observer.say(f"computing up to {settings.audit_arms} of them in other ways as well")
-            arms = Arms(loaded, baseline, job.settings.engine, tier)
+            unrounded = _load_unrounded(job.settings.model)
+            arms = Arms(loaded, baseline, job.settings.engine, tier, unrounded)
             some = np.random.default_rng(seed).permutation(len(inputs))[: settings.audit_arms]
             rows = [item.row for item in inputs]
             evidence = arms.gather(rows, chosen["group_id"].to_list(), some.tolist())
@@ -130,6 +131,8 @@ def _audit(
 
 
 def _tier(settings: JobSettings, loaded: LoadedModel) -> Tier:
+    if settings.model.weights == "int8":
+        return "int8"
     if str(loaded.model.dtype) != "torch.float32":
         return "16-bit"
     return "strict" if settings.engine.fidelity == "strict" else "exact"
@@ -156,6 +159,15 @@ def _load_baseline(job: Job) -> tuple[LoadedModel, Baseline]:
     loaded = load_model(job.settings.model)
     threads = Threads.chosen(job.settings.engine, loaded.device)
     return loaded, NaiveEngine(loaded, threads=threads)
+
+
+def _load_unrounded(settings: ModelSettings) -> LoadedModel | None:
+    """The model as it was saved, where the run held its weights otherwise."""
+    from pipeline.model.model import load_model
+
+    if settings.weights == "auto":
+        return None
+    return load_model(settings.model_copy(update={"weights": "auto"}))
 
 
 def _render(job: Job, rows: Sequence[int]) -> list[str]:

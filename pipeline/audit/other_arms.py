@@ -31,13 +31,22 @@ class Arms:
     """Runs the arms on audited rows; `kl` of each row is known afterwards."""
 
     def __init__(
-        self, loaded: LoadedModel, baseline: Baseline, settings: EngineSettings, tier: Tier
+        self,
+        loaded: LoadedModel,
+        baseline: Baseline,
+        settings: EngineSettings,
+        tier: Tier,
+        unrounded: LoadedModel | None = None,
     ) -> None:
-        """Raises ModelError for a model whose KV cannot be shared."""
+        """`unrounded`: the model as it was saved, where `loaded` holds its weights in int8.
+
+        Raises ModelError for a model whose KV cannot be shared.
+        """
         from pipeline.engine.prefix_engine import PrefixEngine
 
         self._engine = PrefixEngine(loaded, settings)
         self._baseline = baseline
+        self._unrounded = unrounded
         self._bars = BARS[tier]
         self.kl: dict[int, float] = {}
 
@@ -52,7 +61,8 @@ class Arms:
         if not fitting:
             return NO_EVIDENCE
         faults = self._faults(rows, groups, max(1, len(some) // _ROWS_A_FAULTY_GROUP))
-        return Evidence(self._arms(fitting), faults, self._same_bits(fitting))
+        same_bits, weights = self._same_bits(fitting), self._weights(fitting)
+        return Evidence(self._arms(fitting), faults, same_bits, weights)
 
     def _most_rows(self) -> int:
         """The logits of two arms must fit into memory."""
@@ -69,6 +79,14 @@ class Arms:
                 worst = [float(deviation.kl.max()) for deviation in deviations]
                 self.kl = dict(zip((row.row_index for row in rows), worst, strict=True))
         return found
+
+    def _weights(self, rows: Sequence[AuditInput]) -> ArmSummary | None:
+        from pipeline.engine.verify.arms import compare_weights
+
+        if self._unrounded is None:
+            return None
+        loaded = self._engine.loaded
+        return ArmSummary.of(compare_weights(loaded, self._unrounded, _forced(rows)))
 
     def _same_bits(self, rows: Sequence[AuditInput]) -> list[bool]:
         from pipeline.engine.verify.arms import same_bits_alone

@@ -15,8 +15,9 @@ from transformers.utils import logging as transformers_logging
 from pipeline.errors import ModelError
 from pipeline.model.device import choose_device
 from pipeline.model.families import why_unsupported
+from pipeline.model.int8 import hold_in_int8
 from pipeline.model.shape import ModelShape, read_config, read_shape
-from pipeline.model.weights import check_weights
+from pipeline.model.weights import check_int8, check_weights
 from pipeline.settings import ModelSettings
 
 _SHOWN_CHARACTERS = 200  # of what transformers says
@@ -43,6 +44,7 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     """
     shape = read_shape(settings.model, settings.revision)
     check_weights(settings.model)
+    check_int8(settings)
     _check_support(settings)
     dtype = shape.dtype if settings.dtype == "auto" else settings.dtype
     config = read_config(settings.model, settings.revision)
@@ -71,6 +73,8 @@ def load_model(settings: ModelSettings) -> LoadedModel:
             "the download is partial or belongs to another architecture"
         )
     model.eval().requires_grad_(False)
+    if settings.weights == "int8":
+        hold_in_int8(model)
     return LoadedModel(model.to(choose_device(settings.device)), shape, settings.model)
 
 
