@@ -15,6 +15,7 @@ from pipeline.errors import UsageError, install_extra
 from pipeline.kvstore.folder import check_store
 from pipeline.location import Location
 from pipeline.model.hub import check_model_exists
+from pipeline.model.weights import check_int8
 from pipeline.settings import JobSettings
 from pipeline.storage.run_location import check_location
 
@@ -32,6 +33,7 @@ def check_early(output: Location, settings: JobSettings) -> None:
         lambda: check_location(output),
         lambda: check_model_exists(settings.model),
         lambda: check_strict(settings),
+        lambda: check_int8(settings.model),
         lambda: _check_kv_store(settings),
         lambda: Encoder.check(settings.audit.audit_encoder),
     )

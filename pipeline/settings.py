@@ -175,7 +175,7 @@ class ModelSettings(_Section):
     """Which model runs, and on what. `model` is a folder or a hub id.
 
     `engine_options`: arguments of vLLM's `LLM`, like `{"tensor_parallel_size": "2"}`; no other
-    engine has any.
+    engine has any. `weights`: "int8" holds those of linear layers in int8, see `model/int8.py`.
     """
 
     model: str
@@ -183,6 +183,7 @@ class ModelSettings(_Section):
     engine: Literal["prefix", "vllm", "naive", "echo"] = "prefix"
     engine_options: dict[str, str] = {}
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    weights: Literal["auto", "int8"] = "auto"
     device: str = "auto"
 
     @field_validator("engine_options", mode="before")
@@ -196,6 +197,10 @@ class ModelSettings(_Section):
     def _has_options(self) -> Self:
         if self.engine_options and self.engine != "vllm":
             raise ValueError(f"engine-options are for --engine vllm, and not for {self.engine}")
+        if self.weights != "auto" and self.engine not in ("prefix", "naive"):
+            raise ValueError(
+                f"weights {self.weights} is for --engine prefix or naive, and not for {self.engine}"
+            )
         return self
 
 

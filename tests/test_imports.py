@@ -90,6 +90,7 @@ HOMES = {
     "torch": _rooms(
         "model.model",
         "model.device",
+        "model.int8",
         "model.machine",
         "engine",
         "audit.replay",

@@ -35,7 +35,7 @@ from pipeline.job.planning import select_rows
 from pipeline.job.stopping import interruptible
 from pipeline.location import Location
 from pipeline.plan.plan import noise_key
-from pipeline.settings import AuditSettings, JobSettings
+from pipeline.settings import AuditSettings, JobSettings, ModelSettings
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import reading_run
 from pipeline.storage.summaries import AUDIT_SUMMARY
@@ -109,7 +109,8 @@ def _audit(
             from pipeline.audit.other_arms import Arms  # brings the whole engine
 
             observer.say(f"computing up to {settings.audit_arms} of them in other ways as well")
-            arms = Arms(loaded, baseline, job.settings.engine, tier)
+            unrounded = _load_unrounded(job.settings.model)
+            arms = Arms(loaded, baseline, job.settings.engine, tier, unrounded)
             some = np.random.default_rng(seed).permutation(len(inputs))[: settings.audit_arms]
             evidence = arms.gather(inputs, chosen["group_id"].to_list(), some.tolist())
             kl = arms.kl
@@ -129,6 +130,8 @@ def _audit(
 
 
 def _tier(settings: JobSettings, loaded: LoadedModel) -> Tier:
+    if settings.model.weights == "int8":
+        return "int8"
     if str(loaded.model.dtype) != "torch.float32":
         return "16-bit"
     return "strict" if settings.engine.fidelity == "strict" else "exact"
@@ -164,6 +167,15 @@ def _with_answers(directory: RunDirectory, chosen: pl.DataFrame) -> pl.DataFrame
     wanted = pl.col("row_index").is_in(chosen["row_index"].to_list())
     answers = directory.scan().filter(wanted).select(_ANSWER_COLUMNS).collect()
     return chosen.join(answers, on="row_index").sort("row_index")
+
+
+def _load_unrounded(settings: ModelSettings) -> LoadedModel | None:
+    """The model as it was saved, where the run held its weights otherwise."""
+    from pipeline.model.model import load_model
+
+    if settings.weights == "auto":
+        return None
+    return load_model(settings.model_copy(update={"weights": "auto"}))
 
 
 def _audit_inputs(job: Job, chosen: pl.DataFrame, loaded: LoadedModel) -> list[AuditInput]:

@@ -75,11 +75,16 @@ class PlantedFault:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All arms of one audit; empty after a replay alone. `same_bits`: by row, in strict mode."""
+    """All arms of one audit; empty where only the replay was asked for.
+
+    `same_bits`: by row, of strict mode only. `weights`: of int8 weights only, the model with them
+    against the one that was saved; the user asked for them, so it is told and never judged.
+    """
 
     arms: Mapping[str, ArmSummary] = field(default_factory=dict)
     faults: Sequence[PlantedFault] = ()
     same_bits: Sequence[bool] = ()
+    weights: ArmSummary | None = None
 
     @property
     def faults_changed(self) -> int:
@@ -101,13 +106,14 @@ class Evidence:
                 f"reuse or batching changed the bits of {self.same_bits.count(False)} of "
                 f"{len(self.same_bits)} rows, which strict mode rules out"
             )
-        needed = min(1, self.faults_changed) if tier == "16-bit" else self.faults_changed
+        is_rounded = tier in ("16-bit", "int8")
+        needed = min(1, self.faults_changed) if is_rounded else self.faults_changed
         if self.faults_caught < needed:
             found.append(
                 f"the audit caught {self.faults_caught} of {self.faults_changed} planted faults "
                 "that changed an answer"
             )
-        if tier == "16-bit" and {"batched", "product"} <= self.arms.keys():
+        if is_rounded and {"batched", "product"} <= self.arms.keys():
             only_product, only_batched = self._discordant()
             if sign_test(only_product, only_batched) < _SIGNIFICANT:
                 found.append(
@@ -125,6 +131,7 @@ class Evidence:
         return {
             "strict": {"rows": len(self.same_bits), "rows_same_bits": sum(self.same_bits)},
             "arms": {name: arm.to_json() for name, arm in self.arms.items()},
+            "weights": self.weights and self.weights.to_json(),
             "faults": {
                 "planted": len(self.faults),
                 "changed_an_answer": self.faults_changed,

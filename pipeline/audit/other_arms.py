@@ -29,11 +29,20 @@ class Arms:
     """Runs the arms on audited rows; `kl` of each row is known afterwards."""
 
     def __init__(
-        self, loaded: LoadedModel, baseline: Baseline, settings: EngineSettings, tier: Tier
+        self,
+        loaded: LoadedModel,
+        baseline: Baseline,
+        settings: EngineSettings,
+        tier: Tier,
+        unrounded: LoadedModel | None = None,
     ) -> None:
-        """Raises ModelError for a model whose KV cannot be shared."""
+        """`unrounded`: the model as it was saved, where `loaded` holds its weights in int8.
+
+        Raises ModelError for a model whose KV cannot be shared.
+        """
         self._engine = PrefixEngine(loaded, settings)
         self._baseline = baseline
+        self._unrounded = unrounded
         self._bars = BARS[tier]
         self.kl: dict[int, float] = {}
 
@@ -49,7 +58,7 @@ class Arms:
         faults = self._faults(rows, groups, max(1, len(some) // _ROWS_A_FAULTY_GROUP))
         is_strict = self._engine.settings.fidelity == "strict"
         same_bits = arms.same_bits_alone(self._engine, _forced(fitting)) if is_strict else []
-        return Evidence(self._arms(fitting), faults, same_bits)
+        return Evidence(self._arms(fitting), faults, same_bits, self._weights(fitting))
 
     def _arms(self, rows: Sequence[AuditInput]) -> dict[str, ArmSummary]:
         found = {}
@@ -59,6 +68,12 @@ class Arms:
                 worst = [float(deviation.kl.max()) for deviation in deviations]
                 self.kl = dict(zip((row.row_index for row in rows), worst, strict=True))
         return found
+
+    def _weights(self, rows: Sequence[AuditInput]) -> ArmSummary | None:
+        if self._unrounded is None:
+            return None
+        loaded = self._engine.loaded
+        return ArmSummary.of(arms.compare_weights(loaded, self._unrounded, _forced(rows)))
 
     def _faults(
         self, rows: Sequence[AuditInput], groups: Sequence[int | None], num_groups: int

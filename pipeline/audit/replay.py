@@ -27,7 +27,7 @@ import numpy as np
 from pipeline.engine.base import Baseline, Replay, RunControl, StopCheck
 from pipeline.records import FinishReason, SamplingParams
 
-Tier = Literal["strict", "exact", "16-bit"]
+Tier = Literal["strict", "exact", "16-bit", "int8"]
 RowClass = Literal["identical", "near_tie", "drift", "corrupt"]
 ROW_CLASSES: Final[tuple[RowClass, ...]] = ("identical", "near_tie", "drift", "corrupt")
 
@@ -56,6 +56,7 @@ BARS: Final[dict[Tier, Bars]] = {
     "strict": Bars(near_tie=1e-3),  # against another program; against itself see `audit.arms`
     "exact": Bars(near_tie=1e-3),
     "16-bit": Bars(near_tie=0.125),
+    "int8": Bars(near_tie=0.125),
 }
 
 

@@ -193,6 +193,10 @@ def _evidence_rows(summary: Mapping[str, Any]) -> Rows:
             f"{shared['rows_exact']} of {shared['rows']} with reuse, {alone['rows_exact']} without"
         )
         rows.append(("exact in a batch", said))
+    weights = summary.get("weights")
+    if weights:
+        same = f"{weights['same_choice']:.2%} of tokens as by the weights as saved"
+        rows.append(("int8 weights", f"{same}; KL {weights['kl_mean'] or 0:.1e} nats"))
     if strict and strict["rows"]:
         rows.append(("same bits alone", f"{strict['rows_same_bits']} of {strict['rows']}"))
     if faults and faults["planted"]:

@@ -6,18 +6,21 @@ families it knows layer by layer with fused kernels. The engine cannot tell them
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.engine import packed_linear
+from pipeline.engine import int8_linear, packed_linear
 from pipeline.engine.attention import ATTENTION_NAME
+from pipeline.engine.int8_linear import PackedInt8Linear
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.memory import free_memory
 from pipeline.engine.packed_linear import PackedLinear
 from pipeline.engine.packing import PackedBatch
+from pipeline.model.int8 import Int8Linear
 
 _SHARE_FOR_PACKED_WEIGHTS = 0.25  # of free memory; above it the model's own weights are used
 
@@ -42,9 +45,11 @@ class TransformersForward:
         if pack_weights and can_pack(model):
             for module in model.modules():
                 if type(module) is nn.Linear:
-                    self._pack(module, module.weight)
+                    self._pack(module, PackedLinear.of(module))
                 elif type(module) is Conv1D:  # GPT-2 keeps its weights as [in, out]
-                    self._pack(module, module.weight.T)
+                    self._pack(module, PackedLinear(module.weight.T, module.bias))
+                elif isinstance(module, Int8Linear) and int8_linear.suits(module):
+                    self._pack(module, PackedInt8Linear(module))
 
     def __call__(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
         if self._model.config._attn_implementation != ATTENTION_NAME:
@@ -64,9 +69,9 @@ class TransformersForward:
             self._is_running = False
         return logits
 
-    def _pack(self, module: Any, weight: Tensor) -> None:
+    def _pack(self, module: Any, packed: Callable[[Tensor], Tensor]) -> None:
         """Use packed weights in our forwards only: the audit's baseline stays the model's own."""
-        packed, plain = PackedLinear(weight, module.bias), module.forward
+        plain = module.forward
 
         def forward(x: Tensor) -> Any:
             return packed(x) if self._is_running else plain(x)

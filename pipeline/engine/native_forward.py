@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.engine import int8_linear
 from pipeline.engine.attention import copy_short_edges
 from pipeline.engine.forward import can_pack
+from pipeline.engine.int8_linear import PackedInt8Gate, PackedInt8Linear
 from pipeline.engine.kernels.rules import AttentionRules
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.packed_linear import PackedLinear
+from pipeline.engine.packed_linear import PackedGate, PackedLinear
 from pipeline.engine.packing import PackedBatch
+from pipeline.model.int8 import Int8Linear
 
 _MLP_TOKENS = 1024  # so few that malloc keeps the memory of the wide activations between calls
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -48,26 +51,20 @@ class _Layer:
     """The weights of one decoder layer."""
 
     attention_norm: _Norm
-    qkv: PackedLinear
+    qkv: PackedLinear | PackedInt8Linear
     head_norms: tuple[_Norm, _Norm] | None
     rules: AttentionRules
-    output: PackedLinear
+    output: PackedLinear | PackedInt8Linear
     mlp_norm: _Norm
-    gate: PackedLinear
-    up: PackedLinear
-    down: PackedLinear
+    gate_and_up: PackedGate | PackedInt8Gate
+    down: PackedLinear | PackedInt8Linear
 
     @classmethod
     def of(cls, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        biases = [p.bias for p in projections]
         return cls(
             attention_norm=_Norm.of(layer.input_layernorm),
-            qkv=PackedLinear(
-                torch.cat([p.weight for p in projections]),
-                None if biases[0] is None else torch.cat(biases),
-            ),
+            qkv=_packed(attention.q_proj, attention.k_proj, attention.v_proj),
             head_norms=(
                 (_Norm.of(attention.q_norm), _Norm.of(attention.k_norm))
                 if hasattr(attention, "q_norm")
@@ -76,8 +73,7 @@ class _Layer:
             rules=AttentionRules(attention.scaling, window=_window(attention)),
             output=_packed(attention.o_proj),
             mlp_norm=_Norm.of(layer.post_attention_layernorm),
-            gate=_packed(mlp.gate_proj),
-            up=_packed(mlp.up_proj),
+            gate_and_up=_packed_gate(mlp.gate_proj, mlp.up_proj),
             down=_packed(mlp.down_proj),
         )
 
@@ -103,8 +99,7 @@ class _Layer:
         return torch.cat([self._mlp(part) for part in torch.split(x, _MLP_TOKENS)])
 
     def _mlp(self, x: Tensor) -> Tensor:
-        h = self.mlp_norm(x)
-        return self.down.plus(self.up.times(h, self.gate.silu(h)), x)
+        return self.down.plus(self.gate_and_up(self.mlp_norm(x)), x)
 
 
 class NativeForward:
@@ -136,11 +131,18 @@ def knows(config: Any) -> bool:
 
 def suits(model: PreTrainedModel) -> bool:
     """Whether `NativeForward` knows this model and there is room for its weights."""
-    return knows(model.config) and can_pack(model)
+    has_kernels = all(int8_linear.suits(m) for m in model.modules() if isinstance(m, Int8Linear))
+    return knows(model.config) and has_kernels and can_pack(model)
 
 
-def _packed(linear: nn.Linear) -> PackedLinear:
-    return PackedLinear(linear.weight, linear.bias)
+def _packed(*linears: Any) -> PackedLinear | PackedInt8Linear:
+    """Their outputs side by side."""
+    is_int8 = isinstance(linears[0], Int8Linear)
+    return PackedInt8Linear(*linears) if is_int8 else PackedLinear.of(*linears)
+
+
+def _packed_gate(gate: Any, up: Any) -> PackedGate | PackedInt8Gate:
+    return (PackedInt8Gate if isinstance(gate, Int8Linear) else PackedGate)(gate, up)
 
 
 def _window(attention: Any) -> int:

@@ -8,7 +8,7 @@ private in torch; without them the plain layer computes the same.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _DTYPES = (torch.bfloat16, torch.float32)
 
@@ -27,6 +27,13 @@ class PackedLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self._bias = bias
+
+    @classmethod
+    def of(cls, *linears: nn.Linear) -> PackedLinear:
+        """The outputs of `linears`, side by side."""
+        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+        weights: list[Tensor] = [linear.weight for linear in linears]
+        return cls(torch.cat(weights), torch.cat(biases) if biases else None)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._apply(x, "none")
@@ -52,3 +59,14 @@ class PackedLinear:
             x, other, self._weight, self._bias, name
         )
         return y
+
+
+class PackedGate:
+    """silu(gate(x)) * up(x), the gated part of an MLP. x [N, in]; [N, out] of x's dtype."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear) -> None:
+        self._gate, self._up = PackedLinear.of(gate), PackedLinear.of(up)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The product; each factor is rounded."""
+        return self._up.times(x, self._gate.silu(x))

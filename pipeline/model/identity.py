@@ -49,6 +49,7 @@ def fingerprint_fields(
         **_some("generation_options", settings.sampling.generation_options),
         **_some("generation_rules", rules),
         "dtype": settings.model.dtype,
+        **_some("weights", named_weights(settings.model)),
         "engine": settings.model.engine,
         **_some("engine_options", settings.model.engine_options),
         "fidelity": settings.engine.fidelity,
@@ -61,6 +62,11 @@ def fingerprint_fields(
 
 def _strict_threads(settings: EngineSettings) -> int | None:
     return (settings.threads or num_threads()) if settings.fidelity == "strict" else None
+
+
+def named_weights(settings: ModelSettings) -> str | None:
+    """How the weights are held, where that is not as they were saved."""
+    return None if settings.weights == "auto" else settings.weights
 
 
 def _some(name: str, value: object) -> dict[str, Any]:

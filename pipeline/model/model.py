@@ -15,8 +15,9 @@ from transformers.utils import logging as transformers_logging
 from pipeline.errors import ModelError
 from pipeline.model.device import choose_device
 from pipeline.model.families import why_unsupported
+from pipeline.model.int8 import hold_in_int8
 from pipeline.model.shape import ModelShape, read_config, read_shape
-from pipeline.model.weights import check_weights
+from pipeline.model.weights import check_int8, check_weights
 from pipeline.settings import ModelSettings
 
 _SHOWN_CHARACTERS = 200  # of what transformers says
@@ -40,6 +41,7 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     or of a family that the engine cannot run."""
     shape = read_shape(settings.model, settings.revision)
     check_weights(settings.model)
+    check_int8(settings)
     config = read_config(settings.model, settings.revision)
     # What the prefix engine lacks is said before transformers fails on what it lacks itself.
     reason = why_unsupported(config) if settings.engine == "prefix" else None
@@ -71,6 +73,8 @@ def load_model(settings: ModelSettings) -> LoadedModel:
             "the download is partial or belongs to another architecture"
         )
     model.eval().requires_grad_(False)
+    if settings.weights == "int8":
+        hold_in_int8(model)
     return LoadedModel(model.to(choose_device(settings.device)), shape, settings.model)
 
 

@@ -71,8 +71,8 @@ def recall_rates(settings: ModelSettings, identity: Mapping[str, Any]) -> Rates 
 def _path(settings: ModelSettings, identity: Mapping[str, Any]) -> Path:
     """Named by all that the rates depend on. Raises OSError."""
     parts = (
-        identity["model"], identity["revision"], settings.dtype, settings.device, settings.engine,
-        cpu_description(), os.cpu_count(),
+        identity["model"], identity["revision"], settings.dtype, settings.weights,
+        settings.device, settings.engine, cpu_description(), os.cpu_count(),
     )  # fmt: skip
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return private_cache("rates") / f"{digest}.json"

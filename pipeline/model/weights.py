@@ -1,11 +1,14 @@
-"""Whether a folder's weights may be loaded: safetensors, complete, within the folder."""
+"""Whether a model's weights may be loaded: safetensors, complete, within the folder; as asked."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, UsageError
+from pipeline.model.families import has_experts
+from pipeline.model.shape import read_config
+from pipeline.settings import ModelSettings
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -26,6 +29,25 @@ def check_weights(model: str) -> None:
         raise ModelError(f"{model}: no model.safetensors in this folder; is the download complete?")
     if _WEIGHTS[1] in present:
         _check_index(model, folder / _WEIGHTS[1], present)
+
+
+def check_int8(settings: ModelSettings) -> None:
+    """Refuse int8 weights where there are none. Raises ModelError, UsageError."""
+    if settings.weights != "int8":
+        return
+    if has_experts(read_config(settings.model, settings.revision)):
+        raise ModelError(
+            f"{settings.model}: --weights int8 knows linear layers alone, and most weights of this "
+            "model lie in its experts; leave it out"
+        )
+    from pipeline.model.device import choose_device
+
+    device = choose_device(settings.device)
+    if device.type != "cpu":
+        raise UsageError(
+            f"--weights int8 is for CPUs, and this job would run on {device.type}; "
+            "choose --device cpu, or leave it out"
+        )
 
 
 def _check_index(model: str, index: Path, present: set[str]) -> None:

@@ -83,6 +83,12 @@ class _Arm(TypedDict):
     gap_p999: Number | None
 
 
+@with_config(RECORD)
+class _Weights(_Arm):
+    kl_mean: Number | None
+    same_choice: Number
+
+
 @with_config(ConfigDict(extra="forbid", strict=True))
 class _Arms(TypedDict):
     again: _Arm
@@ -122,6 +128,7 @@ class _Audit(TypedDict):
     tokens_checked: Count
     strict: _Strict
     arms: _NoArms | _Arms
+    weights: NotRequired[_Weights | None]  # of int8 weights only
     faults: _Faults
     seed: Count
     bar: NotRequired[_Bar]  # of what it was asked to show; older audits do not say it

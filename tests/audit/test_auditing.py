@@ -14,6 +14,7 @@ from pipeline.audit.auditing import audit_opened, audit_run, describe_audit
 from pipeline.audit.gate import seed_of_output
 from pipeline.audit.other_arms import Arms
 from pipeline.audit.similarity import Encoder
+from pipeline.cli.tables import audit_table
 from pipeline.engine.verify import arms
 from pipeline.errors import CoppiceError, InputError, ModelError, RunDirectoryError, StorageError
 from pipeline.job.job import open_job
@@ -98,6 +99,30 @@ def test_a_strict_run_is_held_to_its_bits(
     assert summary["strict"] == {"rows": 3, "rows_same_bits": 3}
     monkeypatch.setattr(arms, "same_bits_alone", lambda engine, rows: [True, False, True])
     assert not audit_run(Location(output), EVERY_ROW).passed
+
+
+@pytest.mark.parametrize("fidelity", ["default", "strict"])
+def test_int8_is_audited_against_its_own_weights_and_told_beside_the_saved_ones(
+    tmp_path: Path, model: Path, fidelity: str
+) -> None:
+    output = make_run(tmp_path, model, engine="prefix", weights="int8", fidelity=fidelity)
+    verdict = audit_run(Location(output), EVERY_ROW)
+    assert verdict.passed and verdict.tier == "int8", verdict.reasons
+    assert verdict.rows_exact == 3
+    summary = describe_audit(Location(output))
+    assert summary["strict"]["rows_same_bits"] == (3 if fidelity == "strict" else 0)
+    weights = summary["weights"]
+    assert weights["rows"] == 3 and 0 < weights["kl_mean"] < 0.05
+    assert 0.5 < weights["same_choice"] <= 1
+    assert summary["arms"]["product"]["kl_max"] < weights["kl_max"]
+    table = " ".join(f"{name}: {text}" for name, text in audit_table(summary))
+    assert "int8 weights: " in table and "of tokens as by the weights as saved" in table
+
+
+def test_weights_as_saved_have_no_figure_of_their_own(tmp_path: Path, model: Path) -> None:
+    output = make_run(tmp_path, model, engine="prefix")
+    audit_run(Location(output), EVERY_ROW)
+    assert describe_audit(Location(output))["weights"] is None
 
 
 def test_an_audit_that_notices_no_fault_fails(

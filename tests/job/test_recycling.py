@@ -153,7 +153,8 @@ def test_states_of_another_model_are_not_found(nights: Nights, tmp_path: Path) -
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] + torch.tensor(0.5)
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    for flat in ({"model": str(other)}, {"dtype": "bfloat16"}, {"fidelity": "strict"}):
+    others = ({"model": str(other)}, {"dtype": "bfloat16"}, {"weights": "int8"})
+    for flat in (*others, {"fidelity": "strict"}):
         _, counters, _ = nights.run(PROMPTS, **flat)
         assert counters["loaded_tokens"] == 0, flat
 

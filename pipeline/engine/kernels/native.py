@@ -21,7 +21,9 @@ from torch.utils import cpp_extension
 from pipeline.model.machine import cpu_description, private_cache
 from pipeline.private_folder import NotPrivate, check_private
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "strict.cpp"))
+_SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("native.cpp", "strict.cpp", "int8.cpp")
+)
 _HEADERS = tuple(Path(__file__).with_name(name) for name in ("exp2.h", "rules.h"))
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
 _MACROS = ("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512")

@@ -27,6 +27,7 @@ from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.engine.sampler import Sampler
 from pipeline.errors import EngineError
+from pipeline.model.model import LoadedModel
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.token_table import TokenTable
 from pipeline.records import SamplingParams
@@ -63,6 +64,17 @@ def compare_arms(
         changed = settings.model_copy(update={"max_rows": max_rows})
         arm = PrefixEngine(engine.loaded, changed, engine.backend, engine.break_even)
         yield name, _deviations(sampler, rows, baseline, forced_logits(arm, rows, share))
+
+
+def compare_weights(
+    rounded: LoadedModel, unrounded: LoadedModel, rows: Sequence[ForcedRow]
+) -> list[Deviation]:
+    """How far a model with rounded weights is from the same one without, row by row."""
+    sampler, models = Sampler(unrounded), [NaiveEngine(each) for each in (unrounded, rounded)]
+    return [
+        _deviation(sampler, row, *(model.forced_logits(row.prompt, row.output) for model in models))
+        for row in rows
+    ]
 
 
 def same_bits_alone(engine: PrefixEngine, rows: Sequence[ForcedRow]) -> list[bool]:

@@ -1,0 +1,112 @@
+"""The compiled int8 layers against the same arithmetic in plain torch, and the engine on both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from pipeline.engine import int8_linear
+from pipeline.engine.int8_linear import PackedInt8Gate, PackedInt8Linear
+from pipeline.engine.prefix_engine import PrefixEngine
+from pipeline.engine.verify.self_test import self_test
+from pipeline.engine.verify.strict_probe import strict_probe
+from pipeline.model.int8 import Int8Linear, hold_in_int8
+from pipeline.model.model import LoadedModel
+from pipeline.settings import EngineSettings
+from tests.engine import families
+from tests.engine.test_strict import bits, bits_alone, forest, num_unequal
+
+SIZES = [(16, 16), (64, 64), (80, 48), (208, 576), (960, 2560)]
+TOKENS = [1, 2, 5, 16, 17, 48, 49, 130]
+
+
+def layer_of(outputs: int, inputs: int, bias: bool = False) -> Int8Linear:
+    weight = torch.randn(outputs, inputs)
+    return Int8Linear.of(weight, torch.randn(outputs) if bias else None)
+
+
+needs_kernel = pytest.mark.skipif(
+    not int8_linear.suits(layer_of(16, 16)), reason="no compiled int8 kernel on this machine"
+)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_kernel_gives_the_bits_of_plain_torch(size: tuple[int, int], dtype: Any) -> None:
+    torch.manual_seed(0)
+    layer = layer_of(*size)
+    packed = PackedInt8Linear(layer)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, size[1]).to(dtype)
+        assert torch.equal(packed(x), layer(x)), tokens
+
+
+@needs_kernel
+def test_layers_side_by_side_are_the_layers_alone() -> None:
+    torch.manual_seed(0)
+    layers = [layer_of(n, 64, bias=True) for n in (96, 32, 32)]
+    x = torch.randn(33, 64).bfloat16()
+    expected = torch.cat([layer(x.float()) for layer in layers], 1)
+    torch.testing.assert_close(PackedInt8Linear(*layers)(x.float()), expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("outputs", [64, 80, 1536])
+def test_what_follows_a_layer_is_rounded_once(outputs: int) -> None:
+    torch.manual_seed(0)
+    layer, up = layer_of(outputs, 128), layer_of(outputs, 128, bias=True)
+    x, other = torch.randn(50, 128), torch.randn(50, outputs)
+    torch.testing.assert_close(PackedInt8Linear(layer).plus(x, other), layer(x) + other)
+    gated = silu(layer(x)) * up(x)
+    torch.testing.assert_close(PackedInt8Gate(layer, up)(x), gated, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernel
+def test_a_token_has_the_same_bits_whatever_stands_beside_it() -> None:
+    torch.manual_seed(0)
+    packed, x = PackedInt8Linear(layer_of(960, 2048)), torch.randn(200, 2048).bfloat16()
+    whole = packed(x)
+    for low, high in ((0, 1), (3, 20), (47, 49), (100, 200)):
+        assert torch.equal(packed(x[low:high]), whole[low:high])
+
+
+@needs_kernel
+def test_a_token_that_is_not_finite_gives_nan_and_spoils_no_other() -> None:
+    packed, x = PackedInt8Linear(layer_of(64, 64)), torch.randn(20, 64)
+    clean = packed(x)
+    x[3, 5], x[7, 63], x[9, 0] = torch.nan, torch.inf, -torch.inf
+    y = packed(x)
+    assert y[[3, 7, 9]].isnan().all()
+    others = [i for i in range(20) if i not in (3, 7, 9)]
+    assert torch.equal(y[others], clean[others])
+
+
+def loaded_in_int8(name: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    loaded = families.load(next(f for f in families.FAMILIES if f.id == name))
+    hold_in_int8(loaded.model.to(dtype))
+    return loaded
+
+
+ANY = ("llama, grouped heads", "gpt2, learned positions")
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("name", ANY)
+def test_the_engine_says_what_the_model_with_the_same_weights_says(name: str, kernels: str) -> None:
+    settings = EngineSettings.model_validate({"kernels": kernels})
+    assert self_test(PrefixEngine(loaded_in_int8(name), settings)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_strict_mode_keeps_every_bit_in_int8(name: str) -> None:
+    settings = EngineSettings(fidelity="strict")
+    engine, plan = PrefixEngine(loaded_in_int8(name), settings), forest(0)
+    assert strict_probe(engine) > 0
+    alone = bits_alone(engine, plan)
+    for rows in (1, 7):
+        limited = PrefixEngine(engine.loaded, settings.model_copy(update={"max_rows": rows}))
+        assert num_unequal(bits(limited, plan), alone) == 0
