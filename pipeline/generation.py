@@ -164,21 +164,17 @@ def _rules(own: Mapping[str, Any], merged: Mapping[str, Any]) -> str:
     """What differs from plain generation, as JSON; what the model's own config says otherwise is
     there as well, so that `generate()` can be told. Empty: nothing."""
     for name, neutral in REFUSED.items():
-        value = merged.get(name)
-        if not any(value is x or value == x for x in neutral):
+        if merged.get(name) not in neutral:
+            value = json.dumps(merged[name])
             raise UnsupportedGeneration(
-                f"the model's generation_config.json asks for {name}={json.dumps(value)}, which no "
+                f"the model's generation_config.json asks for {name}={value}, which no "
                 f"engine here can do; --generation-options {name}={json.dumps(neutral[-1])} runs "
                 "without it"
             )
     rules = _parse(merged).model_dump(mode="json")
     before = _parse(own).model_dump(mode="json")
     told = {n: v for n, v in rules.items() if v != _NEUTRAL[n] or before[n] != v}
-    told |= {
-        name: neutral[-1]
-        for name, neutral in REFUSED.items()
-        if not any(own.get(name) is x or own.get(name) == x for x in neutral)
-    }
+    told |= {n: neutral[-1] for n, neutral in REFUSED.items() if own.get(n) not in neutral}
     if told.get("max_length", 0) is None:
         del told["max_length"]  # `max_new_tokens` is always said and goes before
     return json.dumps(told, sort_keys=True) if told else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -108,15 +109,14 @@ def hash_model_folder(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.name}\x1f{path.stat().st_size}\x1f".encode())
-        if path.suffix == ".safetensors" and total >= _WHOLE_FILES_BELOW:
-            with path.open("rb") as stream:
+        with path.open("rb") as stream:
+            if path.suffix == ".safetensors" and total >= _WHOLE_FILES_BELOW:
                 length = min(int.from_bytes(stream.read(8), "little"), _MAX_HEADER)
                 digest.update(stream.read(length))
                 for block in range(_SAMPLED_BLOCKS):
                     stream.seek(path.stat().st_size * block // _SAMPLED_BLOCKS)
                     digest.update(stream.read(_BLOCK_BYTES))
-        else:
-            with path.open("rb") as stream:
+            else:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
@@ -125,8 +125,6 @@ def describe_versions() -> dict[str, str]:
     """Versions of Python and of the packages that compute; those not installed are left out."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
