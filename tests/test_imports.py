@@ -91,6 +91,7 @@ HOMES = {
         "model.model",
         "model.device",
         "model.int8",
+        "model.quantized",
         "model.machine",
         "engine",
         "audit.replay",

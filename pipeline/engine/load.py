@@ -33,7 +33,7 @@ def make_engine(settings: JobSettings) -> Engine:
     loaded = load_model(settings.model)
     if chosen == "prefix":
         return _tested(loaded, settings.engine)
-    return NaiveEngine(loaded, settings=settings.engine)
+    return NaiveEngine(loaded, loaded.notes, settings.engine)
 
 
 def check_strict(settings: JobSettings) -> None:
@@ -61,8 +61,11 @@ def _tested(loaded: LoadedModel, settings: EngineSettings) -> Engine:
         if is_strict:
             raise UsageError(f"--fidelity strict: {error}; leave it out") from error
         note = f"{error}; so each row is computed in full by the naive engine"
-        return NaiveEngine(loaded, [note], settings)
-    notes = [f"self-test passed: within {worst:.1e} of the model's own largest logit"]
+        return NaiveEngine(loaded, [*loaded.notes, note], settings)
+    notes = [
+        *loaded.notes,
+        f"self-test passed: within {worst:.1e} of the model's own largest logit",
+    ]
     if is_strict:
         notes.append(f"strict: the same bits in {strict_probe(engine)} of as many ways")
     break_even = break_even_tokens(loaded, engine.backend)

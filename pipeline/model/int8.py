@@ -9,8 +9,7 @@ are. This is the arithmetic in plain torch; `engine/kernels/int8.cpp` is the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -66,18 +65,20 @@ def holds_int8(model: PreTrainedModel) -> bool:
     return any(isinstance(module, Int8Linear) for module in model.modules())
 
 
-def hold_in_int8(model: PreTrainedModel) -> None:
-    """Put an `Int8Linear` in the place of each linear layer but the output layer."""
-    head = model.get_output_embeddings()
-    for parent, name, layer in list(_linear_layers(model)):
-        if layer is not head:
+def hold_in_int8(
+    model: PreTrainedModel, saved: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> None:
+    """Put an `Int8Linear` in the place of each linear layer but the output layer.
+
+    `saved`: (weight, scale) of layers that need no rounding, by name.
+    """
+    head, saved = model.get_output_embeddings(), saved or {}
+    for name, layer in list(model.named_modules()):
+        if type(layer) not in (nn.Linear, Conv1D) or layer is head:
+            continue
+        if name in saved:
+            rounded = Int8Linear(*saved[name], layer.bias)
+        else:  # GPT-2's `Conv1D` keeps [in, out]
             weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-            setattr(parent, name, Int8Linear.of(weight, layer.bias))
-
-
-def _linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """(the module that holds it, its name there, the layer); GPT-2's `Conv1D` keeps [in, out]."""
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if type(child) in (nn.Linear, Conv1D):
-                yield parent, name, child
+            rounded = Int8Linear.of(weight, layer.bias)
+        model.set_submodule(name, rounded)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ModelError, UsageError
 from pipeline.model.families import has_experts
 from pipeline.model.shape import read_config
 from pipeline.settings import ModelSettings
 
+READABLE_BITS = (4, 8)
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -31,11 +33,44 @@ def check_weights(model: str) -> None:
         _check_index(model, folder / _WEIGHTS[1], present)
 
 
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold a checked folder's weights."""
+    index = folder / _WEIGHTS[1]
+    if not index.exists():
+        return [_WEIGHTS[0]]
+    return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+
+
+def quantization_of(config: Any) -> dict[str, Any]:
+    """What the config says of how the checkpoint was rounded; empty where it was not."""
+    return getattr(config, "quantization_config", None) or {}
+
+
+def is_readable(config: Any) -> bool:
+    """Whether `quantized.py` knows the checkpoint's layout; others are transformers' to load."""
+    said = quantization_of(config)
+    match said.get("quant_method"):
+        case "compressed-tensors":
+            return said.get("format") in ("int-quantized", "pack-quantized")
+        case "gptq":
+            return said.get("bits") in READABLE_BITS
+        case "awq":
+            return said.get("bits") == 4 and str(said.get("version", "gemm")).lower() == "gemm"
+    return False
+
+
 def check_int8(settings: ModelSettings) -> None:
     """Refuse int8 weights where there are none. Raises ModelError, UsageError."""
     if settings.weights != "int8":
         return
-    if has_experts(read_config(settings.model, settings.revision)):
+    config = read_config(settings.model, settings.revision)
+    if quantization_of(config) and not is_readable(config):
+        method = quantization_of(config).get("quant_method")
+        raise ModelError(
+            f"{settings.model}: the weights were saved by {method!r} in a layout that "
+            "--weights int8 cannot read; leave it out, or name the model as it was before"
+        )
+    if has_experts(config):
         raise ModelError(
             f"{settings.model}: --weights int8 knows linear layers alone, and most weights of this "
             "model lie in its experts; leave it out"

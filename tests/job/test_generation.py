@@ -201,6 +201,17 @@ def test_a_strict_run_belongs_to_its_number_of_threads(
     assert audit_run(Location(tmp_path / "out"), AuditSettings(audit_arms=0)).passed
 
 
+@pytest.mark.parametrize("first", ["auto", "int8"])
+def test_a_run_is_gone_on_with_by_the_same_weights_only(
+    tmp_path: Path, plain_model: Path, prompts: str, first: str
+) -> None:
+    run_job(prompts, tmp_path / "out", settings(plain_model, weights=first))
+    other = "int8" if first == "auto" else "auto"
+    with pytest.raises(RunDirectoryError, match="another weights"):
+        run_job(prompts, tmp_path / "out", settings(plain_model, weights=other))
+    run_job(prompts, tmp_path / "out", settings(plain_model, weights=first))
+
+
 def test_numbers_beyond_what_can_be_counted_are_their_rows_errors(
     tmp_path: Path, plain_model: Path
 ) -> None:
