@@ -9,23 +9,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NotRequired
 
-from pydantic import with_config
 from typing_extensions import TypedDict
 
 from pipeline.errors import StorageError
-from pipeline.storage.json_file import RECORD, Count, Digits, JsonFile
+from pipeline.storage.json_file import Count, Digits, JsonFile
 from pipeline.storage.part_file import PART_NAME
 
 MARKER_NAME: Final = "published.json"
 
 
-@with_config(RECORD)
 class _File(TypedDict):
     bytes: Count
     sha256: Digits
 
 
-@with_config(RECORD)
 class _Marker(TypedDict):
     edition: str
     files: dict[str, _File]

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from pipeline.errors import RunDirectoryError
 
@@ -22,6 +22,7 @@ Number = Count | Annotated[float, Field(ge=0, lt=_MOST, allow_inf_nan=False)]
 Seconds = Number
 Digits = Annotated[str, Field(pattern=r"^[0-9a-f]+$")]
 RECORD = ConfigDict(extra="allow", strict=True)
+"""Of a schema, and of those inside of it."""
 
 
 class JsonFile:
@@ -29,7 +30,7 @@ class JsonFile:
 
     def __init__(self, schema: Any, name: str, remedy: str) -> None:
         self.name = name
-        self._schema = TypeAdapter[Any](schema)
+        self._schema = TypeAdapter[Any](with_config(RECORD)(schema))
         self._remedy = remedy
 
     def read(self, root: Path) -> dict[str, Any] | None:

@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NotRequired
 
-from pydantic import Field, with_config
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from pipeline.errors import RunDirectoryError
-from pipeline.storage.json_file import RECORD, Count, JsonFile, Number
+from pipeline.storage.json_file import Count, JsonFile, Number
 from pipeline.storage.part_list import Part, PartName
 from pipeline.storage.schema import SCHEMA_VERSION
 
@@ -25,19 +25,16 @@ _HASHES = ("input", "model", "revision", "tokenizer")
 _SHOWN_CHARACTERS = 32  # of each value, where two fingerprints differ
 
 
-@with_config(RECORD)
 class _Input(TypedDict):
     argument: NotRequired[str]
     rows: Count
 
 
-@with_config(RECORD)
 class _Engine(TypedDict):
     name: str
     notes: list[str]
 
 
-@with_config(RECORD)
 class _Session(TypedDict, total=False):
     prefilled_tokens: Count
     loaded_tokens: Count
@@ -51,13 +48,11 @@ class _Session(TypedDict, total=False):
     span_s: Number
 
 
-@with_config(RECORD)
 class _Writer(TypedDict):
     name: str
     session: NotRequired[str]
 
 
-@with_config(RECORD)
 class _Manifest(TypedDict):
     schema_version: Count
     run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]

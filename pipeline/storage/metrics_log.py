@@ -7,18 +7,16 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import with_config
 from typing_extensions import TypedDict
 
 from pipeline.errors import RunDirectoryError
 from pipeline.storage.durable import write_all, write_errors
-from pipeline.storage.json_file import RECORD, JsonFile, Number
+from pipeline.storage.json_file import JsonFile, Number
 
 METRICS_NAME: Final = "metrics.jsonl"
 _LONGEST_LINE: Final = 1 << 16  # bytes
 
 
-@with_config(RECORD)
 class _Line(TypedDict, total=False):
     at: str
     rows_per_s: Number | None

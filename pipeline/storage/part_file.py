@@ -98,7 +98,6 @@ def read_part_footer(path: Path) -> PartFooter:
     )
 
 
-@with_config(RECORD)
 class _Description(TypedDict):
     rows: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
     num_ok: Count
@@ -106,7 +105,7 @@ class _Description(TypedDict):
     provenance: dict[str, str]
 
 
-_DESCRIPTION = TypeAdapter(_Description)
+_DESCRIPTION = TypeAdapter(with_config(RECORD)(_Description))
 _REMEDY = "delete it and run the same command again: its rows will be computed anew"
 
 
