@@ -276,20 +276,13 @@ def main() -> None:
     try:
         check_arguments(sys.argv)
         sys.exit(app(prog_name="coppice", standalone_mode=False) or 0)
-    except OutputLost as error:
-        if not error.is_unwanted:
-            log_error(error)
-        sys.exit(error.exit_code)
-    except CoppiceError as error:
-        log_error(error)
-        sys.exit(error.exit_code)
     except Exception as error:
-        wrong_call = describe_wrong_call(error)
-        if wrong_call is not None:
-            log_error(wrong_call)
-            sys.exit(wrong_call.exit_code)
-        if "--debug" in sys.argv:
-            raise
-        remedy = "run coppice --debug ... to see the whole traceback"
-        log_error(CoppiceError(f"{place_of(error)}; {remedy}"))
-        sys.exit(1)
+        ours = error if isinstance(error, CoppiceError) else describe_wrong_call(error)
+        if ours is None:
+            if "--debug" in sys.argv:
+                raise
+            remedy = "run coppice --debug ... to see the whole traceback"
+            ours = CoppiceError(f"{place_of(error)}; {remedy}")
+        if not (isinstance(ours, OutputLost) and ours.is_unwanted):
+            log_error(ours)
+        sys.exit(ours.exit_code)
