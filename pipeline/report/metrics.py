@@ -185,7 +185,7 @@ def measure(
         group_sizes=measure_group_sizes(output),
         accuracy=measure_accuracy(output),
         failures=list_failures(output),
-        failure_types=count_failures(output),
+        failure_types=_count(output.filter(pl.col("status") == "error"), "error_type"),
         finish_reasons=count_finish_reasons(output),
         groups=measure_groups(output, tree, audited),
         trend=trend,
@@ -249,11 +249,6 @@ def list_failures(output: pl.LazyFrame) -> tuple[Failure, ...]:
     columns = ("id", "error_type", "error_message")
     rows = failed.select(pl.col(column).fill_null("") for column in columns).collect()
     return tuple(Failure(*row) for row in rows.iter_rows())
-
-
-def count_failures(output: pl.LazyFrame) -> tuple[tuple[str, int], ...]:
-    """(type, rows) of the failed rows, the most frequent first."""
-    return _count(output.filter(pl.col("status") == "error"), "error_type")
 
 
 def count_finish_reasons(output: pl.LazyFrame) -> tuple[tuple[str, int], ...]:
