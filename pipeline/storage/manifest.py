@@ -99,7 +99,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     try:
         content = (root / MANIFEST_NAME).read_bytes()
     except OSError as error:
-        raise _no_run(root) from error
+        raise no_run(root) from error
     return parse_manifest(content, root)
 
 
@@ -109,7 +109,7 @@ def parse_manifest(content: bytes, path: str | Path) -> dict[str, Any]:
         manifest = json.loads(content)
         version, _ = manifest["schema_version"], (manifest["run_id"], manifest["fingerprint"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _no_run(path) from error
+        raise no_run(path) from error
     if type(version) is int and version != SCHEMA_VERSION:
         raise RunDirectoryError(
             f"{path}/{MANIFEST_NAME} has the version {version}, not {SCHEMA_VERSION}; "
@@ -118,7 +118,8 @@ def parse_manifest(content: bytes, path: str | Path) -> dict[str, Any]:
     return _MANIFEST.parse(content, path)
 
 
-def _no_run(path: str | Path) -> RunDirectoryError:
+def no_run(path: str | Path) -> RunDirectoryError:
+    """Of a folder or URL where there is none."""
     return RunDirectoryError(f"{path} holds no run (no readable {MANIFEST_NAME}); check the path")
 
 

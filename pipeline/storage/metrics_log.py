@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from typing_extensions import TypedDict
 
-from pipeline.errors import RunDirectoryError
 from pipeline.storage.durable import write_all, write_errors
 from pipeline.storage.json_file import JsonFile, Number
 
@@ -46,14 +45,7 @@ def last_metrics(root: Path) -> dict[str, Any]:
 
     Raises RunDirectoryError if it is not what a line should be.
     """
-    try:
-        lines = (root / METRICS_NAME).read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise RunDirectoryError(
-            f"cannot read {root / METRICS_NAME} ({error.strerror}); check who may read it"
-        ) from error
+    lines = (_LINE.content(root) or b"").split(b"\n")[:-1]
     return _LINE.parse(lines[-1], root) if lines else {}
 
 

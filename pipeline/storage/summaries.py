@@ -7,15 +7,15 @@ from typing import Annotated, Final, Literal, NotRequired, get_args
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
-from pipeline.storage.json_file import Count, Digits, JsonFile, Number, Seconds
+from pipeline.storage.json_file import Count, Digits, JsonFile, Number
 
 Cosine = Annotated[float, Field(allow_inf_nan=False)]
 _ArmName = Literal["again", "batched", "reuse", "product"]
 
 
 class _Estimate(TypedDict):
-    prefill_s: Seconds
-    decode_s: Seconds
+    prefill_s: Number
+    decode_s: Number
 
 
 class _Plan(TypedDict):
