@@ -11,6 +11,7 @@ from pipeline.job.observer import Observer, Planning, Snapshot
 from pipeline.visible import visible
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, TaskID
 
 _PLAIN_EVERY_S = 30.0
@@ -87,11 +88,9 @@ class BarObserver(Observer):
             self._progress = self._task = None  # another job may follow, with a bar of its own
 
 
-def _make_bar(console: object) -> Progress:
-    from rich.console import Console
+def _make_bar(console: Console) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    assert isinstance(console, Console)
     return Progress(
         BarColumn(bar_width=12),
         MofNCompleteColumn(),
