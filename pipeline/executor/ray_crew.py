@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -253,7 +254,5 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 
 def _kill(actor: Any) -> None:
-    try:
+    with suppress(ValueError, RuntimeError, exceptions.RayError):  # it is gone, or Ray is
         ray.kill(actor)
-    except (ValueError, RuntimeError, exceptions.RayError):
-        pass  # it is gone, or Ray is

@@ -134,7 +134,7 @@ def exporting(observer: Observer, settings: MonitorSettings, run: Location) -> I
             _check_writable(settings.metrics_file)
             stack.callback(exported.write)
         if settings.metrics_port is not None:
-            stack.callback(_serve(settings, exported.registry))
+            _serve(settings, exported.registry, stack)
         try:
             yield exported
             collector.state = "complete"
@@ -144,8 +144,8 @@ def exporting(observer: Observer, settings: MonitorSettings, run: Location) -> I
             raise
 
 
-def _serve(settings: MonitorSettings, registry: CollectorRegistry) -> Callable[[], None]:
-    """Start the server; returns what ends it."""
+def _serve(settings: MonitorSettings, registry: CollectorRegistry, stack: ExitStack) -> None:
+    """Start the server, which ends with the stack."""
     host, port = settings.metrics_address()
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
@@ -154,13 +154,8 @@ def _serve(settings: MonitorSettings, registry: CollectorRegistry) -> Callable[[
             f"metrics cannot be served on {host}:{port} ({error.strerror}); "
             "choose another --metrics-port"
         ) from error
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-    return stop
+    for end in (thread.join, server.server_close, server.shutdown):  # in the other direction
+        stack.callback(end)
 
 
 def _check_writable(path: Path) -> None:
