@@ -18,7 +18,7 @@ from prefect.logging import get_run_logger
 from flows.messenger import Messenger
 from flows.part_table import part_table
 from pipeline.cli.progress import plain_line, planning_line
-from pipeline.job.observer import Planning, Snapshot
+from pipeline.job.observer import Observer, Planning, Snapshot
 from pipeline.location import Location
 from pipeline.night.settings import Night
 from pipeline.storage.object_store import ObjectUrl
@@ -30,7 +30,7 @@ _PATIENCE_S = 10.0
 _DEAF = "Prefect's server takes no artifacts (%s); the job goes on without them"
 
 
-class PrefectObserver:
+class PrefectObserver(Observer):
     """Tells Prefect's log and its artifacts what a terminal would see."""
 
     def __init__(self) -> None:
@@ -42,7 +42,6 @@ class PrefectObserver:
         self._artifacts = Messenger(lambda error: logger.warning(_DEAF, type(error).__name__))
 
     def say(self, line: str) -> None:
-        """Log the line."""
         self._logger.info(visible(line))
 
     def show_planning(self, planning: Planning) -> None:
@@ -77,9 +76,6 @@ class PrefectObserver:
         self._artifacts.send(lambda: prefect.create_markdown_artifact(text, "night-summary", said))
         if link is not None:
             self._artifacts.send(lambda: prefect.create_link_artifact(link, said, "night-report"))
-
-    def close(self) -> None:
-        """Nothing to leave: a sitting has several sessions."""
 
     def __enter__(self) -> Self:
         return self

@@ -11,7 +11,7 @@ from prefect.blocks.core import Block
 from pydantic import Field, SecretStr
 
 from pipeline.errors import UsageError
-from pipeline.settings import ObjectStoreSettings
+from pipeline.settings import STORAGE_OPTIONS, ObjectStoreSettings
 
 
 class S3Credentials(Block):
@@ -29,15 +29,10 @@ class S3Credentials(Block):
 
     def to_settings(self) -> ObjectStoreSettings:
         """The options of the store, which are in no dump and no repr."""
-        token = self.session_token
-        options = {
-            "access_key_id": self.access_key_id.get_secret_value(),
-            "secret_access_key": self.secret_access_key.get_secret_value(),
-            "session_token": None if token is None else token.get_secret_value(),
-            "region": self.region,
-            "endpoint_url": self.endpoint_url,
-        }
-        return ObjectStoreSettings(storage_options={k: v for k, v in options.items() if v})
+        said = {name: getattr(self, name, None) for name in STORAGE_OPTIONS}
+        secrets = {n: v.get_secret_value() for n, v in said.items() if isinstance(v, SecretStr)}
+        options = {name: text for name, text in (said | secrets).items() if text}
+        return ObjectStoreSettings(storage_options=options)
 
 
 def find_credentials(name: str | None) -> ObjectStoreSettings:

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.cli.options import help_of, is_written_as_text
+from pipeline.cli.options import HELP, WRITTEN_AS
 from pipeline.settings import STORAGE_SECRETS, AuditSettings, JobSettings, ObjectStoreSettings
 from pipeline.settings_file import read_config
 
@@ -79,7 +79,7 @@ class _Form(BaseModel):
         """What was said here over what is said in the file. Raises UsageError."""
         written = {} if self.config is None else read_config(self.config)
         said = self.model_dump(exclude={"config"}, exclude_none=True)
-        return {name.replace("-", "_"): value for name, value in written.items()} | said
+        return written | said
 
 
 def _form(name: str, sections: list[type[BaseModel]]) -> Any:
@@ -89,10 +89,10 @@ def _form(name: str, sections: list[type[BaseModel]]) -> Any:
         for field, info in section.model_fields.items():
             if field == _TEXT:
                 continue
-            kind: Any = str if is_written_as_text(field) else info.annotation
+            kind: Any = str if field in WRITTEN_AS else info.annotation
             kind = StorageOptions if section is ObjectStoreSettings else kind
             default = "" if info.is_required() else f" Default: {info.get_default()}."
-            help = help_of(field) + (default if section is not ObjectStoreSettings else "")
+            help = HELP[field] + (default if section is not ObjectStoreSettings else "")
             fields[field] = (kind | None, Field(None, description=help))
     return create_model(name, __base__=_Form, __module__=__name__, **fields)
 

@@ -1,12 +1,7 @@
 """Bulk text generation from Parquet prompt files that computes shared prompt prefixes once.
 
-```
- Parquet ─► reader ─► tokenizer ─► radix tree ─► plan ─► engine ─► writer ─► audit ─► report
-            inputs/    tokens/      plan/         plan/   engine/   storage/  audit/   report/
-```
-
-`pipeline.run` is the only module that knows this order; `pipeline.cli.app` wraps it for people, and
-the package `flows` for Prefect. Importing this package imports nothing heavy.
+`pipeline.run` is the only module that knows the order of its stages; `pipeline.cli.app` wraps it
+for people, and the package `flows` for Prefect. Importing this package imports nothing heavy.
 """
 
 from __future__ import annotations

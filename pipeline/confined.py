@@ -19,6 +19,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -121,14 +122,12 @@ def _ask(child: subprocess.Popen[bytes], items: Sequence[Any]) -> list[str | Fau
     """Results of the first items, up to the one over which the child ended."""
     assert child.stdin is not None and child.stdout is not None
     results: list[str | Fault] = []
-    try:
+    with suppress(EOFError, BrokenPipeError):
         # The child reads all of them before it answers.
         _write(child.stdin, pickle.dumps(list(items)))
         while len(results) < len(items):
             said = json.loads(_read(child.stdout))
             results.append(said if isinstance(said, str) else Fault(str(said[0]), bool(said[1])))
-    except (EOFError, BrokenPipeError):
-        pass
     return results
 
 
@@ -172,7 +171,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with suppress(EOFError):
         main()
-    except EOFError:
-        pass

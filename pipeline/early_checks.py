@@ -6,7 +6,6 @@ opened, by `job.open_job`; what needs the device, while it is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 
 from pipeline.audit.similarity import Encoder
@@ -19,26 +18,19 @@ from pipeline.model.weights import check_int8
 from pipeline.settings import JobSettings
 from pipeline.storage.run_location import check_location
 
-_NEEDED: tuple[tuple[str, str, Callable[[JobSettings], bool]], ...] = (
-    ("--executor ray", "ray", lambda s: s.fleet.executor == "ray"),
-    ("--engine vllm", "vllm", lambda s: s.model.engine == "vllm"),
-)  # fmt: skip
-
 
 def check_early(output: Location, settings: JobSettings) -> None:
     """Raises UsageError and its kin, of the first of these that is at fault."""
-    checks: tuple[Callable[[], None], ...] = (
-        lambda: _check_name(output),
-        lambda: _check_packages(settings),
-        lambda: check_location(output),
-        lambda: check_model_exists(settings.model),
-        lambda: check_strict(settings),
-        lambda: check_int8(settings.model),
-        lambda: _check_kv_store(settings),
-        lambda: Encoder.check(settings.audit.audit_encoder),
-    )
-    for check in checks:
-        check()
+    _check_name(output)
+    _check_package("ray", "--executor ray", settings.fleet.executor == "ray")
+    _check_package("vllm", "--engine vllm", settings.model.engine == "vllm")
+    check_location(output)
+    check_model_exists(settings.model)
+    check_strict(settings)
+    check_int8(settings.model)
+    if settings.recycle.kv_store is not None:
+        check_store(settings.recycle.kv_store)
+    Encoder.check(settings.audit.audit_encoder)
 
 
 def _check_name(output: Location) -> None:
@@ -51,12 +43,6 @@ def _check_name(output: Location) -> None:
         ) from None
 
 
-def _check_packages(settings: JobSettings) -> None:
-    for flag, package, is_needed in _NEEDED:
-        if is_needed(settings) and find_spec(package) is None:
-            raise UsageError(f"{flag} needs {package}; {install_extra(package)}")
-
-
-def _check_kv_store(settings: JobSettings) -> None:
-    if settings.recycle.kv_store is not None:
-        check_store(settings.recycle.kv_store)
+def _check_package(package: str, flag: str, is_needed: bool) -> None:
+    if is_needed and find_spec(package) is None:
+        raise UsageError(f"{flag} needs {package}; {install_extra(package)}")

@@ -1,23 +1,4 @@
-"""Every error that coppice raises on purpose, each with the exit code of the command.
-
-```
-CoppiceError                    1   something failed; the message says what to do
-├── UsageError                  2   the call or its configuration cannot work
-│   ├── InputError              2   the prompt file is missing, damaged or of the wrong shape
-│   │   └── NoInput             2   there is no file or no row at all; a night may be told to skip
-│   ├── ModelError              2   the model is missing, partial, unsafe or not supported
-│   └── RunDirectoryError       2   the output folder is in use or belongs to another job
-│       └── FolderInUse         2   another process holds it; wait until that one ends
-├── EngineError                 1   the device computed something wrong or ran out of room
-├── OutputLost                  1   stdout takes no more; what was computed is where it belongs
-├── StorageError                1   a part could not be written, or a committed one was altered
-├── Stalled                     1   nothing moved for --stall-timeout; the same command resumes
-├── TooManyFailedRows           3   finished, but more rows failed than --fail-on-error allows
-├── AuditFailed                 4   the audit is below its bar
-├── TimeBudgetReached          75   stopped by --time-budget; the same command resumes
-└── Interrupted               130   stopped by a signal; the same command resumes
-```
-"""
+"""Every error that coppice raises on purpose; `exit_code` is that of the command."""
 
 from __future__ import annotations
 

@@ -28,12 +28,12 @@ _byte_size = TypeAdapter(ByteSize)
 def parse_size(text: str | int) -> int:
     """`8GiB`, `500MB`, `1024` -> bytes. Raises ValueError for anything else."""
     match = _SIZE.fullmatch(str(text).strip())
-    if match is None or isinstance(text, bool):
-        raise ValueError(f"{text!r} is not a size; write it like 8GiB, 500MB or 1048576")
-    unit = f"{match[2]}b" if _KUBERNETES.fullmatch(match[2]) else match[2]
     try:
+        if match is None or isinstance(text, bool):
+            raise ValueError
+        unit = f"{match[2]}b" if _KUBERNETES.fullmatch(match[2]) else match[2]
         return int(_byte_size.validate_python(f"{float(match[1]):f}{unit}"))
-    except (ValidationError, OverflowError):
+    except (ValueError, OverflowError):  # ValidationError is a ValueError
         raise ValueError(f"{text!r} is not a size; write it like 8GiB, 500MB or 1048576") from None
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +28,14 @@ def private_folder(folder: Path) -> Path:
                 sync_folder(path.parent)
     check_private(os.stat(folder), folder)
     return folder
+
+
+def stale_in(folder: Path, seconds: float) -> Iterator[Path]:
+    """What lies in it and nobody has changed for so long."""
+    for path in folder.glob("*"):
+        with suppress(OSError):  # somebody else may remove it just now
+            if time.time() - path.stat().st_mtime > seconds:
+                yield path
 
 
 def sync_folder(folder: Path) -> None:

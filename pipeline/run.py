@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,10 +157,6 @@ class _Surroundings:
     stop: StopRequest
     make_engine: EngineFactory
 
-    def loading(self, job: Job) -> AbstractContextManager[Future[Engine]]:
-        """See `loading_engine`."""
-        return loading_engine(job, self.make_engine, self.watch.observer, self.stop.check_budget)
-
 
 @contextmanager
 def _surrounding(
@@ -220,6 +216,7 @@ def _run_or_resume(job: Job, run: Location, around: _Surroundings) -> RunOutcome
     if job.source.summary:
         observer.say(job.source.summary)
     description = describe_job(job)
+    engine = loading_engine(job, around.make_engine, observer, around.stop.check_budget)
 
     # A folder that refuses this job, or has it done, must say so before an hour of tokenising;
     # a folder that is not there yet is made only when input and model have proved sound, so that
@@ -242,10 +239,10 @@ def _run_or_resume(job: Job, run: Location, around: _Surroundings) -> RunOutcome
                 expected = counted if rows is None else len(rows)
                 directory.unseal(with_audit=len(directory.done_rows()) != expected)
             keep_system_prompt(directory, settings)
-            with around.loading(job) as loading:
+            with engine as loading:
                 planned = plan_rows(job, watch=watch.until_failure(loading))
                 return _sit(planned, directory, loading, around)
-    with around.loading(job) as loading:
+    with engine as loading:
         planned = plan_rows(job, watch=watch.until_failure(loading))
         with around.watchdog.excused():
             loading.result()

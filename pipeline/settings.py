@@ -47,10 +47,8 @@ def parse_storage_options(value: object) -> dict[str, str]:
     `aws_region` is `region`, and so on. Raises ValueError, which never quotes a value: it may be
     a secret.
     """
-    texts = [value] if isinstance(value, str) else value
-    pairs = list(texts.items()) if isinstance(texts, dict) else _split_options(texts)
     options: dict[str, str] = {}
-    for key, content in pairs:
+    for key, content in _named_values(value):
         name = str(key).strip().lower().replace("-", "_").removeprefix("aws_")
         if name not in STORAGE_OPTIONS:
             raise ValueError(f"there is no option {key!r}; known are {', '.join(STORAGE_OPTIONS)}")
@@ -58,7 +56,11 @@ def parse_storage_options(value: object) -> dict[str, str]:
     return options
 
 
-def _split_options(texts: object) -> list[tuple[str, str]]:
+def _named_values(value: object) -> list[tuple[Any, Any]]:
+    """Of a mapping, or of texts like `name=value`, or one such text. Raises ValueError."""
+    if isinstance(value, dict):
+        return list(value.items())
+    texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple):
         raise ValueError("write it as name=value")
     pairs = [str(text).partition("=") for text in texts]
@@ -165,10 +167,7 @@ class SamplingSettings(_Section):
     @field_validator("generation_options", mode="before")
     @classmethod
     def _options(cls, value: object) -> dict[str, Any]:
-        texts = [value] if isinstance(value, str) else value
-        return read_generation_options(
-            texts if isinstance(texts, dict) else dict(_split_options(texts))
-        )
+        return read_generation_options(dict(_named_values(value)))
 
 
 class ModelSettings(_Section):
@@ -189,9 +188,8 @@ class ModelSettings(_Section):
     @field_validator("engine_options", mode="before")
     @classmethod
     def _options(cls, value: object) -> dict[str, str]:
-        texts = [value] if isinstance(value, str) else value
-        pairs = texts.items() if isinstance(texts, dict) else _split_options(texts)
-        return {str(name).strip().replace("-", "_"): str(text) for name, text in pairs}
+        options = _named_values(value)
+        return {str(name).strip().replace("-", "_"): str(text) for name, text in options}
 
     @model_validator(mode="after")
     def _has_options(self) -> Self:

@@ -9,7 +9,7 @@ from pipeline.errors import UsageError
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A flat mapping of flag names from a YAML file. Raises UsageError."""
+    """A flat mapping of settings from a YAML file, with their fields' names. Raises UsageError."""
     import yaml
 
     try:
@@ -24,7 +24,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UsageError(f"{path} must be a mapping of settings, like 'max-new-tokens: 64'")
-    return content
+    return {key.replace("-", "_"): value for key, value in content.items()}
 
 
 def _describe_fault(error: Exception) -> str:

@@ -99,7 +99,10 @@ def run(
 ) -> None:
     """Do the job; the same command again resumes it."""
     if print_config:
-        _print_config(flags, config)
+        import yaml
+
+        shown = to_flat(merge(flags, config))
+        write_result(yaml.safe_dump(shown, sort_keys=False).rstrip("\n"))
     elif dry_run:
         _show_plan(input, _plan(input, merge(flags, config), make_observer(progress, log_format)))
     else:
@@ -121,18 +124,14 @@ def status(
     flags: dict[str, Any],
 ) -> None:
     """How far a job is; works while it runs."""
-    from pipeline.cli.tables import print_json, print_table, status_table, watch_status
+    from pipeline.cli.tables import print_found, status_table, watch_status
     from pipeline.status import read_status, wait_for_status
 
     run = Location(directory, merge_section(ObjectStoreSettings, flags))
     if watch and not json:
         watch_status(directory, lambda: wait_for_status(run))
         return
-    state = read_status(run)
-    if json:
-        print_json(state)
-    else:
-        print_table(directory, status_table(state))
+    print_found(directory, read_status(run), json, status_table)
 
 
 @app.command()
@@ -147,7 +146,7 @@ def audit(
 ) -> None:
     """Compare a sample with full prefill; exit code 4 if it fails."""
     from pipeline.audit.auditing import audit_run, describe_audit
-    from pipeline.cli.tables import audit_table, print_json, print_table
+    from pipeline.cli.tables import audit_table, print_found
 
     flags, store = split_store(flags)
     settings = merge_section(AuditSettings, flags)
@@ -155,10 +154,7 @@ def audit(
     verdict = audit_run(run, settings, make_observer(progress, log_format))
     summary = describe_audit(run)
     with result_is_kept(directory):
-        if json:
-            print_json(summary)
-        else:
-            print_table(directory, audit_table(summary))
+        print_found(directory, summary, json, audit_table)
     verdict.check(directory)
 
 
@@ -185,7 +181,7 @@ def validate(
     flags: dict[str, Any],
 ) -> None:
     """Check every row; show the first prompt as the model will see it. Exit code as of a run."""
-    from pipeline.cli.tables import print_json, print_table, validation_table
+    from pipeline.cli.tables import print_found, validation_table
     from pipeline.job.outcome import check_failures
     from pipeline.run import validate_input
 
@@ -193,12 +189,8 @@ def validate(
     observer = make_observer(progress, log_format)
     found = validate_input(input, settings, observer)
     observer.close()
-    if json:
-        print_json(found)
-    else:
-        print_table(input, validation_table(found))
-    remedy = "see the reasons above"
-    check_failures(settings.write, found["rows"], found["reasons"], remedy)
+    print_found(input, found, json, validation_table)
+    check_failures(settings.write, found["rows"], found["reasons"], "see the reasons above")
 
 
 @app.command()
@@ -244,12 +236,9 @@ def _plan(input: str, settings: JobSettings, observer: Observer) -> PlannedJob:
 
 
 def _show_plan(input: str, planned: PlannedJob, json: bool = False) -> None:
-    from pipeline.cli.tables import plan_table, print_json, print_table
+    from pipeline.cli.tables import plan_table, print_found
 
-    if json:
-        print_json(planned.summary.to_json())
-    else:
-        print_table(f"Plan of {input}", plan_table(planned.summary.to_json()))
+    print_found(f"Plan of {input}", planned.summary.to_json(), json, plan_table)
 
 
 def _local(output: str) -> Path:
@@ -257,13 +246,6 @@ def _local(output: str) -> Path:
     if is_url(output):
         raise UsageError(f"{output} is not a folder of this machine; only runs are written there")
     return Path(output)
-
-
-def _print_config(flags: dict[str, Any], config: Path | None) -> None:
-    import yaml
-
-    settings = merge(flags, config)
-    write_result(yaml.safe_dump(to_flat(settings), sort_keys=False).rstrip("\n"))
 
 
 def main() -> None:
@@ -276,20 +258,13 @@ def main() -> None:
     try:
         check_arguments(sys.argv)
         sys.exit(app(prog_name="coppice", standalone_mode=False) or 0)
-    except OutputLost as error:
-        if not error.is_unwanted:
-            log_error(error)
-        sys.exit(error.exit_code)
-    except CoppiceError as error:
-        log_error(error)
-        sys.exit(error.exit_code)
     except Exception as error:
-        wrong_call = describe_wrong_call(error)
-        if wrong_call is not None:
-            log_error(wrong_call)
-            sys.exit(wrong_call.exit_code)
-        if "--debug" in sys.argv:
-            raise
-        remedy = "run coppice --debug ... to see the whole traceback"
-        log_error(CoppiceError(f"{place_of(error)}; {remedy}"))
-        sys.exit(1)
+        ours = error if isinstance(error, CoppiceError) else describe_wrong_call(error)
+        if ours is None:
+            if "--debug" in sys.argv:
+                raise
+            remedy = "run coppice --debug ... to see the whole traceback"
+            ours = CoppiceError(f"{place_of(error)}; {remedy}")
+        if not (isinstance(ours, OutputLost) and ours.is_unwanted):
+            log_error(ours)
+        sys.exit(ours.exit_code)

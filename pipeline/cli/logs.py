@@ -94,17 +94,14 @@ class JsonObserver(PlainObserver):
     """What is said, and every 30 s the state with all its numbers, as log records."""
 
     def say(self, line: str) -> None:
-        """Log the line."""
         _logger.info("%s", line, extra={"event": "say"})
 
     def show_planning(self, planning: Planning) -> None:
-        """Log the state unless it was logged a moment ago."""
         if self.is_due():
             numbers = {**asdict(planning), "eta_s": planning.eta_s}
             _logger.info("%s", planning_line(planning), extra={"event": "planning", **numbers})
 
     def show(self, snapshot: Snapshot) -> None:
-        """Log the state unless it was logged a moment ago."""
         if self.is_due():
             numbers = {**asdict(snapshot), **snapshot.rates(), "eta_s": snapshot.eta_s}
             _logger.info("%s", plain_line(snapshot), extra={"event": "progress", **numbers})

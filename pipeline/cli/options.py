@@ -38,7 +38,7 @@ PANELS = {
 }
 """What the flags of each section of the settings are listed under."""
 
-_HELP = {
+HELP = {
     "model": "Model folder or hub id.",
     "revision": "Commit, tag or branch of a hub model.",
     "engine": "prefix shares; vllm is vLLM; naive shares nothing.",
@@ -96,8 +96,9 @@ _HELP = {
     "audit_encoder": "Sentence encoder for the similarity column.",
     "storage_options": "Of s3://, like region=eu-west-1; may be repeated.",
 }
+"""What each setting means, in a sentence."""
 # Fields that a person writes with a unit, or in one of two ways: the settings parse the text.
-_WRITTEN_AS = {
+WRITTEN_AS = {
     "kv_budget": "size", "kv_store_budget": "size", "plan_memory": "size",
     "time_budget": "duration", "stall_timeout": "duration",
     "clock": "time",
@@ -139,7 +140,7 @@ def _parameters(section: str, name: str) -> list[inspect.Parameter]:
     kind = asked if asked in (bool, list[str]) else str  # the settings know how to read the rest
     option = typer.Option(
         f"--{flag}",
-        help=f"{_HELP[name]}{_choices(name, asked)}{_default(name, field.default)}",
+        help=f"{HELP[name]}{_choices(name, asked)}{_default(name, field.default)}",
         rich_help_panel=PANELS[section],
         metavar=_metavar(name, asked),
         show_default=False,
@@ -159,16 +160,16 @@ def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:
 
 def _choices(name: str, asked: Any) -> str:
     words = get_args(asked) if get_origin(asked) is Literal else ()
-    return "" if all(word in _HELP[name] for word in words) else f" One of: {', '.join(words)}."
+    return "" if all(word in HELP[name] for word in words) else f" One of: {', '.join(words)}."
 
 
 def _default(name: str, value: Any) -> str:
     """As a person would write it; nothing where there is none, or where the help says it."""
     if value is None or isinstance(value, bool | tuple | dict | PydanticUndefinedType):
         return ""
-    if _WRITTEN_AS.get(name) == "size":
+    if WRITTEN_AS.get(name) == "size":
         return f" Default: {write_size(value)}."
-    is_duration = _WRITTEN_AS.get(name) == "duration"
+    is_duration = WRITTEN_AS.get(name) == "duration"
     return f" Default: {write_duration(value) if is_duration else value}."
 
 
@@ -179,7 +180,7 @@ def _metavar(name: str, asked: Any) -> str:
     if get_origin(asked) is Literal:
         return "<choice>"
     kinds = {int: "number", float: "number", Path: "path", list[str]: "text"}
-    return f"<{_WRITTEN_AS.get(name) or kinds.get(asked, 'text')}>"
+    return f"<{WRITTEN_AS.get(name) or kinds.get(asked, 'text')}>"
 
 
 def _plain(annotation: Any) -> Any:
@@ -195,19 +196,16 @@ def merge(flags: dict[str, Any], config: Path | None) -> JobSettings:
     """Flags over the YAML file over the defaults. Raises UsageError naming field or file."""
     said = {name: value for name, value in flags.items() if value not in (None, [])}
     written = {} if config is None else read_config(config)
-    written = {name.replace("-", "_"): value for name, value in written.items()}
     merged = written | said
     if "storage_options" in written.keys() & said.keys():
         # The file says where the store is, a flag brings the key: neither drops the other.
-        merged["storage_options"] = _merge_options(written["storage_options"], said)
+        both = (written["storage_options"], said["storage_options"])
+        try:
+            below, above = map(parse_storage_options, both)
+        except ValueError as error:
+            raise UsageError(f"setting storage-options: {error}") from None
+        merged["storage_options"] = below | above
     return JobSettings.from_flat(merged)
-
-
-def _merge_options(written: object, said: dict[str, Any]) -> dict[str, str]:
-    try:
-        return parse_storage_options(written) | parse_storage_options(said["storage_options"])
-    except ValueError as error:
-        raise UsageError(f"setting storage-options: {error}") from None
 
 
 def split_store(flags: dict[str, Any]) -> tuple[dict[str, Any], ObjectStoreSettings]:
@@ -234,13 +232,3 @@ def to_flat(settings: JobSettings) -> dict[str, Any]:
         for section in dumped.values()
         for name, value in section.items()
     }
-
-
-def help_of(field: str) -> str:
-    """What a setting means, in a sentence."""
-    return _HELP[field]
-
-
-def is_written_as_text(field: str) -> bool:
-    """Whether a person writes it with a unit, or in one of two notations."""
-    return field in _WRITTEN_AS

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.arguments import LogFormat, Progress
+from pipeline.cli.arguments import Json, LogFormat, Progress
 from pipeline.cli.logs import make_observer
 from pipeline.cli.options import merge
 from pipeline.cli.progress import format_bytes
@@ -29,7 +29,7 @@ def build(
         str | None, typer.Option("--kv-store-budget", help="Such as 8GiB.")
     ] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="auto, float32 or bfloat16.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    json: Json = False,
     progress: Progress = "auto",
     log_format: LogFormat = "text",
 ) -> None:

@@ -7,17 +7,18 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pipeline.cli.streams import say
-from pipeline.job.observer import Planning, Snapshot
+from pipeline.job.observer import Observer, Planning, Snapshot
 from pipeline.visible import visible
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, TaskID
 
 _PLAIN_EVERY_S = 30.0
 _SEEN_FROM_S = 1.0
 
 
-class PlainObserver:
+class PlainObserver(Observer):
     """Lines on stderr: what is said at once, the state every 30 s."""
 
     def __init__(self, every_s: float = _PLAIN_EVERY_S) -> None:
@@ -25,16 +26,13 @@ class PlainObserver:
         self._shown_at = time.monotonic()
 
     def say(self, line: str) -> None:
-        """Print the line."""
         say(line)
 
     def show_planning(self, planning: Planning) -> None:
-        """Print the state unless it was printed a moment ago."""
         if self.is_due():
             self.say(planning_line(planning))
 
     def show(self, snapshot: Snapshot) -> None:
-        """Print the state unless it was printed a moment ago."""
         if self.is_due():
             self.say(plain_line(snapshot))
 
@@ -46,11 +44,8 @@ class PlainObserver:
         self._shown_at = now
         return True
 
-    def close(self) -> None:
-        """Nothing to leave."""
 
-
-class BarObserver:
+class BarObserver(Observer):
     """A bar on a terminal; lines that are said appear above it."""
 
     def __init__(self) -> None:
@@ -62,7 +57,6 @@ class BarObserver:
         self._task: TaskID | None = None
 
     def say(self, line: str) -> None:
-        """Print the line above the bar."""
         with suppress(OSError):  # a terminal that has gone ends no job
             self._console.print(visible(line), highlight=False, markup=False)
 
@@ -75,7 +69,6 @@ class BarObserver:
             self._move("planning", planning.rows_done, planning.rows_total, detail)
 
     def show(self, snapshot: Snapshot) -> None:
-        """Move the bar."""
         self._move("rows", snapshot.rows_done, snapshot.rows_total, _detail(snapshot))
 
     def _move(self, name: str, done: int, total: int, detail: str) -> None:
@@ -95,11 +88,9 @@ class BarObserver:
             self._progress = self._task = None  # another job may follow, with a bar of its own
 
 
-def _make_bar(console: object) -> Progress:
-    from rich.console import Console
+def _make_bar(console: Console) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    assert isinstance(console, Console)
     return Progress(
         BarColumn(bar_width=12),
         MofNCompleteColumn(),

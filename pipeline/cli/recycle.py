@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli import paper
+from pipeline.cli.arguments import Json
 from pipeline.cli.progress import format_bytes
 from pipeline.cli.streams import write_result
 from pipeline.errors import StorageError, UsageError
@@ -28,7 +29,6 @@ _COLUMNS = {
 }  # fmt: skip
 
 Store = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the store.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
 @app.command("ls")

@@ -29,6 +29,16 @@ def print_json(value: Mapping[str, Any]) -> None:
     writing(lambda out: out.write(visible_json(text) + "\n"))
 
 
+def print_found(
+    title: str, found: Mapping[str, Any], as_json: bool, table: Callable[[Mapping[str, Any]], Rows]
+) -> None:
+    """What was found, as JSON or as a table on stdout."""
+    if as_json:
+        print_json(found)
+    else:
+        print_table(title, table(found))
+
+
 def print_table(title: str, rows: Rows) -> None:
     """Two columns on stdout: what, and how much."""
     table = _make_table(title, rows)

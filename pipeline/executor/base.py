@@ -101,19 +101,15 @@ class Crew(Protocol):
 
     def hire(self, worker: int) -> None:
         """Start a worker in this place, of `range(size)`; does not wait for it."""
-        ...
 
     def send(self, worker: int, order: Order) -> None:
         """Tell a worker that has said hello and answered every order."""
-        ...
 
     def receive(self, timeout_s: float) -> Sequence[tuple[int, Event]]:
         """What came in; waits so long for the first. Raises EngineError where all are cut off."""
-        ...
 
     def close(self) -> None:
         """Let all go, in bounded time."""
-        ...
 
 
 def summed(counters: Iterable[EngineCounters]) -> EngineCounters:

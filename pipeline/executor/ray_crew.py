@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from ray import cloudpickle, exceptions
 
 from pipeline.engine.base import EngineFactory
 from pipeline.errors import EngineError, UsageError
-from pipeline.executor.base import Event, Hello, Lost, Order, Report
+from pipeline.executor.base import Crew, Event, Hello, Lost, Order, Report
 from pipeline.executor.staff import RESUME
 from pipeline.executor.worker import Worker
 from pipeline.settings import FleetSettings, JobSettings
@@ -52,8 +53,8 @@ class Share:
     on_a_node: int
 
 
-class RayCrew:
-    """A `Crew` of actors. Raises UsageError where there is no cluster, or too small a one."""
+class RayCrew(Crew):
+    """Actors of a cluster. Raises UsageError where there is no cluster, or too small a one."""
 
     def __init__(self, settings: JobSettings, make: EngineFactory, decode_weight: float) -> None:
         """`make` builds a worker's engine, on its machine; by reference, so it must be importable
@@ -77,7 +78,6 @@ class RayCrew:
         self.notes = [f"ray: {share.size} workers with {what} each, of {len(nodes)} machines"]
 
     def hire(self, worker: int) -> None:
-        """See `Crew.hire`."""
         options = {"num_cpus": self._share.cpus, "num_gpus": self._share.gpus}
         remote = ray.remote(_actor()).options(
             **options, scheduling_strategy="SPREAD", max_restarts=0
@@ -86,11 +86,9 @@ class RayCrew:
         self._calls[actor.start.remote(self._packed)] = worker
 
     def send(self, worker: int, order: Order) -> None:
-        """See `Crew.send`."""
         self._calls[self._actors[worker].step.remote(order)] = worker
 
     def receive(self, timeout_s: float) -> Sequence[tuple[int, Event]]:
-        """See `Crew.receive`."""
         self._check_head()
         if not self._calls:
             time.sleep(timeout_s)
@@ -101,7 +99,6 @@ class RayCrew:
         return [(self._calls[call], self._fetch(call)) for call in ready]
 
     def close(self) -> None:
-        """See `Crew.close`."""
         goodbye = threading.Thread(target=self._let_go, name="goodbye", daemon=True)
         goodbye.start()
         goodbye.join(_GOODBYE_S)
@@ -257,7 +254,5 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 
 def _kill(actor: Any) -> None:
-    try:
+    with suppress(ValueError, RuntimeError, exceptions.RayError):  # it is gone, or Ray is
         ray.kill(actor)
-    except (ValueError, RuntimeError, exceptions.RayError):
-        pass  # it is gone, or Ray is

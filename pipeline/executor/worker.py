@@ -22,7 +22,6 @@ from pipeline.engine.base import Engine, EngineCounters, RunControl
 from pipeline.errors import CoppiceError, place_of
 from pipeline.executor.base import Answers, Assignment, Failure, Hello, Order, Report, summed
 from pipeline.executor.dispatch import not_worth_keeping
-from pipeline.plan.plan import Plan
 from pipeline.plan.shards import Costs
 from pipeline.plan.subplan import prefill_tokens
 from pipeline.records import Completion
@@ -128,8 +127,7 @@ class Worker:
             wants_back=lambda: self._share is not None,
             take_back=lambda waiting: self._take_back(run, waiting),
         )
-        is_stopped = run.assignment.is_stopped
-        return control if is_stopped is None else replace(control, is_stopped=is_stopped)
+        return control if run.is_stopped is None else replace(control, is_stopped=run.is_stopped)
 
     def _take_back(self, run: _Run, waiting: Sequence[int]) -> int:
         """Called by the engine: how many of those that wait, from the end, another one does."""
@@ -159,17 +157,10 @@ class _Run:
     """A piece on the device."""
 
     def __init__(self, assignment: Assignment) -> None:
-        self.assignment = assignment
+        self.number, self.plan = assignment.number, assignment.plan
+        self.is_stopped = assignment.is_stopped
         self.is_answered = np.zeros(len(assignment.plan.sequences), bool)
         self.start_s = time.perf_counter()
-
-    @property
-    def number(self) -> int:
-        return self.assignment.number
-
-    @property
-    def plan(self) -> Plan:
-        return self.assignment.plan
 
 
 class _Outbox:

@@ -169,15 +169,10 @@ def _stops(value: object) -> tuple[str, ...]:
 
 
 _INT64 = range(-(2**63), 2**63)
-_COUNTS = ("no_repeat_ngram_size", "min_new_tokens")
+_COUNTS = ("no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "top_k", "seed")
 _READERS: Mapping[str, tuple[str, Callable[[object], object]]] = {
-    **dict.fromkeys(ROW_RULES, ("a number", _number)),
+    **dict.fromkeys((*ROW_RULES, "temperature", "top_p"), ("a number", _number)),
     **dict.fromkeys(_COUNTS, ("a whole number of 64 bits", _integer)),
-    "max_new_tokens": ("a whole number of 64 bits", _integer),
-    "temperature": ("a number", _number),
-    "top_p": ("a number", _number),
-    "top_k": ("a whole number of 64 bits", _integer),
-    "seed": ("a whole number of 64 bits", _integer),
     "stop": ("a text that is not empty, or a list of them", _stops),
     "ignore_eos": ("true or false", _boolean),
 }

@@ -89,16 +89,11 @@ def find_columns(
     _check_types(schema, columns, name)
     taken = {*columns.names} - {"max_new_tokens"}  # which counts even where a template prints it
     asked = [f for f in schema if f.name not in taken and not pa.types.is_null(f.type)]
-    return replace(
-        columns,
-        fields=tuple(field.name for field in asked if _is_request_field(field)),
-        unused=tuple(
-            field.name
-            for field in asked
-            if field.name in OBEYED.keys() | AMBIGUOUS and not _is_request_field(field)
-        ),
-        turn_fields=_turn_fields(schema, columns.messages),
-    )
+    fields = tuple(field.name for field in asked if _is_request_field(field))
+    others = (field.name for field in asked if field.name not in fields)
+    unused = tuple(name for name in others if name in OBEYED.keys() | AMBIGUOUS)
+    turn_fields = _turn_fields(schema, columns.messages)
+    return replace(columns, fields=fields, unused=unused, turn_fields=turn_fields)
 
 
 def _is_request_field(field: pa.Field) -> bool:

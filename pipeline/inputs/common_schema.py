@@ -33,7 +33,8 @@ def with_one_schema(files: Sequence[ParquetInput]) -> tuple[ParquetInput, ...]:
         for field in file.schema:
             found.setdefault(field.name, []).append((file, field.type))
     types = {name: _common_type(name, files, having) for name, having in found.items()}
-    return tuple(_with_types(file, types) for file in files)
+    nulls = {name: pa.scalar(None, kind) for name, kind in types.items()}
+    return tuple(file.with_types(types).with_constants(nulls) for file in files)
 
 
 def _same(one: pa.Schema, other: pa.Schema) -> bool:
@@ -69,10 +70,3 @@ def _differ(
         f"column {name!r} is {one[1]} in {one[0].origin.name} but {other[1]} in "
         f"{other[0].origin.name}; bring the files to one schema or run them one by one"
     )
-
-
-def _with_types(file: ParquetInput, types: dict[str, pa.DataType]) -> ParquetInput:
-    absent = {
-        name: pa.scalar(None, kind) for name, kind in types.items() if name not in file.schema.names
-    }
-    return file.with_types(types).with_constants(absent)

@@ -56,34 +56,29 @@ class InputFile:
 
     def open_stream(self) -> pa.NativeFile:
         """For one read from the start, decompressed where the name ends in .gz. Raises OSError."""
-        return self._stream("detect")
+        return self.filesystem.open_input_stream(self.path, "detect")
 
     def stamp(self) -> Stamp:
         """Another file, another stamp: size and times, of which nobody can set the one of the last
         change. Raises OSError."""
         if not self.is_local:
-            return self._object_stamp()
+            # A store's clock counts whole seconds; the ETag is another one for other content.
+            with self.filesystem.open_input_stream(self.path) as stream:
+                seen = stream.metadata()
+            return int(seen["Content-Length"]), (seen.get("ETag") or seen["Last-Modified"]).decode()
         status = os.stat(self.path)
         if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError("it is not there")
         return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
-    def _object_stamp(self) -> Stamp:
-        # A store's clock counts whole seconds; the ETag is another one for other content.
-        with self.filesystem.open_input_stream(self.path) as stream:
-            seen = stream.metadata()
-        return int(seen["Content-Length"]), (seen.get("ETag") or seen["Last-Modified"]).decode()
-
     def content_hash(self) -> bytes:
         """sha256 of the bytes, streamed. Raises InputError."""
         digest = hashlib.sha256()
-        with damage_named(self.name), self._stream(None) as stream:
-            while chunk := stream.read(_HASHED_AT_A_TIME):
-                digest.update(chunk)
+        with damage_named(self.name):
+            with self.filesystem.open_input_stream(self.path, None) as stream:
+                while chunk := stream.read(_HASHED_AT_A_TIME):
+                    digest.update(chunk)
         return digest.digest()
-
-    def _stream(self, compression: str | None) -> pa.NativeFile:
-        return self.filesystem.open_input_stream(self.path, compression)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,15 +128,12 @@ def stamp_input(location: Location) -> Stamps:
 def _match(pattern: str) -> Selection:
     matches = [m for m in glob.glob(pattern, recursive=True) if Path(m).is_file()]
     once = each_once(matches)
-    found = select_matches(pattern, once, _beside(pattern))
+    # The files by which a run or a plan is known, where `**` may have matched theirs.
+    top, deep, _ = pattern.partition("**")
+    below = glob.glob(f"{top}**", recursive=True) if deep else []
+    found = select_matches(pattern, once, below)
     again = Counter({MATCHED_AGAIN: len(matches) - len(once)})
     return replace(found, left_out=found.left_out + again)
-
-
-def _beside(pattern: str) -> list[str]:
-    """The files by which a run or a plan is known, where `**` may have matched theirs."""
-    top, deep, _ = pattern.partition("**")
-    return glob.glob(f"{top}**", recursive=True) if deep else []
 
 
 def _summed_up(location: Location, files: list[InputFile], found: Selection) -> FoundFiles:

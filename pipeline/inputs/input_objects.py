@@ -38,7 +38,9 @@ def find_objects(location: Location) -> tuple[fs.FileSystem, Selection]:
         reason = explain_read_fault(error) or f"{str(error).splitlines()[0][:200]}; try again"
         raise InputError(f"cannot read {location}: {reason}") from error
     if not found.names:
-        raise NoInput(f"{_lacking(url, location)}; check the URL")
+        is_folder = not url.key or url.key.endswith("/")
+        what = "*.parquet or *.jsonl object below" if is_folder else "object, prefix or match for"
+        raise NoInput(f"there is no {what} {location}; check the URL")
     return filesystem, found
 
 
@@ -101,9 +103,3 @@ def _list(filesystem: fs.FileSystem, path: str) -> list[str]:
     except FileNotFoundError:
         return []
     return [info.path for info in infos if info.type == fs.FileType.File]
-
-
-def _lacking(url: ObjectUrl, location: Location) -> str:
-    if not url.key or url.key.endswith("/"):
-        return f"there is no *.parquet or *.jsonl object below {location}"
-    return f"there is no object, prefix or match for {location}"

@@ -102,7 +102,7 @@ def _requests(
 
     def make_row(number: int, line: dict[str, Any]) -> dict[str, Any]:
         try:
-            return _row_of_kind(source, number, line, content)
+            return _row(source, number, line, content)
         except InputError as error:
             if not keeps_refused:
                 raise
@@ -116,17 +116,11 @@ def _requests(
     return schema, make_table
 
 
-def _row(source: InputFile, number: int, line: dict[str, Any]) -> dict[str, Any]:
+def _row(source: InputFile, number: int, line: dict[str, Any], content: str) -> dict[str, Any]:
     try:
-        return row_of_request(line)
+        row = row_of_request(line)
     except BadRequest as error:
         raise InputError(f"line {number} of {source.name}: {error}") from None
-
-
-def _row_of_kind(
-    source: InputFile, number: int, line: dict[str, Any], content: str
-) -> dict[str, Any]:
-    row = _row(source, number, line)
     if content not in row:
         raise InputError(
             f"line {number} of {source.name} is of another kind than the first; "
@@ -248,16 +242,12 @@ def _blame(
             try:
                 take(name, value)
             except MISFITS as error:
-                return _misfit(source, f"line {number}", name, type(error).__name__)
+                return InputError(
+                    f"the field {name!r} of line {number} of {source.name} does not fit into a "
+                    f"column ({type(error).__name__}); give it one type in all lines"
+                )
     return InputError(
         f"the lines of {source.name} do not fit into columns; give each field one type"
-    )
-
-
-def _misfit(source: InputFile, where: str, name: str, why: str) -> InputError:
-    return InputError(
-        f"the field {name!r} of {where} of {source.name} does not fit into a column ({why}); "
-        "give it one type in all lines"
     )
 
 

@@ -6,6 +6,7 @@ import codecs
 import io
 import json
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -72,12 +73,8 @@ def _object(source: InputFile, number: int, text: bytes) -> dict[str, Any]:
             f"line {number} of {source.name} holds over {_MOST_VALUES:,} values; split it"
         )
     try:
-        value = json.loads(text.removeprefix(codecs.BOM_UTF8), parse_constant=_no_number)
-    except _NoNumber as error:
-        raise InputError(
-            f"line {number} of {source.name} holds {error}, which JSON does not have; "
-            "write null instead"
-        ) from None
+        refuse = partial(_refuse_constant, source, number)
+        value = json.loads(text.removeprefix(codecs.BOM_UTF8), parse_constant=refuse)
     except RecursionError:
         raise InputError(
             f"line {number} of {source.name} has lists or objects too deep in one another; put "
@@ -90,12 +87,11 @@ def _object(source: InputFile, number: int, text: bytes) -> dict[str, Any]:
     return value
 
 
-class _NoNumber(Exception):
+def _refuse_constant(source: InputFile, number: int, name: str) -> float:
     """NaN or Infinity, which Python and JavaScript write."""
-
-
-def _no_number(name: str) -> float:
-    raise _NoNumber(name)
+    raise InputError(
+        f"line {number} of {source.name} holds {name}, which JSON does not have; write null instead"
+    )
 
 
 def check_fields(source: InputFile, num_fields: int, number: int) -> None:

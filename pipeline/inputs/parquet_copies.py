@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from pipeline.errors import InputError, StorageError
 from pipeline.inputs.input_files import InputFile, damage_named
 from pipeline.inputs.json_lines import write_rows
 from pipeline.inputs.parquet_input import ORIGIN_HASH, ParquetInput
-from pipeline.private_folder import private_folder
+from pipeline.private_folder import private_folder, stale_in
 from pipeline.storage.durable import write_whole
 
 _VERSION = 2  # another one where the same lines would become other rows
@@ -55,10 +54,9 @@ class ParquetCopies:
 
     def drop_stale(self) -> None:
         """Remove copies, and what killed calls left of some, that nobody used for three days."""
-        for path in self._folder.glob("*"):
+        for path in stale_in(self._folder, _STALE_S):
             with suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_S:
-                    path.unlink()
+                path.unlink()
 
     def _make(self, original: InputFile, copy: Path) -> None:
         """Copies of what the original was before are of no use to anybody any more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -38,6 +38,7 @@ class PromptSource:
 
     `schema`: the columns that the output carries, with plain types (`plain_types`).
     `_first_row[b]` is the row at which block b of all files together begins: [blocks + 1].
+    `labels`: what ids of rows without one begin with, a name for each file.
     `summary`: which files it was found in, where that has to be said. `_field_order`: see
     `with_field_order`.
     """
@@ -46,17 +47,12 @@ class PromptSource:
     schema: pa.Schema
     columns: ColumnMap
     _files: tuple[ParquetInput, ...]
-    _labels: tuple[str, ...]
+    labels: tuple[str, ...]
     _first_row: NDArray[np.int64]
     _template: PromptTemplate | None = None
     summary: str = ""
     _field_order: NDArray[np.uint8] | None = None
     _cache: BlockCache = field(default_factory=lambda: BlockCache(_CACHE_BYTES))
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """What ids of rows without one begin with: a name for each file."""
-        return self._labels
 
     @property
     def stamps(self) -> Stamps:
@@ -91,8 +87,10 @@ class PromptSource:
             for table in file.iter_batches(self.columns.names, stop - start):
                 end = row + table.num_rows
                 if row >= first_row:
-                    make_ids = self._make_ids(file, label, row - start, end - start)
-                    yield reader.read(table, row, make_ids, self._orders(row, end))
+                    make_ids = partial(_make_ids, file, label, row - start, end - start)
+                    order = self._field_order
+                    orders = None if order is None else order[row:end].tolist()
+                    yield reader.read(table, row, make_ids, orders)
                 row = end
 
     def take(self, row_indices: NDArray[np.int64]) -> pa.Table:
@@ -109,16 +107,14 @@ class PromptSource:
         # Block by block in file order, and then back into the order asked for.
         by_block = np.argsort(rows, kind="stable")
         blocks, counts = np.unique(block_of_row, return_counts=True)
-        pieces: list[pa.Table] = []
         wanted = {
             block: rows[chosen] - self._first_row[block]
             for block, chosen in zip(
                 blocks.tolist(), np.split(by_block, np.cumsum(counts)[:-1]), strict=True
             )
         }
-        for taken in self._take_from_blocks(wanted):
-            pieces.append(taken.select(self.schema.names))  # each file has an order of its own
-        table = pa.concat_tables(pieces)
+        taken = self._take_from_blocks(wanted)  # each file has columns in an order of its own
+        table = pa.concat_tables(piece.select(self.schema.names) for piece in taken)
         if (by_block[1:] > by_block[:-1]).all():
             return table
         inverse = np.empty(len(rows), np.int64)
@@ -150,7 +146,7 @@ class PromptSource:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(f"rows={self.num_rows}\n".encode())
         if len(self._files) > 1:
-            digest.update(repr(self._labels).encode(errors="surrogateescape"))
+            digest.update(repr(self.labels).encode(errors="surrogateescape"))
         for file in self._files:
             digest.update(file.content_hash())
         return digest.hexdigest()
@@ -158,29 +154,11 @@ class PromptSource:
     def _file_ranges(self) -> Iterator[tuple[ParquetInput, str, int, int]]:
         """Each file in use, its label, and the rows `[start, stop)` of the job that it holds."""
         start = 0
-        for file, label in zip(self._files, self._labels, strict=True):
+        for file, label in zip(self._files, self.labels, strict=True):
             stop = min(self.num_rows, start + int(file.group_rows.sum()))
             if stop > start:
                 yield file, label, start, stop
             start = stop
-
-    def _make_ids(
-        self, file: ParquetInput, label: str, start: int, stop: int
-    ) -> Callable[[], list[str]]:
-        """A function that names rows `[start, stop)` of the file by their place in it."""
-
-        def make_ids() -> list[str]:
-            groups, rows = file.places(start, stop)
-            places = zip(groups.tolist(), rows.tolist(), strict=True)
-            return [f"{label}:{group}:{row}" for group, row in places]
-
-        return make_ids
-
-    def _orders(self, start: int, stop: int) -> list[list[int]] | None:
-        order: list[list[int]] | None = None
-        if self._field_order is not None:
-            order = self._field_order[start:stop].tolist()
-        return order
 
     def _take_from_blocks(self, wanted: dict[int, NDArray[np.int64]]) -> Iterator[pa.Table]:
         """These rows, ascending, of these blocks; a block is kept where there is room for it."""
@@ -238,14 +216,10 @@ def _open_files(
     opened = []
     for row, file in enumerate(found):
         values = {name: folders.column(name)[row] for name in folders.column_names}
-        opened.append(_open_file(file, copies).with_constants(values))
+        is_lines = is_json_lines(file.base_name)
+        parquet = copies.open(file) if copies and is_lines else ParquetInput.open(file)
+        opened.append(parquet.with_constants(values))
     return tuple(opened)
-
-
-def _open_file(file: InputFile, copies: ParquetCopies | None) -> ParquetInput:
-    if copies is None or not is_json_lines(file.base_name):
-        return ParquetInput.open(file)
-    return copies.open(file)
 
 
 def _read_template(settings: ReadSettings, columns: list[str]) -> PromptTemplate | None:
@@ -261,6 +235,13 @@ def find_duplicate_ids(ids: pl.Series, at_most: int = 5) -> list[str]:
     twice = ids.filter(ids.is_duplicated())
     found: list[str] = twice.unique(maintain_order=True).head(at_most).to_list()
     return found
+
+
+def _make_ids(file: ParquetInput, label: str, start: int, stop: int) -> list[str]:
+    """Rows `[start, stop)` of the file named by their place in it."""
+    groups, rows = file.places(start, stop)
+    places = zip(groups.tolist(), rows.tolist(), strict=True)
+    return [f"{label}:{group}:{row}" for group, row in places]
 
 
 def _make_labels(files: Sequence[InputFile]) -> tuple[str, ...]:

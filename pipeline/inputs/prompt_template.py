@@ -24,7 +24,6 @@ from pipeline.errors import UsageError
 from pipeline.inputs.cells import BadCell
 from pipeline.inputs.template_renderer import Renderer, make_environment
 
-# What Python says of code that nests too deeply, or of a number that is too long.
 _MOST_SECONDS = 10.0  # for a row
 _MOST_SLOW_ROWS = 10  # one after another
 _GRACE_S = 1.0  # before a single step that does not end is ended with its process

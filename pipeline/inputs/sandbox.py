@@ -38,7 +38,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self.filters[name] = _bounded(own)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """See Jinja."""
         if isinstance(obj, dict) and attribute in obj:
             return obj[attribute]
         return super().getattr(obj, attribute)

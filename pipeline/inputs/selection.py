@@ -40,16 +40,22 @@ class Selection:
 
 def select(names: Collection[str]) -> Selection:
     """Of the names of all files below a folder, relative to it, those that are rows."""
-    own = _own_folders(names)
+    rows = [name for name in names if name.lower().endswith(ENDINGS)]
+    found = _choose(rows, 0, "._", _own_folders(names))
+    chosen = tuple(name for name in found.names if name.endswith(ENDINGS))
+    in_capitals = Counter({IN_CAPITALS: len(found.names) - len(chosen)})
+    return Selection(chosen, found.left_out + in_capitals)
+
+
+def _choose(paths: Collection[str], fixed: int, marks: str, own: set[str]) -> Selection:
+    """`marks`: what the parts of a hidden path begin with, after the first `fixed` parts."""
     chosen, left_out = [], Counter[str]()
-    for name in sorted(name for name in names if name.lower().endswith(ENDINGS)):
+    for name in sorted(paths):
         path = PurePosixPath(name)
-        if any(part[0] in "._" for part in path.parts):
+        if any(part[0] in marks for part in path.parts[fixed:]):
             left_out[HIDDEN] += 1
         elif own and any(str(folder) in own for folder in path.parents):
             left_out[OUTPUTS] += 1
-        elif not name.endswith(ENDINGS):
-            left_out[IN_CAPITALS] += 1
         else:
             chosen.append(name)
     return Selection(tuple(chosen), left_out)
@@ -110,19 +116,9 @@ def select_matches(pattern: str, paths: Collection[str], below: Collection[str])
     `below`: all files below its part without wildcards, as far as `**` may have matched them.
     """
     parts = PurePosixPath(pattern).parts
-    fixed = fixed_parts(pattern)
     own = _own_folders(below) if "**" in parts else set()
-    means_hidden = any(part[0] == "_" for part in parts)
-    chosen, left_out = [], Counter[str]()
-    for path in sorted(paths):
-        matched = PurePosixPath(path).parts[fixed:]
-        if not means_hidden and any(part[0] == "_" for part in matched):
-            left_out[HIDDEN] += 1
-        elif own and any(str(folder) in own for folder in PurePosixPath(path).parents):
-            left_out[OUTPUTS] += 1
-        else:
-            chosen.append(path)
-    return Selection(tuple(chosen), left_out)
+    marks = "" if any(part[0] == "_" for part in parts) else "_"
+    return _choose(paths, fixed_parts(pattern), marks, own)
 
 
 def each_once(paths: Collection[str]) -> list[str]:

@@ -73,9 +73,7 @@ class Stages:
         self._threads: list[threading.Thread] = []
         self._channels: list[Channel[Any]] = []
         self._lock = threading.Lock()
-        self.ended = (
-            threading.Event()
-        )  # set on the first error and when the caller has no more work
+        self.ended = threading.Event()  # by the first error, or when the caller has no more work
         self._first_error: BaseException | None = None
 
     def channel(self, capacity: int) -> Channel[Any]:

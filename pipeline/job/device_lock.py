@@ -77,13 +77,12 @@ def _take(device: str) -> FileLock:
         _make_shared(folder)
         if folder.is_symlink() and not named:  # where everybody may write, anybody's
             raise OSError(errno.ELOOP, f"{folder} is a link")
-        lock = FileLock(path, 0o666)
+        return FileLock(path, 0o666)
     except OSError as error:
         raise UsageError(
             f"cannot lock the device in {path} ({error.strerror}); set {_FOLDER} to a folder that "
             "all its users may write to, or say --busy-device share"
         ) from error
-    return lock
 
 
 def _make_shared(folder: Path) -> None:

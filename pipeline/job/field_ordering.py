@@ -61,21 +61,15 @@ class FieldSaving:
         return f"; {', '.join(early)} {verb} first: list {order} to share {self.fixed:.1%}"
 
 
-@dataclass(frozen=True, eq=False)
-class OrderedFields:
-    """`order`: [rows, fields] uint8, indices of the template's list."""
-
-    order: NDArray[np.uint8]
-    saving: FieldSaving
-
-
 def memory_needed(source: PromptSource) -> int:
     """Bytes that `order_fields` takes, at most."""
     return source.num_rows * len(source.fields) * _CELL_BYTES
 
 
-def order_fields(source: PromptSource, plan_memory: int, is_applied: bool) -> OrderedFields:
-    """Order the fields of all rows of `source`.
+def order_fields(
+    source: PromptSource, plan_memory: int, is_applied: bool
+) -> tuple[NDArray[np.uint8], FieldSaving]:
+    """[rows, fields] indices of the template's list, for all rows of `source`; what that saves.
 
     Raises UsageError if its template lists none or memory is short, InputError on a damaged page.
     """
@@ -106,7 +100,7 @@ def order_fields(source: PromptSource, plan_memory: int, is_applied: bool) -> Or
         given_order=names,
         is_applied=is_applied,
     )
-    return OrderedFields(order, saving)
+    return order, saving
 
 
 def _read_table(names: list[str], batches: Iterable[pl.DataFrame]) -> FieldTable:

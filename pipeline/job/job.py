@@ -129,8 +129,8 @@ def open_job(input: str, settings: JobSettings) -> Job:
         _check_generation(settings, shape)
     fields = None
     if settings.read.reorder_fields:
-        ordered = order_fields(source, settings.plan.plan_memory, is_applied=True)
-        source, fields = source.with_field_order(ordered.order), ordered.saving
+        order, fields = order_fields(source, settings.plan.plan_memory, is_applied=True)
+        source = source.with_field_order(order)
     return Job(input, settings, source, tokenizer, shape, fields, stamps)
 
 

@@ -79,33 +79,25 @@ class _JobCollector(Collector):
         return gauge
 
 
-class _ExportingObserver:
+class _ExportingObserver(Observer):
     """Passes everything on, and keeps what the collector shows."""
 
     def __init__(self, inner: Observer, collector: _JobCollector, file: Path | None) -> None:
         self._inner = inner
         self._collector = collector
-        self._registry = CollectorRegistry()
-        self._registry.register(collector)
+        self.registry = CollectorRegistry()  # of the collector and nothing else
+        self.registry.register(collector)
         self._file = file
         self._written_at = -_WRITE_EVERY_S
 
-    @property
-    def registry(self) -> CollectorRegistry:
-        """Where the collector is registered, and nothing else."""
-        return self._registry
-
     def say(self, line: str) -> None:
-        """Pass the line on."""
         self._inner.say(line)
 
     def show_planning(self, planning: Planning) -> None:
-        """Keep that it is planned, pass it on."""
         self._collector.state = "planning"
         self._inner.show_planning(planning)
 
     def show(self, snapshot: Snapshot) -> None:
-        """Keep the state, write it now and then, pass it on."""
         self._collector.snapshot = snapshot
         self._collector.state = "running"
         if time.monotonic() - self._written_at >= _WRITE_EVERY_S:
@@ -118,12 +110,11 @@ class _ExportingObserver:
             return
         self._written_at = time.monotonic()
         try:
-            write_to_textfile(str(self._file), self._registry)
+            write_to_textfile(str(self._file), self.registry)
         except OSError as error:
             _logger.warning("cannot write %s (%s); the job goes on", self._file, error.strerror)
 
     def close(self) -> None:
-        """Pass it on."""
         self._inner.close()
 
 
@@ -143,7 +134,7 @@ def exporting(observer: Observer, settings: MonitorSettings, run: Location) -> I
             _check_writable(settings.metrics_file)
             stack.callback(exported.write)
         if settings.metrics_port is not None:
-            stack.callback(_serve(settings, exported.registry))
+            _serve(settings, exported.registry, stack)
         try:
             yield exported
             collector.state = "complete"
@@ -153,8 +144,8 @@ def exporting(observer: Observer, settings: MonitorSettings, run: Location) -> I
             raise
 
 
-def _serve(settings: MonitorSettings, registry: CollectorRegistry) -> Callable[[], None]:
-    """Start the server; returns what ends it."""
+def _serve(settings: MonitorSettings, registry: CollectorRegistry, stack: ExitStack) -> None:
+    """Start the server, which ends with the stack."""
     host, port = settings.metrics_address()
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
@@ -163,13 +154,8 @@ def _serve(settings: MonitorSettings, registry: CollectorRegistry) -> Callable[[
             f"metrics cannot be served on {host}:{port} ({error.strerror}); "
             "choose another --metrics-port"
         ) from error
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-    return stop
+    for end in (thread.join, server.server_close, server.shutdown):  # in the other direction
+        stack.callback(end)
 
 
 def _check_writable(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -54,37 +53,21 @@ def _rate(count: int, seconds: float) -> float:
     return count / seconds if seconds > 0 else 0.0
 
 
-class Observer(Protocol):
-    """Whom a job tells about itself. Calls may come from any thread, one at a time."""
+class Observer:
+    """Hears of a job, and shows nothing. Calls may come from any thread, one at a time."""
 
     def say(self, line: str) -> None:
         """One line for a person."""
-        ...
 
     def show_planning(self, planning: Planning) -> None:
         """How far the plan is; called with every batch of rows."""
-        ...
 
     def show(self, snapshot: Snapshot) -> None:
         """A new state; called about twice a second."""
-        ...
 
     def close(self) -> None:
         """Leave the terminal as it was found."""
-        ...
 
 
-class SilentObserver:
-    """Shows nothing."""
-
-    def say(self, line: str) -> None:
-        """Drop the line."""
-
-    def show_planning(self, planning: Planning) -> None:
-        """Drop it."""
-
-    def show(self, snapshot: Snapshot) -> None:
-        """Drop the state."""
-
-    def close(self) -> None:
-        """Nothing to leave."""
+class SilentObserver(Observer):
+    """For who wants to see nothing."""

@@ -53,8 +53,9 @@ def check_failures(
     """
     failed, allowed = sum(reasons.values()), settings.allowed_failures(rows)
     if failed > allowed:
+        listed = ", ".join(f"{count:,} {kind}" for kind, count in reasons.items())
         raise TooManyFailedRows(
-            f"{failed} of {rows} rows failed ({describe_reasons(reasons)}); "
+            f"{failed} of {rows} rows failed ({listed}); "
             f"--fail-on-error {settings.fail_on_error} allows {allowed}; {remedy}"
         )
 
@@ -65,11 +66,6 @@ def count_reasons(directory: RunDirectory) -> dict[str, int]:
     kinds = failed.group_by("error_type").agg(rows=pl.len()).collect()
     ordered = kinds.sort("rows", "error_type", descending=[True, False])
     return {str(kind): int(rows) for kind, rows in ordered.iter_rows()}
-
-
-def describe_reasons(reasons: Mapping[str, int]) -> str:
-    """`12 OverlongPrompt, 3 NullPrompt`."""
-    return ", ".join(f"{count:,} {kind}" for kind, count in reasons.items())
 
 
 def count_committed(directory: RunDirectory) -> dict[str, int]:

@@ -120,7 +120,7 @@ def plan_for_a_person(job: Job, keep_rows: bool = False, watch: Watch = ignore) 
     summary, advice = planned.summary, advise(prompts)
     fields, memory = job.fields, job.settings.plan.plan_memory
     if fields is None and job.source.fields and memory_needed(job.source) <= memory:
-        fields = order_fields(job.source, memory, is_applied=False).saving
+        _, fields = order_fields(job.source, memory, is_applied=False)
     rates = None if job.shape is None else recall_rates(job.settings.model, job.model_identity)
     summary = replace(
         summary,

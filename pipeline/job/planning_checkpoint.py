@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +27,7 @@ import polars as pl
 
 from pipeline.errors import RunDirectoryError
 from pipeline.model.machine import private_cache
-from pipeline.private_folder import NotPrivate, private_folder
+from pipeline.private_folder import NotPrivate, private_folder, stale_in
 from pipeline.storage.durable import replace_file, write_errors
 from pipeline.storage.lock import FolderLock
 from pipeline.storage.part_file import encode_parquet
@@ -61,7 +60,8 @@ class Checkpoint:
         """None where it cannot be had: another process has it, or the cache is read-only."""
         try:
             plans = private_cache("plans")
-            _drop_stale(plans)
+            for left in stale_in(plans, _STALE_S):
+                shutil.rmtree(left, ignore_errors=True)
             return cls(plans / key)
         except NotPrivate as error:
             _logger.warning("the plan is not kept while it is made: %s", error)
@@ -125,13 +125,3 @@ class Checkpoint:
 
     def _part(self, number: int) -> Path:
         return self._folder / f"rows-{number:05}.parquet"
-
-
-def _drop_stale(plans: Path) -> None:
-    """Remove folders that were not touched for a week."""
-    for folder in plans.glob("*"):
-        try:
-            if time.time() - folder.stat().st_mtime > _STALE_S:
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            continue

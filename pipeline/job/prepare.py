@@ -72,8 +72,7 @@ class Preparation:
                 resolved = SamplingParams()
             params.append(resolved)
         flat, lengths = self._encode(batch, rejected)
-        refused = self._end_at_max_length(batch.row_start, lengths, params, rejected)
-        changed = self._fit(batch.row_start, lengths, params, rejected) | refused
+        changed = self._fit(batch.row_start, lengths, params, rejected)
         starts = np.cumsum(lengths) - lengths
         keep = np.ones(len(flat), bool)
         for index, (kept, chosen) in changed.items():
@@ -129,32 +128,6 @@ class Preparation:
             lengths.append(encoded.lengths)
         return np.concatenate(flat), np.concatenate(lengths)
 
-    def _end_at_max_length(
-        self,
-        row_start: int,
-        lengths: NDArray[np.int64],
-        params: list[SamplingParams],
-        rejected: dict[int, Rejected],
-    ) -> dict[int, tuple[int, SamplingParams]]:
-        """Where the model limits prompt and answer together, `params` get what is left.
-
-        Returns, as `_fit`, the rows for which nothing is.
-        """
-        refused = {}
-        for index, chosen in enumerate(params):
-            ended = end_at(chosen, int(lengths[index])) if chosen.rules else chosen
-            if ended is not None:
-                params[index] = ended
-                continue
-            refused[index] = (0, chosen)
-            message = (
-                f"the prompt has {lengths[index]} tokens, and the max_length of the model's "
-                f"generation_config.json allows {chosen.max_new_tokens} for prompt and answer; "
-                "choose --max-new-tokens"
-            )
-            rejected[row_start + index] = Rejected(row_start + index, "OverlongPrompt", message)
-        return refused
-
     def _fit(
         self,
         row_start: int,
@@ -162,18 +135,33 @@ class Preparation:
         params: list[SamplingParams],
         rejected: dict[int, Rejected],
     ) -> dict[int, tuple[int, SamplingParams]]:
-        """By index, what changes where prompt and answer exceed the context."""
+        """By index, what changes where nothing is left for an answer or the context is exceeded.
+
+        Where the model limits prompt and answer together, `params` get what is left.
+        """
+        changed = {}
+        for index, chosen in enumerate(params):
+            ended = end_at(chosen, int(lengths[index])) if chosen.rules else chosen
+            if ended is not None:
+                params[index] = ended
+                continue
+            changed[index] = (0, chosen)
+            message = (
+                f"the prompt has {lengths[index]} tokens, and the max_length of the model's "
+                f"generation_config.json allows {chosen.max_new_tokens} for prompt and answer; "
+                "choose --max-new-tokens"
+            )
+            rejected[row_start + index] = Rejected(row_start + index, "OverlongPrompt", message)
         context = self._limits.context_length
         if context is None:
-            return {}
+            return changed
         most = np.array([min(p.max_new_tokens, context) for p in params], np.int64)
-        changed = {}
         for index in np.flatnonzero((lengths > 0) & (lengths + most > context)).tolist():
             length, chosen = int(lengths[index]), params[index]
             fitted = fit_to_context(length, chosen, context, self._limits.on_overlong)
             if fitted is None:
                 rejected[row_start + index] = _overlong(row_start + index, str(length), context)
-            changed[index] = fitted or (0, chosen)
+            changed.setdefault(index, fitted or (0, chosen))
         return changed
 
 

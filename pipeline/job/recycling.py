@@ -34,16 +34,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedPrompts:
-    """`Prompts` of a plan."""
+    """The `Prompts` of a plan, see `kvstore/connector.py`."""
 
     planned: PlannedJob
 
     def ids(self, sequence: int) -> NDArray[np.uint32]:
-        """See `Prompts.ids`."""
         return self.planned.plan.prompt_token_ids(sequence).astype(np.uint32)
 
     def tenant(self, sequence: int) -> str:
-        """See `Prompts.tenant`."""
         return self.planned.tenant(sequence)
 
 

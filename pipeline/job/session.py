@@ -88,7 +88,8 @@ class Session:
             with self._watchdog.excused():
                 engine = loading.result()
             gc.freeze()  # the model's objects live on; a full collection over them costs a step
-            for line in (*self._describe(), *engine.notes):
+            job, warnings = self._planned.job, warn_of(self._planned)
+            for line in (self._header(), *job.describe(), *warnings, *engine.notes):
                 self._observer.say(line)
             recycled = recycling(engine, self._planned, self._sequences, self._observer)
             with self._stop.listening(), recycled as connector:
@@ -103,9 +104,6 @@ class Session:
         finally:
             gc.unfreeze()  # or nothing of it is ever freed, and libraries complain of it at exit
             self._observer.close()
-
-    def _describe(self) -> list[str]:
-        return [self._header(), *self._planned.job.describe(), *warn_of(self._planned)]
 
     def _header(self) -> str:
         total, unique = self._planned.count_tokens()

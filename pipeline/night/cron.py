@@ -152,9 +152,8 @@ def _numbers(values: frozenset[int], field: _Field) -> str:
             runs[-1].append(value)
         else:
             runs.append([value])
-    short = (run if len(run) < 3 else [] for run in runs)
-    texts = [
-        ",".join(f"{value:02}" for value in few) if few else f"{run[0]:02}..{run[-1]:02}"
-        for run, few in zip(runs, short, strict=True)
-    ]
+    texts: list[str] = []
+    for run in runs:
+        is_long = len(run) > 2
+        texts += [f"{run[0]:02}..{run[-1]:02}"] if is_long else [f"{value:02}" for value in run]
     return ",".join(texts)

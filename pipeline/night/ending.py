@@ -76,6 +76,5 @@ def worst(endings: list[Ending]) -> CoppiceError | None:
     A stop is the least: a failed audit must not hide behind a spent time budget.
     """
     errors = [ending.error for ending in endings if isinstance(ending, NightFailure)]
-    ranks = (Interrupted, CoppiceError, TimeBudgetReached)
-    rank = [2 if isinstance(e, ranks[2]) else 0 if isinstance(e, ranks[0]) else 1 for e in errors]
-    return min(zip(rank, errors, strict=True), key=lambda pair: pair[0])[1] if errors else None
+    errors.sort(key=lambda e: (not isinstance(e, Interrupted), isinstance(e, TimeBudgetReached)))
+    return errors[0] if errors else None

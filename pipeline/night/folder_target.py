@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.errors import FolderInUse, RunDirectoryError
-from pipeline.night.published import MARKER_NAME, Content, describe_file, marker, parse_marker
+from pipeline.night.published import MARKER, Content, describe_file, marker
 from pipeline.private_folder import sync_folder
 from pipeline.storage.durable import copy_file, make_folder, write_errors, write_stream
 from pipeline.storage.lock import FolderLock
@@ -49,16 +49,7 @@ class FolderTarget:
 
     def read(self, date: str) -> dict[str, Any] | None:
         """`published.json` of a publication; None if there is none."""
-        path = self._root / date / MARKER_NAME
-        try:
-            content = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot read {path} ({error.strerror}); check who may read it"
-            ) from error
-        return parse_marker(content, self.location(date))
+        return MARKER.read(self._root / date)
 
     def check(self, date: str) -> None:
         """See `night.publication.Target`."""
@@ -135,7 +126,7 @@ def _fill(staging: Path, content: Content) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         copy_file(source, path, _READABLE)
         described[name] = describe_file(path, name)
-    write_stream(staging / MARKER_NAME, [marker(content.described, described)], _READABLE)
+    write_stream(staging / MARKER.name, [marker(content.described, described)], _READABLE)
     for folder in sorted({path.parent for path in staging.rglob("*")}, reverse=True):
         sync_folder(folder)
 

@@ -34,22 +34,18 @@ class Target(Protocol):
 
     def location(self, date: str) -> str:
         """Path or URL of a publication."""
-        ...
 
     def read(self, date: str) -> dict[str, Any] | None:
         """`published.json` of a publication; None if there is none."""
-        ...
 
     def check(self, date: str) -> None:
         """Raises RunDirectoryError, too, where no publication of the date could be put."""
-        ...
 
     def publish(self, date: str, content: Content) -> None:
         """Put the content there, whole or not at all, in place of what `content.replaces`.
 
         Raises RunDirectoryError if something else is there or somebody else is publishing.
         """
-        ...
 
 
 @dataclass(frozen=True)

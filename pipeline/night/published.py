@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NotRequired
 
-from pydantic import with_config
 from typing_extensions import TypedDict
 
 from pipeline.errors import StorageError
-from pipeline.storage.json_file import RECORD, Count, Digits, JsonFile
-from pipeline.storage.part_file import PART_NAME
-
-MARKER_NAME: Final = "published.json"
+from pipeline.storage.json_file import Count, Digits, JsonFile
+from pipeline.storage.part_file import PART_NAME, hash_file
 
 
-@with_config(RECORD)
 class _File(TypedDict):
     bytes: Count
     sha256: Digits
 
 
-@with_config(RECORD)
 class _Marker(TypedDict):
     edition: str
     files: dict[str, _File]
@@ -35,7 +29,7 @@ class _Marker(TypedDict):
     sessions: NotRequired[Count]
 
 
-_MARKER: Final = JsonFile(_Marker, MARKER_NAME, "move its folder away to publish there")
+MARKER: Final = JsonFile(_Marker, "published.json", "move its folder away to publish there")
 
 
 @dataclass(frozen=True)
@@ -54,8 +48,7 @@ class Content:
 
 def describe_file(path: Path, name: str) -> dict[str, Any]:
     """Bytes and sha256 of a file. Raises StorageError if a part is not what its name says."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hash_file(path)
     part = PART_NAME.fullmatch(name.rsplit("/", 1)[-1])
     if part is not None and not digest.startswith(part[2]):
         raise StorageError(
@@ -70,8 +63,3 @@ def marker(described: dict[str, Any], files: dict[str, dict[str, Any]]) -> bytes
     at = datetime.now(UTC).isoformat(timespec="seconds")
     text = json.dumps(described | {"published_at": at, "files": files}, indent=2)
     return f"{text}\n".encode()
-
-
-def parse_marker(content: bytes, location: str) -> dict[str, Any]:
-    """Raises RunDirectoryError if it is none of ours."""
-    return _MARKER.parse(content, location)

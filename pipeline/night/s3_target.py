@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.errors import RunDirectoryError, StorageError
 from pipeline.location import Location
-from pipeline.night.published import MARKER_NAME, Content, describe_file, marker, parse_marker
+from pipeline.night.published import MARKER, Content, describe_file, marker
 from pipeline.storage.remote_folder import RemoteFolder, SupersededError
 
 
@@ -35,8 +35,8 @@ class S3Target:
 
     def read(self, date: str) -> dict[str, Any] | None:
         """`published.json` of a publication; None if there is none."""
-        held = self._folder.read(f"{date}/{MARKER_NAME}")
-        return None if held is None else parse_marker(held.content, self.location(date))
+        held = self._folder.read(f"{date}/{MARKER.name}")
+        return None if held is None else MARKER.parse(held.content, self.location(date))
 
     def check(self, date: str) -> None:
         """See `night.publication.Target`; writes an object and removes it."""
@@ -44,10 +44,10 @@ class S3Target:
 
     def publish(self, date: str, content: Content) -> None:
         """Upload the files, then the marker that names them; or remove them again."""
-        folder, name = self._folder, f"{date}/{MARKER_NAME}"
+        folder, name = self._folder, f"{date}/{MARKER.name}"
         folder.check_conditions()
         held = folder.read(name)
-        found = None if held is None else parse_marker(held.content, self.location(date))
+        found = None if held is None else MARKER.parse(held.content, self.location(date))
         if found != content.replaces:
             raise _taken(self.location(date))
         own = f"{content.edition}-{secrets.token_hex(4)}"  # two publishers never share a file
@@ -72,7 +72,7 @@ class S3Target:
     def _roll_back(self, date: str, text: bytes, files: Iterable[str]) -> None:
         """Remove what was uploaded, unless the marker is there and only its answer was lost."""
         with suppress(StorageError):  # the next one makes it good
-            now = self._folder.read(f"{date}/{MARKER_NAME}")
+            now = self._folder.read(f"{date}/{MARKER.name}")
             if now is None or now.content != text:
                 self._folder.delete(f"{date}/{file}" for file in files)
 

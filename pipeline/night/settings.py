@@ -68,10 +68,6 @@ class NightSettings(BaseModel):
         """Where the run directories of all nights are: OUTPUT/NAME."""
         return f"{self.output.rstrip('/')}/{self.name}"
 
-    def input_on(self, day: datetime.date) -> str:
-        """`input` with the date in it."""
-        return _DATE.sub(lambda found: day.strftime(found[1] or "%Y-%m-%d"), self.input)
-
 
 @dataclass(frozen=True)
 class Night:
@@ -99,7 +95,8 @@ class Night:
     @property
     def input(self) -> str:
         """Path, glob or URL of its prompts, with the date in it."""
-        return self.settings.input_on(self.date)
+        form = self.date.strftime
+        return _DATE.sub(lambda found: form(found[1] or "%Y-%m-%d"), self.settings.input)
 
     @property
     def home(self) -> Location:
@@ -129,9 +126,8 @@ class Night:
 
 def read_night(path: Path, day: datetime.date) -> Night:
     """The night of `day`. Raises UsageError naming file and field."""
-    written = {key.replace("-", "_"): value for key, value in read_config(path).items()}
     try:
-        return _make_night(_with_absolute_paths(written, path.absolute().parent), day)
+        return _make_night(_with_absolute_paths(read_config(path), path.absolute().parent), day)
     except ValidationError as error:
         raise UsageError(f"{path}: {say_fault(error)}") from None
     except UsageError as error:

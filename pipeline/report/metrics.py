@@ -9,7 +9,7 @@ from typing import Any, Final
 import polars as pl
 
 from pipeline.report.groups import GroupTable, measure_groups
-from pipeline.report.trend import Night, night_before
+from pipeline.report.trend import Night, night_before, ratio
 
 _DEPTH_EDGES: Final = (1, 16, 64, 256, 1024, 4096, 16384)
 _SIZE_EDGES: Final = (2, 4, 16, 64, 256, 1024)
@@ -121,12 +121,12 @@ class RunMetrics:
     def saved_share(self) -> float | None:
         """Measured: prompt tokens taken from the cache, out of all that rows needed."""
         cached = self.counter("cached_tokens")
-        return _ratio(cached, cached + self.counter("prefilled_tokens"))
+        return ratio(cached, cached + self.counter("prefilled_tokens"))
 
     @property
     def saved_s(self) -> float | None:
         """Seconds that the cached tokens would have taken at the measured rate of prefill."""
-        rate = _ratio(self.counter("prefill_s"), self.counter("prefilled_tokens"))
+        rate = ratio(self.counter("prefill_s"), self.counter("prefilled_tokens"))
         return None if not rate else rate * self.counter("cached_tokens")
 
     @property
@@ -138,12 +138,12 @@ class RunMetrics:
     @property
     def tokens_per_s(self) -> float | None:
         """Generated tokens by wall time."""
-        return _ratio(self.counter("generated_tokens"), self.counter("wall_s"))
+        return ratio(self.counter("generated_tokens"), self.counter("wall_s"))
 
     @property
     def busy_share(self) -> float | None:
         """How much of the time between first and last forward pass the device computed."""
-        return _ratio(self.counter("busy_s"), self.counter("span_s"))
+        return ratio(self.counter("busy_s"), self.counter("span_s"))
 
     @property
     def kv_budget_bytes(self) -> int | None:
@@ -185,7 +185,7 @@ def measure(
         group_sizes=measure_group_sizes(output),
         accuracy=measure_accuracy(output),
         failures=list_failures(output),
-        failure_types=count_failures(output),
+        failure_types=_count(output.filter(pl.col("status") == "error"), "error_type"),
         finish_reasons=count_finish_reasons(output),
         groups=measure_groups(output, tree, audited),
         trend=trend,
@@ -251,11 +251,6 @@ def list_failures(output: pl.LazyFrame) -> tuple[Failure, ...]:
     return tuple(Failure(*row) for row in rows.iter_rows())
 
 
-def count_failures(output: pl.LazyFrame) -> tuple[tuple[str, int], ...]:
-    """(type, rows) of the failed rows, the most frequent first."""
-    return _count(output.filter(pl.col("status") == "error"), "error_type")
-
-
 def count_finish_reasons(output: pl.LazyFrame) -> tuple[tuple[str, int], ...]:
     """(finish reason, rows) of the answered rows, the most frequent first."""
     return _count(output.filter(pl.col("status") == "ok"), "finish_reason")
@@ -294,7 +289,3 @@ def _labels(lowest: int, edges: Sequence[int]) -> list[str]:
 
 def _short(number: int) -> str:
     return f"{number >> 10}k" if number >= 1024 else str(number)
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None

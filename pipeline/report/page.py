@@ -46,7 +46,7 @@ def render(directory: RunDirectory) -> None:
     )
     picture = None if tree is None or tree.is_empty() else picture_of(tree)
     directory.write_text("report.html", render_html(metrics, picture))
-    directory.write_text("report.md", render_markdown(metrics))
+    directory.write_text("report.md", template("page.md.j2").render(metrics=metrics))
 
 
 def render_html(metrics: RunMetrics, tree: TreePicture | None = None) -> str:
@@ -61,11 +61,6 @@ def render_html(metrics: RunMetrics, tree: TreePicture | None = None) -> str:
         proofs=[(title, note, Markup(svg)) for title, note, svg in _draw_audit(metrics)],
         trend=draw_trend(metrics.trend),
     )
-
-
-def render_markdown(metrics: RunMetrics) -> str:
-    """The same numbers, short."""
-    return template("page.md.j2").render(metrics=metrics)
 
 
 def _draw(metrics: RunMetrics) -> Iterator[tuple[str, str, str]]:

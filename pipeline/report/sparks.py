@@ -5,7 +5,7 @@ Knows numbers and labels; no files and no page.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from markupsafe import Markup, escape
@@ -17,7 +17,12 @@ _SLOT: Final = 10  # of which a bar fills 8
 _HEIGHT: Final = 100
 _LEAST: Final = 3  # of a bar whose number is not zero
 _FEWEST_SLOTS: Final = 7
-_VERDICTS: Final = {"pass": "audit passed", "fail": "audit failed", None: "not audited"}
+# Kind and height of the bar, so that colour is not all that tells; its words; the value.
+_VERDICTS: Final[dict[str | None, tuple[str, float, str, str]]] = {
+    "pass": ("bar", _HEIGHT, "audit passed", "passed"),
+    "fail": ("bad", _HEIGHT / 2, "audit failed", "FAILED"),
+    None: ("none", 2, "not audited", "–"),
+}
 
 
 class Spark(NamedTuple):
@@ -80,21 +85,14 @@ def _rectangle(index: int, high: float, kind: str, words: str) -> str:
 
 
 def _verdicts(nights: Sequence[Night]) -> Spark:
-    """Full height where it passed, half where it failed, so that colour is not all that tells."""
-
-    def bars() -> Iterator[str]:
-        for index, night in enumerate(nights):
-            kind = {"pass": "bar", "fail": "bad", None: "none"}[night.verdict]
-            high = {"pass": _HEIGHT, "fail": _HEIGHT / 2, None: 2}[night.verdict]
-            yield _rectangle(index, high, kind, f"{night.date}: {_VERDICTS[night.verdict]}")
-
+    bars = ""
+    for index, night in enumerate(nights):
+        kind, high, words, value = _VERDICTS[night.verdict]
+        bars += _rectangle(index, high, kind, f"{night.date}: {words}")
     audited = [night for night in nights if night.verdict]
     passed = sum(night.verdict == "pass" for night in audited)
-    value = {"pass": "passed", "fail": "FAILED", None: "–"}[nights[-1].verdict]
     against = f"{passed} of {len(audited)} nights passed"
-    return Spark(
-        "audit", value, against, "", _svg("audit verdict, by night", "".join(bars()), nights)
-    )
+    return Spark("audit", value, against, "", _svg("audit verdict, by night", bars, nights))
 
 
 def _svg(label: str, bars: str, nights: Sequence[Night]) -> Markup:

@@ -62,8 +62,8 @@ def _night(files: NightFiles) -> Night:
         _number(counters, "rows_ok"),
         _number(counters, "rows_error"),
         wall,
-        _ratio(cached, asked),
-        _ratio(_number(counters, "generated_tokens"), wall),
+        ratio(cached, asked),
+        ratio(_number(counters, "generated_tokens"), wall),
         verdict if verdict in ("pass", "fail") else None,
     )
 
@@ -86,5 +86,6 @@ def _number(counters: Mapping[str, Any], name: str) -> float | None:
     return float(value) if 0 <= value < _MOST else None
 
 
-def _ratio(part: float | None, whole: float | None) -> float | None:
+def ratio(part: float | None, whole: float | None) -> float | None:
+    """None where a number is unknown, or the whole is nothing."""
     return None if part is None or not whole else part / whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ class CommittedParts:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.name = str(root)  # how a person would write it
-        self._run_id: str | None = None
         self._footers: dict[Path, PartFooter] = {}
 
     @property
@@ -36,12 +36,10 @@ class CommittedParts:
         """run.json. Raises RunDirectoryError if it is missing, damaged or of another version."""
         return read_manifest(self.root)
 
-    @property
+    @cached_property  # of a store the manifest is long, and every part asks
     def run_id(self) -> str:
         """16 hex digits of the fingerprint's hash."""
-        if self._run_id is None:  # of a store the manifest is long, and every part asks
-            self._run_id = str(self.read_manifest()["run_id"])
-        return self._run_id
+        return str(self.read_manifest()["run_id"])
 
     def count_rows(self) -> tuple[int, int]:
         """(answered, failed) rows of the committed parts."""

@@ -57,7 +57,7 @@ def write_new(path: Path, content: bytes | memoryview) -> None:
 
 def write_stream(path: Path, chunks: Iterable[bytes | memoryview], mode: int = 0o600) -> None:
     """As `write_new`, of chunks that need not be in memory together. The umask limits `mode`."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    file = _open_new(path, mode)
     try:
         for chunk in chunks:
             write_all(file, chunk)
@@ -68,13 +68,17 @@ def write_stream(path: Path, chunks: Iterable[bytes | memoryview], mode: int = 0
 
 def copy_file(source: Path, path: Path, mode: int) -> None:
     """Copy what `source` is or links to, as `write_stream`; by reference where the disk can."""
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    target = _open_new(path, mode)
     try:
         with source.open("rb", buffering=0) as file:
             _copy(file.fileno(), target)
         os.fsync(target)
     finally:
         os.close(target)
+
+
+def _open_new(path: Path, mode: int) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
 
 
 def _copy(source: int, target: int) -> None:
@@ -131,7 +135,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], int]) -> int:
     with write_errors(path):
         make_folder(path.parent)
         try:
-            with open(temp, "xb", opener=_private) as file:
+            with os.fdopen(_open_new(temp, 0o600), "wb") as file:
                 result = write(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -139,7 +143,3 @@ def write_whole(path: Path, write: Callable[[BinaryIO], int]) -> int:
         finally:
             temp.unlink(missing_ok=True)
     return result
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from pipeline.errors import RunDirectoryError
 
@@ -19,9 +19,9 @@ _KINDS: Final = ("int", "float", "constrained-int", "constrained-float")  # of a
 
 Count = Annotated[int, Field(ge=0, lt=_MOST)]
 Number = Count | Annotated[float, Field(ge=0, lt=_MOST, allow_inf_nan=False)]
-Seconds = Number
 Digits = Annotated[str, Field(pattern=r"^[0-9a-f]+$")]
 RECORD = ConfigDict(extra="allow", strict=True)
+"""Of a schema, and of those inside of it."""
 
 
 class JsonFile:
@@ -29,20 +29,24 @@ class JsonFile:
 
     def __init__(self, schema: Any, name: str, remedy: str) -> None:
         self.name = name
-        self._schema = TypeAdapter[Any](schema)
+        self._schema = TypeAdapter[Any](with_config(RECORD)(schema))
         self._remedy = remedy
 
     def read(self, root: Path) -> dict[str, Any] | None:
         """The file below `root`; None if it is not there. Raises RunDirectoryError."""
+        content = self.content(root)
+        return None if content is None else self.parse(content, root)
+
+    def content(self, root: Path) -> bytes | None:
+        """As it lies there, not parsed. Raises RunDirectoryError where it cannot be read."""
         try:
-            content = (root / self.name).read_bytes()
+            return (root / self.name).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise RunDirectoryError(
                 f"cannot read {root / self.name} ({error.strerror}); check who may read it"
             ) from error
-        return self.parse(content, root)
 
     def parse(self, content: bytes | str, path: str | Path) -> dict[str, Any]:
         """The content of the file in `path`. Raises RunDirectoryError."""

@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NotRequired
 
-from pydantic import Field, with_config
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from pipeline.errors import RunDirectoryError
-from pipeline.storage.json_file import RECORD, Count, JsonFile, Number
+from pipeline.storage.json_file import Count, JsonFile, Number
 from pipeline.storage.part_list import Part, PartName
 from pipeline.storage.schema import SCHEMA_VERSION
 
@@ -25,19 +25,16 @@ _HASHES = ("input", "model", "revision", "tokenizer")
 _SHOWN_CHARACTERS = 32  # of each value, where two fingerprints differ
 
 
-@with_config(RECORD)
 class _Input(TypedDict):
     argument: NotRequired[str]
     rows: Count
 
 
-@with_config(RECORD)
 class _Engine(TypedDict):
     name: str
     notes: list[str]
 
 
-@with_config(RECORD)
 class _Session(TypedDict, total=False):
     prefilled_tokens: Count
     loaded_tokens: Count
@@ -51,13 +48,11 @@ class _Session(TypedDict, total=False):
     span_s: Number
 
 
-@with_config(RECORD)
 class _Writer(TypedDict):
     name: str
     session: NotRequired[str]
 
 
-@with_config(RECORD)
 class _Manifest(TypedDict):
     schema_version: Count
     run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
@@ -104,7 +99,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     try:
         content = (root / MANIFEST_NAME).read_bytes()
     except OSError as error:
-        raise _no_run(root) from error
+        raise no_run(root) from error
     return parse_manifest(content, root)
 
 
@@ -114,7 +109,7 @@ def parse_manifest(content: bytes, path: str | Path) -> dict[str, Any]:
         manifest = json.loads(content)
         version, _ = manifest["schema_version"], (manifest["run_id"], manifest["fingerprint"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _no_run(path) from error
+        raise no_run(path) from error
     if type(version) is int and version != SCHEMA_VERSION:
         raise RunDirectoryError(
             f"{path}/{MANIFEST_NAME} has the version {version}, not {SCHEMA_VERSION}; "
@@ -123,7 +118,8 @@ def parse_manifest(content: bytes, path: str | Path) -> dict[str, Any]:
     return _MANIFEST.parse(content, path)
 
 
-def _no_run(path: str | Path) -> RunDirectoryError:
+def no_run(path: str | Path) -> RunDirectoryError:
+    """Of a folder or URL where there is none."""
     return RunDirectoryError(f"{path} holds no run (no readable {MANIFEST_NAME}); check the path")
 
 

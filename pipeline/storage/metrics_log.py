@@ -7,18 +7,15 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import with_config
 from typing_extensions import TypedDict
 
-from pipeline.errors import RunDirectoryError
 from pipeline.storage.durable import write_all, write_errors
-from pipeline.storage.json_file import RECORD, JsonFile, Number
+from pipeline.storage.json_file import JsonFile, Number
 
 METRICS_NAME: Final = "metrics.jsonl"
 _LONGEST_LINE: Final = 1 << 16  # bytes
 
 
-@with_config(RECORD)
 class _Line(TypedDict, total=False):
     at: str
     rows_per_s: Number | None
@@ -48,14 +45,7 @@ def last_metrics(root: Path) -> dict[str, Any]:
 
     Raises RunDirectoryError if it is not what a line should be.
     """
-    try:
-        lines = (root / METRICS_NAME).read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise RunDirectoryError(
-            f"cannot read {root / METRICS_NAME} ({error.strerror}); check who may read it"
-        ) from error
+    lines = (_LINE.content(root) or b"").split(b"\n")[:-1]
     return _LINE.parse(lines[-1], root) if lines else {}
 
 

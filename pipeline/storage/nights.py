@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -69,10 +70,7 @@ def _until(date: str, names: list[str]) -> list[str]:
 
 def _read_night(folder: Path) -> NightFiles:
     def read(name: str) -> bytes:
-        try:
-            return (folder / name).read_bytes()
-        except OSError:
-            return b""
+        return (folder / name).read_bytes()
 
     has_page = (folder / PAGE_NAME).exists()
     return _parse(folder.name, read, has_page, is_abandoned(folder))
@@ -82,10 +80,7 @@ def _read_remote_night(folder: RemoteFolder) -> NightFiles | None:
     """None: a folder named by a date that holds no run."""
 
     def read(name: str) -> bytes:
-        try:
-            held = folder.read(name)
-        except StorageError:
-            return b""
+        held = folder.read(name)
         return b"" if held is None else held.content
 
     try:
@@ -98,13 +93,10 @@ def _read_remote_night(folder: RemoteFolder) -> NightFiles | None:
 
 
 def _parse(date: str, read: Callable[[str], bytes], has_page: bool, has_ended: bool) -> NightFiles:
-    """`read` gives the content of a file of the night's folder, nothing if it cannot be read."""
-    try:
+    """`read` gives the content of a file of the night's folder; it may raise."""
+    manifest = audit = None
+    with suppress(OSError, StorageError, RunDirectoryError):
         manifest = parse_manifest(read(MANIFEST_NAME), date)
-    except RunDirectoryError:
-        manifest = None
-    try:
+    with suppress(OSError, StorageError, ValueError, RecursionError):
         audit = json.loads(read(_AUDIT_NAME))
-    except (ValueError, RecursionError):
-        audit = None
     return NightFiles(date, manifest, audit, has_page, has_ended)

@@ -82,7 +82,7 @@ def read_part_footer(path: Path) -> PartFooter:
     if match is None:
         raise StorageError(f"{path} is not a part of this run; move it out of the folder")
     try:
-        digest = _hash_file(path)
+        digest = hash_file(path)
         if not digest.startswith(match[2]):
             raise StorageError(f"{path} was altered after it was written; {_REMEDY}")
         described = _read_description(path)
@@ -98,7 +98,6 @@ def read_part_footer(path: Path) -> PartFooter:
     )
 
 
-@with_config(RECORD)
 class _Description(TypedDict):
     rows: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
     num_ok: Count
@@ -106,7 +105,7 @@ class _Description(TypedDict):
     provenance: dict[str, str]
 
 
-_DESCRIPTION = TypeAdapter(_Description)
+_DESCRIPTION = TypeAdapter(with_config(RECORD)(_Description))
 _REMEDY = "delete it and run the same command again: its rows will be computed anew"
 
 
@@ -147,7 +146,7 @@ def _check_written(temp: Path, table: pa.Table, digest: str) -> None:
     try:
         with pq.ParquetFile(temp, page_checksum_verification=True) as file:
             keys = file.read(columns=["id", "row_index"])
-        is_same = _hash_file(temp) == digest and keys.equals(table.select(["id", "row_index"]))
+        is_same = hash_file(temp) == digest and keys.equals(table.select(["id", "row_index"]))
     except pa.ArrowException:
         is_same = False
     if not is_same:
@@ -157,7 +156,8 @@ def _check_written(temp: Path, table: pa.Table, digest: str) -> None:
         )
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """sha256 of its bytes, as hex digits. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

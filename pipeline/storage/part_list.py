@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, with_config
+from pydantic import Field
 from typing_extensions import TypedDict
 
-from pipeline.storage.json_file import RECORD, Count
+from pipeline.storage.json_file import Count
 from pipeline.storage.part_file import PART_NAME, PartFooter
 
 PartName = Annotated[str, Field(pattern=f"^{PART_NAME.pattern}$")]
 """Before it is joined to a path, a name from elsewhere must be one that we make."""
 
 
-@with_config(RECORD)
 class Part(TypedDict):
     """What run.json says of a part."""
 

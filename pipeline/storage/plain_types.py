@@ -96,11 +96,8 @@ def plain_table(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 
-class Unreadable:
-    """Stands for a value that Python's own types cannot hold."""
-
-
-UNREADABLE = Unreadable()
+UNREADABLE: Any = object()
+"""Stands for a value that Python's own types cannot hold."""
 
 
 def python_cells(column: pa.ChunkedArray) -> list[Any]:

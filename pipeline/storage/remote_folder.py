@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.errors import RunDirectoryError, StorageError, UsageError, install_extra
 from pipeline.location import Location
-from pipeline.storage.durable import publish, temp_path, write_errors, write_stream
+from pipeline.storage.durable import write_errors, write_whole
 from pipeline.storage.object_store import (
     ANSWER_S,
     ATTEMPTS,
@@ -122,16 +122,13 @@ class RemoteFolder:
 
     def fetch(self, name: str, path: Path) -> None:
         """Copy a file to this machine, old or new but never half."""
-        temp = temp_path(path)
-        with write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with _store_errors(f"cannot read {self.url}/{name}"):
-                    body = self._client.get_object(**self._at(name))["Body"]
-                    write_stream(temp, body.iter_chunks(_AT_A_TIME))
-                publish(temp, path)
-            finally:
-                temp.unlink(missing_ok=True)
+
+        def download(file: BinaryIO) -> int:
+            with _store_errors(f"cannot read {self.url}/{name}"):
+                body = self._client.get_object(**self._at(name))["Body"]
+                return sum(map(file.write, body.iter_chunks(_AT_A_TIME)))
+
+        write_whole(path, download)
 
     def put(self, name: str, path: Path) -> None:
         """Copy a file of this machine to the store, which checks its hash."""

@@ -16,10 +16,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -28,11 +28,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import CoppiceError, RunDirectoryError, StorageError
-from pipeline.private_folder import private_folder
+from pipeline.private_folder import private_folder, stale_in
 from pipeline.storage.committed_parts import SUCCESS_NAME
 from pipeline.storage.durable import replace_file
 from pipeline.storage.lock import FolderLock, is_abandoned, is_dead, own_name
-from pipeline.storage.manifest import MANIFEST_NAME, check_fingerprint, parse_manifest, run_id_of
+from pipeline.storage.manifest import (
+    MANIFEST_NAME,
+    check_fingerprint,
+    no_run,
+    parse_manifest,
+    run_id_of,
+)
 from pipeline.storage.metrics_log import METRICS_NAME
 from pipeline.storage.nights import NightFiles, read_remote_nights
 from pipeline.storage.part_file import PART_NAME
@@ -85,7 +91,9 @@ class RemoteRun(RunDirectory):
             found = parse_manifest(held.content, folder.url)["fingerprint"]
             check_fingerprint(folder.url, found, fingerprint)
         try:
-            _drop_stale(private_folder(copies))
+            for left in stale_in(private_folder(copies), _STALE_S):
+                if is_abandoned(left):
+                    shutil.rmtree(left, ignore_errors=True)
         except OSError as error:
             raise RunDirectoryError(
                 f"cannot keep a working copy of {folder.url} ({error}); set XDG_CACHE_HOME to a "
@@ -114,9 +122,7 @@ class RemoteRun(RunDirectory):
         """
         held = folder.read(MANIFEST_NAME)
         if held is None:
-            raise RunDirectoryError(
-                f"{folder.url} holds no run (no readable {MANIFEST_NAME}); check the path"
-            )
+            raise no_run(folder.url)
         manifest, present = parse_manifest(held.content, folder.url), folder.names()
         run = cls(root, None, folder)
         replace_file(root / MANIFEST_NAME, held.content)
@@ -190,16 +196,13 @@ class RemoteRun(RunDirectory):
     def update_manifest(self, **fields: Any) -> None:
         """Replace these fields of run.json, in the store only if it is still ours."""
         super().update_manifest(**fields)
-        self._check_fault()
         content = (self.root / MANIFEST_NAME).read_bytes()
         try:
-            self._etag = self._folder.put_if(MANIFEST_NAME, content, self._etag)
+            put = partial(self._folder.put_if, MANIFEST_NAME, content, self._etag)
+            self._etag = self._call(put)
         except SupersededError as error:
             self._fault = self._superseded(error.now)
             raise self._fault from None
-        except StorageError as error:
-            self._fault = error
-            raise
 
     def seal(self, rows: NDArray[np.int64]) -> None:
         """As of a run directory, and `data/` in the store holds the named parts and no other."""
@@ -235,7 +238,10 @@ class RemoteRun(RunDirectory):
         present = self._folder.names()
         parts = {} if held is None else self._adopt(held, present)
         stored = {n: part for n, part in parts.items() if is_stored(n, part, present)}
-        self._mark_sealed(SUCCESS_NAME in present)
+        if SUCCESS_NAME in present:
+            replace_file(self.root / SUCCESS_NAME, b"")
+        else:
+            (self.root / SUCCESS_NAME).unlink(missing_ok=True)
         if self.is_sealed and stored == parts and set(_PLAN_NAMES) <= present.keys():
             self._has_whole_copy = True  # of nothing but names: enough to say that all is done
             return
@@ -254,12 +260,6 @@ class RemoteRun(RunDirectory):
         if len(ours["sessions"]) <= len(known) or ours["sessions"][: len(known)] != known:
             replace_file(self.root / MANIFEST_NAME, held.content)
         return named_parts(theirs, present)
-
-    def _mark_sealed(self, is_sealed: bool) -> None:
-        if is_sealed:
-            replace_file(self.root / SUCCESS_NAME, b"")
-        else:
-            (self.root / SUCCESS_NAME).unlink(missing_ok=True)
 
     def _fetch_parts(self, parts: dict[str, Any]) -> None:
         """Bring the parts that are not here. Raises StorageError if one is not what was put."""
@@ -359,16 +359,13 @@ class RemoteRun(RunDirectory):
             self._call(lambda: self._folder.put(name, path))
 
     def _call(self, act: Callable[[], Result]) -> Result:
-        self._check_fault()
+        if self._fault is not None:
+            raise self._fault
         try:
             return act()
         except StorageError as error:
             self._fault = error
             raise
-
-    def _check_fault(self) -> None:
-        if self._fault is not None:
-            raise self._fault
 
     def _superseded(self, now: Stored | None) -> CoppiceError:
         if now is None:
@@ -393,13 +390,3 @@ def check_empty(folder: RemoteFolder) -> None:
 
 def _writer_of(manifest: dict[str, Any]) -> str:
     return str(manifest.get("writer", {}).get("name", "another process"))
-
-
-def _drop_stale(copies: Path) -> None:
-    """Remove working copies that were not touched for a week and that nobody holds."""
-    for root in copies.glob("*"):
-        try:
-            if time.time() - root.stat().st_mtime > _STALE_S and is_abandoned(root):
-                shutil.rmtree(root, ignore_errors=True)
-        except OSError:
-            continue

@@ -7,7 +7,6 @@ own footers are the only record of what is done.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -227,8 +226,10 @@ class RunDirectory(CommittedParts):
 
     def _drop_temp_files(self) -> None:
         with write_errors(self.root):
-            for path in _temp_files(self.root):
-                path.unlink(missing_ok=True)
+            folders = [self.root, *(path for path in self.root.iterdir() if path.is_dir())]
+            for path in [path for folder in folders for path in folder.iterdir()]:
+                if is_temp(path):
+                    path.unlink(missing_ok=True)
 
     def _inside(self, name: str) -> Path:
         parts = PurePosixPath(name).parts
@@ -256,8 +257,3 @@ def check_is_run(folder: Path, names: set[str]) -> None:
         raise RunDirectoryError(
             f"{folder} is not empty and holds no run of coppice; choose a new folder"
         )
-
-
-def _temp_files(root: Path) -> Iterator[Path]:
-    folders = [root, *(path for path in root.iterdir() if path.is_dir())]
-    return (path for folder in folders for path in list(folder.iterdir()) if is_temp(path))

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, NotRequired
+from typing import Annotated, Final, Literal, NotRequired, get_args
 
-from pydantic import ConfigDict, Field, with_config
+from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
-from pipeline.storage.json_file import RECORD, Count, Digits, JsonFile, Number, Seconds
+from pipeline.storage.json_file import Count, Digits, JsonFile, Number
 
 Cosine = Annotated[float, Field(allow_inf_nan=False)]
+_ArmName = Literal["again", "batched", "reuse", "product"]
 
 
-@with_config(RECORD)
 class _Estimate(TypedDict):
-    prefill_s: Seconds
-    decode_s: Seconds
+    prefill_s: Number
+    decode_s: Number
 
 
-@with_config(RECORD)
 class _Plan(TypedDict):
     plan_hash: Digits
     rows: Count
@@ -33,7 +32,6 @@ class _Plan(TypedDict):
     estimate: NotRequired[_Estimate | None]
 
 
-@with_config(RECORD)
 class _Classes(TypedDict):
     identical: Count
     near_tie: Count
@@ -41,41 +39,35 @@ class _Classes(TypedDict):
     corrupt: Count
 
 
-@with_config(RECORD)
 class _FreeRunning(TypedDict):
     rows: Count
     exact: Count
     unexplained: Count
 
 
-@with_config(RECORD)
 class _Similarity(TypedDict):
     encoder: str | None
     mean: Cosine
     min: Cosine
 
 
-@with_config(RECORD)
 class _NoSimilarity(TypedDict):
     encoder: str | None
     mean: None
     min: None
 
 
-@with_config(RECORD)
 class _Strict(TypedDict):
     rows: Count
     rows_same_bits: Count
 
 
-@with_config(RECORD)
 class _Faults(TypedDict):
     planted: Count
     changed_an_answer: Count
     caught: Count
 
 
-@with_config(RECORD)
 class _Arm(TypedDict):
     rows: Count
     rows_exact: Count
@@ -83,26 +75,17 @@ class _Arm(TypedDict):
     gap_p999: Number | None
 
 
-@with_config(RECORD)
 class _Weights(_Arm):
     kl_mean: Number | None
     same_choice: Number
 
 
-@with_config(ConfigDict(extra="forbid", strict=True))
-class _Arms(TypedDict):
-    again: _Arm
-    batched: _Arm
-    reuse: _Arm
-    product: _Arm
+def _all_or_none(arms: dict[str, _Arm]) -> dict[str, _Arm]:
+    if arms and len(arms) < len(get_args(_ArmName)):
+        raise ValueError("an arm is missing")
+    return arms
 
 
-@with_config(ConfigDict(extra="forbid"))
-class _NoArms(TypedDict):
-    pass
-
-
-@with_config(RECORD)
 class _Bar(TypedDict):
     audit_sample: str
     audit_min_exact: Number
@@ -110,7 +93,6 @@ class _Bar(TypedDict):
     audit_arms: Count
 
 
-@with_config(RECORD)
 class _Audit(TypedDict):
     verdict: Literal["pass", "fail"]
     reasons: list[str]
@@ -127,7 +109,7 @@ class _Audit(TypedDict):
     hard_bar: Number
     tokens_checked: Count
     strict: _Strict
-    arms: _NoArms | _Arms
+    arms: Annotated[dict[_ArmName, _Arm], AfterValidator(_all_or_none)]
     weights: NotRequired[_Weights | None]  # of int8 weights only
     faults: _Faults
     seed: Count

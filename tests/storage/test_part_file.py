@@ -72,7 +72,7 @@ def test_a_part_that_vanished_or_is_foreign_is_named(tmp_path: Path) -> None:
 def test_a_part_that_reads_back_differently_is_not_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.part_file._hash_file", lambda path: "other")
+    monkeypatch.setattr("pipeline.storage.part_file.hash_file", lambda path: "other")
     with pytest.raises(StorageError, match="reads back differently"):
         write_part(tmp_path, 0, answers([0]), PROVENANCE)
     assert not list(tmp_path.iterdir())
