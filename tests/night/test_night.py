@@ -95,7 +95,7 @@ def test_what_a_night_will_need_is_checked_before_a_row_is_read(
     says: str,
 ) -> None:
     """Else a night would be planned, answered and audited first."""
-    monkeypatch.setitem(sys.modules, "boto3", None)
+    monkeypatch.setitem(sys.modules, "botocore", None)
     monkeypatch.setattr("pipeline.early_checks.find_spec", lambda name: None)
     spoil(job)
     prepared = watch_prepared(monkeypatch)
