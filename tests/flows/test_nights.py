@@ -15,7 +15,7 @@ import psutil
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.schedule import check_server
+from flows.schedule import check_server, serve
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.errors import UsageError
 from pipeline.run import run_job
@@ -295,6 +295,11 @@ def test_where_no_server_is_named_it_says_what_to_type() -> None:
     unnamed = temporary_settings(restore_defaults={PREFECT_API_URL})
     with unnamed, pytest.raises(UsageError, match="no Prefect server is named; .*PREFECT_API_URL="):
         check_server()
+
+
+def test_what_is_no_cron_schedule_is_refused_before_a_server_is_asked(make_job: MakeJob) -> None:
+    with pytest.raises(UsageError, match="^'every day' is not a cron schedule; write it like"):
+        serve(make_job().file, "every day", "UTC")
 
 
 def test_a_signal_drains_the_running_night(server: PrefectServer, make_job: MakeJob) -> None:

@@ -91,6 +91,13 @@ def test_what_would_change_the_answer_is_refused(body: dict[str, Any], said: str
         row_of_request(request(**body))
 
 
+@pytest.mark.parametrize("prompt", [["one", "two"], [5, 6]])
+def test_a_completion_of_several_prompts_or_of_ids_is_refused(prompt: list[Any]) -> None:
+    line = request() | {"url": "/v1/completions", "body": {"prompt": prompt}}
+    with pytest.raises(BadRequest, match="^prompt must be one text"):
+        row_of_request(line)
+
+
 def test_what_means_as_usual_is_dropped() -> None:
     usual: dict[str, Any] = {
         "n": 1,
@@ -221,6 +228,31 @@ def test_a_row_that_no_run_would_take_is_not_turned_into_a_request(tmp_path: Pat
 def test_other_endings_are_a_usage_error(tmp_path: Path, source: str, target: str) -> None:
     with pytest.raises(UsageError, match="convert from"):
         convert(Location(tmp_path / source), Location(tmp_path / target))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_target_that_is_there_stays_unless_it_is_to_be_overwritten(
+    tmp_path: Path, overwrite: bool
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", request())
+    target = tmp_path / "rows.parquet"
+    target.write_bytes(b"mine")
+    if overwrite:
+        assert convert(Location(source), Location(target), overwrite=True) == 1
+        assert pl.read_parquet(target)["custom_id"].to_list() == ["a"]
+        return
+    with pytest.raises(UsageError, match="is there already; .*, or add --overwrite$"):
+        convert(Location(source), Location(target))
+    assert target.read_bytes() == b"mine"
+
+
+def test_nothing_is_converted_onto_itself(tmp_path: Path) -> None:
+    pl.DataFrame({"id": ["a"], "prompt": ["p"]}).write_parquet(tmp_path / "rows")
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "rows")
+    before = (tmp_path / "rows").read_bytes()
+    with pytest.raises(UsageError, match="is there already; choose another name$"):
+        convert(Location(tmp_path / "rows"), Location(tmp_path / "rows.jsonl"), overwrite=True)
+    assert (tmp_path / "rows").read_bytes() == before
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
