@@ -56,6 +56,18 @@ def test_readers_go_by_the_marker(store: Store, bucket: str, tmp_path: Path) -> 
     check_whole(store, bucket, later)
 
 
+def test_who_knew_of_no_publication_replaces_none(
+    store: Store, bucket: str, tmp_path: Path
+) -> None:
+    """One that was made since it looked: it stays, and nothing is left beside it."""
+    publish(bucket, content(tmp_path))
+    before = store.keys(bucket)
+    with pytest.raises(RunDirectoryError, match="somebody else published .* meanwhile"):
+        publish(bucket, content(tmp_path, state=2))
+    assert store.keys(bucket) == before
+    check_whole(store, bucket, content(tmp_path))
+
+
 @pytest.mark.fault(
     "store that fails at publish",
     injected="every call to the store refused once, or done with its answer lost",
