@@ -192,7 +192,7 @@ def test_a_passed_audit_is_the_flows_result_and_reported(
     monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))  # slow
     flat = {"model": str(model_folder), "engine": "naive", "max_new_tokens": 2}
     run_job(job[0], Path(job[1]), JobSettings.from_flat(flat))
-    found = flow_audit(job[1], {"audit-arms": 0})
+    found = flow_audit(job[1], {"audit-arms": 0, "audit-sample": "100%"})
     assert found == {"verdict": "pass", "rows_audited": 2}
     assert (Path(job[1]) / "report.html").exists()
 

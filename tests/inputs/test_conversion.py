@@ -17,7 +17,9 @@ from pipeline.inputs.conversion import convert
 from pipeline.inputs.openai_batch import BadRequest, request_of_row, row_of_request
 from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
+from pipeline.run import run_job
 from pipeline.settings import ReadSettings
+from tests.tiny_job import echo_settings
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why? Ünïcode"}]
 
@@ -215,6 +217,23 @@ def test_columns_that_only_share_a_name_with_a_request_change_nothing(tmp_path: 
 def test_a_mark_of_byte_order_is_not_part_of_the_first_line(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(b'\xef\xbb\xbf{"id": "a", "prompt": "x"}\r\n')
     assert convert(Location(tmp_path / "in.jsonl"), Location(tmp_path / "rows.parquet")) == 1
+
+
+def test_answers_to_a_named_column_of_conversations_are_those_of_chats(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """Though there is a column `prompt`, which alone would make them completions."""
+    rows = {"id": ["a"], "talk": [json.dumps(CHAT)], "prompt": ["of something else"]}
+    pl.DataFrame(rows).write_parquet(tmp_path / "in.parquet")
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    kinds = {"talk": "chat.completion", "prompt": "text_completion"}
+    for column, kind in kinds.items():
+        said = {"messages_column": "talk"} if column == "talk" else {"prompt_column": "prompt"}
+        settings = echo_settings(tokenizer_folder, chat_template=tmp_path / "t.jinja", **said)
+        run_job(str(tmp_path / "in.parquet"), tmp_path / column, settings)
+        convert(Location(tmp_path / column), Location(tmp_path / f"{column}.jsonl"))
+        (line,) = read_lines(tmp_path / f"{column}.jsonl")
+        assert line["response"]["body"]["object"] == kind
 
 
 def test_a_row_that_no_run_would_take_is_not_turned_into_a_request(tmp_path: Path) -> None:

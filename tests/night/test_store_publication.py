@@ -11,6 +11,7 @@ import pytest
 from pipeline.errors import CoppiceError, RunDirectoryError, StorageError
 from pipeline.location import Location
 from pipeline.night.calendar import forget_due, mark_due, unfinished_before
+from pipeline.night.ending import NightFailure
 from pipeline.night.publication import publish_run
 from pipeline.night.published import Content
 from pipeline.night.s3_target import S3Target
@@ -171,7 +172,11 @@ def test_nights_below_a_bucket(audited: NightlyJob, store: Store, bucket: str) -
     """Runs and publications both there; a night that never began is caught up."""
     audited.say(output=f"s3://{bucket}/nights", publish=f"s3://{bucket}/published")
     (skipped,) = audited.sit(before(1))
-    assert skipped.exit_code == 2 and store.keys(bucket) == []
+    assert (
+        isinstance(skipped, NightFailure)
+        and skipped.error.exit_code == 2
+        and store.keys(bucket) == []
+    )
     (done,) = audited.sit()
     assert done.state == "completed", done.sentence()
     assert marker(store, bucket) is not None
