@@ -51,3 +51,12 @@ def server() -> Server:
     from tests.torture.victim import Server  # with torch, which neither every test nor xdist needs
 
     return Server()
+
+
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """The compiled kernels are loaded: a test with a cache of its own would compile them again,
+    which takes 20 s."""
+    from pipeline.engine.kernels.native import why_unavailable
+
+    why_unavailable()
