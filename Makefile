@@ -22,6 +22,7 @@ FAST ?= tests/test_settings.py tests/test_docs.py tests/test_imports.py tests/te
 	tests/inputs/test_prompt_source.py tests/storage/test_schema.py tests/inputs/test_partitions.py \
 	tests/inputs/test_prompt_template.py tests/inputs/test_conversion.py \
 	tests/storage/test_part_file.py tests/storage/test_run_directory.py \
+	tests/storage/test_targets.py tests/cli/test_tables.py \
 	tests/executor/test_dispatch.py tests/audit/test_sample.py tests/audit/test_evidence.py \
 	tests/audit/test_verdict.py tests/report/test_metrics.py tests/report/test_tree.py \
 	tests/night/test_cron.py tests/night/test_dates.py tests/night/test_settings.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
@@ -14,7 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pipeline.settings import JobSettings  # noqa: E402
 from tests.tiny_job import echo_settings, write_model, write_tokenizer  # noqa: E402
-from tests.torture.victim import Server  # noqa: E402
+
+if TYPE_CHECKING:
+    from tests.torture.victim import Server
 
 # A busy machine is slow now and then, and that is no fault of what is tested.
 hypothesis.settings.register_profile("coppice", deadline=None)
@@ -45,4 +48,15 @@ def settings(tokenizer_folder: Path) -> JobSettings:
 @pytest.fixture(scope="session")
 def server() -> Server:
     """One for all tests: Python starts one fork server, with the modules that were named first."""
+    from tests.torture.victim import Server  # with torch, which neither every test nor xdist needs
+
     return Server()
+
+
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """The compiled kernels are loaded: a test with a cache of its own would compile them again,
+    which takes 20 s."""
+    from pipeline.engine.kernels.native import why_unavailable
+
+    why_unavailable()

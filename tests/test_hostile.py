@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -27,11 +28,27 @@ pytestmark = pytest.mark.timeout(600)  # a process for each attack: some 40 s, m
 Outcomes = dict[tuple[str, str], tuple[str, float]]
 
 
+def cases(slow: bool) -> list[tuple[str, str]]:
+    """Attacks on time and memory, and kinds of templates."""
+    pairs = itertools.product(hostile.EXHAUSTION, hostile.KINDS)
+    return [(attack, kind) for attack, kind in pairs if hostile.is_slow(attack, kind) == slow]
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """(attack, kind of template) -> (what a person is told, seconds), all in one child."""
-    folder = write_tokenizer(tmp_path_factory.mktemp("hostile"))
-    command = [sys.executable, "-m", "tests.hostile", str(folder)]
+    return run_child(tmp_path_factory.mktemp("hostile"))
+
+
+@pytest.fixture(scope="module")
+def slow_outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """Those of the attacks that the fast suite leaves out."""
+    return run_child(tmp_path_factory.mktemp("hostile"), "slow")
+
+
+def run_child(folder: Path, *words: str) -> Outcomes:
+    write_tokenizer(folder)
+    command = [sys.executable, "-m", "tests.hostile", str(folder), *words]
     root = str(Path(__file__).resolve().parents[1])
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=550, cwd=folder,
@@ -61,14 +78,20 @@ def test_a_template_reaches_nothing_outside(outcomes: Outcomes, attack: str, kin
     injected="endless loops, huge texts and numbers, deep nesting",
     outcome="an error of the row within its time limit, or a refusal; never a hang",
 )
-@pytest.mark.parametrize("kind", hostile.KINDS)
-@pytest.mark.parametrize("attack", hostile.EXHAUSTION)
+@pytest.mark.parametrize(("attack", "kind"), cases(slow=False))
 def test_a_template_takes_neither_all_time_nor_all_memory(
     outcomes: Outcomes, attack: str, kind: str
 ) -> None:
     """Seen red: "nested loops" without a limit (hung), "string in steps" in chats and "deep loops"
     in both (an unexpected MemoryError, SyntaxError ended the job)."""
     said, seconds = outcomes[attack, kind]
+    assert said.startswith(("row: ", "job: ")) and seconds < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("attack", "kind"), cases(slow=True))
+def test_no_other_chat_template_does(slow_outcomes: Outcomes, attack: str, kind: str) -> None:
+    said, seconds = slow_outcomes[attack, kind]
     assert said.startswith(("row: ", "job: ")) and seconds < 30
 
 

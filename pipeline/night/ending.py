@@ -25,11 +25,6 @@ class NightOutcome:
     published: str | None = None
     page: str | None = None
 
-    @property
-    def exit_code(self) -> int:
-        """Of a command that did this night alone."""
-        return 0
-
     def sentence(self) -> str:
         """For a log and as a flow's final state; begins with the state, has no text of a row."""
         if self.state == "skipped":
@@ -56,11 +51,6 @@ class NightFailure:
         """`stopped`: the same command goes on."""
         is_stop = isinstance(self.error, TimeBudgetReached | Interrupted)
         return "stopped" if is_stop else "failed"
-
-    @property
-    def exit_code(self) -> int:
-        """Of a command that did this night alone."""
-        return self.error.exit_code
 
     def sentence(self) -> str:
         """As of an outcome."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -190,7 +191,7 @@ class RemoteFolder:
 
 def _connect(location: Location, url: str) -> Any:
     try:
-        import boto3
+        import botocore.session  # of boto3, which adds nothing that is needed here
         from botocore import UNSIGNED
         from botocore.config import Config
     except ImportError:
@@ -208,8 +209,10 @@ def _connect(location: Location, url: str) -> Any:
     )
     try:
         with _store_errors(f"cannot use {url}"):
-            # A session of its own: boto3's default one is shared by all threads of the process.
-            return boto3.session.Session().client(
+            session = botocore.session.Session()
+            loader = _service_descriptions(session.get_config_variable("data_path"))
+            session.register_component("data_loader", loader)
+            return session.create_client(
                 "s3",
                 endpoint_url=endpoint,
                 region_name=options.get("region"),
@@ -220,6 +223,17 @@ def _connect(location: Location, url: str) -> Any:
             )
     except ValueError as error:
         raise UsageError(f"cannot use {url}: {error}; check AWS_ENDPOINT_URL") from None
+
+
+@functools.cache
+def _service_descriptions(data_path: str | None) -> Any:
+    """What botocore reads of each service before there is a client, for all sessions once.
+
+    That is most of the time that a client takes, and a job makes half a dozen of them.
+    """
+    from botocore.loaders import create_loader
+
+    return create_loader(data_path)
 
 
 def _md5(file: BufferedReader) -> str:

@@ -108,7 +108,7 @@ def no_extras(monkeypatch: pytest.MonkeyPatch) -> None:
         return None if name in ("ray", "vllm") else find(name, package)
 
     monkeypatch.setattr("pipeline.early_checks.find_spec", lookup)
-    monkeypatch.setitem(__import__("sys").modules, "boto3", None)
+    monkeypatch.setitem(__import__("sys").modules, "botocore", None)
 
 
 @pytest.mark.parametrize(("spoil", "says"), FAULTS, ids=[says[:40] for _, says in FAULTS])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.cli.logs import JsonObserver, log_to_stderr, make_observer
+from pipeline.job.observer import Planning
 from tests.cli.test_app import Shell
 from tests.cli.test_progress import HALF
 from tests.tiny_job import write_prompts
@@ -51,6 +52,17 @@ def test_progress_is_logged_with_its_numbers(capsys: pytest.CaptureFixture[str])
     assert logged["event"] == "progress" and logged["message"].startswith("600000/1000000 rows")
     assert (logged["rows_failed"], logged["rows_per_s"]) == (12, 25.0)
     assert logged["eta_s"] == pytest.approx(16_000.0)
+
+
+def test_planning_is_logged_with_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    log_to_stderr("json")
+    JsonObserver(every_s=0.0).show_planning(
+        Planning(rows_done=300, rows_total=900, rows_before=0, elapsed_s=6.0)
+    )
+    (logged,) = records(capsys.readouterr().err)
+    log_to_stderr()
+    assert (logged["event"], logged["rows_done"], logged["eta_s"]) == ("planning", 300, 12.0)
+    assert "300" in logged["message"]
 
 
 def test_nobody_is_told_where_progress_is_off() -> None:

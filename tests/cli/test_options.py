@@ -30,3 +30,9 @@ def test_storage_options_of_a_flag_join_those_of_the_file(tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="storage-options: write it as name=value") as error:
         merge({"storage_options": ["canary"]}, config)
     assert "canary" not in str(error.value)
+
+
+def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text("# model: m\n")
+    assert merge({"model": "of the flag"}, config).model.model == "of the flag"

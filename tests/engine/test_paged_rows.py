@@ -144,9 +144,12 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     return Watch(monkeypatch)
 
 
-@pytest.fixture(params=[(32, 64), (3, 2), (1, 1)], ids=["real blocks", "small", "single slots"])
+BLOCKS = {"real blocks": (32, 64), "small": (3, 2), "single slots": (1, 1)}
+
+
+@pytest.fixture(params=BLOCKS)
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    first, later = request.param
+    first, later = BLOCKS[request.param]
     monkeypatch.setattr(live, "FIRST_NEW_TOKENS", first)
     monkeypatch.setattr(scheduler, "BLOCK_TOKENS", later)
     yield
@@ -243,15 +246,24 @@ def assert_same(plan: Plan, done: dict[int, Completion], free: dict[int, Complet
             assert naive.replay(prompt, token_ids, params, key).deficit.max() < 1e-5
 
 
+# Kernels, blocks and seed: each kernel and all blocks in the fast suite; the oracle is the slowest.
+FAST = [
+    *(("auto", blocks, seed) for blocks in BLOCKS for seed in range(2)),
+    *(("torch", blocks, 3) for blocks in ("real blocks", "single slots")),
+    ("recorded", "small", 3),
+]
+SLOW = [
+    *(("auto", blocks, seed) for blocks in BLOCKS for seed in range(2, 6)),
+    ("torch", "small", 3),
+    *(("recorded", blocks, 3) for blocks in ("real blocks", "single slots")),
+]
+
+
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize(
-    ("kernels", "seed"),
-    [
-        *(("auto", seed) for seed in range(3)),
-        *(pytest.param("auto", seed, marks=pytest.mark.slow) for seed in range(3, 6)),
-        ("torch", 3),
-        ("recorded", 3),
-    ],
+    ("kernels", "blocks", "seed"),
+    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    indirect=["blocks"],
 )
 def test_any_budget_gives_the_same_answers(
     kernels: str, seed: int, watch: Watch, monkeypatch: pytest.MonkeyPatch
@@ -284,7 +296,9 @@ def test_any_budget_gives_the_same_answers(
         watch.assert_all_released()
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 12))]
+)
 def test_rows_may_be_preempted_at_any_moment(
     seed: int, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from prefect.client.schemas.objects import StateType
 
 import flows
-from flows.nightly import final_state
+from flows.nightly import _run_name, final_state
 from pipeline.errors import AuditFailed, CoppiceError, FolderInUse, Interrupted, TimeBudgetReached
 from pipeline.night.ending import Ending, NightFailure, NightOutcome, worst
 from tests.night.job import DAY, before
@@ -49,6 +50,15 @@ def test_a_state_has_the_kind_the_name_and_the_sentences(
 def test_a_file_that_cannot_be_read_fails_with_its_sentence() -> None:
     error = CoppiceError("nightly.yaml: unknown setting 'modle'; did you mean model")
     assert final_state([], error).message == f"{error}."
+
+
+def test_the_run_of_a_file_that_cannot_be_read_has_the_files_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Prefect asks before the flow can say what is wrong with it."""
+    parameters = {"file": str(tmp_path / "reviews.yaml"), "date": "2026-11-22"}
+    monkeypatch.setattr("flows.nightly.flow_run", SimpleNamespace(parameters=parameters))
+    assert _run_name() == "reviews"
 
 
 def test_no_night_that_ended_is_a_zombie() -> None:

@@ -22,6 +22,7 @@ from flows.credentials import S3Credentials
 from flows.generate import generate
 from flows.nightly import nightly
 from flows.parameters import JobForm
+from pipeline.audit.similarity import Encoder
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.errors import AuditFailed, EngineError, InputError, UsageError
 from pipeline.job.outcome import RunOutcome
@@ -183,6 +184,25 @@ def test_a_failed_audit_fails_the_flow_and_is_reported(
     assert reported == [job[1]]
     shown = str(Artifact.get("night-summary"))
     assert "| rows | 2 |" in shown and f"`{job[1]}/report.html` on " in shown
+
+
+def test_a_passed_audit_is_the_flows_result_and_reported(
+    job: tuple[str, str, dict[str, Any]], model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))  # slow
+    flat = {"model": str(model_folder), "engine": "naive", "max_new_tokens": 2}
+    run_job(job[0], Path(job[1]), JobSettings.from_flat(flat))
+    found = flow_audit(job[1], {"audit-arms": 0, "audit-sample": "100%"})
+    assert found == {"verdict": "pass", "rows_audited": 2}
+    assert (Path(job[1]) / "report.html").exists()
+
+
+def test_a_job_without_a_model_says_where_to_name_one(
+    job: tuple[str, str, dict[str, Any]],
+) -> None:
+    with pytest.raises(UsageError, match="^no model is named; fill in model, or name it in the"):
+        flow_generate(job[0], job[1], {"engine": "echo"})
+    assert not Path(job[1]).exists()
 
 
 def test_prefect_is_told_not_to_track() -> None:

@@ -17,7 +17,9 @@ from pipeline.inputs.conversion import convert
 from pipeline.inputs.openai_batch import BadRequest, request_of_row, row_of_request
 from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
+from pipeline.run import run_job
 from pipeline.settings import ReadSettings
+from tests.tiny_job import echo_settings
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why? Ünïcode"}]
 
@@ -89,6 +91,13 @@ def test_a_request_comes_back_as_it_was(body: dict[str, Any], text: str) -> None
 def test_what_would_change_the_answer_is_refused(body: dict[str, Any], said: str) -> None:
     with pytest.raises(BadRequest, match=said):
         row_of_request(request(**body))
+
+
+@pytest.mark.parametrize("prompt", [["one", "two"], [5, 6]])
+def test_a_completion_of_several_prompts_or_of_ids_is_refused(prompt: list[Any]) -> None:
+    line = request() | {"url": "/v1/completions", "body": {"prompt": prompt}}
+    with pytest.raises(BadRequest, match="^prompt must be one text"):
+        row_of_request(line)
 
 
 def test_what_means_as_usual_is_dropped() -> None:
@@ -210,6 +219,23 @@ def test_a_mark_of_byte_order_is_not_part_of_the_first_line(tmp_path: Path) -> N
     assert convert(Location(tmp_path / "in.jsonl"), Location(tmp_path / "rows.parquet")) == 1
 
 
+def test_answers_to_a_named_column_of_conversations_are_those_of_chats(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """Though there is a column `prompt`, which alone would make them completions."""
+    rows = {"id": ["a"], "talk": [json.dumps(CHAT)], "prompt": ["of something else"]}
+    pl.DataFrame(rows).write_parquet(tmp_path / "in.parquet")
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    kinds = {"talk": "chat.completion", "prompt": "text_completion"}
+    for column, kind in kinds.items():
+        said = {"messages_column": "talk"} if column == "talk" else {"prompt_column": "prompt"}
+        settings = echo_settings(tokenizer_folder, chat_template=tmp_path / "t.jinja", **said)
+        run_job(str(tmp_path / "in.parquet"), tmp_path / column, settings)
+        convert(Location(tmp_path / column), Location(tmp_path / f"{column}.jsonl"))
+        (line,) = read_lines(tmp_path / f"{column}.jsonl")
+        assert line["response"]["body"]["object"] == kind
+
+
 def test_a_row_that_no_run_would_take_is_not_turned_into_a_request(tmp_path: Path) -> None:
     pl.DataFrame({"id": ["a", "b"], "prompt": ["p", None]}).write_parquet(tmp_path / "in.parquet")
     with pytest.raises(InputError, match="row 1 of"):
@@ -221,6 +247,31 @@ def test_a_row_that_no_run_would_take_is_not_turned_into_a_request(tmp_path: Pat
 def test_other_endings_are_a_usage_error(tmp_path: Path, source: str, target: str) -> None:
     with pytest.raises(UsageError, match="convert from"):
         convert(Location(tmp_path / source), Location(tmp_path / target))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_target_that_is_there_stays_unless_it_is_to_be_overwritten(
+    tmp_path: Path, overwrite: bool
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", request())
+    target = tmp_path / "rows.parquet"
+    target.write_bytes(b"mine")
+    if overwrite:
+        assert convert(Location(source), Location(target), overwrite=True) == 1
+        assert pl.read_parquet(target)["custom_id"].to_list() == ["a"]
+        return
+    with pytest.raises(UsageError, match="is there already; .*, or add --overwrite$"):
+        convert(Location(source), Location(target))
+    assert target.read_bytes() == b"mine"
+
+
+def test_nothing_is_converted_onto_itself(tmp_path: Path) -> None:
+    pl.DataFrame({"id": ["a"], "prompt": ["p"]}).write_parquet(tmp_path / "rows")
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "rows")
+    before = (tmp_path / "rows").read_bytes()
+    with pytest.raises(UsageError, match="is there already; choose another name$"):
+        convert(Location(tmp_path / "rows"), Location(tmp_path / "rows.jsonl"), overwrite=True)
+    assert (tmp_path / "rows").read_bytes() == before
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

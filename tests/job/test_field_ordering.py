@@ -127,3 +127,13 @@ def test_two_values_that_collide_change_no_prompt(
     lines = [Counter(prompt.split("\n")) for prompt in prompts(open_with(folder))]
     ordered = open_with(folder, reorder_fields=True)
     assert [Counter(prompt.split("\n")) for prompt in prompts(ordered)] == lines
+
+
+def test_more_fields_than_can_be_ordered_are_refused(folder: Path) -> None:
+    names = [f"f{number}" for number in range(256)]
+    row = {"id": ["a"], **{name: ["x"] for name in names}}
+    pl.DataFrame(row).write_parquet(folder / "in.parquet")
+    listed = ", ".join(map(repr, names))
+    (folder / "t.j2").write_text(f"{{% for n, v in fields({listed}) %}}{{{{ v }}}}{{% endfor %}}")
+    with pytest.raises(UsageError, match="lists 256 columns; at most 255 work"):
+        plan_rows(open_with(folder, reorder_fields=True))

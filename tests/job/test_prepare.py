@@ -44,6 +44,15 @@ def test_the_one_token_that_is_left_is_the_last_one(tokenizer: PromptTokenizer) 
     assert preparation.prepare(batch_of("0123456789")).flat.tolist() == whole[-1:]
 
 
+def test_keep_leaves_the_prompt_and_its_limit_as_they_are(tokenizer: PromptTokenizer) -> None:
+    """For models whose context is longer than their config says."""
+    whole = tokenizer.encode_batch(["0123456789"]).flat.tolist()
+    preparation = Preparation(tokenizer, SamplingSettings(max_new_tokens=9), {}, Limits(6, "keep"))
+    prepared = preparation.prepare(batch_of("0123456789"))
+    assert prepared.flat.tolist() == whole and len(whole) > 6 and not prepared.rejected
+    assert prepared.params[0].max_new_tokens == 9
+
+
 def test_vllm_refuses_the_rows_whose_rules_it_would_leave_out(tokenizer: PromptTokenizer) -> None:
     preparation = Preparation(tokenizer, SamplingSettings(), {}, Limits(None, "error", "vllm"))
     asked = preparation.prepare(batch_of("hi", no_repeat_ngram_size=2))

@@ -61,7 +61,9 @@ class Nights:
 
 
 @pytest.fixture
-def nights(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Nights:
+def nights(
+    kernels: None, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Nights:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no rates: loading always pays
     return Nights(tmp_path, model_folder)
 

@@ -16,7 +16,7 @@ RUN = {"prefilled_tokens": 4000, "generated_tokens": 1000, "prefill_s": 2.0, "de
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

@@ -23,6 +23,7 @@ from pipeline.engine.base import Engine
 from pipeline.engine.load import make_engine
 from pipeline.errors import (
     AuditFailed,
+    CoppiceError,
     EngineError,
     FolderInUse,
     Interrupted,
@@ -95,7 +96,7 @@ def test_what_a_night_will_need_is_checked_before_a_row_is_read(
     says: str,
 ) -> None:
     """Else a night would be planned, answered and audited first."""
-    monkeypatch.setitem(sys.modules, "boto3", None)
+    monkeypatch.setitem(sys.modules, "botocore", None)
     monkeypatch.setattr("pipeline.early_checks.find_spec", lambda name: None)
     spoil(job)
     prepared = watch_prepared(monkeypatch)
@@ -121,7 +122,7 @@ def outcome(ending: Ending) -> NightOutcome:
     return ending
 
 
-def error_of(ending: Ending) -> Exception:
+def error_of(ending: Ending) -> CoppiceError:
     assert isinstance(ending, NightFailure), ending.sentence()
     return ending.error
 
@@ -229,7 +230,7 @@ def test_failed_rows_are_said_below_the_bar_and_fail_the_night_above_it(
         assert "(1 allowed)" in done.sentence()
         assert job.days_published() == ["2026-11-22"]
         return
-    assert isinstance(error_of(ending), TooManyFailedRows) and ending.exit_code == 3
+    assert isinstance(error_of(ending), TooManyFailedRows) and error_of(ending).exit_code == 3
     assert job.days_published() == [] and not (job.run_directory() / "audit").exists()
     job.say(fail_on_error="0.3")  # a person has looked at the rows: the same night goes on
     assert outcome(job.sit()[0]).published
@@ -247,7 +248,7 @@ def test_a_failed_audit_leaves_its_report_and_publishes_nothing(
     with monkeypatch.context() as patch:
         fail_audits(patch)
         (ending,) = job.sit()
-    assert isinstance(error_of(ending), AuditFailed) and ending.exit_code == 4
+    assert isinstance(error_of(ending), AuditFailed) and error_of(ending).exit_code == 4
     assert "FAILED" in (job.run_directory() / "report.md").read_text()
     assert not job.published.exists()
     job.give_input(before(-1))
@@ -271,7 +272,7 @@ def test_a_night_without_input_fails_or_is_skipped(job: NightlyJob, wish: str) -
     if wish == "skip":
         assert outcome(ending).sentence() == "Skipped: there is no input for 2026-11-22."
     else:
-        assert isinstance(error_of(ending), NoInput) and ending.exit_code == 2
+        assert isinstance(error_of(ending), NoInput) and error_of(ending).exit_code == 2
     assert not job.run_directory().exists()
     job.give_input(before(-1))
     assert [ending.date for ending in job.sit(before(-1))] == [before(-1)]
@@ -280,7 +281,7 @@ def test_a_night_without_input_fails_or_is_skipped(job: NightlyJob, wish: str) -
 def test_an_input_folder_that_vanished_is_not_skipped(job: NightlyJob) -> None:
     job.say(on_no_input="skip", input="mount/{date}/*.parquet")
     (ending,) = job.sit()
-    assert "is its disk mounted?" in str(error_of(ending)) and ending.exit_code == 2
+    assert "is its disk mounted?" in str(error_of(ending)) and error_of(ending).exit_code == 2
 
 
 def test_an_input_that_vanished_from_a_begun_night_is_not_skipped(
@@ -346,7 +347,7 @@ def test_a_publication_that_failed_is_made_up_for_without_input(
     with monkeypatch.context() as patch:
         patch.setattr(night_module, "publish_night", refuse)
         (ending,) = job.sit()
-    assert isinstance(error_of(ending), StorageError) and ending.exit_code == 1
+    assert isinstance(error_of(ending), StorageError) and error_of(ending).exit_code == 1
     assert read_state(job.night()).stage == "audited"
     job.take_input()
     job.give_input(before(-1))
@@ -378,7 +379,7 @@ def test_what_a_time_budget_cut_off_is_finished_first(
         act_after(patch, 1, skip_an_hour)
         (ending,) = job.sit()
     monkeypatch.undo()
-    assert isinstance(error_of(ending), TimeBudgetReached) and ending.exit_code == 75
+    assert isinstance(error_of(ending), TimeBudgetReached) and error_of(ending).exit_code == 75
     assert (ending.state, ending.date) == ("stopped", before(1))
     job.give_input(before(-1))
     endings = job.sit(before(-1))
@@ -508,7 +509,24 @@ def test_a_run_of_other_settings_in_the_place_of_a_night_is_refused(
     begin(job, monkeypatch)
     job.say(max_new_tokens=5)
     (ending,) = job.sit()
-    assert ending.exit_code == 2 and "max_new_tokens" in str(error_of(ending))
+    assert error_of(ending).exit_code == 2 and "max_new_tokens" in str(error_of(ending))
+
+
+def test_a_night_of_which_too_many_rows_failed_waits_for_a_person(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    job = NightlyJob(tmp_path, model_folder, fail_on_error="0")
+    job.give_input(prompts=["why?", None])
+    assert error_of(job.sit()[0]).exit_code == 3
+    state = read_state(job.night())
+    assert (state.stage, state.rows, state.rows_failed) == ("too many failed", 2, 1)
+    assert not state.is_unfinished and not job.published.exists()
+
+
+def test_what_is_published_stays_when_the_bar_is_raised(audited: NightlyJob) -> None:
+    assert outcome(audited.sit()[0]).published
+    audited.say(audit_sample="100%")
+    assert read_state(audited.night()).stage == "done"
 
 
 def test_an_audit_of_other_rows_is_made_again(audited: NightlyJob) -> None:

@@ -361,6 +361,16 @@ def test_by_hand_date_and_job_come_from_the_path(audited: NightlyJob) -> None:
     assert marker["job"] == "elsewhere"
 
 
+def test_a_run_whose_summary_of_the_plan_is_gone_is_not_published(audited: NightlyJob) -> None:
+    """Its hash says which plan the rows are of."""
+    (audited.run_directory() / "plan" / "summary.json").unlink()
+    with pytest.raises(
+        RunDirectoryError, match="plan/summary.json is gone; run the same job again"
+    ):
+        publish(audited)
+    assert audited.days_published() == []
+
+
 def test_a_report_is_published_as_the_run_is_now(audited: NightlyJob) -> None:
     page = audited.run_directory() / "report.html"
     page.unlink()

@@ -11,6 +11,7 @@ import pytest
 from pipeline.errors import CoppiceError, RunDirectoryError, StorageError
 from pipeline.location import Location
 from pipeline.night.calendar import forget_due, mark_due, unfinished_before
+from pipeline.night.ending import NightFailure
 from pipeline.night.publication import publish_run
 from pipeline.night.published import Content
 from pipeline.night.s3_target import S3Target
@@ -54,6 +55,18 @@ def test_readers_go_by_the_marker(store: Store, bucket: str, tmp_path: Path) -> 
     later = content(tmp_path, held, state=2)
     publish(bucket, later)
     check_whole(store, bucket, later)
+
+
+def test_who_knew_of_no_publication_replaces_none(
+    store: Store, bucket: str, tmp_path: Path
+) -> None:
+    """One that was made since it looked: it stays, and nothing is left beside it."""
+    publish(bucket, content(tmp_path))
+    before = store.keys(bucket)
+    with pytest.raises(RunDirectoryError, match="somebody else published .* meanwhile"):
+        publish(bucket, content(tmp_path, state=2))
+    assert store.keys(bucket) == before
+    check_whole(store, bucket, content(tmp_path))
 
 
 @pytest.mark.fault(
@@ -159,7 +172,11 @@ def test_nights_below_a_bucket(audited: NightlyJob, store: Store, bucket: str) -
     """Runs and publications both there; a night that never began is caught up."""
     audited.say(output=f"s3://{bucket}/nights", publish=f"s3://{bucket}/published")
     (skipped,) = audited.sit(before(1))
-    assert skipped.exit_code == 2 and store.keys(bucket) == []
+    assert (
+        isinstance(skipped, NightFailure)
+        and skipped.error.exit_code == 2
+        and store.keys(bucket) == []
+    )
     (done,) = audited.sit()
     assert done.state == "completed", done.sentence()
     assert marker(store, bucket) is not None

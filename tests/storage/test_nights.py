@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import StorageError
 from pipeline.location import Location
 from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.manifest import new_manifest
@@ -84,3 +85,36 @@ def test_nights_in_a_store(store: Store, bucket: str, tmp_path: Path) -> None:
         == []
     )
     assert read_remote_nights(RemoteFolder(Location(f"s3://{bucket}", ObjectStoreSettings()))) == []
+
+
+@pytest.mark.parametrize("method", ["names_inside", "read"])
+def test_a_night_that_the_store_does_not_give_is_shown_without_its_figures(
+    store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """As where the rights of a night's folder are its own."""
+    manifest = json.dumps(new_manifest({})).encode()
+    for date in ("2026-11-09", "2026-11-10"):
+        store.put(bucket, f"job/{date}/run.json", manifest)
+    whole = getattr(RemoteFolder, method)
+
+    def refuse(folder: RemoteFolder, *names: str) -> object:
+        if folder.name == "2026-11-09":
+            raise StorageError("access denied")
+        return whole(folder, *names)
+
+    monkeypatch.setattr(RemoteFolder, method, refuse)
+    url = Location(f"s3://{bucket}/job/2026-11-10", ObjectStoreSettings())
+    first, second = read_remote_nights(RemoteFolder(url))
+    assert (first.date, first.manifest, second.date) == ("2026-11-09", None, "2026-11-10")
+    assert second.manifest is not None
+
+
+def test_a_store_that_lists_no_neighbours_gives_no_trend(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: RemoteFolder) -> list[str]:
+        raise StorageError("access denied")
+
+    monkeypatch.setattr(RemoteFolder, "names_beside", refuse)
+    url = Location(f"s3://{bucket}/job/2026-11-10", ObjectStoreSettings())
+    assert read_remote_nights(RemoteFolder(url)) == []

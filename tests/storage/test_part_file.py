@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import stat
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -67,6 +69,33 @@ def test_a_part_that_vanished_or_is_foreign_is_named(tmp_path: Path) -> None:
     disguised = (tmp_path / "x.parquet").rename(tmp_path / f"part-00000-{digest[:12]}.parquet")
     with pytest.raises(StorageError, match="cannot be read"):
         read_part_footer(disguised)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"schema_version": 99}, "schema version 99, not"),
+        ({"rows": [[0, 3]]}, "its footer says 3 rows and it holds 2"),
+        ({"num_ok": 9}, "its footer says 2 rows and it holds 2"),
+        ({"rows": [[1, 2], [0, 1]], "num_ok": 3}, "its footer says"),
+        (None, "it has no column"),
+    ],
+)
+def test_a_part_of_another_make_says_what_is_other(
+    tmp_path: Path, change: dict[str, Any] | None, why: str
+) -> None:
+    """As one of a later version, or of a tool that kept the footer and not the rows."""
+    part, key = write_part(tmp_path, 0, answers([0, 1]), PROVENANCE), part_file._METADATA_KEY
+    table = pq.read_table(part)
+    described = json.loads(pq.read_metadata(part).metadata[key]) | (change or {})
+    if change is None:
+        table = table.drop_columns(["generated_text"])
+    table = table.replace_schema_metadata({key: json.dumps(described)})
+    pq.write_table(table, tmp_path / "x.parquet")
+    digest = hashlib.sha256((tmp_path / "x.parquet").read_bytes()).hexdigest()
+    path = (tmp_path / "x.parquet").rename(tmp_path / f"part-00000-{digest[:12]}.parquet")
+    with pytest.raises(StorageError, match=f"cannot be read.*{why}"):
+        read_part_footer(path)
 
 
 def test_a_part_that_reads_back_differently_is_not_committed(

@@ -567,7 +567,7 @@ def test_a_missing_library_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
     command: str,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "boto3", None)
+    monkeypatch.setitem(sys.modules, "botocore", None)
     with pytest.raises(UsageError, match=r"needs boto3; .*pip install -e '\.\[s3\]'"):
         run_job(prompts, out, settings) if command == "run" else read_status(Location(out))
 

@@ -20,7 +20,9 @@ CONTROL = ["<|bos|>", "<|im_start|>", "<|im_end|>"]
 _CORPUS = ["You are helpful.\n\nsystem user assistant", "hello there\n", "say <|im_end|> now"] * 9
 
 
-def save_tokenizer(folder: Path, template: str | None = CHATML, **strips: bool) -> Path:
+def save_tokenizer(
+    folder: Path, template: str | dict[str, str] | None = CHATML, **strips: bool
+) -> Path:
     """Train and save one; `strips` (lstrip, rstrip): control tokens swallow white space."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

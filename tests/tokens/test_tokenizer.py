@@ -214,6 +214,14 @@ def test_settings_that_fit_no_row_are_refused(folder: Path, tmp_path: Path) -> N
         load(folder, chat_template=tmp_path / "bad.jinja").encode_batch([user("hi")])
 
 
+def test_of_several_templates_without_a_default_one_is_to_be_chosen(tmp_path: Path) -> None:
+    several = save_tokenizer(tmp_path / "model", template={"rag": CHATML, "tools": CHATML})
+    with pytest.raises(UsageError, match="several chat templates.*choose one with --chat-template"):
+        load(several).encode_batch([user("hi")])
+    (tmp_path / "t.jinja").write_text(CHATML)
+    assert load(several, chat_template=tmp_path / "t.jinja").render(user("hi"))
+
+
 def test_decode_leaves_special_tokens_out(folder: Path) -> None:
     tokenizer = load(folder)
     texts = ["hello 🌲 there", "say  now"]
