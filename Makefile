@@ -13,6 +13,7 @@ demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts,
 # with few and long tests must not come last, where one worker would wait for the others; and since
 # a third of the time they wait for processes, there is one worker more than the two cores of CI.
 test: $(VENV)/.installed-dev  ## the whole test suite
+	-$(BIN)/python -m pipeline.engine.kernels.native  # compiled once, and not by each worker
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # By measured CPU time: what is left out starts models, processes, servers or clusters, or compiles.

@@ -27,7 +27,7 @@ _NATIVE_HEAD = 16  # the head size must be a multiple of it
 class Backend:
     """How a packed batch is computed; `note` tells a person where it is not the fastest way.
 
-    `tile_sizes`: numbers of tokens that the forward's calls have, none where it takes any number.
+    `tile_sizes`: numbers of tokens that its GEMMs have, none where they take any number.
     `recordable`: the kernel, where decode steps of it can be recorded and replayed.
     """
 

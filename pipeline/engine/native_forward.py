@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from pipeline.engine import int8_linear
@@ -107,13 +108,15 @@ class NativeForward:
 
     name = "native"
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, head_sizes: tuple[int, ...] = ()) -> None:
+        """`head_sizes`: rising numbers of tokens that the output layer takes; none: any number."""
         body: Any = model.model
         self._embedding = body.embed_tokens
         self._rotary = body.rotary_emb
         self._layers = [_Layer.of(layer) for layer in body.layers]
         self._norm = _Norm.of(body.norm)
         self._head = _packed(model.lm_head)
+        self._head_sizes = head_sizes
 
     def __call__(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
         x = self._embedding(batch.input_ids)
@@ -121,7 +124,14 @@ class NativeForward:
         x = x[0]
         for layer, kv in zip(self._layers, cache.arena, strict=True):
             x = layer(x, (cos, sin), batch, kv)
-        return self._head(self._norm(x[keep]))
+        x = self._norm(x[keep])
+        if not self._head_sizes:
+            return self._head(x)
+        return torch.cat([self._tiled_head(x) for x in torch.split(x, self._head_sizes[-1])])
+
+    def _tiled_head(self, x: Tensor) -> Tensor:
+        size = next(size for size in self._head_sizes if size >= len(x))
+        return self._head(pad(x, (0, 0, 0, size - len(x))))[: len(x)]
 
 
 def knows(config: Any) -> bool:

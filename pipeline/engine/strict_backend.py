@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.engine import native_forward
 from pipeline.engine.backend import Backend, fused_forward, knows_heads
-from pipeline.engine.forward import TransformersForward, can_pack
+from pipeline.engine.forward import Forward, TransformersForward, can_pack
 from pipeline.engine.kernels import native, native_kernel
 from pipeline.engine.kernels.strict_native_kernel import StrictNativeKernel
 from pipeline.engine.kernels.strict_torch_kernel import StrictTorchKernel
+from pipeline.engine.native_forward import NativeForward
 from pipeline.engine.tiled_forward import ONE_SIZE, SIZES, TiledForward
 from pipeline.errors import UsageError
 from pipeline.model.families import has_experts
+from pipeline.model.int8 import holds_int8
 from pipeline.model.model import LoadedModel
 
 
@@ -23,15 +26,15 @@ def choose_strict_backend(loaded: LoadedModel, kernels: str) -> Backend:
     reason = why_not_strict(loaded)
     if reason:
         raise UsageError(f"--fidelity strict: {reason}")
-    forward = _tiled(loaded, pack=kernels != "torch")
+    forward, sizes = _tiled(loaded, pack=kernels != "torch")
     if kernels == "torch":
-        return Backend(forward, StrictTorchKernel(), tile_sizes=forward.sizes)
+        return Backend(forward, StrictTorchKernel(), tile_sizes=sizes)
     reason = native.why_unavailable() or (None if knows_heads(loaded) else "unusual heads")
     if reason:
         note = f"strict attention runs query by query in plain torch: {reason}"
-        return Backend(forward, StrictTorchKernel(), note, tile_sizes=forward.sizes)
+        return Backend(forward, StrictTorchKernel(), note, tile_sizes=sizes)
     likeliest = native_kernel.likeliest_token
-    return Backend(forward, StrictNativeKernel(), None, likeliest, forward.sizes)
+    return Backend(forward, StrictNativeKernel(), None, likeliest, sizes)
 
 
 def why_not_strict(loaded: LoadedModel) -> str | None:
@@ -49,11 +52,17 @@ def why_not_strict(loaded: LoadedModel) -> str | None:
     return None
 
 
-def _tiled(loaded: LoadedModel, *, pack: bool) -> TiledForward:
-    """Packed GEMMs keep their bits in all `SIZES` on the machines that we saw; others do not."""
+def _tiled(loaded: LoadedModel, *, pack: bool) -> tuple[Forward, tuple[int, ...]]:
+    """A forward and the sizes of its tiles.
+
+    Packed GEMMs keep their bits in all `SIZES` on the machines that we saw; others do not. Layers
+    of int8 add whole numbers: there only the output layer needs tiles.
+    """
     model = loaded.model
     if not pack or not can_pack(model):
-        return TiledForward(TransformersForward(model, pack_weights=False), ONE_SIZE)
-    if native.why_unavailable() is None:
-        return TiledForward(fused_forward(model), SIZES)
-    return TiledForward(TransformersForward(model, pack_weights=True), SIZES)
+        return TiledForward(TransformersForward(model, pack_weights=False), ONE_SIZE), ONE_SIZE
+    if native.why_unavailable() is not None:
+        return TiledForward(TransformersForward(model, pack_weights=True), SIZES), SIZES
+    if holds_int8(model) and native_forward.suits(model):
+        return NativeForward(model, head_sizes=SIZES), SIZES
+    return TiledForward(fused_forward(model), SIZES), SIZES

@@ -107,6 +107,8 @@ def test_strict_mode_keeps_every_bit_in_int8(name: str) -> None:
     engine, plan = PrefixEngine(loaded_in_int8(name), settings), forest(0)
     assert strict_probe(engine) > 0
     alone = bits_alone(engine, plan)
+    if name.startswith("llama") and int8_linear.suits(layer_of(16, 16)):
+        assert engine.backend.forward.name == "native", "only the output layer is cut into tiles"
     for rows in (1, 7):
         limited = PrefixEngine(engine.loaded, settings.model_copy(update={"max_rows": rows}))
         assert num_unequal(bits(limited, plan), alone) == 0
