@@ -35,7 +35,11 @@ from tests.tiny_job import echo_settings, write_prompts, write_tokenizer
 flow_audit: Any = audit
 flow_generate: Any = generate
 CANARY = "canary 7461 sings"
-pytestmark = pytest.mark.usefixtures("prefect_harness")
+pytestmark = [
+    pytest.mark.usefixtures("prefect_harness"),
+    # Prefect's client leaves a socket to the garbage collector now and then.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture
@@ -218,7 +222,6 @@ SECRETS = {"access_key_id": "CANARY-ID", "secret_access_key": "CANARY-KEY"}
     injected="keys of a store in a Prefect flow: as parameters; in a block of credentials",
     outcome="refused before they are stored; used, and neither in the database nor in a log",
 )
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # block.save's
 def test_secrets_are_in_a_block_and_nowhere_else(
     job: tuple[str, str, dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,

@@ -41,7 +41,7 @@ def test_every_row_has_every_field_once_and_shares_what_a_trie_says() -> None:
 
 def test_never_worse_than_given_and_the_same_every_time() -> None:
     random = np.random.default_rng(2)
-    codes = tuple(random.integers(0, n, 3000).astype(np.int32) for n in (3, 40, 2900, 700))
+    codes = tuple(random.integers(0, n, 900).astype(np.int32) for n in (3, 12, 870, 210))
     costs = tuple(random.integers(1, 90, int(code.max()) + 1) for code in codes)
     table = FieldTable(codes, costs)
     order = best_order(table)
