@@ -4,7 +4,7 @@
 //   sums = q . w                            int32 by brgemm (oneDNN), exact in any order
 //   y = sums * scale of x * scale of w + b  float32, then the epilogue, rounded once
 //
-// As `Int8Linear` of model/int8.py computes. brgemm multiplies unsigned by signed bytes, so q is kept
+// As `Int8Linear` of model/int8.py computes. brgemm multiplies unsigned by signed bytes: q is kept
 // as q + 128 and 128 times the sum of each row of W is taken off again. Weights lie in blocks of 64
 // outputs, four inputs side by side, [K / 4, 64, 4], as VNNI and AMX take them.
 
