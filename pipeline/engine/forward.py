@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.engine import int8_linear, packed_linear
+from pipeline.engine import blocked_linear, packed_linear
 from pipeline.engine.attention import ATTENTION_NAME
-from pipeline.engine.int8_linear import PackedInt8Linear
+from pipeline.engine.blocked_linear import BlockedLinear
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.memory import free_memory
 from pipeline.engine.packed_linear import PackedLinear
@@ -44,12 +44,12 @@ class TransformersForward:
         self._is_running = False
         if pack_weights and can_pack(model):
             for module in model.modules():
-                if type(module) is nn.Linear:
+                if type(module) in (nn.Linear, Int8Linear) and blocked_linear.suits(module):
+                    self._pack(module, BlockedLinear(module))
+                elif type(module) is nn.Linear:
                     self._pack(module, PackedLinear.of(module))
                 elif type(module) is Conv1D:  # GPT-2 keeps its weights as [in, out]
                     self._pack(module, PackedLinear(module.weight.T, module.bias))
-                elif isinstance(module, Int8Linear) and int8_linear.suits(module):
-                    self._pack(module, PackedInt8Linear(module))
 
     def __call__(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
         if self._model.config._attn_implementation != ATTENTION_NAME:

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from pipeline.engine import int8_linear
+from pipeline.engine import blocked_linear
 from pipeline.engine.attention import copy_short_edges
+from pipeline.engine.blocked_linear import BlockedGate, BlockedLinear
 from pipeline.engine.forward import can_pack
-from pipeline.engine.int8_linear import PackedInt8Gate, PackedInt8Linear
 from pipeline.engine.kernels.rules import AttentionRules
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.packed_linear import PackedGate, PackedLinear
@@ -52,13 +52,13 @@ class _Layer:
     """The weights of one decoder layer."""
 
     attention_norm: _Norm
-    qkv: PackedLinear | PackedInt8Linear
+    qkv: BlockedLinear | PackedLinear
     head_norms: tuple[_Norm, _Norm] | None
     rules: AttentionRules
-    output: PackedLinear | PackedInt8Linear
+    output: BlockedLinear | PackedLinear
     mlp_norm: _Norm
-    gate_and_up: PackedGate | PackedInt8Gate
-    down: PackedLinear | PackedInt8Linear
+    gate_and_up: BlockedGate | PackedGate
+    down: BlockedLinear | PackedLinear
 
     @classmethod
     def of(cls, layer: Any) -> _Layer:
@@ -141,18 +141,19 @@ def knows(config: Any) -> bool:
 
 def suits(model: PreTrainedModel) -> bool:
     """Whether `NativeForward` knows this model and there is room for its weights."""
-    has_kernels = all(int8_linear.suits(m) for m in model.modules() if isinstance(m, Int8Linear))
+    has_kernels = all(blocked_linear.suits(m) for m in model.modules() if isinstance(m, Int8Linear))
     return knows(model.config) and has_kernels and can_pack(model)
 
 
-def _packed(*linears: Any) -> PackedLinear | PackedInt8Linear:
+def _packed(*linears: Any) -> BlockedLinear | PackedLinear:
     """Their outputs side by side."""
-    is_int8 = isinstance(linears[0], Int8Linear)
-    return PackedInt8Linear(*linears) if is_int8 else PackedLinear.of(*linears)
+    is_blocked = all(map(blocked_linear.suits, linears))
+    return BlockedLinear(*linears) if is_blocked else PackedLinear.of(*linears)
 
 
-def _packed_gate(gate: Any, up: Any) -> PackedGate | PackedInt8Gate:
-    return (PackedInt8Gate if isinstance(gate, Int8Linear) else PackedGate)(gate, up)
+def _packed_gate(gate: Any, up: Any) -> BlockedGate | PackedGate:
+    is_blocked = blocked_linear.suits(gate) and blocked_linear.suits(up)
+    return BlockedGate(gate, up) if is_blocked else PackedGate(gate, up)
 
 
 def _window(attention: Any) -> int:

@@ -4,7 +4,7 @@
 
 (W8A8, symmetric, scales of tokens as they come.) Sums are exact in int32, so that a product's bits
 depend on nothing that is computed beside it. The output layer, embeddings and norms stay as they
-are. This is the arithmetic in plain torch; `engine/kernels/int8.cpp` is the same, faster.
+are. This is the arithmetic in plain torch; `engine/kernels/linear.cpp` is the same, faster.
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
-"""The compiled int8 layers against the same arithmetic in plain torch, and the engine on both."""
+"""The compiled layers against the same arithmetic in plain torch, and the engine in int8."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import silu
 
-from pipeline.engine import int8_linear
-from pipeline.engine.int8_linear import PackedInt8Gate, PackedInt8Linear
+from pipeline.engine import blocked_linear
+from pipeline.engine.blocked_linear import BlockedGate, BlockedLinear
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.engine.verify.self_test import self_test
 from pipeline.engine.verify.strict_probe import strict_probe
@@ -29,7 +31,11 @@ def layer_of(outputs: int, inputs: int, bias: bool = False) -> Int8Linear:
 
 
 needs_kernel = pytest.mark.skipif(
-    not int8_linear.suits(layer_of(16, 16)), reason="no compiled int8 kernel on this machine"
+    not blocked_linear.suits(layer_of(16, 16)), reason="no compiled int8 kernel on this machine"
+)
+needs_bfloat16 = pytest.mark.skipif(
+    not blocked_linear.suits(nn.Linear(16, 16, dtype=torch.bfloat16)),
+    reason="no compiled bfloat16 kernel on this machine",
 )
 
 
@@ -39,7 +45,7 @@ needs_kernel = pytest.mark.skipif(
 def test_the_kernel_gives_the_bits_of_plain_torch(size: tuple[int, int], dtype: Any) -> None:
     torch.manual_seed(0)
     layer = layer_of(*size)
-    packed = PackedInt8Linear(layer)
+    packed = BlockedLinear(layer)
     for tokens in TOKENS:
         x = torch.randn(tokens, size[1]).to(dtype)
         assert torch.equal(packed(x), layer(x)), tokens
@@ -51,7 +57,7 @@ def test_layers_side_by_side_are_the_layers_alone() -> None:
     layers = [layer_of(n, 64, bias=True) for n in (96, 32, 32)]
     x = torch.randn(33, 64).bfloat16()
     expected = torch.cat([layer(x.float()) for layer in layers], 1)
-    torch.testing.assert_close(PackedInt8Linear(*layers)(x.float()), expected)
+    torch.testing.assert_close(BlockedLinear(*layers)(x.float()), expected)
 
 
 @needs_kernel
@@ -60,15 +66,41 @@ def test_what_follows_a_layer_is_rounded_once(outputs: int) -> None:
     torch.manual_seed(0)
     layer, up = layer_of(outputs, 128), layer_of(outputs, 128, bias=True)
     x, other = torch.randn(50, 128), torch.randn(50, outputs)
-    torch.testing.assert_close(PackedInt8Linear(layer).plus(x, other), layer(x) + other)
+    torch.testing.assert_close(BlockedLinear(layer).plus(x, other), layer(x) + other)
     gated = silu(layer(x)) * up(x)
-    torch.testing.assert_close(PackedInt8Gate(layer, up)(x), gated, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(BlockedGate(layer, up)(x), gated, rtol=1e-5, atol=1e-5)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_bfloat16_is_the_exact_product_rounded_once(size: tuple[int, int], bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(size[1], size[0], bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    packed, exact = BlockedLinear(layer), copy.deepcopy(layer).double()
+    gated, up = BlockedGate(layer, layer), exact
+    for tokens in TOKENS:
+        x = torch.randn(tokens, size[1], dtype=torch.bfloat16)
+        other = torch.randn(tokens, size[0], dtype=torch.bfloat16)
+        y = up(x.double())
+        pairs = ((packed(x), y), (packed.plus(x, other), y + other), (gated(x), silu(y) * y))
+        for found, expected in pairs:
+            torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-5)
+
+
+@needs_bfloat16
+def test_bfloat16_layers_side_by_side_are_the_layers_alone() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, n, dtype=torch.bfloat16).requires_grad_(False) for n in (96, 32, 32)]
+    x = torch.randn(3, 11, 64, dtype=torch.bfloat16)
+    expected = torch.cat([layer(x) for layer in layers], -1)
+    torch.testing.assert_close(BlockedLinear(*layers)(x), expected, rtol=2**-7, atol=1e-3)
 
 
 @needs_kernel
 def test_a_token_has_the_same_bits_whatever_stands_beside_it() -> None:
     torch.manual_seed(0)
-    packed, x = PackedInt8Linear(layer_of(960, 2048)), torch.randn(200, 2048).bfloat16()
+    packed, x = BlockedLinear(layer_of(960, 2048)), torch.randn(200, 2048).bfloat16()
     whole = packed(x)
     for low, high in ((0, 1), (3, 20), (47, 49), (100, 200)):
         assert torch.equal(packed(x[low:high]), whole[low:high])
@@ -76,7 +108,7 @@ def test_a_token_has_the_same_bits_whatever_stands_beside_it() -> None:
 
 @needs_kernel
 def test_a_token_that_is_not_finite_gives_nan_and_spoils_no_other() -> None:
-    packed, x = PackedInt8Linear(layer_of(64, 64)), torch.randn(20, 64)
+    packed, x = BlockedLinear(layer_of(64, 64)), torch.randn(20, 64)
     clean = packed(x)
     x[3, 5], x[7, 63], x[9, 0] = torch.nan, torch.inf, -torch.inf
     y = packed(x)
@@ -107,7 +139,7 @@ def test_strict_mode_keeps_every_bit_in_int8(name: str) -> None:
     engine, plan = PrefixEngine(loaded_in_int8(name), settings), forest(0)
     assert strict_probe(engine) > 0
     alone = bits_alone(engine, plan)
-    if name.startswith("llama") and int8_linear.suits(layer_of(16, 16)):
+    if name.startswith("llama") and blocked_linear.suits(layer_of(16, 16)):
         assert engine.backend.forward.name == "native", "only the output layer is cut into tiles"
     for rows in (1, 7):
         limited = PrefixEngine(engine.loaded, settings.model_copy(update={"max_rows": rows}))

@@ -1,0 +1,282 @@
+// Linear layers, y = x W^T + b, by brgemm (oneDNN, so by VNNI, AVX-512 BF16 or AMX) on blocks of W.
+//
+// A block is 64 outputs; so many inputs as fill 32 bits lie side by side in it, [K / n, 64, n]. A task
+// is a few tokens and one block; threads take the next one that is left.
+//
+//   bfloat16   sums = x . w                             float32, a piece of the depth after another
+//              y = sums + b
+//   int8       q = round(x / scale of the token)        in [-127, 127]; scale = largest |x| / 127
+//              sums = q . w                             int32, exact in any order
+//              y = sums * scale of x * scale of w + b
+//
+// then the epilogue in float32, rounded once. int8 is what `Int8Linear` of model/int8.py computes;
+// brgemm multiplies unsigned by signed bytes: q is kept as q + 128, and 128 times the sum of each
+// row of W is taken off again.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
+#include <immintrin.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "exp2.h"
+#include "rules.h"
+
+namespace {
+
+using at::BFloat16;
+using at::Tensor;
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kWide = 64;         // outputs of a block
+constexpr int64_t kTokens = 48;       // most tokens of a task
+constexpr int64_t kStep = 16;         // tokens of a GEMM are a multiple of it, but for the last ones
+constexpr int64_t kDepth = 1024;      // inputs of a GEMM of bfloat16: its operands stay in the cache
+constexpr int64_t kTasksAThread = 6;  // so that no thread waits long for the last one
+constexpr int32_t kZero = 128;
+
+__m512 load(const float* from) { return _mm512_loadu_ps(from); }
+__m512 load(const BFloat16* from) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+
+void store(__m512 x, float* to) { _mm512_storeu_ps(to, x); }
+void store(__m512 x, BFloat16* to) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+#else
+  alignas(64) std::array<float, kLanes> rounded;
+  _mm512_store_ps(rounded.data(), x);
+  std::copy(rounded.begin(), rounded.end(), to);
+#endif
+}
+
+// ---------------------------------------------------------------- tokens
+
+// q [n] of one row; returns its scale. A row without finite numbers gives NaN everywhere.
+template <typename T>
+float quantize(const T* x, int64_t n, uint8_t* q) {
+  __m512 most = _mm512_setzero_ps();
+  __mmask16 is_bad = 0;
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const __m512 part = _mm512_abs_ps(load(x + j));
+    is_bad |= _mm512_cmp_ps_mask(part, _mm512_set1_ps(std::numeric_limits<float>::infinity()),
+                                 _CMP_NLT_UQ);
+    most = _mm512_max_ps(most, part);
+  }
+  if (is_bad) {
+    std::fill(q, q + n, uint8_t(kZero));
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  const float top = _mm512_reduce_max_ps(most);
+  const __m512 factor = _mm512_set1_ps(top > 0.f ? 127.f / top : 0.f);
+  const __m512i zero = _mm512_set1_epi32(kZero);
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + j), factor));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + j),
+                     _mm512_cvtusepi32_epi8(_mm512_add_epi32(rounded, zero)));
+  }
+  return top / 127.f;
+}
+
+struct Tokens {
+  std::vector<uint8_t> q;    // [n, k]
+  std::vector<float> scale;  // [n]
+};
+
+template <typename T>
+void quantize(const Tensor& x, Tokens& tokens) {
+  const int64_t n = x.size(0), k = x.size(1);
+  const T* from = x.const_data_ptr<T>();
+  at::parallel_for(0, n, kStep, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      tokens.scale[i] = quantize(from + i * k, k, tokens.q.data() + i * k);
+  });
+}
+
+// ---------------------------------------------------------------- the two kinds
+
+// A GEMM of `rows` tokens, given a function of (first token, tokens). oneDNN compiles every shape
+// once, so few are asked for.
+template <typename Multiply>
+void in_steps(int64_t rows, Multiply multiply) {
+  const int64_t whole = rows / kStep * kStep;
+  if (whole) multiply(0, whole);
+  if (whole < rows) multiply(whole, rows - whole);
+}
+
+struct BFloat16Layer {
+  using Sum = float;
+  const BFloat16* x;       // [N, K]
+  int64_t k;
+  const BFloat16* blocks;  // [B, K / 2, 64, 2]
+  const float* bias;       // [B, 64]
+
+  // sums [rows, 64] of tokens from `low` on and one block
+  void multiply(int64_t low, int64_t rows, int64_t block, float* sums) const {
+    const BFloat16 *from = x + low * k, *w = blocks + block * k * kWide;
+    for (int64_t d = 0; d < k; d += kDepth)
+      in_steps(rows, [&](int64_t first, int64_t count) {
+        at::native::cpublas::brgemm(count, kWide, std::min(kDepth, k - d), k, kWide, kWide,
+                                    /*add_C=*/d > 0, from + first * k + d, w + d * kWide,
+                                    sums + first * kWide, /*is_vnni=*/true);
+      });
+  }
+
+  // 16 outputs of a token, from `column` on, before the epilogue
+  __m512 outputs(const float* sums, int64_t, int64_t column) const {
+    return _mm512_add_ps(_mm512_loadu_ps(sums), _mm512_loadu_ps(bias + column));
+  }
+};
+
+struct Int8Layer {
+  using Sum = int32_t;
+  const Tokens& tokens;
+  int64_t k;
+  const int8_t* blocks;  // [B, K / 4, 64, 4]
+  const float* scale;    // [B, 64]
+  const int32_t* zero;   // [B, 64], 128 times the sum of a row
+  const float* bias;     // [B, 64]
+
+  void multiply(int64_t low, int64_t rows, int64_t block, int32_t* sums) const {
+    in_steps(rows, [&](int64_t first, int64_t count) {
+      at::native::cpublas::brgemm(count, kWide, k, k, kWide, kWide, /*add_C=*/false,
+                                  tokens.q.data() + (low + first) * k, blocks + block * k * kWide,
+                                  sums + first * kWide, /*is_vnni=*/true);
+    });
+  }
+
+  __m512 outputs(const int32_t* sums, int64_t token, int64_t column) const {
+    const __m512i whole =
+        _mm512_sub_epi32(_mm512_loadu_si512(sums), _mm512_loadu_si512(zero + column));
+    const __m512 factor = _mm512_set1_ps(tokens.scale[token]);
+    const __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(whole), factor),
+                                   _mm512_loadu_ps(scale + column));
+    return _mm512_add_ps(y, _mm512_loadu_ps(bias + column));
+  }
+};
+
+// ---------------------------------------------------------------- tasks
+
+__m512 silu(__m512 x) {
+  const __m512 power = coppice::exp2<true>(_mm512_mul_ps(x, _mm512_set1_ps(-coppice::kLog2E)));
+  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.f), power));
+}
+
+enum class Epilogue { kNone, kPlus, kGated };
+
+// out [n, m] of T; `other` [n, m] is added by kPlus. kGated: blocks of gate and up take turns.
+template <Epilogue kEpilogue, typename Layer, typename T>
+void run(const Layer& layer, const T* other, T* out, int64_t n, int64_t m) {
+  constexpr bool kGated = kEpilogue == Epilogue::kGated;
+  const int64_t blocks = (m + kWide - 1) / kWide, threads = at::get_num_threads();
+  int64_t tall = kTokens;
+  while (tall > kStep && blocks * ((n + tall - 1) / tall) < kTasksAThread * threads) tall -= kStep;
+  const int64_t stacks = (n + tall - 1) / tall;
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    alignas(64) std::array<typename Layer::Sum, kTokens * kWide> sums, gates;
+    for (int64_t task; (task = next++) < blocks * stacks;) {
+      const int64_t b = task / stacks, low = task % stacks * tall, rows = std::min(tall, n - low);
+      const int64_t place = kGated ? 2 * b + 1 : b;
+      if (kGated) layer.multiply(low, rows, place - 1, gates.data());
+      layer.multiply(low, rows, place, sums.data());
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < std::min(kWide, m - b * kWide); c += kLanes) {
+          const int64_t to = (low + r) * m + b * kWide + c, column = place * kWide + c;
+          __m512 y = layer.outputs(sums.data() + r * kWide + c, low + r, column);
+          if (kEpilogue == Epilogue::kPlus) y = _mm512_add_ps(y, load(other + to));
+          if (kGated)
+            y = _mm512_mul_ps(
+                y, silu(layer.outputs(gates.data() + r * kWide + c, low + r, column - kWide)));
+          store(y, out + to);
+        }
+    }
+    at::native::cpublas::brgemm_release(/*is_vnni=*/true);
+  });
+}
+
+template <typename T, typename Layer>
+void apply(const Layer& layer, const std::optional<Tensor>& other, bool is_gated, Tensor& out) {
+  const int64_t n = out.size(0), m = out.size(1);
+  T* to = out.mutable_data_ptr<T>();
+  if (is_gated) return run<Epilogue::kGated, Layer, T>(layer, nullptr, to, n, m);
+  if (!other) return run<Epilogue::kNone, Layer, T>(layer, nullptr, to, n, m);
+  run<Epilogue::kPlus, Layer, T>(layer, other->const_data_ptr<T>(), to, n, m);
+}
+
+template <typename T>
+void apply_int8(const Tensor& x, const Tensor& blocks, const Tensor& scale, const Tensor& zero,
+                const Tensor& bias, const std::optional<Tensor>& other, bool is_gated,
+                Tensor& out) {
+  Tokens tokens{std::vector<uint8_t>(x.numel()), std::vector<float>(x.size(0))};
+  quantize<T>(x, tokens);
+  const Int8Layer layer{tokens,
+                        x.size(1),
+                        blocks.const_data_ptr<int8_t>(),
+                        scale.const_data_ptr<float>(),
+                        zero.const_data_ptr<int32_t>(),
+                        bias.const_data_ptr<float>()};
+  apply<T>(layer, other, is_gated, out);
+}
+
+Tensor make_out(const Tensor& x, const Tensor& blocks, int64_t outputs,
+                const std::optional<Tensor>& other) {
+  TORCH_CHECK(x.is_contiguous() && x.size(1) == blocks.size(1) * blocks.size(3),
+              "x does not fit the weights");
+  TORCH_CHECK(x.size(1) % kLanes == 0 && outputs % kLanes == 0, "sizes are no multiples of 16");
+  TORCH_CHECK(!other || other->is_contiguous(), "other must be dense");
+  return at::empty({x.size(0), outputs}, x.options());
+}
+
+// x [N, K] bfloat16 and other [N, outputs], dense; blocks [B, K / 2, 64, 2] bfloat16, bias [B, 64]
+// float32. Returns [N, outputs]: y, y + other, or silu(gate) * up.
+[[maybe_unused]] Tensor bfloat16_linear(const Tensor& x, const Tensor& blocks, const Tensor& bias,
+                                        int64_t outputs, const std::optional<Tensor>& other,
+                                        bool is_gated) {
+  Tensor out = make_out(x, blocks, outputs, other);
+  const BFloat16Layer layer{x.const_data_ptr<BFloat16>(), x.size(1),
+                            blocks.const_data_ptr<BFloat16>(), bias.const_data_ptr<float>()};
+  apply<BFloat16>(layer, other, is_gated, out);
+  return out;
+}
+
+// x [N, K] bfloat16 or float32; blocks [B, K / 4, 64, 4] int8; scale and bias float32 and zero int32
+// [B, 64]. Else as above.
+[[maybe_unused]] Tensor int8_linear(const Tensor& x, const Tensor& blocks, const Tensor& scale,
+                                    const Tensor& zero, const Tensor& bias, int64_t outputs,
+                                    const std::optional<Tensor>& other, bool is_gated) {
+  Tensor out = make_out(x, blocks, outputs, other);
+  const auto apply_any = x.scalar_type() == at::kBFloat16 ? apply_int8<BFloat16> : apply_int8<float>;
+  apply_any(x, blocks, scale, zero, bias, other, is_gated, out);
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(coppice, m) {
+#ifdef __AVX512BF16__  // without it, oneDNN's bfloat16 is slow
+  m.def(
+      "bfloat16_linear(Tensor x, Tensor blocks, Tensor bias, int outputs, Tensor? other, "
+      "bool is_gated) -> Tensor",
+      &bfloat16_linear);
+#endif
+#ifdef __AVX512VNNI__  // without it, brgemm knows no bytes
+  m.def(
+      "int8_linear(Tensor x, Tensor blocks, Tensor scale, Tensor zero, Tensor bias, int outputs, "
+      "Tensor? other, bool is_gated) -> Tensor",
+      &int8_linear);
+#endif
+}
