@@ -97,7 +97,7 @@ RULES = [
 
 
 @given(forests(), st.sampled_from(RULES), st.sampled_from([16, 48, 64]), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_kernels_equal_the_oracle(
     forest: Forest, rules: AttentionRules, head_dim: int, is_bfloat16: bool
 ) -> None:

@@ -71,7 +71,7 @@ def assert_equals_reference(
 
 
 @given(st.data(), trees(max_length=40), st.sampled_from(HEADS), st.sampled_from([4, 16, 64]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_any_tree_equals_the_reference(
     data: st.DataObject, tree: Tree, heads: tuple[int, int], split_keys: int
 ) -> None:

@@ -16,14 +16,14 @@ def test_at_least_95_percent_of_the_optimum_on_every_small_table() -> None:
     """Seen red with the paper's score, what a value saves alone: 0.875 on the worst table."""
     random = np.random.default_rng(0)
     ratios = []
-    for _ in range(40):
+    for _ in range(20):
         rows, costs = random_table(random)
         table, most = to_table(rows, costs), most_by_enumeration(rows, costs)
         shared = table.shared(best_order(table))
         assert shared <= most <= table.most_shared()
         if most:
             ratios.append(shared / most)
-    assert len(ratios) > 30
+    assert len(ratios) > 15
     assert min(ratios) >= 0.95
     assert np.mean(ratios) >= 0.999
 

@@ -27,8 +27,9 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <optional>
-#include <vector>
+#include <utility>
 
 #include "exp2.h"
 #include "rules.h"
@@ -92,8 +93,8 @@ float quantize(const T* x, int64_t n, uint8_t* q) {
 }
 
 struct Tokens {
-  std::vector<uint8_t> q;    // [n, k]
-  std::vector<float> scale;  // [n]
+  std::unique_ptr<uint8_t[]> q;    // [n, k]
+  std::unique_ptr<float[]> scale;  // [n]
 };
 
 template <typename T>
@@ -102,7 +103,7 @@ void quantize(const Tensor& x, Tokens& tokens) {
   const T* from = x.const_data_ptr<T>();
   at::parallel_for(0, n, kStep, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      tokens.scale[i] = quantize(from + i * k, k, tokens.q.data() + i * k);
+      tokens.scale[i] = quantize(from + i * k, k, tokens.q.get() + i * k);
   });
 }
 
@@ -153,7 +154,7 @@ struct Int8Layer {
   void multiply(int64_t low, int64_t rows, int64_t block, int32_t* sums) const {
     in_steps(rows, [&](int64_t first, int64_t count) {
       at::native::cpublas::brgemm(count, kWide, k, k, kWide, kWide, /*add_C=*/false,
-                                  tokens.q.data() + (low + first) * k, blocks + block * k * kWide,
+                                  tokens.q.get() + (low + first) * k, blocks + block * k * kWide,
                                   sums + first * kWide, /*is_vnni=*/true);
     });
   }
@@ -221,7 +222,8 @@ template <typename T>
 void apply_int8(const Tensor& x, const Tensor& blocks, const Tensor& scale, const Tensor& zero,
                 const Tensor& bias, const std::optional<Tensor>& other, bool is_gated,
                 Tensor& out) {
-  Tokens tokens{std::vector<uint8_t>(x.numel()), std::vector<float>(x.size(0))};
+  Tokens tokens{std::make_unique_for_overwrite<uint8_t[]>(x.numel()),
+                std::make_unique_for_overwrite<float[]>(x.size(0))};
   quantize<T>(x, tokens);
   const Int8Layer layer{tokens,
                         x.size(1),
