@@ -44,7 +44,7 @@ HELP = {
     "engine": "prefix shares; vllm is vLLM; naive shares nothing.",
     "engine_options": "For vLLM: tensor_parallel_size=2; may be repeated.",
     "dtype": "Of weights and KV: float32 or bfloat16; auto: as saved.",
-    "weights": "int8: linear layers in 8 bits, twice as fast on a CPU.",
+    "weights": "int8: linear layers in 8 bits, faster on a CPU.",
     "device": "auto, cpu, cuda or cuda:1.",
     "prompt_column": "Column of prompt text (found: prompt).",
     "messages_column": "Column of conversations (found: messages).",

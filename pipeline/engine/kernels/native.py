@@ -34,7 +34,7 @@ _BUILD_LIMIT_S = 300
 def why_unavailable() -> str | None:
     """None once the kernels are loaded (`torch.ops.coppice`), else a clause that says why not.
 
-    The first call on a machine compiles them, about 20 s.
+    The first call on a machine compiles them, half a minute.
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "this CPU has no AVX-512"
