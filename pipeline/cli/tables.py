@@ -206,7 +206,10 @@ def _evidence_rows(summary: Mapping[str, Any]) -> Rows:
     weights = summary.get("weights")
     if weights:
         same = f"{weights['same_choice']:.2%} of tokens as by the weights as saved"
-        rows.append(("int8 weights", f"{same}; KL {weights['kl_mean'] or 0:.1e} nats"))
+        distance = (
+            "not a number" if weights["kl_mean"] is None else f"{weights['kl_mean']:.1e} nats"
+        )
+        rows.append(("int8 weights", f"{same}; KL {distance}"))
     if strict and strict["rows"]:
         rows.append(("same bits alone", f"{strict['rows_same_bits']} of {strict['rows']}"))
     if faults and faults["planted"]:

@@ -10,6 +10,7 @@ are. This is the arithmetic in plain torch; `engine/kernels/linear.cpp` is the s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Int8Linear(nn.Module):
         y = sums.float() * scale * self.scale
         if self.bias is not None:
             y += self.bias
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y.to(x.dtype).view(*x.shape[:-1], len(self.weight))
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,18 +68,23 @@ def holds_int8(model: PreTrainedModel) -> bool:
 
 def hold_in_int8(
     model: PreTrainedModel, saved: Mapping[str, tuple[Tensor, Tensor]] | None = None
-) -> None:
+) -> list[str]:
     """Put an `Int8Linear` in the place of each linear layer but the output layer.
 
-    `saved`: (weight, scale) of layers that need no rounding, by name.
+    `saved`: (weight, scale) of layers that need no rounding, by name. Returns the names of all.
     """
     head, saved = model.get_output_embeddings(), saved or {}
-    for name, layer in list(model.named_modules()):
-        if type(layer) not in (nn.Linear, Conv1D) or layer is head:
-            continue
+    names = [
+        name
+        for name, layer in model.named_modules()
+        if type(layer) in (nn.Linear, Conv1D) and layer is not head
+    ]
+    for name in names:  # one after the other, so that few of them are held twice
+        layer: Any = model.get_submodule(name)
         if name in saved:
             rounded = Int8Linear(*saved[name], layer.bias)
         else:  # GPT-2's `Conv1D` keeps [in, out]
             weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
             rounded = Int8Linear.of(weight, layer.bias)
         model.set_submodule(name, rounded)
+    return names

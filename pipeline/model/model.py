@@ -5,12 +5,12 @@ Knows nothing about prompts, plans or attention.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -57,13 +57,15 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     dtype = getattr(torch, shape.dtype if settings.dtype == "auto" else settings.dtype)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # what it would warn of is an error here, said once
-    saved, notes = PlainWeights(), []
+    method, saved = quantization_of(config).get("quant_method"), None
     try:
         if is_readable(config):
             saved = read_plain(_folder_of(settings), config, dtype)
-            notes = [_say_unpacked(config, settings, bool(saved.int8))]
             del config.quantization_config
-        model, report = _from_pretrained(settings, config, dtype, saved.tensors or None)
+        model, report = _from_pretrained(settings, config, dtype, saved)
+        if saved is not None:
+            _check_biases(report["unexpected_keys"], saved)
+            saved.tensors.clear()  # the model has them, or its own
     except Exception as error:  # transformers raises a dozen kinds; all mean the same to the user
         reason = (str(error).splitlines() or [type(error).__name__])[0][:_SHOWN_CHARACTERS]
         raise ModelError(
@@ -77,22 +79,29 @@ def load_model(settings: ModelSettings) -> LoadedModel:
             "the download is partial or belongs to another architecture"
         )
     model.eval().requires_grad_(False)
-    if settings.weights == "int8":
-        hold_in_int8(model, saved.int8)
-    device = choose_device(settings.device)
-    return LoadedModel(model.to(device), shape, settings.model, tuple(notes))
+    int8 = {} if saved is None else saved.int8
+    rounded = hold_in_int8(model, int8) if settings.weights == "int8" else []
+    notes = () if saved is None else (_say_unpacked(str(method), rounded, int8.keys()),)
+    return LoadedModel(model.to(choose_device(settings.device)), shape, settings.model, notes)
+
+
+def _check_biases(unexpected: Iterable[str], saved: PlainWeights) -> None:
+    """Some packers add a bias of zeros to every layer; one that says something must not be lost."""
+    for name in unexpected:
+        if name.endswith(".bias") and saved.tensors[name].any():
+            raise ValueError(f"the model has no place for {name}")
 
 
 def _from_pretrained(
-    settings: ModelSettings, config: Any, dtype: torch.dtype, tensors: dict[str, Tensor] | None
+    settings: ModelSettings, config: Any, dtype: torch.dtype, saved: PlainWeights | None
 ) -> tuple[Any, dict[str, Any]]:
-    """The model and what was found of its weights: in its files, or `tensors` instead of them."""
+    """The model and what was found of its weights: in its files, or in `saved` instead of them."""
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    load = (model_class if tensors else AutoModelForCausalLM).from_pretrained
+    load = (model_class if saved else AutoModelForCausalLM).from_pretrained
     loaded: tuple[Any, dict[str, Any]] = load(
-        None if tensors else settings.model,
+        None if saved else settings.model,
         config=config,
-        state_dict=tensors,
+        state_dict=saved and saved.tensors,
         revision=settings.revision,
         dtype=dtype,
         use_safetensors=True,
@@ -115,14 +124,20 @@ def _folder_of(settings: ModelSettings) -> Path:
     )
 
 
-def _say_unpacked(config: Any, settings: ModelSettings, has_int8: bool) -> str:
-    """What was made of rounded weights, which a run says at its start."""
-    said = f"the weights were saved by {quantization_of(config)['quant_method']}"
-    if settings.weights == "int8":
-        how = "are used as they are" if has_int8 else "were unpacked and rounded to int8"
-        return f"{said} and {how}"
-    faster = "; --weights int8 takes them as they are, faster" if has_int8 else ""
-    return f"{said} and were unpacked{faster}"
+def _say_unpacked(method: str, rounded: Sequence[str], saved: Collection[str]) -> str:
+    """What was made of a rounded checkpoint, which a run says at its start.
+
+    `rounded`: layers that are held in int8 now; `saved`: those that were saved so.
+    """
+    said = f"the weights were saved by {method}"
+    if not rounded:
+        faster = "; --weights int8 takes them as they are, faster" if saved else ""
+        return f"{said} and were unpacked{faster}"
+    as_saved = sum(name in saved for name in rounded)
+    return (
+        f"{said}: {as_saved} of {len(rounded)} layers are used as they are in int8, and "
+        f"{len(rounded) - as_saved} were rounded to it"
+    )
 
 
 def own_attention(model_class: Any, config: Any) -> str:

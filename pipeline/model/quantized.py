@@ -55,15 +55,18 @@ def read_plain(folder: Path, config: Any, dtype: torch.dtype) -> PlainWeights:
     for name, tensor in _read(folder):
         if not layers.take(name, tensor):
             tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    for layer, parts in layers.by_name.items():
+    while layers.by_name:
+        layer, parts = layers.by_name.popitem()
         if not any(mark in parts for mark in _MARKS):
-            tensors |= {f"{layer}.{name}": tensor for name, tensor in parts.items()}
+            if parts.keys() != {"weight"} or not parts["weight"].is_floating_point():
+                raise ValueError(f"{layer} has only {', '.join(sorted(parts))} of a rounded layer")
+            tensors[f"{layer}.weight"] = parts["weight"].to(dtype)
             continue
         try:
             rounded = _read_layer(parts, said)
+            tensors[f"{layer}.weight"] = rounded.to_float().to(dtype)
         except (KeyError, RuntimeError, IndexError) as error:
             raise ValueError(f"the tensors of {layer} do not belong together: {error}") from None
-        tensors[f"{layer}.weight"] = rounded.to_float().to(dtype)
         if rounded.is_int8:
             int8[layer] = rounded.q.to(torch.int8), rounded.scale.flatten()
     return PlainWeights(tensors, int8)
@@ -100,7 +103,7 @@ class _Rounded:
     @property
     def is_int8(self) -> bool:
         """Whether each output has one scale and no zero, and all numbers fit."""
-        fits = bool(self.q.abs().max() <= 127)
+        fits = bool(self.q.min() >= -128 and self.q.max() <= 127)
         return self.scale.shape[1] == 1 and not self.zero.any() and fits
 
     def to_float(self) -> Tensor:
@@ -121,7 +124,9 @@ def _read_layer(tensors: Tensors, said: Mapping[str, Any]) -> _Rounded:
         q, zero = _unpack(tensors["qweight"].T, bits), _unpack(tensors["qzeros"], bits).T
         if said.get("checkpoint_format", "gptq") == "gptq":  # which keeps one less, see GPTQModel
             zero = (zero + 1) % (1 << bits)
-    return _Rounded(q, scale, zero, _groups(q, scale, tensors.get("g_idx")))
+    return _Rounded(
+        q, scale, zero, _groups(q, scale, tensors.get("g_idx"), said.get("group_size", -1))
+    )
 
 
 def _compressed(tensors: Tensors) -> _Rounded:
@@ -134,7 +139,9 @@ def _compressed(tensors: Tensors) -> _Rounded:
     else:
         q, bits = tensors["weight"].int(), 8
         rows = len(q)
-    scale = tensors["weight_scale"].float().reshape(-1, tensors["weight_scale"].shape[-1])
+    scale = tensors["weight_scale"].float().reshape(-1, 1)  # of all of it, or of each output,
+    if tensors["weight_scale"].dim() > 1:  # or of each group
+        scale = tensors["weight_scale"].float()
     scale = scale.expand(rows, -1)
     zero = tensors.get("weight_zero_point", torch.zeros(1, 1, dtype=torch.int8))
     if zero.dtype == torch.int32 and zero.shape[0] != rows:
@@ -143,11 +150,13 @@ def _compressed(tensors: Tensors) -> _Rounded:
     return _Rounded(q, scale, zero, _groups(q, scale, tensors.get("weight_g_idx")))
 
 
-def _groups(q: Tensor, scale: Tensor, said: Tensor | None) -> Tensor:
+def _groups(q: Tensor, scale: Tensor, said: Tensor | None, size: int = -1) -> Tensor:
     """The group of each input: as the checkpoint says, or all groups are of one size."""
     if said is not None and (said >= 0).all():
         return said.long()
-    return torch.arange(q.shape[1]) // -(-q.shape[1] // scale.shape[1])
+    if size <= 0 and q.shape[1] % scale.shape[1]:
+        raise KeyError("which inputs are of a group")
+    return torch.arange(q.shape[1]) // (size if size > 0 else q.shape[1] // scale.shape[1])
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:

@@ -51,9 +51,11 @@ def is_readable(config: Any) -> bool:
     said = quantization_of(config)
     match said.get("quant_method"):
         case "compressed-tensors":
-            return said.get("format") in ("int-quantized", "pack-quantized")
+            has_rotations = said.get("transform_config")  # of inputs, which nobody would do
+            return said.get("format") in ("int-quantized", "pack-quantized") and not has_rotations
         case "gptq":
-            return said.get("bits") in READABLE_BITS
+            is_known = said.get("checkpoint_format", "gptq") in ("gptq", "gptq_v2")
+            return is_known and said.get("bits") in READABLE_BITS
         case "awq":
             return said.get("bits") == 4 and str(said.get("version", "gemm")).lower() == "gemm"
     return False

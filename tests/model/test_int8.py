@@ -52,6 +52,7 @@ def test_any_number_of_dimensions_and_the_dtype_of_the_input() -> None:
     layer, x = Int8Linear.of(torch.randn(16, 32), None), torch.randn(2, 3, 32).bfloat16()
     assert layer(x).shape == (2, 3, 16) and layer(x).dtype == torch.bfloat16
     assert torch.equal(layer(x)[1, 2], layer(x[1, 2][None])[0])
+    assert layer(x[:, :0]).shape == (2, 0, 16)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

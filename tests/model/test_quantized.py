@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.errors import ModelError
 from pipeline.model.int8 import Int8Linear
 from pipeline.model.model import load_model
+from pipeline.model.quantized import _compressed
 from pipeline.settings import ModelSettings
 from tests.engine import tiny
 
@@ -95,7 +96,7 @@ def packed(weight: Tensor, bits: int, has_zeros: bool) -> Layer:
 
 def whole(weight: Tensor) -> Layer:
     """W8A8 of compressed-tensors: one scale for each output."""
-    q = torch.randint(-127, 128, weight.shape, dtype=torch.int8)
+    q = torch.randint(-128, 128, weight.shape, dtype=torch.int8)
     scale = (torch.rand(len(weight), 1) * 0.002 + 0.0005).bfloat16()
     return {"weight": q, "weight_scale": scale}, q * scale.float()
 
@@ -173,7 +174,17 @@ def test_what_was_saved_in_int8_is_used_as_it_is(tmp_path: Path) -> None:
     for name, layer in layers.items():
         expected = plain[f"{name}.weight"]
         assert torch.equal(layer.weight * layer.scale[:, None], expected)
-    assert "are used as they are" in loaded.notes[0]
+    assert f"{len(plain)} of {len(plain)} layers are used as they are" in loaded.notes[0]
+
+
+def test_a_checkpoint_of_4_bits_is_rounded_to_int8_and_says_so(tmp_path: Path) -> None:
+    plain = save(tmp_path, "gptq")
+    loaded = load_model(ModelSettings(model=str(tmp_path), weights="int8", dtype="float32"))
+    layers = {n: m for n, m in loaded.model.named_modules() if isinstance(m, Int8Linear)}
+    for name, layer in layers.items():
+        difference = layer.weight * layer.scale[:, None] - plain[f"{name}.weight"]
+        assert (difference.abs() <= layer.scale[:, None] * 0.5001).all()
+    assert f"0 of {len(plain)} layers are used as they are" in loaded.notes[0]
 
 
 @pytest.mark.parametrize("layout", ["gptq", "int-quantized"])
@@ -183,9 +194,17 @@ def test_an_output_layer_that_is_the_embedding_stays_it(tmp_path: Path, layout: 
     assert torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
 
 
-@pytest.mark.parametrize("lost", ["scales", "qzeros", "qweight"])
-def test_a_layer_of_which_a_part_is_missing_is_named(tmp_path: Path, lost: str) -> None:
-    save(tmp_path, "gptq")
+@pytest.mark.parametrize(
+    ("layout", "lost"),
+    [
+        ("gptq", "scales"), ("gptq", "qzeros"), ("gptq", "qweight"),
+        ("int-quantized", "weight_scale"), ("pack-quantized", "weight_packed"),
+    ],
+)  # fmt: skip
+def test_a_layer_of_which_a_part_is_missing_is_named(
+    tmp_path: Path, layout: str, lost: str
+) -> None:
+    save(tmp_path, layout)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors[f"model.layers.0.mlp.up_proj.{lost}"]
     save_file(tensors, tmp_path / "model.safetensors")
@@ -194,9 +213,41 @@ def test_a_layer_of_which_a_part_is_missing_is_named(tmp_path: Path, lost: str) 
 
 
 @pytest.mark.parametrize(
+    "more", ["model.layers.0.mlp.act.scales", "model.layers.0.mlp.up_proj.bias"]
+)
+def test_what_would_change_an_answer_and_has_no_place_is_refused(tmp_path: Path, more: str) -> None:
+    """AutoAWQ divides what some activations give, by scales that it saves; a bias as it comes."""
+    save(tmp_path, "awq")
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {more: torch.zeros(64)}, tmp_path / "model.safetensors")
+    if more.endswith("bias"):
+        load_model(ModelSettings(model=str(tmp_path)))  # zeros say nothing
+    save_file(tensors | {more: torch.full((64,), 5.0)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=more.rpartition(".")[0]):
+        load_model(ModelSettings(model=str(tmp_path)))
+
+
+def test_groups_that_cannot_be_told_and_scales_without_groups() -> None:
+    q, scale = torch.randint(-8, 8, (4, 301)), torch.rand(4, 3)
+    parts = {"weight": q.to(torch.int8), "weight_scale": scale}
+    with pytest.raises(KeyError, match="group"):
+        _compressed(parts)
+    flat = _compressed(parts | {"weight_scale": scale[:, 0]})
+    assert torch.equal(flat.to_float(), q * scale[:, :1])
+    one = _compressed(parts | {"weight_scale": scale[0, :1]})
+    assert torch.equal(one.to_float(), q * scale[0, 0])
+
+
+@pytest.mark.parametrize(
     "said",
     [
         {"quant_method": "gptq", "bits": 3},
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "transform_config": {"a": 1},
+        },
         {"quant_method": "awq", "bits": 4, "version": "gemv"},
         {"quant_method": "compressed-tensors", "format": "float-quantized"},
         {"quant_method": "of next year"},
