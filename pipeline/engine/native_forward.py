@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from pipeline.engine import blocked_linear
@@ -25,6 +24,7 @@ from pipeline.engine.kernels.rules import AttentionRules
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.packed_linear import PackedGate, PackedLinear
 from pipeline.engine.packing import PackedBatch
+from pipeline.engine.tiled_forward import TiledLinear
 from pipeline.model.int8 import Int8Linear
 
 _MLP_TOKENS = 1024  # so few that malloc keeps the memory of the wide activations between calls
@@ -115,8 +115,8 @@ class NativeForward:
         self._rotary = body.rotary_emb
         self._layers = [_Layer.of(layer) for layer in body.layers]
         self._norm = _Norm.of(body.norm)
-        self._head = _packed(model.lm_head)
-        self._head_sizes = head_sizes
+        head = _packed(model.lm_head)
+        self._head = TiledLinear(head, head_sizes) if head_sizes else head
 
     def __call__(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
         x = self._embedding(batch.input_ids)
@@ -124,14 +124,7 @@ class NativeForward:
         x = x[0]
         for layer, kv in zip(self._layers, cache.arena, strict=True):
             x = layer(x, (cos, sin), batch, kv)
-        x = self._norm(x[keep])
-        if not self._head_sizes:
-            return self._head(x)
-        return torch.cat([self._tiled_head(x) for x in torch.split(x, self._head_sizes[-1])])
-
-    def _tiled_head(self, x: Tensor) -> Tensor:
-        size = next(size for size in self._head_sizes if size >= len(x))
-        return self._head(pad(x, (0, 0, 0, size - len(x))))[: len(x)]
+        return self._head(self._norm(x[keep]))
 
 
 def knows(config: Any) -> bool:

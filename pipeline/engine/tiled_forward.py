@@ -11,7 +11,7 @@ the tokens around it. What pads a tile sees nothing and writes to the slot that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -47,7 +47,7 @@ class TiledForward:
 
     def _run_tile(self, tile: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
         """The head runs in the same sizes as all else."""
-        padding = self._size_for(len(keep)) - len(keep) if len(keep) else 0
+        padding = _size_for(self.sizes, len(keep)) - len(keep) if len(keep) else 0
         return self._inner(tile, cache, pad(keep, (0, padding)))[: len(keep)]
 
     def _tiles(self, batch: PackedBatch, cache: KVCache) -> Iterator[tuple[int, int, PackedBatch]]:
@@ -55,11 +55,26 @@ class TiledForward:
         tokens = batch.input_ids.shape[1]
         for low in range(0, tokens, self.sizes[-1]):
             high = min(low + self.sizes[-1], tokens)
-            size = self._size_for(high - low)
+            size = _size_for(self.sizes, high - low)
             yield low, high, _cut(batch, low, high, size, cache.capacity)
 
-    def _size_for(self, count: int) -> int:
-        return next(size for size in self.sizes if size >= count)
+
+class TiledLinear:
+    """A linear layer in calls of a few fixed sizes. x [N, in] -> [N, out]."""
+
+    def __init__(self, inner: Callable[[Tensor], Tensor], sizes: tuple[int, ...]) -> None:
+        self._inner, self._sizes = inner, sizes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([self._run_tile(tile) for tile in torch.split(x, self._sizes[-1])])
+
+    def _run_tile(self, x: Tensor) -> Tensor:
+        padding = _size_for(self._sizes, len(x)) - len(x)
+        return self._inner(pad(x, (0, 0, 0, padding)))[: len(x)]
+
+
+def _size_for(sizes: tuple[int, ...], count: int) -> int:
+    return next(size for size in sizes if size >= count)
 
 
 def _cut(batch: PackedBatch, low: int, high: int, size: int, spare_slot: int) -> PackedBatch:

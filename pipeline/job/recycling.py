@@ -20,7 +20,7 @@ from pipeline.errors import UsageError
 from pipeline.job.job import Job
 from pipeline.job.observer import Observer
 from pipeline.job.planning import PlannedJob
-from pipeline.model.identity import describe_versions, named_weights
+from pipeline.model.identity import describe_versions
 from pipeline.model.machine import cpu_description
 from pipeline.model.rates import recall_rates
 from pipeline.plan.plan import Plan
@@ -81,8 +81,6 @@ def kv_identity(
     model = settings.model
     shape = read_shape(model.model, model.revision)
     content: dict[str, Any] = dict(identity)
-    if named_weights(model):
-        content["weights"] = named_weights(model)
     if settings.engine.fidelity == "strict":  # whose bits are those of one machine
         content["strict"] = [describe_versions(), cpu_description(), os.cpu_count()]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -50,7 +50,6 @@ def fingerprint_fields(
         **_some("generation_options", settings.sampling.generation_options),
         **_some("generation_rules", rules),
         "dtype": settings.model.dtype,
-        **_some("weights", named_weights(settings.model)),
         "engine": settings.model.engine,
         **_some("engine_options", settings.model.engine_options),
         "fidelity": settings.engine.fidelity,
@@ -63,11 +62,6 @@ def fingerprint_fields(
 
 def _strict_threads(settings: EngineSettings) -> int | None:
     return (settings.threads or num_threads()) if settings.fidelity == "strict" else None
-
-
-def named_weights(settings: ModelSettings) -> str | None:
-    """How the weights are held, where that is not as they were saved."""
-    return None if settings.weights == "auto" else settings.weights
 
 
 def _some(name: str, value: object) -> dict[str, Any]:
@@ -84,10 +78,12 @@ def _hash_text(text: str | None) -> str | None:
 
 
 def identify_model(settings: ModelSettings) -> dict[str, Any]:
-    """`model` and `revision`: a folder by the hash of its files, a hub id by its commit."""
+    """`model` and `revision`: a folder by the hash of its files, a hub id by its commit; `weights`
+    where they are not held as they were saved."""
+    weights = _some("weights", None if settings.weights == "auto" else settings.weights)
     folder = Path(settings.model)
     if folder.is_dir():
-        return {"model": hash_model_folder(folder), "revision": None}
+        return {"model": hash_model_folder(folder), "revision": None, **weights}
     snapshot = find_model_folder(settings)
     if snapshot is None:
         raise ModelError(
@@ -95,7 +91,7 @@ def identify_model(settings: ModelSettings) -> dict[str, Any]:
             "download it first or check the name"
         )
     # The cache keeps snapshots/<commit>/config.json, and a commit names the content of all files.
-    return {"model": settings.model, "revision": snapshot.name}
+    return {"model": settings.model, "revision": snapshot.name, **weights}
 
 
 def hash_model_folder(folder: Path) -> str:

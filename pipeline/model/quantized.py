@@ -16,7 +16,7 @@ Sources: vllm-project/compressed-tensors, AutoGPTQ and GPTQModel, AutoAWQ.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ Tensors = dict[str, Tensor]
 """Of one layer, by the last part of their names."""
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the i-th of 8 outputs lies in a word
+_PARTS = frozenset({
+    "weight", "weight_scale", "weight_zero_point", "weight_packed", "weight_shape",
+    "weight_g_idx", "qweight", "qzeros", "scales", "g_idx",
+})  # fmt: skip
 _MARKS = ("weight_packed", "qweight", "weight_scale")  # one of them, in each layer that is rounded
 
 
@@ -41,8 +45,8 @@ class PlainWeights:
     weight [out, in] int8, scale [out] float32.
     """
 
-    tensors: Tensors = field(default_factory=dict)
-    int8: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tensors: Tensors
+    int8: dict[str, tuple[Tensor, Tensor]]
 
 
 def read_plain(folder: Path, config: Any, dtype: torch.dtype) -> PlainWeights:
@@ -50,13 +54,17 @@ def read_plain(folder: Path, config: Any, dtype: torch.dtype) -> PlainWeights:
 
     Raises ValueError for tensors that do not belong together, OSError, SafetensorError.
     """
-    said, layers, tensors = quantization_of(config), _Layers(), Tensors()
+    said, tensors = quantization_of(config), Tensors()
+    layers: dict[str, Tensors] = {}  # that may be rounded; their parts may lie in several files
     int8: dict[str, tuple[Tensor, Tensor]] = {}
     for name, tensor in _read(folder):
-        if not layers.take(name, tensor):
+        layer, _, last = name.rpartition(".")
+        if last in _PARTS:
+            layers.setdefault(layer, {})[last] = tensor
+        else:
             tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    while layers.by_name:
-        layer, parts = layers.by_name.popitem()
+    while layers:
+        layer, parts = layers.popitem()
         if not any(mark in parts for mark in _MARKS):
             if parts.keys() != {"weight"} or not parts["weight"].is_floating_point():
                 raise ValueError(f"{layer} has only {', '.join(sorted(parts))} of a rounded layer")
@@ -70,25 +78,6 @@ def read_plain(folder: Path, config: Any, dtype: torch.dtype) -> PlainWeights:
         if rounded.is_int8:
             int8[layer] = rounded.q.to(torch.int8), rounded.scale.flatten()
     return PlainWeights(tensors, int8)
-
-
-class _Layers:
-    """Tensors of layers that may be rounded, gathered from all files."""
-
-    _NAMES = frozenset({
-        "weight", "weight_scale", "weight_zero_point", "weight_packed", "weight_shape",
-        "weight_g_idx", "qweight", "qzeros", "scales", "g_idx",
-    })  # fmt: skip
-
-    def __init__(self) -> None:
-        self.by_name: dict[str, Tensors] = {}
-
-    def take(self, name: str, tensor: Tensor) -> bool:
-        """Whether it may belong to such a layer."""
-        layer, _, last = name.rpartition(".")
-        if last in self._NAMES:
-            self.by_name.setdefault(layer, {})[last] = tensor
-        return last in self._NAMES
 
 
 @dataclass(frozen=True)
@@ -139,9 +128,9 @@ def _compressed(tensors: Tensors) -> _Rounded:
     else:
         q, bits = tensors["weight"].int(), 8
         rows = len(q)
-    scale = tensors["weight_scale"].float().reshape(-1, 1)  # of all of it, or of each output,
-    if tensors["weight_scale"].dim() > 1:  # or of each group
-        scale = tensors["weight_scale"].float()
+    scale = tensors["weight_scale"].float()
+    if scale.dim() < 2:  # of all of it, or of each output
+        scale = scale.reshape(-1, 1)
     scale = scale.expand(rows, -1)
     zero = tensors.get("weight_zero_point", torch.zeros(1, 1, dtype=torch.int8))
     if zero.dtype == torch.int32 and zero.shape[0] != rows:
@@ -170,7 +159,7 @@ def _in_awq_order(x: Tensor) -> Tensor:
 
 
 def _read(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for name in weight_files(folder):
-        with safe_open(folder / name, framework="pt") as file:
+    for file_name in weight_files(folder):
+        with safe_open(folder / file_name, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 yield name, file.get_tensor(name)
