@@ -32,12 +32,14 @@
 #include <utility>
 
 #include "exp2.h"
+#include "floats.h"
 #include "rules.h"
 
 namespace {
 
 using at::BFloat16;
 using at::Tensor;
+using coppice::load_floats;
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kWide = 64;         // outputs of a block
@@ -46,12 +48,6 @@ constexpr int64_t kStep = 16;         // tokens of a GEMM are a multiple of it, 
 constexpr int64_t kDepth = 1024;      // inputs of a GEMM of bfloat16: its operands stay in the cache
 constexpr int64_t kTasksAThread = 6;  // so that no thread waits long for the last one
 constexpr int32_t kZero = 128;
-
-__m512 load(const float* from) { return _mm512_loadu_ps(from); }
-__m512 load(const BFloat16* from) {
-  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
 
 void store(__m512 x, float* to) { _mm512_storeu_ps(to, x); }
 void store(__m512 x, BFloat16* to) {
@@ -72,7 +68,7 @@ float quantize(const T* x, int64_t n, uint8_t* q) {
   __m512 most = _mm512_setzero_ps();
   __mmask16 is_bad = 0;
   for (int64_t j = 0; j < n; j += kLanes) {
-    const __m512 part = _mm512_abs_ps(load(x + j));
+    const __m512 part = _mm512_abs_ps(load_floats(x + j));
     is_bad |= _mm512_cmp_ps_mask(part, _mm512_set1_ps(std::numeric_limits<float>::infinity()),
                                  _CMP_NLT_UQ);
     most = _mm512_max_ps(most, part);
@@ -85,7 +81,7 @@ float quantize(const T* x, int64_t n, uint8_t* q) {
   const __m512 factor = _mm512_set1_ps(top > 0.f ? 127.f / top : 0.f);
   const __m512i zero = _mm512_set1_epi32(kZero);
   for (int64_t j = 0; j < n; j += kLanes) {
-    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + j), factor));
+    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(load_floats(x + j), factor));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + j),
                      _mm512_cvtusepi32_epi8(_mm512_add_epi32(rounded, zero)));
   }
@@ -198,7 +194,7 @@ void run(const Layer& layer, const T* other, T* out, int64_t n, int64_t m) {
         for (int64_t c = 0; c < std::min(kWide, m - b * kWide); c += kLanes) {
           const int64_t to = (low + r) * m + b * kWide + c, column = place * kWide + c;
           __m512 y = layer.outputs(sums.data() + r * kWide + c, low + r, column);
-          if (kEpilogue == Epilogue::kPlus) y = _mm512_add_ps(y, load(other + to));
+          if (kEpilogue == Epilogue::kPlus) y = _mm512_add_ps(y, load_floats(other + to));
           if (kGated)
             y = _mm512_mul_ps(
                 y, silu(layer.outputs(gates.data() + r * kWide + c, low + r, column - kWide)));

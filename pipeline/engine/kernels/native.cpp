@@ -30,6 +30,7 @@
 #include <vector>
 
 #include "exp2.h"
+#include "floats.h"
 #include "rules.h"
 
 namespace {
@@ -38,6 +39,7 @@ using at::BFloat16;
 using at::Tensor;
 using coppice::kLog2E;
 using coppice::kUnseen;
+using coppice::load_floats;
 using coppice::Rules;
 using coppice::Span;
 using Vec = at::vec::Vectorized<float>;
@@ -220,12 +222,6 @@ __m512 multiply_add(const BFloat16* a, const BFloat16* b, __m512 sum) {
 constexpr bool kHasDirect = false;
 __m512 multiply_add(const BFloat16*, const BFloat16*, __m512 sum) { return sum; }
 #endif
-
-__m512 load_floats(const float* from) { return _mm512_loadu_ps(from); }
-__m512 load_floats(const BFloat16* from) {
-  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
 
 // x[i] summed over its lanes, into lane i
 __m512 sum_each(__m512 (&x)[16]) {
