@@ -136,7 +136,11 @@ def test_two_workers_answer_as_one_and_count_every_token(
 )
 @pytest.mark.parametrize(
     ("engine", "victims"),
-    [("echo", 1), ("echo", 2), pytest.param("prefix", 1, marks=pytest.mark.slow)],
+    [
+        ("echo", 1),
+        pytest.param("echo", 2, marks=pytest.mark.slow),
+        pytest.param("prefix", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_workers_cost_no_row(
     workers: Path,
