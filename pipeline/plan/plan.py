@@ -22,7 +22,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from pipeline.plan.documents import DocumentPlan
 from pipeline.plan.radix_tree import RadixTree, build_tree
+from pipeline.plan.segment_table import Segments
 from pipeline.plan.sorting import SORT_BYTES, sort_rows
 from pipeline.plan.token_table import TokenTable
 from pipeline.records import SamplingParams
@@ -56,6 +58,9 @@ class Plan:
     (prompt position up to which the nearest group node *above* covers), `is_group` (bool).
     By row of the token table (int64): `sequence_of_row` (-1: cannot run), `reuse_depth`,
     `group_of_row` (deepest group node on the row's path, -1: none).
+    `documents`: what an engine computes instead where documents are reused at any position; the
+    tree is that of the whole prompts all the same, but depth and group of a row are those of its
+    documents, see `document_rows.py`.
     """
 
     table: TokenTable
@@ -69,6 +74,7 @@ class Plan:
     sequence_of_row: NDArray[np.int64]
     reuse_depth: NDArray[np.int64]
     group_of_row: NDArray[np.int64]
+    documents: DocumentPlan | None = None
 
     def prompt_token_ids(self, sequence: int) -> NDArray[np.unsignedinteger]:
         return self.table[int(self.sequences.row[sequence])]
@@ -79,6 +85,12 @@ class Plan:
         chosen[sequences + 1] = 1
         before = np.cumsum(chosen)
         return before[self.sequence_hi] - before[self.sequence_lo]
+
+    def tokens_to_compute(self, sequences: NDArray[np.int64]) -> int:
+        """Prompt tokens that are computed where these sequences run and no other."""
+        if self.documents is not None:
+            return self.documents.tokens_to_compute(sequences)
+        return int(self.tree.edge_lengths[self.count_below(sequences) > 0].sum())
 
     @property
     def prompt_lengths(self) -> NDArray[np.int64]:
@@ -106,11 +118,13 @@ def build_plan(
     tenant: NDArray[np.integer] | None = None,
     min_prefix_tokens: int = 16,
     sort_bytes: int = SORT_BYTES,
+    segments: Segments | None = None,
 ) -> Plan:
     """Plan the rows of `table`; empty rows are left out (`sequence_of_row == -1`).
 
     `params_of_row`: [rows] index into `params`; `tenant`: [rows] small non-negative numbers;
-    `sort_bytes`: see `sort_rows`, it changes nothing but the memory taken.
+    `sort_bytes`: see `sort_rows`, it changes nothing but the memory taken; `segments`: where two
+    rows of one prompt that is cut differently may get two answers.
     """
     tenants = np.zeros(len(table), np.int64) if tenant is None else tenant.astype(np.int64)
     order, shared = rows = sort_rows(table, tenants, sort_bytes)
@@ -118,7 +132,9 @@ def build_plan(
     is_new = rows.is_new(lengths)
     prompt = np.cumsum(is_new) - 1
     tree = build_tree(lengths[is_new], shared[is_new], order[is_new])
-    sequences, sequence_of_row = _make_sequences(order, prompt, ids, params, params_of_row)
+    sequences, sequence_of_row = _make_sequences(
+        order, prompt, ids, params, params_of_row, None if segments is None else segments.kinds()
+    )
     low = np.searchsorted(sequences.prompt, tree.prompt_lo)
     high = np.searchsorted(sequences.prompt, tree.prompt_hi)
     is_group, anchor_end, anchor = _choose_groups(tree, high - low, min_prefix_tokens, 0.0)
@@ -152,15 +168,19 @@ def _make_sequences(
     ids: Names,
     params: tuple[SamplingParams, ...],
     params_of_row: NDArray[np.integer],
+    kind_of_row: NDArray[np.int64] | None,
 ) -> tuple[Sequences, NDArray[np.int64]]:
-    """Greedy rows with equal prompt and parameters become one sequence; sampled rows never do."""
+    """Greedy rows with equal prompt, parameters and kind become one sequence; sampled rows never
+    do."""
     greedy = np.array([p.is_greedy for p in params], bool)
     chosen = params_of_row[order].astype(np.int64)
-    if len(params) > 1:  # rows are in order of (prompt, row) already
-        by_params = np.lexsort((order, chosen, prompt))
-        order, prompt, chosen = order[by_params], prompt[by_params], chosen[by_params]
+    kind = np.zeros(len(order), np.int64) if kind_of_row is None else kind_of_row[order]
+    if len(params) > 1 or kind_of_row is not None:  # in order of (prompt, row) already
+        by_params = np.lexsort((order, kind, chosen, prompt))
+        order, prompt = order[by_params], prompt[by_params]
+        chosen, kind = chosen[by_params], kind[by_params]
     is_head = np.ones(len(order), bool)
-    is_same = (prompt[1:] == prompt[:-1]) & (chosen[1:] == chosen[:-1])
+    is_same = (prompt[1:] == prompt[:-1]) & (chosen[1:] == chosen[:-1]) & (kind[1:] == kind[:-1])
     is_head[1:] = ~(is_same & greedy[chosen[1:]])
     sequence_of_row = np.full(len(params_of_row), -1, np.int64)
     sequence_of_row[order] = np.cumsum(is_head) - 1

@@ -24,6 +24,7 @@ def only(plan: Plan, sequences: NDArray[np.int64]) -> Plan:
         sequence_lo=np.searchsorted(sequences, plan.sequence_lo),
         sequence_hi=np.searchsorted(sequences, plan.sequence_hi),
         sequence_of_row=numbers[plan.sequence_of_row],
+        documents=None if plan.documents is None else plan.documents.only(sequences),
     )
 
 
@@ -66,7 +67,7 @@ def carve(plan: Plan, sequences: NDArray[np.int64]) -> Plan:
 
 def prefill_tokens(plan: Plan, sequences: NDArray[np.int64]) -> int:
     """Prompt tokens that a machine computes if it runs these sequences and no other."""
-    return int(plan.tree.edge_lengths[plan.count_below(sequences) > 0].sum())
+    return plan.tokens_to_compute(sequences)
 
 
 def _nodes_above(plan: Plan, sequences: NDArray[np.int64]) -> NDArray[np.int64]:

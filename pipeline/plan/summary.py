@@ -1,4 +1,4 @@
-"""What a plan is worth, in numbers, and the plan as tables. Knows nothing about text or tensors."""
+"""What a plan is worth, in numbers. Knows nothing about text or tensors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from pipeline.plan.caching import MOST_ROWS, computed_by_blocks, computed_in_given_order
+from pipeline.plan.documents import DocumentPlan
+from pipeline.plan.peak import KVNeeds
 from pipeline.plan.plan import Names, Plan
 
 _LARGEST_GROUPS = 10
@@ -36,7 +38,7 @@ class PlanSummary:
     fits the budget; `estimate` (device seconds, from rates measured here), `advice` and `warning`
     (what of the prompts is likely not meant): where somebody asks for a plan alone; `store`: of
     those tokens U that a KV store has, where there is one; `fields`: where a template lists some;
-    `rejections`: why rows cannot run, where some are.
+    `documents`: where prompts are in segments; `rejections`: why rows cannot run, where some are.
     Bytes are None where the model's shape is not known.
     """
 
@@ -66,6 +68,7 @@ class PlanSummary:
     fields: dict[str, Any] | None = None
     store: dict[str, Any] | None = None
     rejections: dict[str, Any] | None = None
+    documents: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,7 +87,7 @@ def summarise(plan: Plan, ids: Names, limits: KVLimits) -> PlanSummary:
     """Describe `plan`; `ids[i]` is the id of table row i."""
     runs = plan.sequence_of_row >= 0
     total = int(plan.table.lengths[runs].sum())
-    unique = plan.tree.unique_tokens
+    unique = plan.tokens_to_compute(np.arange(len(plan.sequences)))
     generated = int(plan.max_new_tokens.sum())
     group = plan.group_of_row[runs]
     return PlanSummary(
@@ -136,44 +139,22 @@ def _largest_groups(plan: Plan, ids: Names) -> list[dict[str, Any]]:
         .sort("rows", "group_id", descending=[True, False])
         .head(_LARGEST_GROUPS)
     )
+    end = (plan.documents or plan).tree.end
     return [
         {
             "group_id": group_id,
             "rows": rows,
-            "prefix_tokens": int(plan.tree.end[group_id]),
+            "prefix_tokens": int(end[group_id]),
             "example_ids": [ids[row] for row in examples],
         }
         for group_id, rows, examples in largest.iter_rows()
     ]
 
 
-def peak_kv_tokens(plan: Plan, max_rows: int) -> int:
-    """The most KV tokens alive at once when at most `max_rows` neighbouring sequences run together.
-
-    A window `[w, w + R)` of sequences holds their own spans and every group node that any of them
-    lies below, that is nodes with `sequence_lo < w + R` and `sequence_hi > w`.
-    """
-    num = len(plan.sequences)
-    if not num:
-        return 0
-    width = min(max_rows, num)
-    group = plan.group_of_row[plan.sequences.row]
-    covered = np.where(group >= 0, plan.tree.end[group], 0)
-    own = plan.prompt_lengths - covered + plan.max_new_tokens
-    upto = np.concatenate([np.zeros(1, np.int64), np.cumsum(own)])
-    in_window = upto[width:] - upto[:-width]
-    nodes = np.flatnonzero(plan.is_group)
-    span = plan.tree.end[nodes] - plan.anchor_end[nodes]
-    change = np.zeros(num + 1, np.int64)
-    np.add.at(change, np.maximum(plan.sequence_lo[nodes] - width + 1, 0), span)
-    np.add.at(change, plan.sequence_hi[nodes], -span)
-    return int((in_window + np.cumsum(change)[: len(in_window)]).max())
-
-
 def _peak_kv_bytes(plan: Plan, limits: KVLimits) -> int | None:
     if limits.bytes_per_token is None:
         return None
-    peak = peak_kv_tokens(plan, limits.max_rows) * limits.bytes_per_token
+    peak = KVNeeds.of(plan).peak(limits.max_rows) * limits.bytes_per_token
     return peak if limits.budget is None else min(peak, limits.budget)
 
 
@@ -194,7 +175,7 @@ def _rows_at_once(plan: Plan, limits: KVLimits) -> int | None:
         return None
     room = limits.budget // limits.bytes_per_token
     widths = range(1, min(limits.max_rows, len(plan.sequences)) + 1)
-    return bisect.bisect_right(widths, room, key=lambda width: peak_kv_tokens(plan, width))
+    return bisect.bisect_right(widths, room, key=KVNeeds.of(plan).peak)
 
 
 def hash_plan(plan: Plan, ids: Names) -> str:
@@ -214,74 +195,14 @@ def hash_plan(plan: Plan, ids: Names) -> str:
         plan.sequences.noise_key,
         plan.sequence_of_row,
         plan.is_group,
+        *_decisive(plan.documents),
     ):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
-def plan_frame(plan: Plan, ids: Names) -> pl.DataFrame:
-    """`plan/plan.parquet`: every input row in execution order; rows that cannot run come last."""
-    num = len(plan.sequences)
-    sequence = np.where(plan.sequence_of_row < 0, num, plan.sequence_of_row)
-    order = np.argsort(sequence, kind="stable")
-    first = np.append(plan.sequences.row, -1)[sequence[order]]
-    copied_from = np.where(first == order, -1, first)
-    names = pl.Series(ids, dtype=pl.String)
-
-    def or_null(values: NDArray[np.int64]) -> pl.Series:
-        column = pl.Series(values)
-        return column.set(column < 0, None)
-
-    def of_sequence(values: NDArray[np.int64]) -> pl.Series:
-        return or_null(np.append(values, -1)[sequence[order]])
-
-    return pl.DataFrame(
-        {
-            "row_index": order,
-            "id": names.gather(order),
-            "sequence": or_null(plan.sequence_of_row[order]),
-            "prompt": of_sequence(plan.sequences.prompt),
-            "group_id": or_null(plan.group_of_row[order]),
-            "reuse_depth": plan.reuse_depth[order],
-            "prompt_tokens": plan.table.lengths[order],
-            "max_new_tokens": of_sequence(plan.max_new_tokens),
-            "dedup_of": names.gather(or_null(copied_from)),
-        }
-    )
-
-
-def largest_nodes(plan: Plan, at_most: int = 400) -> NDArray[np.int64]:
-    """The nodes with most rows x tokens, first to last: [nodes, 4] int64.
-
-    Columns are the first row below, the last + 1, start and end; rows count in execution order.
-    """
-    rows = _rows_before_prompt(plan)
-    low, high = rows[plan.tree.prompt_lo], rows[plan.tree.prompt_hi]
-    area = (high - low) * plan.tree.edge_lengths
-    chosen = np.sort(np.argsort(-area, kind="stable")[:at_most])
-    return np.stack([low, high, plan.tree.start, plan.tree.end], 1)[chosen]
-
-
-def _rows_before_prompt(plan: Plan) -> NDArray[np.int64]:
-    """[prompts + 1] input rows of the prompts before each."""
-    runs = plan.sequence_of_row[plan.sequence_of_row >= 0]
-    rows = np.bincount(plan.sequences.prompt[runs], minlength=plan.tree.num_prompts)
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)])
-
-
-def tree_frame(plan: Plan) -> pl.DataFrame:
-    """`plan/tree.parquet`: one row per node, depth first; `rows` counts the input rows below."""
-    tree = plan.tree
-    upto = _rows_before_prompt(plan)
-    return pl.DataFrame(
-        {
-            "node": np.arange(tree.num_nodes),
-            "parent": tree.parent,
-            "start": tree.start,
-            "end": tree.end,
-            "prompt_lo": tree.prompt_lo,
-            "prompt_hi": tree.prompt_hi,
-            "rows": upto[tree.prompt_hi] - upto[tree.prompt_lo],
-            "is_group": plan.is_group,
-        }
-    ).with_columns(parent=pl.col("parent").replace(-1, None))
+def _decisive(documents: DocumentPlan | None) -> list[NDArray[np.int64]]:
+    if documents is None:
+        return []
+    names = "use_bounds", "use_path", "use_first", "use_shift", "run_bounds", "run_position"
+    return [getattr(documents, name) for name in names]

@@ -8,16 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.plan.frames import plan_frame, tree_frame
+from pipeline.plan.peak import KVNeeds
 from pipeline.plan.plan import Plan, build_plan, noise_key
-from pipeline.plan.summary import (
-    KVLimits,
-    depth_histogram,
-    hash_plan,
-    peak_kv_tokens,
-    plan_frame,
-    summarise,
-    tree_frame,
-)
+from pipeline.plan.summary import KVLimits, depth_histogram, hash_plan, summarise
 from pipeline.plan.token_table import TokenTable
 from pipeline.records import SamplingParams
 from tests.plan.edges import edge_token_ids
@@ -143,7 +137,7 @@ def test_peak_kv_is_the_worst_window(drawn: Drawn, params: list[int], max_rows: 
             tokens += int(plan.max_new_tokens[sequence])
         tokens += sum(int(plan.tree.end[n] - plan.anchor_end[n]) for n in alive)
         worst = max(worst, tokens)
-    assert peak_kv_tokens(plan, max_rows) == worst
+    assert KVNeeds.of(plan).peak(max_rows) == worst
 
 
 @given(drawn_rows(), params_strategy)
