@@ -5,7 +5,8 @@
           node  [past ..|fresh]  all queries at or below it get one span over all of its slots
 ```
 
-A decoding row is a leaf with one fresh token, a prefill piece one with several.
+A decoding row is a leaf with one fresh token, a prefill piece one with several. Tokens may also see
+documents, each at a position of its own: by views, which follow the tokens' own queries.
 """
 
 from __future__ import annotations
@@ -23,16 +24,20 @@ from pipeline.engine.kernels.rules import AttentionRules, KVSpans
 
 @dataclass(frozen=True)
 class Tree:
-    """KVSpans over `positions` [N] and an arena of `capacity` slots, some of which nobody owns."""
+    """KVSpans over `positions` [V] and an arena of `capacity` slots, some of which nobody owns.
+
+    `owner` [V] where there are views.
+    """
 
     spans: KVSpans
     positions: NDArray[np.int64]
     capacity: int
+    owner: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
 class Layer:
-    """query [N, Hq, d]; keys, values [Hkv, capacity, d], all views of larger tensors."""
+    """query [V, Hq, d]; keys, values [Hkv, capacity, d], all views of larger tensors."""
 
     query: Tensor
     keys: Tensor
@@ -80,6 +85,49 @@ def trees(draw: st.DrawFn, max_nodes: int = 6, max_length: int = 24) -> Tree:
         for i in range(count)
     ]
     return build_tree(nodes, draw(st.permutations(range(count))), draw(st.booleans()))
+
+
+@st.composite
+def trees_with_documents(draw: st.DrawFn, max_length: int = 24) -> Tree:
+    """Tokens of a tree, with up to 8 views each of documents that others see as well.
+
+    Some of those that see a document see its tail alone, and some stand where they see nothing.
+    """
+    tree = draw(trees(max_nodes=4, max_length=max_length))
+    documents = draw(st.lists(st.integers(1, 2 * max_length), min_size=1, max_size=5))
+    chance = np.random.default_rng(draw(st.integers(0, 2**32)))
+    tokens = len(tree.positions)
+    chosen = np.sort(chance.integers(0, len(documents), (tokens, 8)), 1)  # some of them twice
+    is_seen = np.arange(8) < chance.integers(0, 9, (tokens, 1))
+    spans, owners, positions = [tree.spans], [np.arange(tokens)], [tree.positions]
+    low, slot = tokens, tree.capacity
+    for document, length in enumerate(documents):
+        owner = np.nonzero((chosen == document) & is_seen)[0]
+        high = low + len(owner)
+        whole = np.sort(chance.integers(low, high + 1, 2)).tolist()  # these see the head as well
+        head, first = int(chance.integers(0, length + 1)), int(chance.integers(0, 4))
+        spans += [
+            np.array([[q_lo, q_hi, slot + begin, slot + end, first + begin]])
+            for q_lo, q_hi, begin, end in ((low, high, head, length), (*whole, 0, head))
+            if q_lo < q_hi and begin < end
+        ]
+        owners.append(owner)
+        is_after = chance.random(len(owner)) < chance.choice([0.0, 0.7, 1.0])
+        at = chance.integers(int(chance.choice([-2, 0, 1])), length + 4, len(owner))
+        positions.append(first + at + length * is_after)
+        low, slot = high, slot + length + 1
+    return Tree(np.concatenate(spans), np.concatenate(positions), slot, np.concatenate(owners))
+
+
+def with_views(tree: Tree, is_moved: NDArray[np.bool_]) -> Tree:
+    """The same, said otherwise: what the spans in question give, their tokens see by views."""
+    counts = np.where(is_moved, tree.spans[:, 1] - tree.spans[:, 0], 0)
+    ends = len(tree.positions) + np.cumsum(counts)
+    spans = tree.spans.copy()
+    spans[is_moved, 0], spans[is_moved, 1] = (ends - counts)[is_moved], ends[is_moved]
+    seen = [np.arange(*row) for row in tree.spans[is_moved, :2].tolist()]
+    owner = np.concatenate([np.arange(len(tree.positions)), *seen])
+    return Tree(spans, tree.positions[owner], tree.capacity, owner)
 
 
 @st.composite

@@ -16,7 +16,19 @@ from pipeline.engine.kernels.kernel import AttentionKernel
 from pipeline.engine.kernels.native_kernel import NativeKernel, cut_tiles
 from pipeline.engine.kernels.rules import AttentionRules, attend_reference
 from pipeline.engine.kernels.torch_kernel import TorchKernel
-from pipeline.engine.packing import Piece, PlacedSlots, pack_prefill, shared_spans
+from pipeline.engine.kernels.torch_levels import levels_of_views
+from pipeline.engine.packing import Packer, Piece, PlacedSlots, pack_prefill, shared_spans
+from pipeline.engine.rotary import Rotary
+from pipeline.engine.views import Views
+from tests.engine.attention_cases import (
+    Layer,
+    Tree,
+    random_layer,
+    trees,
+    trees_with_documents,
+    with_views,
+)
+from tests.engine.attention_cases import rules as random_rules
 
 CPU = torch.device("cpu")
 
@@ -115,9 +127,103 @@ def test_kernels_equal_the_oracle(
     tolerance = 6e-2 if is_bfloat16 else 2e-5
     for kernel in kernels(6, 2):
         nothing = np.zeros(0, np.int64)
-        batch = pack_prefill(forest.pieces, (nothing, nothing), kernel, CPU)
+        batch = pack_prefill(forest.pieces, (nothing, nothing), Packer(kernel, CPU))
         out = kernel.attend(query, keys, values, batch.work, rules)
         torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def attend(kernel: AttentionKernel, tree: Tree, layer: Layer, rules: AttentionRules) -> Tensor:
+    work = kernel.prepare(tree.spans, tree.positions, tree.owner)
+    return kernel.attend(layer.query, layer.keys, layer.values, work, rules)
+
+
+def by_reference(tree: Tree, layer: Layer, rules: AttentionRules) -> Tensor:
+    positions = torch.from_numpy(tree.positions)
+    arena = layer.keys, layer.values
+    return attend_reference(layer.query, *arena, positions, tree.spans, rules, tree.owner)
+
+
+@given(
+    st.data(),
+    trees_with_documents(max_length=90),
+    st.sampled_from([(3, 3), (6, 2), (8, 1)]),
+    st.sampled_from([16, 48, 64]),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_kernels_join_the_views_of_a_token_as_the_reference_does(
+    data: st.DataObject, tree: Tree, heads: tuple[int, int], head_dim: int, is_bfloat16: bool
+) -> None:
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    layer = random_layer(tree, heads, head_dim, dtype)
+    layer_rules = data.draw(random_rules(heads[0]))
+    expected = by_reference(tree, layer, layer_rules)
+    tolerance = 6e-2 if is_bfloat16 else 2e-5
+    for kernel in kernels(*heads):
+        out = attend(kernel, tree, layer, layer_rules)
+        assert out.dtype == dtype and out.is_contiguous(), kernel.name
+        torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+
+
+@given(st.data(), trees(max_length=90), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_views_from_where_their_tokens_stand_change_nothing(
+    data: st.DataObject, tree: Tree, is_bfloat16: bool
+) -> None:
+    """Whichever spans of a tree are seen by views instead of by the tokens' own queries."""
+    is_moved = data.draw(
+        st.lists(st.booleans(), min_size=len(tree.spans), max_size=len(tree.spans))
+    )
+    viewed = with_views(tree, np.array(is_moved, bool))
+    assert viewed.owner is not None
+    layer = random_layer(tree, (6, 2), 64, torch.bfloat16 if is_bfloat16 else torch.float32)
+    turned = Layer(layer.query[torch.from_numpy(viewed.owner)], layer.keys, layer.values)
+    layer_rules = data.draw(random_rules(6))
+    expected = by_reference(tree, layer, layer_rules)
+    again = by_reference(viewed, turned, layer_rules)
+    tolerance = 6e-2 if is_bfloat16 else 2e-5
+    torch.testing.assert_close(again, expected, atol=tolerance, rtol=tolerance)
+    for kernel in kernels(6, 2):
+        out = attend(kernel, viewed, turned, layer_rules)
+        torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+
+
+@given(trees_with_documents())
+@settings(max_examples=100, deadline=None)
+def test_no_query_is_twice_in_a_level(tree: Tree) -> None:
+    """What a level gives is merged at once: of two results of a query one would be lost."""
+    for level in levels_of_views(tree.spans, tree.positions, CPU):
+        queries = [np.arange(*span[:2]) for span in level.singles]
+        queries += [bucket.target.numpy() for bucket in level.buckets]
+        assert np.bincount(np.concatenate(queries)).max() == 1
+
+
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("sinks", [None, torch.zeros(6)])
+def test_a_token_whose_views_see_nothing_is_zeros(window: int, sinks: Tensor | None) -> None:
+    """Views before a document, or beyond its window; the third token sees it by its own query."""
+    spans = np.array([[2, 3, 1, 9, 3], [3, 6, 1, 9, 3]])
+    positions = np.array([4, 4, 7, 2, -3, 60 if window else 1])
+    tree = Tree(spans, positions, 10, np.array([0, 1, 2, 0, 1, 2]))
+    layer = random_layer(tree, (6, 2), 64)
+    layer_rules = AttentionRules(0.3, window=window, sinks=sinks)
+    expected = by_reference(tree, layer, layer_rules)
+    assert not expected[:2].any() and expected[2].all()
+    for kernel in kernels(6, 2):
+        out = attend(kernel, tree, layer, layer_rules)
+        torch.testing.assert_close(out, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_a_nan_in_a_document_reaches_each_token_with_a_view_of_it() -> None:
+    spans = np.array([[0, 3, 1, 9, 0], [3, 5, 20, 30, 0]])
+    tree = Tree(spans, np.array([7, 7, 7, 12, 15]), 30, np.array([0, 1, 2, 0, 2]))
+    for broken in ("keys", "values"):
+        layer = random_layer(tree, (6, 2), 64)
+        getattr(layer, broken)[:, 25] = float("nan")
+        for kernel in kernels(6, 2):
+            is_nan = attend(kernel, tree, layer, AttentionRules(0.3)).isnan().flatten(1)
+            assert is_nan.all(1).tolist() == [True, False, True], kernel.name
+            assert not is_nan[1].any(), kernel.name
 
 
 def test_the_reference_equals_the_oracle() -> None:
@@ -141,7 +247,7 @@ def test_a_kernel_does_not_hide_a_nan(tokens: int, head_dim: int) -> None:
     piece = Piece(np.zeros(tokens, np.int64), 8, 20, 0, (PlacedSlots(0, 8, 0),))
     nothing = np.zeros(0, np.int64)
     for kernel in kernels(4, 2):
-        batch = pack_prefill([piece], (nothing, nothing), kernel, CPU)
+        batch = pack_prefill([piece], (nothing, nothing), Packer(kernel, CPU))
         rules = AttentionRules(0.3)
         out = kernel.attend(torch.randn(tokens, 4, head_dim), keys, values, batch.work, rules)
         assert out.isnan().all(), kernel.name
@@ -224,3 +330,21 @@ def test_the_compiled_argmax_is_torchs_and_sees_a_nan(dtype: torch.dtype) -> Non
     seen = [row for row in range(9) if row != 3]
     assert torch.equal(best[seen], expected.values[seen])
     assert torch.equal(place[seen], expected.indices[seen])
+
+
+@pytest.mark.skipif(native.why_unavailable() is not None, reason="no compiled kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pairs", [4, 16, 32])
+def test_views_are_turned_as_by_plain_torch(dtype: torch.dtype, pairs: int) -> None:
+    """Of queries that lie between keys and values, as a forward has them."""
+    torch.manual_seed(0)
+    query = torch.randn(7, 10, 64).to(dtype)[:, 2:8]
+    owner, shift = torch.tensor([0, 3, 3, 6, 1]), torch.tensor([5, 0, 17, 4000, 1])
+    rotary = Rotary(("inv_freq",), {"inv_freq": torch.rand(pairs).double()}, False)
+    views = Views(owner, shift, rotary)
+    turn = views.turn_in(0)
+    assert turn is not None
+    made = torch.ops.coppice.turn_views(query, owner, *turn)
+    torch.testing.assert_close(
+        made, views.of(0, query), rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5
+    )

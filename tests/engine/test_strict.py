@@ -285,7 +285,10 @@ class SplitBySpan:
     def __init__(self, kernel: AttentionKernel) -> None:
         self._kernel = kernel
 
-    def prepare(self, spans: KVSpans, positions: np.ndarray) -> StrictWork:
+    def prepare(
+        self, spans: KVSpans, positions: np.ndarray, owner: np.ndarray | None = None
+    ) -> StrictWork:
+        assert owner is None
         return StrictWork(spans, positions)
 
     def attend(

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,7 +27,7 @@ from pipeline.engine.kernels import triton_kernel
 from pipeline.engine.kernels.rules import AttentionRules, attend_reference
 from pipeline.engine.kernels.triton_kernel import attend, upload
 from pipeline.engine.kernels.work_items import plan_work
-from tests.engine.attention_cases import build_tree, random_layer
+from tests.engine.attention_cases import build_tree, random_layer, with_views
 
 CASES = Path(__file__).with_name("triton_cases.py")
 FOREST = build_tree(
@@ -102,9 +103,12 @@ def test_the_programs_compile_for_a_card(
 @pytest.mark.skipif(not triton_kernel.is_available(), reason="no CUDA device with triton here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_card_equals_the_reference(dtype: torch.dtype) -> None:
-    for heads, head_dim in itertools.product([(8, 8), (6, 2), (32, 8)], [64, 80, 128, 256]):
-        layer = random_layer(FOREST, heads, head_dim, dtype, "cuda")
-        plan = plan_work(FOREST.spans, FOREST.positions, heads[0] // heads[1], 64, 256)
+    viewed = with_views(FOREST, np.arange(len(FOREST.spans)) % 2 == 0)
+    shapes = [(8, 8), (6, 2), (32, 8)], [64, 80, 128, 256]
+    for tree, heads, head_dim in itertools.product((FOREST, viewed), *shapes):
+        layer = random_layer(tree, heads, head_dim, dtype, "cuda")
+        rep = heads[0] // heads[1]
+        plan = plan_work(tree.spans, tree.positions, rep, 64, 256, tree.owner)
         work = upload(plan, torch.device("cuda"))
         for rules in (
             AttentionRules(head_dim**-0.5),
@@ -112,8 +116,8 @@ def test_a_card_equals_the_reference(dtype: torch.dtype) -> None:
         ):
             out = attend(layer.query, layer.keys, layer.values, work, rules)
             expected = attend_reference(
-                layer.query, layer.keys, layer.values, work.positions[: len(out)],
-                FOREST.spans, rules,
+                layer.query, layer.keys, layer.values, work.positions[: len(layer.query)],
+                tree.spans, rules, tree.owner,
             )  # fmt: skip
             tolerance = 1e-5 if dtype == torch.float32 else 2e-2
             torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)

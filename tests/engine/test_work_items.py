@@ -19,7 +19,13 @@ from pipeline.engine.kernels.work_items import (
     choose_split_keys,
     plan_work,
 )
-from tests.engine.attention_cases import Tree, random_layer, rules, trees
+from tests.engine.attention_cases import (
+    Tree,
+    random_layer,
+    rules,
+    trees,
+    trees_with_documents,
+)
 
 PLANS = st.tuples(st.sampled_from([1, 3, 8]), st.sampled_from([8, 16, 64]), st.integers(1, 40))
 NOTHING = Tree(np.zeros((0, 5), np.int64), np.array([3, 4]), capacity=1)
@@ -29,7 +35,7 @@ def all_items(work: WorkItems) -> np.ndarray:
     return np.concatenate([work.large, work.small])
 
 
-@given(st.data(), trees(), PLANS)
+@given(st.data(), st.one_of(trees(), trees_with_documents()), PLANS)
 @settings(max_examples=100, deadline=None)
 def test_items_mean_what_the_spans_mean(
     data: st.DataObject, tree: Tree, plan: tuple[int, int, int]
@@ -37,34 +43,41 @@ def test_items_mean_what_the_spans_mean(
     """The first five fields of an item are a span again, so the oracle can read both."""
     rep, block_m, split_keys = plan
     layer, layer_rules = random_layer(tree, (2, 1), head_dim=4), data.draw(rules(2))
-    items = all_items(plan_work(tree.spans, tree.positions, rep, block_m, split_keys))
+    items = all_items(plan_work(tree.spans, tree.positions, rep, block_m, split_keys, tree.owner))
     positions = torch.from_numpy(tree.positions)
     by_item, by_span = (
-        attend_reference(layer.query, layer.keys, layer.values, positions, s, layer_rules)
+        attend_reference(
+            layer.query, layer.keys, layer.values, positions, s, layer_rules, tree.owner
+        )
         for s in (items[:, :5], tree.spans)
     )
     torch.testing.assert_close(by_item, by_span, rtol=1e-5, atol=1e-5)
 
 
-@given(trees(max_nodes=9, max_length=60), PLANS)
+TREES = st.one_of(trees(max_nodes=9, max_length=60), trees_with_documents())
+
+
+@given(TREES, PLANS)
 @settings(max_examples=200, deadline=None)
 def test_items_keep_their_size_and_partials_their_token(
     tree: Tree, plan: tuple[int, int, int]
 ) -> None:
     rep, block_m, split_keys = plan
-    work = plan_work(tree.spans, tree.positions, rep, block_m, split_keys)
+    work = plan_work(tree.spans, tree.positions, rep, block_m, split_keys, tree.owner)
+    owner = np.arange(len(tree.positions)) if tree.owner is None else tree.owner
     items = all_items(work)
     tokens, keys = items[:, 1] - items[:, 0], items[:, 3] - items[:, 2]
     assert ((tokens > 0) & (tokens * rep <= block_m)).all()
     assert ((keys > 0) & (keys <= split_keys)).all()
     assert ((work.small[:, 1] - work.small[:, 0]) * rep <= SMALL_ROWS).all()
     token_of_partial = {
-        part + token - low: token
+        part + query - low: owner[query]
         for low, high, _, _, _, part in items.tolist()
-        for token in range(low, high)
+        for query in range(low, high)
     }
     assert sorted(work.partials.tolist()) == sorted(token_of_partial) == list(range(tokens.sum()))
-    for token in range(len(tree.positions)):
+    assert work.shape.tokens == max(owner) + 1 and work.shape.queries == len(owner)
+    for token in range(work.shape.tokens):
         listed = work.partials[work.offsets[token] : work.offsets[token + 1]].tolist()
         assert all(token_of_partial[part] == token for part in listed)
 
@@ -98,6 +111,18 @@ def test_a_plan_that_does_not_fit_the_shape_is_refused() -> None:
     assert len(work.flatten(work.shape)) == 3 * ITEM_FIELDS + 2 + 4 + 2
     with pytest.raises(AssertionError, match="does not fit"):
         work.flatten(WorkShape(tokens=1, large=0, small=2, partials=3))
+
+
+def test_no_token_is_added_before_views() -> None:
+    """A recorded step is padded by tokens; views behind them would be others' queries."""
+    spans, owner = np.array([[2, 4, 0, 9, 0]]), np.array([0, 1, 1, 0])
+    work = plan_work(spans, np.array([20, 21, 9, 8]), 1, 16, 16, owner)
+    assert work.shape == WorkShape(tokens=2, large=0, small=1, partials=2, views=2)
+    assert work.offsets.tolist() == [0, 1, 2] and work.partials.tolist() == [1, 0]
+    longer = WorkShape(tokens=2, large=1, small=4, partials=7, views=3)
+    assert work.flatten(longer)[-6:].tolist() == [20, 21, 9, 8, 0, 0]
+    with pytest.raises(AssertionError, match="does not fit"):
+        work.flatten(WorkShape(tokens=3, large=1, small=4, partials=7, views=3))
 
 
 def test_planning_thousands_of_spans_takes_less_than_a_millisecond() -> None:

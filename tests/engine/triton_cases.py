@@ -28,7 +28,15 @@ from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.records import SamplingParams
 from pipeline.settings import EngineSettings
 from tests.engine import tiny
-from tests.engine.attention_cases import Layer, Tree, build_tree, random_layer, rules, trees
+from tests.engine.attention_cases import (
+    Layer,
+    Tree,
+    build_tree,
+    random_layer,
+    rules,
+    trees,
+    trees_with_documents,
+)
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -63,7 +71,7 @@ def assert_equals_reference(
     out = attend(layer.query, layer.keys, layer.values, work, layer_rules)
     expected = attend_reference(
         layer.query, layer.keys, layer.values, torch.from_numpy(tree.positions),
-        tree.spans, layer_rules,
+        tree.spans, layer_rules, tree.owner,
     )  # fmt: skip
     assert out.dtype == expected.dtype and out.is_contiguous()
     tolerance = TOLERANCE[out.dtype]
@@ -79,6 +87,19 @@ def test_any_tree_equals_the_reference(
     layer = random_layer(tree, heads, head_dim=16)
     block_m = data.draw(st.sampled_from([16, 32]))
     plan = plan_work(tree.spans, tree.positions, heads[0] // heads[1], block_m, split_keys)
+    assert_equals_reference(tree, layer, upload(plan, CPU), layer_rules)
+
+
+@given(st.data(), trees_with_documents(), st.sampled_from(HEADS), st.sampled_from([8, 16, 64]))
+@settings(max_examples=15, deadline=None)
+def test_views_of_any_documents_equal_the_reference(
+    data: st.DataObject, tree: Tree, heads: tuple[int, int], split_keys: int
+) -> None:
+    layer_rules = data.draw(rules(heads[0]))
+    dtype = data.draw(st.sampled_from(list(TOLERANCE)))
+    layer = random_layer(tree, heads, 16, dtype)
+    rep, block_m = heads[0] // heads[1], data.draw(st.sampled_from([16, 32]))
+    plan = plan_work(tree.spans, tree.positions, rep, block_m, split_keys, tree.owner)
     assert_equals_reference(tree, layer, upload(plan, CPU), layer_rules)
 
 

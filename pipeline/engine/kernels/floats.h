@@ -1,9 +1,12 @@
-// 16 numbers of the model's type as floats.
+// 16 numbers of the model's type as floats, and back.
 
 #pragma once
 
 #include <c10/util/BFloat16.h>
 #include <immintrin.h>
+
+#include <algorithm>
+#include <array>
 
 namespace coppice {
 
@@ -12,6 +15,18 @@ inline __m512 load_floats(const float* from) { return _mm512_loadu_ps(from); }
 inline __m512 load_floats(const c10::BFloat16* from) {
   const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+
+inline void store_floats(__m512 x, float* to) { _mm512_storeu_ps(to, x); }
+
+inline void store_floats(__m512 x, c10::BFloat16* to) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+#else
+  alignas(64) std::array<float, 16> rounded;
+  _mm512_store_ps(rounded.data(), x);
+  std::copy(rounded.begin(), rounded.end(), to);
+#endif
 }
 
 }  // namespace coppice

@@ -16,10 +16,18 @@ class AttentionKernel(Protocol):
 
     name: str
 
-    def prepare(self, spans: KVSpans, positions: NDArray[np.int64]) -> Any:
-        """The work of one forward of N queries at `positions` [N]; valid for all its layers."""
+    def prepare(
+        self,
+        spans: KVSpans,
+        positions: NDArray[np.int64],
+        owner: NDArray[np.int64] | None = None,
+    ) -> Any:
+        """The work of one forward of V queries at `positions` [V]; valid for all its layers.
+
+        `owner` [V]: the token of each query, the first N of them 0 .. N - 1; None: V is N.
+        """
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, work: Any, rules: AttentionRules
     ) -> Tensor:
-        """query [N, Hq, d], keys and values [Hkv, capacity, d] -> [N, Hq, d], query's dtype."""
+        """query [V, Hq, d], keys and values [Hkv, capacity, d] -> [N, Hq, d], query's dtype."""

@@ -40,6 +40,7 @@ namespace {
 using at::BFloat16;
 using at::Tensor;
 using coppice::load_floats;
+using coppice::store_floats;
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kWide = 64;         // outputs of a block
@@ -48,17 +49,6 @@ constexpr int64_t kStep = 16;         // tokens of a GEMM are a multiple of it, 
 constexpr int64_t kDepth = 1024;      // inputs of a GEMM of bfloat16: its operands stay in the cache
 constexpr int64_t kTasksAThread = 6;  // so that no thread waits long for the last one
 constexpr int32_t kZero = 128;
-
-void store(__m512 x, float* to) { _mm512_storeu_ps(to, x); }
-void store(__m512 x, BFloat16* to) {
-#ifdef __AVX512BF16__
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
-#else
-  alignas(64) std::array<float, kLanes> rounded;
-  _mm512_store_ps(rounded.data(), x);
-  std::copy(rounded.begin(), rounded.end(), to);
-#endif
-}
 
 // ---------------------------------------------------------------- tokens
 
@@ -198,7 +188,7 @@ void run(const Layer& layer, const T* other, T* out, int64_t n, int64_t m) {
           if (kGated)
             y = _mm512_mul_ps(
                 y, silu(layer.outputs(gates.data() + r * kWide + c, low + r, column - kWide)));
-          store(y, out + to);
+          store_floats(y, out + to);
         }
     }
     at::native::cpublas::brgemm_release(/*is_vnni=*/true);

@@ -288,6 +288,15 @@ struct Tile {
   int64_t q_lo, q_hi, span_lo, span_hi;
 };
 
+// Where results of a task go: rounded to the model's type, or as they are, float32, with their
+// log-sum-exps of base 2, to be joined with others of their tokens (views.cpp).
+template <typename T>
+struct Results {
+  T* out;        // [V, Hq, d]
+  float* parts;  // [V, Hq, d] if not null
+  float* lse;    // [V, Hq]
+};
+
 // Keys `[slot, slot + n)` of one span, for `count` rows from row `state` of the task.
 struct Block {
   const Span* span;
@@ -352,14 +361,13 @@ struct Task {
 };
 
 template <typename T>
-void attend(const Tensor& out, const Tensor& query, const Tensor& keys, const Tensor& values,
+void attend(const Results<T>& results, const Tensor& query, const Tensor& keys, const Tensor& values,
             const int64_t* positions, const Span* spans, const Tile* tiles,
             int64_t num_tiles, const Rules& rules) {
   const int64_t heads = query.size(1), d = query.size(2), kv_heads = keys.size(0);
   const int64_t rep = heads / kv_heads, num_tasks = num_tiles * kv_heads;
   const T *q_data = query.const_data_ptr<T>(), *k_data = keys.const_data_ptr<T>(),
           *v_data = values.const_data_ptr<T>();
-  T* out_data = out.mutable_data_ptr<T>();
   const bool has_direct = d % 32 == 0 && (sizeof(T) == 4 || kHasDirect);
   int64_t max_rows = 0;
   for (const Tile* t = tiles; t != tiles + num_tiles; ++t)
@@ -432,33 +440,60 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& keys, const Te
         float* row = task.o.data() + r * d;
         const Vec share(task.l[r] == 0.f ? 0.f : 1.f / task.l[r]);
         for (int64_t j = 0; j < d; j += kLanes) (Vec::loadu(row + j) * share).store(row + j);
-        store(row, out_data + ((tile.q_lo + r / rep) * heads + h * rep + r % rep) * d, d);
+        const int64_t place = (tile.q_lo + r / rep) * heads + h * rep + r % rep;
+        if (!results.parts) {
+          store(row, results.out + place * d, d);
+          continue;
+        }
+        store(row, results.parts + place * d, d);
+        results.lse[place] = task.l[r] == 0.f ? kUnseen : task.m[r] + std::log2(task.l[r]);
       }
     }
     at::native::cpublas::brgemm_release(sizeof(T) == 2);
   });
 }
 
+void attend(void* out, float* parts, float* lse, const Tensor& query, const Tensor& keys,
+            const Tensor& values, const Tensor& positions, const Tensor& spans,
+            const Tensor& tiles, const Rules& rules) {
+  TORCH_CHECK(query.size(2) % kLanes == 0, "head size must be a multiple of ", kLanes);
+  const auto* position_data = positions.const_data_ptr<int64_t>();
+  const auto* span_data = reinterpret_cast<const Span*>(spans.const_data_ptr<int64_t>());
+  const auto* tile_data = reinterpret_cast<const Tile*>(tiles.const_data_ptr<int64_t>());
+  const auto run = [&]<typename T>(T* to) {
+    attend<T>({to, parts, lse}, query, keys, values, position_data, span_data, tile_data,
+              tiles.size(0), rules);
+  };
+  query.scalar_type() == at::kBFloat16 ? run(static_cast<BFloat16*>(out))
+                                       : run(static_cast<float*>(out));
+}
+
 // query [N, Hq, d] (last dimension dense); keys, values [Hkv, capacity, d], each head dense;
 // positions [N], spans [S, 5], tiles [T, 4] int64. Returns [N, Hq, d].
 Tensor cascade_attention(const Tensor& query, const Tensor& keys, const Tensor& values,
                          const Tensor& positions, const Tensor& spans, const Tensor& tiles,
-                      double scale, int64_t window, double softcap,
-                      const std::optional<Tensor>& sinks) {
-  TORCH_CHECK(query.size(2) % kLanes == 0, "head size must be a multiple of ", kLanes);
+                         double scale, int64_t window, double softcap,
+                         const std::optional<Tensor>& sinks) {
   Tensor out = at::empty(query.sizes(), query.options());
   const Rules rules{float(scale), window, float(softcap),
                     sinks ? sinks->const_data_ptr<float>() : nullptr};
-  const auto* position_data = positions.const_data_ptr<int64_t>();
-  const auto* span_data = reinterpret_cast<const Span*>(spans.const_data_ptr<int64_t>());
-  const auto* tile_data = reinterpret_cast<const Tile*>(tiles.const_data_ptr<int64_t>());
-  if (query.scalar_type() == at::kBFloat16)
-    attend<BFloat16>(out, query, keys, values, position_data, span_data, tile_data,
-                     tiles.size(0), rules);
-  else
-    attend<float>(out, query, keys, values, position_data, span_data, tile_data,
-                  tiles.size(0), rules);
+  attend(out.mutable_data_ptr(), nullptr, nullptr, query, keys, values, positions, spans, tiles,
+         rules);
   return out;
+}
+
+// As cascade_attention, not yet joined by token and without sinks: parts [V, Hq, d] float32, and
+// their log-sum-exps of base 2, [V, Hq] float32.
+std::tuple<Tensor, Tensor> attend_views(const Tensor& query, const Tensor& keys,
+                                        const Tensor& values, const Tensor& positions,
+                                        const Tensor& spans, const Tensor& tiles, double scale,
+                                        int64_t window, double softcap) {
+  const auto options = query.options().dtype(at::kFloat);
+  Tensor parts = at::empty(query.sizes(), options);
+  Tensor lse = at::empty({query.size(0), query.size(1)}, options);
+  attend(nullptr, parts.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), query, keys,
+         values, positions, spans, tiles, {float(scale), window, float(softcap), nullptr});
+  return {parts, lse};
 }
 
 // ---------------------------------------------------------------- around attention
@@ -579,6 +614,10 @@ TORCH_LIBRARY(coppice, m) {
       "cascade_attention(Tensor query, Tensor keys, Tensor values, Tensor positions, Tensor spans, "
       "Tensor tiles, float scale, int window, float softcap, Tensor? sinks) -> Tensor",
       &cascade_attention);
+  m.def(
+      "attend_views(Tensor query, Tensor keys, Tensor values, Tensor positions, Tensor spans, "
+      "Tensor tiles, float scale, int window, float softcap) -> (Tensor, Tensor)",
+      &attend_views);
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", &rms_norm);
   m.def("largest_of_rows(Tensor x) -> (Tensor, Tensor)", &largest_of_rows);
   m.def(

@@ -22,7 +22,8 @@ from pipeline.model.machine import cpu_description, private_cache
 from pipeline.private_folder import NotPrivate, check_private
 
 _SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("native.cpp", "strict.cpp", "linear.cpp")
+    Path(__file__).with_name(name)
+    for name in ("native.cpp", "views.cpp", "strict.cpp", "linear.cpp")
 )
 _HEADERS = tuple(Path(__file__).with_name(name) for name in ("exp2.h", "floats.h", "rules.h"))
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.kernels.rules import AttentionRules, KVSpans
+from pipeline.engine.kernels.rules import AttentionRules, KVSpans, sort_by_owner
 from pipeline.engine.sampling import Sampled
 
 Tiles = NDArray[np.int64]
@@ -24,11 +24,17 @@ _TASKS_A_THREAD = 4  # so that no thread waits long for the last one
 
 @dataclass(frozen=True, slots=True)
 class NativeWork:
-    """`positions` [N], `spans` [S, 5], `tiles` [T, 4], all int64, in the order of the tiles."""
+    """`positions` [V], `spans` [S, 5], `tiles` [T, 4], all int64, in the order of the tiles.
+
+    Where there are views, those of token t are `views[offsets[t] : offsets[t + 1]]`, its own query
+    among them.
+    """
 
     positions: Tensor
     spans: Tensor
     tiles: Tensor
+    offsets: Tensor | None = None
+    views: Tensor | None = None
 
 
 class NativeKernel:
@@ -40,18 +46,32 @@ class NativeKernel:
         self._rep = num_heads // num_kv_heads
         self._num_kv_heads = num_kv_heads
 
-    def prepare(self, spans: KVSpans, positions: NDArray[np.int64]) -> NativeWork:
+    def prepare(
+        self,
+        spans: KVSpans,
+        positions: NDArray[np.int64],
+        owner: NDArray[np.int64] | None = None,
+    ) -> NativeWork:
         """Cut spans at the borders of tiles that keep all threads busy."""
         cut, tiles = cut_tiles(spans, len(positions), self._tile_tokens(len(positions)))
-        return NativeWork(*(torch.from_numpy(x) for x in (positions, cut, tiles)))
+        by_owner = () if owner is None else sort_by_owner(owner)
+        return NativeWork(*(torch.from_numpy(x) for x in (positions, cut, tiles, *by_owner)))
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, work: NativeWork, rules: AttentionRules
     ) -> Tensor:
-        out: Tensor = torch.ops.coppice.cascade_attention(
+        told = (
             query, keys, values, work.positions, work.spans, work.tiles,
-            rules.scale, rules.window, rules.softcap, rules.sinks,
+            rules.scale, rules.window, rules.softcap,
         )  # fmt: skip
+        if work.offsets is None:
+            out: Tensor = torch.ops.coppice.cascade_attention(*told, rules.sinks)
+            return out
+        parts, lse = torch.ops.coppice.attend_views(*told)
+        is_bfloat16 = query.dtype == torch.bfloat16
+        out = torch.ops.coppice.join_views(
+            parts, lse, work.offsets, work.views, rules.sinks, is_bfloat16
+        )
         return out
 
     def _tile_tokens(self, num_tokens: int) -> int:

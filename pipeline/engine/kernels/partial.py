@@ -72,3 +72,19 @@ def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
     weight = torch.sigmoid(part_lse - lse).unsqueeze(-1)
     out.lerp_(part_out.float(), weight)
     torch.logaddexp(lse, part_lse, out=lse)
+
+
+def join(out: Tensor, lse: Tensor, owner: Tensor) -> Partial:
+    """Results of N tokens and, after them, of their views -> those of the tokens. Exact.
+
+    `out` [H, V, rep, d], `lse` [H, V, rep] float32, finite; `owner` [V - N] the token of each view.
+    """
+    tokens = lse.shape[1] - len(owner)
+    owners = torch.cat([torch.arange(tokens, device=owner.device), owner])
+    index = owners.view(1, -1, 1).expand_as(lse)
+    best = lse[:, :tokens].scatter_reduce(1, index[:, tokens:], lse[:, tokens:], "amax")
+    weights = (lse - best[:, owners]).exp()
+    total = torch.zeros_like(best).index_add_(1, owners, weights)
+    summed = torch.zeros_like(out[:, :tokens])
+    summed.index_add_(1, owners, out * weights.unsqueeze(-1))
+    return summed / total.unsqueeze(-1), best + total.log()

@@ -6,6 +6,11 @@ positions from `position` on. Position alone decides what is seen, so shared pre
 past and causality within one forward are all the same thing:
 
     a query at position p sees a key at position t   iff   p - window < t <= p   (no window: t <= p)
+
+Where documents stand at another position in each row, a token has several queries: one as it stands
+in its row, and a *view* for each document, turned to where the token stands in that document's own
+frame. All of them are queries here, with positions of their own frame; `owner` says whose they are,
+and the results of one token are joined by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -36,6 +41,12 @@ class AttentionRules:
     sinks: Tensor | None = None
 
 
+def sort_by_owner(owner: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(offsets [N + 1], queries): those of token t are `queries[offsets[t] : offsets[t + 1]]`."""
+    counts = np.bincount(owner)
+    return np.append(0, np.cumsum(counts)), np.argsort(owner, kind="stable")
+
+
 def attend_reference(
     query: Tensor,
     keys: Tensor,
@@ -43,13 +54,16 @@ def attend_reference(
     positions: Tensor,
     spans: KVSpans,
     rules: AttentionRules,
+    owner: NDArray[np.int64] | None = None,
 ) -> Tensor:
-    """One layer. query [N, Hq, d]; keys, values [Hkv, capacity, d]; positions [N] int64.
+    """One layer. query [V, Hq, d]; keys, values [Hkv, capacity, d]; positions [V] int64; `owner`
+    [V] the token of each query, None: query i is token i's.
 
-    Returns [N, Hq, d] in the query's dtype, computed in float32. A query that sees nothing gives
-    zeros.
+    Returns [N, Hq, d] in the query's dtype, computed in float32; N is one more than the largest
+    owner. A token that sees nothing gives zeros.
     """
-    tokens, heads, head_dim = query.shape
+    owners = np.arange(len(query)) if owner is None else owner
+    tokens, heads, head_dim = int(owners.max(initial=-1)) + 1, query.shape[1], query.shape[2]
     rep = heads // keys.shape[0]
     out = torch.zeros(tokens, heads, head_dim, dtype=torch.float32, device=query.device)
     lse = torch.full((tokens, heads), float("-inf"), device=query.device)
@@ -65,9 +79,10 @@ def attend_reference(
         seen = (age >= 0) & (age < rules.window) if rules.window else age >= 0
         scores = scores.masked_fill(~seen[:, None], float("-inf"))
         part_lse = scores.logsumexp(-1)
-        joint = torch.logaddexp(lse[q_lo:q_hi], part_lse)
-        base = joint.masked_fill(joint == float("-inf"), 0.0)
-        part = torch.einsum("nhl,hld->nhd", (scores - base[..., None]).exp(), v)
-        out[q_lo:q_hi] = out[q_lo:q_hi] * (lse[q_lo:q_hi] - base).exp()[..., None] + part
-        lse[q_lo:q_hi] = joint
+        for query_index, token in enumerate(owners[q_lo:q_hi].tolist()):
+            joint = torch.logaddexp(lse[token], part_lse[query_index])
+            base = joint.masked_fill(joint == float("-inf"), 0.0)
+            part = torch.einsum("hl,hld->hd", (scores[query_index] - base[:, None]).exp(), v)
+            out[token] = out[token] * (lse[token] - base).exp()[:, None] + part
+            lse[token] = joint
     return out.to(query.dtype)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.kernels.rules import AttentionRules, KVSpans
-from pipeline.engine.kernels.strict_work import StrictWork
+from pipeline.engine.kernels.strict_work import NO_VIEWS, StrictWork
 
 
 class StrictNativeKernel:
@@ -16,7 +16,13 @@ class StrictNativeKernel:
 
     name = "strict native"
 
-    def prepare(self, spans: KVSpans, positions: NDArray[np.int64]) -> StrictWork:
+    def prepare(
+        self,
+        spans: KVSpans,
+        positions: NDArray[np.int64],
+        owner: NDArray[np.int64] | None = None,
+    ) -> StrictWork:
+        assert owner is None, NO_VIEWS
         return StrictWork(np.ascontiguousarray(spans), np.ascontiguousarray(positions))
 
     def attend(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.kernels.rules import AttentionRules, KVSpans
-from pipeline.engine.kernels.strict_work import StrictWork
+from pipeline.engine.kernels.strict_work import NO_VIEWS, StrictWork
 
 
 class StrictTorchKernel:
@@ -20,7 +20,13 @@ class StrictTorchKernel:
 
     name = "strict torch"
 
-    def prepare(self, spans: KVSpans, positions: NDArray[np.int64]) -> StrictWork:
+    def prepare(
+        self,
+        spans: KVSpans,
+        positions: NDArray[np.int64],
+        owner: NDArray[np.int64] | None = None,
+    ) -> StrictWork:
+        assert owner is None, NO_VIEWS
         return StrictWork(spans, positions)
 
     def attend(

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from pipeline.engine.kernels.rules import KVSpans
 
+NO_VIEWS = "strict mode sees documents where they were computed, never by views"
+
 
 @dataclass(frozen=True, slots=True)
 class StrictWork:

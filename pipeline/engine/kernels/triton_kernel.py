@@ -75,14 +75,24 @@ class TritonKernel:
         self._num_kv_heads = num_kv_heads
         self._programs = _PROGRAMS_A_PROCESSOR * _num_processors(device)
 
-    def plan(self, spans: KVSpans, positions: NDArray[np.int64]) -> WorkItems:
+    def plan(
+        self,
+        spans: KVSpans,
+        positions: NDArray[np.int64],
+        owner: NDArray[np.int64] | None = None,
+    ) -> WorkItems:
         """The work of one forward, still on the host."""
         keys = choose_split_keys(spans, self.rep, self.block_m, self._num_kv_heads, self._programs)
-        return plan_work(spans, positions, self.rep, self.block_m, keys)
+        return plan_work(spans, positions, self.rep, self.block_m, keys, owner)
 
-    def prepare(self, spans: KVSpans, positions: NDArray[np.int64]) -> DeviceWork:
+    def prepare(
+        self,
+        spans: KVSpans,
+        positions: NDArray[np.int64],
+        owner: NDArray[np.int64] | None = None,
+    ) -> DeviceWork:
         """The work of one forward, on the device."""
-        return upload(self.plan(spans, positions), self.device)
+        return upload(self.plan(spans, positions, owner), self.device)
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, work: DeviceWork, rules: AttentionRules
@@ -98,21 +108,21 @@ def upload(work: WorkItems, device: torch.device) -> DeviceWork:
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, work: DeviceWork, rules: AttentionRules
 ) -> Tensor:
-    """One layer. query [N, Hq, d]; keys, values [Hkv, capacity, d] -> [N, Hq, d], query's dtype.
+    """One layer. query [V, Hq, d]; keys, values [Hkv, capacity, d] -> [N, Hq, d], query's dtype.
 
     Any strides where the numbers of one head lie side by side. Partial results live only in this
     call: torch's allocator gives the same memory to the next layer.
     """
     from pipeline.engine.kernels import triton_programs
 
-    tokens, heads, head_dim = query.shape
-    kv_heads = keys.shape[0]
-    assert tokens == work.shape.tokens, f"{tokens} queries, {work.shape.tokens} planned"
+    queries, heads, head_dim = query.shape
+    tokens, kv_heads = work.shape.tokens, keys.shape[0]
+    assert queries == work.shape.queries, f"{queries} queries, {work.shape.queries} planned"
     assert heads == kv_heads * work.rep, f"{heads} of {kv_heads} heads, {work.rep} a group planned"
     assert query.stride(2) == keys.stride(2) == values.stride(2) == 1, "a head is not contiguous"
     part_out = query.new_empty((work.shape.partials, heads, head_dim), dtype=torch.float32)
     part_lse = query.new_empty((work.shape.partials, heads), dtype=torch.float32)
-    out = query.new_empty(query.shape)
+    out = query.new_empty((tokens, heads, head_dim))
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     row_bytes = block_d * query.element_size()
     for items, block_m in ((work.large, work.block_m), (work.small, SMALL_ROWS)):

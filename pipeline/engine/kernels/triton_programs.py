@@ -15,10 +15,10 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def attend_items(
-    query,  # [N, Hq, d]
+    query,  # [V, Hq, d]
     keys,  # [Hkv, capacity, d]
     values,  # [Hkv, capacity, d]
-    positions,  # [N]
+    positions,  # [V]
     items,  # [items, 6] int64
     part_out,  # [partials, Hq, d] float32
     part_lse,  # [partials, Hq] float32, base 2
@@ -51,17 +51,17 @@ def attend_items(
     position = tl.load(item + 4).to(tl.int32)
     part_lo = tl.load(item + 5)
 
-    # Row r of the tile is query head r % REP of token r // REP: K and V serve the whole group.
+    # Row r of the tile is head r % REP of query r // REP: K and V serve the whole group.
     row = tl.arange(0, BLOCK_M)
-    token = q_lo + row // REP
+    nth = q_lo + row // REP
     head = kv_head * REP + row % REP
-    is_row = token < q_hi
+    is_row = nth < q_hi
     column = tl.arange(0, BLOCK_D)
     is_column = column < HEAD_DIM
     is_cell = is_row[:, None] & is_column[None, :]
-    at = token.to(tl.int64) * query_stride_n + head.to(tl.int64) * query_stride_h
+    at = nth.to(tl.int64) * query_stride_n + head.to(tl.int64) * query_stride_h
     q = tl.load(query + at[:, None] + column[None, :], mask=is_cell, other=0.0)
-    row_position = tl.load(positions + token, mask=is_row, other=0).to(tl.int32)
+    row_position = tl.load(positions + nth, mask=is_row, other=0).to(tl.int32)
 
     # Key j of the item stands at `position + j`; only [low, high) can be seen by any of the rows.
     latest = tl.max(tl.where(is_row, row_position, 0))
@@ -123,7 +123,7 @@ def merge_partials(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program (token, query head): join its partials, add the sink once; none give zeros."""
+    """Program (token, head): join what its queries gave, add the sink once; none give zeros."""
     token = tl.program_id(0)
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)

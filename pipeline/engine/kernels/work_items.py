@@ -10,7 +10,8 @@ so that even a few rows keep the whole card busy, and an item reads its keys onc
   queries    |-- item --|-- item --|-- item --|   block_m // rep tokens, rep query heads of each
 ```
 
-An item writes one partial result for each of its tokens; a second kernel joins those of a token.
+An item writes one partial result for each of its queries; a second kernel joins those of a token,
+of its own query and of its views alike.
 """
 
 from __future__ import annotations
@@ -32,12 +33,20 @@ Items = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class WorkShape:
-    """How large a plan is. A CUDA graph recorded for one shape serves all plans that fit in it."""
+    """How large a plan is. A CUDA graph recorded for one shape serves all plans that fit in it.
+
+    `views`: queries beside those of the tokens themselves.
+    """
 
     tokens: int
     large: int
     small: int
     partials: int
+    views: int = 0
+
+    @property
+    def queries(self) -> int:
+        return self.tokens + self.views
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -47,7 +56,7 @@ class WorkShape:
         """
         counts = (
             ITEM_FIELDS * self.large, ITEM_FIELDS * self.small,
-            self.tokens + 1, self.partials, self.tokens,
+            self.tokens + 1, self.partials, self.queries,
         )  # fmt: skip
         return tuple(count + count % 2 for count in counts)
 
@@ -57,7 +66,7 @@ class WorkItems:
     """What the kernels do in one forward, the same in all layers.
 
     `large` items have tiles of `block_m` rows, `small` ones of `SMALL_ROWS`. The partials of token
-    t are `partials[offsets[t] : offsets[t + 1]]`. `positions` [tokens], `offsets` [tokens + 1].
+    t are `partials[offsets[t] : offsets[t + 1]]`. `positions` [queries], `offsets` [tokens + 1].
     """
 
     block_m: int
@@ -70,13 +79,18 @@ class WorkItems:
 
     @property
     def shape(self) -> WorkShape:
-        return WorkShape(len(self.positions), len(self.large), len(self.small), len(self.partials))
+        tokens = len(self.offsets) - 1
+        views = len(self.positions) - tokens
+        return WorkShape(tokens, len(self.large), len(self.small), len(self.partials), views)
 
     def flatten(self, shape: WorkShape) -> NDArray[np.int64]:
         """large, small, offsets, partials, positions as one vector: one copy to the device.
 
-        Padded with zeros, which do nothing: items without queries, tokens without partials.
+        Padded with zeros, which do nothing: items without queries, tokens without partials. Views
+        follow the tokens, so where there are some no token is added before them.
         """
+        is_shifted = self.shape.views and shape.tokens != self.shape.tokens
+        assert not is_shifted, f"{self.shape} does not fit into {shape}"
         parts = (
             self.large.ravel(), self.small.ravel(), self.offsets, self.partials, self.positions,
         )  # fmt: skip
@@ -90,17 +104,25 @@ class WorkItems:
 
 
 def plan_work(
-    spans: KVSpans, positions: NDArray[np.int64], rep: int, block_m: int, split_keys: int
+    spans: KVSpans,
+    positions: NDArray[np.int64],
+    rep: int,
+    block_m: int,
+    split_keys: int,
+    owner: NDArray[np.int64] | None = None,
 ) -> WorkItems:
-    """Cut spans into items of at most `block_m` rows (tokens x `rep`) and `split_keys` keys."""
+    """Cut spans into items of at most `block_m` rows (queries x `rep`) and `split_keys` keys."""
     assert rep <= block_m, f"a tile of {block_m} rows cannot hold the {rep} query heads of a token"
     items = _drop_future(_cut(spans, block_m // rep, split_keys), positions)
-    tokens = items[:, 1] - items[:, 0]
-    items[:, 5] = np.cumsum(tokens) - tokens
-    token = np.arange(tokens.sum()) + np.repeat(items[:, 0] - items[:, 5], tokens)
-    offsets = np.zeros(len(positions) + 1, np.int64)
-    np.cumsum(np.bincount(token, minlength=len(positions)), out=offsets[1:])
-    is_small = tokens * rep <= SMALL_ROWS
+    queries = items[:, 1] - items[:, 0]
+    items[:, 5] = np.cumsum(queries) - queries
+    token = np.arange(queries.sum()) + np.repeat(items[:, 0] - items[:, 5], queries)
+    num_tokens = len(positions)
+    if owner is not None:
+        token, num_tokens = owner[token], int(owner.max(initial=-1)) + 1
+    offsets = np.zeros(num_tokens + 1, np.int64)
+    np.cumsum(np.bincount(token, minlength=num_tokens), out=offsets[1:])
+    is_small = queries * rep <= SMALL_ROWS
     partials = np.argsort(token, kind="stable")
     return WorkItems(block_m, rep, items[~is_small], items[is_small], offsets, partials, positions)
 
