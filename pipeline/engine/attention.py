@@ -58,8 +58,10 @@ def cascade_attention(
         softcap=softcap or 0.0,
         sinks=None if s_aux is None else s_aux.float(),
     )
-    kernel, work = packed_batch.kernel, packed_batch.work
-    return kernel.attend(query[0].transpose(0, 1), keys, values, work, rules).unsqueeze(0), None
+    kernel, work, queries = packed_batch.kernel, packed_batch.work, query[0].transpose(0, 1)
+    if packed_batch.views is not None:
+        queries = packed_batch.views.of(int(module.layer_idx), queries)  # type: ignore[arg-type]
+    return kernel.attend(queries, keys, values, work, rules).unsqueeze(0), None
 
 
 def copy_short_edges(batch: PackedBatch, keys: Tensor, values: Tensor) -> None:

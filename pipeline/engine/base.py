@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import EngineError
 from pipeline.plan.plan import Plan
+from pipeline.plan.token_table import Ids
 from pipeline.records import Completion, SamplingParams
 from pipeline.settings import JobSettings
 
@@ -96,22 +97,23 @@ def one_at_a_time(sequences: NDArray[np.int64], control: RunControl) -> Iterator
 
 
 class KVConnector(Protocol):
-    """KV states that outlive a run, as an engine sees them. Positions are those of a prompt.
+    """KV states that outlive a run, as an engine sees them. What is stored is named by its ids
+    from position 0 on; `sequence` is one that sees it.
 
     KV is [layers, 2, kv_heads, tokens, head_dim], in the type of the engine's own, on the CPU.
     """
 
-    def stored_end(self, sequence: int, end: int) -> int:
-        """Up to where the prompt's first `end` tokens are stored and worth loading; 0: nowhere."""
+    def stored_end(self, sequence: int, ids: Ids) -> int:
+        """Up to where `ids` are stored and worth loading; 0: nowhere."""
 
-    def load(self, sequence: int, low: int, high: int) -> Tensor | None:
-        """The KV of positions `[low, high)`; None where it cannot be had after all."""
+    def load(self, sequence: int, ids: Ids, low: int, high: int) -> Tensor | None:
+        """The KV of positions `[low, high)` of `ids`; None where it cannot be had after all."""
 
-    def wants(self, node: int) -> bool:
-        """Whether the KV of a shared node of the plan shall be kept."""
+    def wants(self, key: int) -> bool:
+        """Whether the KV of a shared part of the layout shall be kept."""
 
-    def keep(self, sequence: int, low: int, high: int, kv: Tensor) -> None:
-        """Take the KV of the prompt's positions `[low, high)`; it is the caller's no more."""
+    def keep(self, sequence: int, ids: Ids, low: int, high: int, kv: Tensor) -> None:
+        """Take the KV of positions `[low, high)` of `ids`; it is the caller's no more."""
 
 
 OnLogits = Callable[[list[int], list[int], "Tensor"], None]
@@ -154,11 +156,17 @@ class EngineCapabilities:
     """Its counters hold the times of prefill and decode on one device of this machine."""
     shows_logits: bool = False
     """It calls `on_logits` and `force_tokens`."""
+    moves_documents: bool = False
+    """It computes a plan's documents where there are any, not its whole prompts."""
     kv: KVFormat | None = None
     """The form of what it exchanges with `kv_connector`; None: it exchanges none."""
 
-    def check(self, hooks: EngineHooks) -> None:
-        """Raises EngineError for a hook that the engine would leave out in silence."""
+    def check(self, plan: Plan, hooks: EngineHooks) -> None:
+        """Raises EngineError for hooks or documents that the engine would leave out in silence."""
+        if plan.documents is not None and not self.moves_documents:
+            raise EngineError(
+                "this engine reuses no document at another position; choose --reuse prefix"
+            )
         unknown = {
             "on_logits": hooks.on_logits is not None and not self.shows_logits,
             "force_tokens": hooks.force_tokens is not None and not self.shows_logits,
@@ -217,7 +225,7 @@ class LocalEngine:
     def generate(
         self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks = NO_HOOKS
     ) -> Iterator[Completion]:
-        self.capabilities.check(hooks)
+        self.capabilities.check(plan, hooks)
         self.counters = EngineCounters()
         return self._completions(plan, sequences, control, hooks)
 

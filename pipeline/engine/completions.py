@@ -20,7 +20,7 @@ def complete(row: LiveRow, reason: FinishReason, now_s: float) -> Completion:
         error_type="NonFiniteLogits" if failed else None,
         error_message=message if failed else None,
         stored_tokens=row.place.span.stored_tokens
-        + sum(above.span.stored_tokens for above in row.place.all_above()),
+        + sum(shared.span.stored_tokens for shared in row.place.needs),
     )
 
 
@@ -44,7 +44,7 @@ def refuse(plan: Plan, sequence: int, budget: int, now_s: float) -> Completion:
 
 def _timing(row: LiveRow, now_s: float) -> Timing:
     """See the picture in `records`. A shared span's time is divided among the sequences below."""
-    spans = [above.span for above in row.place.all_above()]
+    spans = [needed.span for needed in row.place.needs]
     shared = sum(span.prefill_s / span.num_sequences for span in spans)
     return Timing(
         queue_s=row.admitted_s,

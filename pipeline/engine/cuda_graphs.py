@@ -224,6 +224,7 @@ def round_up(shape: WorkShape) -> WorkShape:
         large=_power_of_two(max(shape.large, _FEWEST.large)) if shape.large else 0,
         small=_power_of_two(max(shape.small, _FEWEST.small)),
         partials=_power_of_two(max(shape.partials, _FEWEST.partials)),
+        views=shape.views,
     )
 
 

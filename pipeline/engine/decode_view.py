@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 
 from pipeline.engine.kernels.rules import KVSpans
 from pipeline.engine.live import LiveRow
-from pipeline.engine.packing import shared_spans
+from pipeline.engine.packing import DocumentSpans, document_spans, shared_spans
+
+Seen = tuple[KVSpans, DocumentSpans | None]
+"""Spans of the rows themselves, and what they see of documents."""
 
 
 class DecodeView:
@@ -25,9 +28,9 @@ class DecodeView:
 
     def __init__(self) -> None:
         self._changes = -1
-        self._before: dict[tuple[int, int], KVSpans] = {}
+        self._before: dict[tuple[int, int], Seen] = {}
 
-    def before(self, rows: list[LiveRow], changes: int) -> KVSpans:
+    def before(self, rows: list[LiveRow], changes: int) -> Seen:
         """All that lies before each row's last block; `changes` is the scheduler's count of them.
 
         Rows may be decoded in several parts, which the first one's sequence and the number tell.
@@ -37,13 +40,16 @@ class DecodeView:
             self._before.clear()
         part = rows[0].sequence, len(rows)
         if part not in self._before:
-            self._before[part] = np.concatenate([_shared(rows), _earlier_blocks(rows)])
+            at = [(row, row + 1) for row in range(len(rows))]
+            documents = document_spans([row.place.documents for row in rows], at)
+            spans = np.concatenate([_shared(rows), _earlier_blocks(rows)])
+            self._before[part] = spans, documents
         return self._before[part]
 
 
 def own_slots(rows: list[LiveRow]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(first, last slot + 1) of each row's last block up to its new token: [rows] int64 both."""
-    low = np.array([row.blocks[-1].start for row in rows], np.int64)
+    low = np.array([row.open_slot for row in rows], np.int64)
     return low, np.array([row.next_slot for row in rows], np.int64) + 1
 
 
@@ -61,8 +67,5 @@ def _shared(rows: list[LiveRow]) -> KVSpans:
 def _earlier_blocks(rows: list[LiveRow]) -> KVSpans:
     spans = []
     for query, row in enumerate(rows):
-        position = row.place.position
-        for block in row.blocks[:-1]:
-            spans.append((query, query + 1, block.start, block.stop, position))
-            position += block.length
+        spans += [(query, query + 1, *placed) for placed in row.closed_slots()]
     return np.array(spans, np.int64).reshape(-1, 5)

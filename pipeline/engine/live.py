@@ -14,6 +14,7 @@ answer grows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.kv_cache import KVRange
+from pipeline.engine.packing import PlacedSlots
 from pipeline.engine.spans import Placement, SharedPlacement
+from pipeline.plan.token_table import Ids
 from pipeline.records import SamplingParams
 
 FIRST_NEW_TOKENS = 32
@@ -32,15 +35,18 @@ FIRST_NEW_TOKENS = 32
 class LiveRow:
     """A sequence that was admitted and has not ended. It has no blocks while it is preempted.
 
-    `place`: the tokens that no other sequence shares; `end`: the prompt's. The blocks have slots
+    `place`: the tokens that no other sequence shares, `ids` of its prompt from `place.start` on;
+    `end`: the prompt's; `repaired`: own tokens that documents hold as well. The blocks have slots
     for the positions `[place.position, reserved_end)`; the first one is that of `place.span`.
     """
 
     sequence: int
     params: SamplingParams
     place: Placement
+    ids: Ids
     end: int
     admitted_s: float
+    repaired: int = 0
     cached_tokens: int = 0
     blocks: list[KVRange] = field(default_factory=list)
     reserved_end: int = 0
@@ -69,6 +75,22 @@ class LiveRow:
         """The slot of `next_position`, in the last block."""
         block = self.blocks[-1]
         return block.start + block.length - self.reserved_end + self.next_position
+
+    @property
+    def open_slot(self) -> int:
+        """The first of the slots that reach to `next_slot`, side by side and in order."""
+        first = self.blocks[-1].start
+        return first if len(self.blocks) > 1 else first + self.place.last_run - self.place.position
+
+    def closed_slots(self) -> Iterator[PlacedSlots]:
+        """What of its own lies before `open_slot`."""
+        yield from self.place.earlier_runs()
+        position = self.place.last_run
+        skipped = position - self.place.position
+        for block in self.blocks[:-1]:
+            yield PlacedSlots(block.start + skipped, block.stop, position)
+            position += block.length - skipped
+            skipped = 0
 
 
 @dataclass(eq=False, slots=True)

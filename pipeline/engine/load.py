@@ -10,6 +10,7 @@ from pipeline.settings import EngineSettings, JobSettings
 
 if TYPE_CHECKING:
     from pipeline.model.model import LoadedModel
+    from pipeline.plan.documents import Reuse
 
 
 def make_engine(settings: JobSettings) -> Engine:
@@ -32,7 +33,8 @@ def make_engine(settings: JobSettings) -> Engine:
     use_threads(settings.engine)
     loaded = load_model(settings.model)
     if chosen == "prefix":
-        return _tested(loaded, settings.engine)
+        reuse = _prepare_reuse(loaded, settings)
+        return _tested(loaded, settings.engine, reuse)
     return NaiveEngine(loaded, loaded.notes, settings.engine)
 
 
@@ -45,12 +47,31 @@ def check_strict(settings: JobSettings) -> None:
         )
 
 
-def _tested(loaded: LoadedModel, settings: EngineSettings) -> Engine:
-    """The prefix engine, or the naive one where the self-test shows that reuse is unsound."""
+def _prepare_reuse(loaded: LoadedModel, settings: JobSettings) -> Reuse | None:
+    """How documents are reused, the model knowing the adapter's tokens. Raises ModelError."""
+    from pipeline.engine.soft_rows import add_soft_rows
+    from pipeline.model.adapter import adapter_of, reuse_of
+    from pipeline.model.identity import identify_model
+
+    if not settings.reuse.moves_documents:
+        return None
+    size = loaded.shape.vocabulary_size
+    identity = identify_model(settings.model)
+    adapter = adapter_of(settings.reuse, identity, loaded.shape.hidden_size)
+    if adapter is not None:
+        add_soft_rows(loaded.model, adapter.rows, size)
+    return reuse_of(settings.reuse, size, adapter)
+
+
+def _tested(loaded: LoadedModel, settings: EngineSettings, reuse: Reuse | None) -> Engine:
+    """The prefix engine, or the naive one where the self-test shows that reuse is unsound.
+
+    Raises UsageError where documents cannot be seen as `reuse` says.
+    """
     from pipeline.engine.naive_engine import NaiveEngine
     from pipeline.engine.prefix_engine import PrefixEngine
     from pipeline.engine.sharing_cost import break_even_tokens
-    from pipeline.engine.verify.self_test import self_test
+    from pipeline.engine.verify.self_test import segment_self_test, self_test
     from pipeline.engine.verify.strict_probe import strict_probe
 
     is_strict = settings.fidelity == "strict"
@@ -60,12 +81,20 @@ def _tested(loaded: LoadedModel, settings: EngineSettings) -> Engine:
     except EngineError as error:
         if is_strict:
             raise UsageError(f"--fidelity strict: {error}; leave it out") from error
+        if reuse is not None:  # the naive engine moves no document
+            raise UsageError(f"{error}; choose --reuse prefix") from error
         note = f"{error}; so each row is computed in full by the naive engine"
         return NaiveEngine(loaded, [*loaded.notes, note], settings)
     notes = [
         *loaded.notes,
         f"self-test passed: within {worst:.1e} of the model's own largest logit",
     ]
+    if reuse is not None:
+        try:
+            worst = segment_self_test(engine, reuse)
+        except EngineError as error:
+            raise UsageError(f"{error}; choose --reuse prefix") from error
+        notes.append(f"self-test of --reuse {reuse.mode} passed: within {worst:.1e} of its rule")
     if is_strict:
         notes.append(f"strict: the same bits in {strict_probe(engine)} of as many ways")
     break_even = break_even_tokens(loaded, engine.backend)

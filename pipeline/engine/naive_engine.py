@@ -130,7 +130,17 @@ class NaiveEngine(LocalEngine):
     def replay(
         self, prompt: Sequence[int], output: Sequence[int], params: SamplingParams, noise_key: int
     ) -> Replay:
-        logits = self.forced_logits(prompt, output)
+        return self.judge(self.forced_logits(prompt, output), prompt, output, params, noise_key)
+
+    def judge(
+        self,
+        logits: Tensor,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        params: SamplingParams,
+        noise_key: int,
+    ) -> Replay:
+        """As `replay`, of logits [n, V] that choose each of `output`."""
         positions = np.arange(len(output))
         keys = np.full(len(output), noise_key, np.uint64)
         rows = [params] * len(output)

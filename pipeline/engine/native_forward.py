@@ -59,11 +59,13 @@ class _Layer:
     mlp_norm: _Norm
     gate_and_up: BlockedGate | PackedGate
     down: BlockedLinear | PackedLinear
+    number: int
 
     @classmethod
-    def of(cls, layer: Any) -> _Layer:
+    def of(cls, number: int, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         return cls(
+            number=number,
             attention_norm=_Norm.of(layer.input_layernorm),
             qkv=_packed(attention.q_proj, attention.k_proj, attention.v_proj),
             head_norms=(
@@ -93,6 +95,10 @@ class _Layer:
         )  # fmt: skip
         copy_short_edges(batch, keys, values)
         heads = qkv.view(len(qkv), -1, keys.shape[2])[:, : -2 * keys.shape[0]]
+        if batch.views is not None:
+            turn = batch.views.turn_in(self.number)
+            assert turn is not None, "all layers of these families have rotary positions"
+            heads = torch.ops.coppice.turn_views(heads, batch.views.owner, *turn)
         attended = batch.kernel.attend(heads, keys, values, batch.work, self.rules)
         x = self.output.plus(attended.flatten(1), x)
         if len(x) <= _MLP_TOKENS:
@@ -113,7 +119,7 @@ class NativeForward:
         body: Any = model.model
         self._embedding = body.embed_tokens
         self._rotary = body.rotary_emb
-        self._layers = [_Layer.of(layer) for layer in body.layers]
+        self._layers = [*map(_Layer.of, range(len(body.layers)), body.layers)]
         self._norm = _Norm.of(body.norm)
         head = _packed(model.lm_head)
         self._head = TiledLinear(head, head_sizes) if head_sizes else head

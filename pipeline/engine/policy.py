@@ -17,8 +17,9 @@ class DepthFirstPolicy:
     """Rows run in depth-first order of the plan, in which nothing is to be guessed.
 
     A shared span is kept until the last sequence below it has ended. Where there is no more room,
-    the last idle span is evicted, or else the last row gives up its KV. So every live row comes
-    before every waiting one, and the first is never preempted: alone it always finds room.
+    the idle span that is needed last is evicted, or else the last row gives up its KV. So every
+    live row comes before every waiting one, and the first is never preempted: alone it always finds
+    room.
     """
 
     def __init__(self, max_rows: int) -> None:
@@ -43,13 +44,12 @@ class DepthFirstPolicy:
         return max(0, self._max_rows - len(live))
 
     def lets_in(self, row: LiveRow, needed: int, free: int) -> bool:
-        """Where the live rows and this one find room for what they will likely grow to.
-
-        Where nothing runs it can always: all that is left is the KV above it. For a span that lost
-        its rows is evicted before a row further up the queue is preempted.
-        """
+        """Where the live rows and this one find room for what they will likely grow to; where
+        nothing runs it needs no room but its own."""
         growth = self._likely_growth(row, row.first_block_end)
-        return not self._live or needed + growth + self._spoken_for <= free
+        if self._live:
+            needed += growth + self._spoken_for
+        return needed <= free
 
     def entered(self, row: LiveRow) -> None:
         """Its growth is spoken for."""
@@ -63,9 +63,10 @@ class DepthFirstPolicy:
     def gives_way(
         self, live: Sequence[LiveRow], idle: Sequence[SharedSpan]
     ) -> LiveRow | SharedSpan:
-        """The last idle span, or else the last row; after that some row must end first."""
+        """The idle span that is needed last, or else the last row; after that some row must end
+        first. `idle`: those that are needed later come later."""
         if idle:
-            return max(idle, key=lambda span: span.key)
+            return idle[-1]
         self._refill_at = min(self._refill_at, len(live) - 2)
         return live[-1]
 

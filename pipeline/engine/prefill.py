@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from pipeline.engine.kernels.kernel import AttentionKernel
 from pipeline.engine.live import LiveRow, PrefillJob
-from pipeline.engine.packing import PackedBatch, Piece, pack_prefill
+from pipeline.engine.packing import PackedBatch, Packer, Piece, pack_prefill
 
 Chunk = tuple[PrefillJob, int, int]
 """Positions `[low, high)` of a job, to be computed in one forward."""
 
 
+VIEWS_A_TOKEN = 8
+"""Queries that a token may have before it counts as two: their results lie in memory side by side
+until they are joined."""
+
+
 def take_chunks(todo: list[PrefillJob], room: int) -> list[Chunk]:
     """At most `room` tokens from the end of `todo`; jobs that are taken to their end leave it."""
     taken: list[Chunk] = []
-    while todo and room:
+    while todo and room > 0:
         job = todo[-1]
-        stop = min(job.end, job.done + room)
+        cost = 1 + len(job.place.documents.shifts) // VIEWS_A_TOKEN
+        stop = min(job.end, job.done + max(1, room // cost))
         taken.append((job, job.done, stop))
-        room -= stop - job.done
+        room -= (stop - job.done) * cost
         job.done = stop
         if stop == job.end:
             todo.pop()
@@ -42,18 +46,19 @@ def split_chunks(chunks: list[Chunk], num_tokens: int) -> tuple[list[Chunk], lis
     return first, second
 
 
-def pack_chunks(chunks: list[Chunk], kernel: AttentionKernel, device: torch.device) -> PackedBatch:
+def pack_chunks(chunks: list[Chunk], packer: Packer) -> PackedBatch:
     """One forward; a span's first chunk also copies the short shared edges that it absorbed."""
     pieces, copied, copies = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for job, low, high in chunks:
-        place, start = job.place, job.place.start
-        ids = job.token_ids[low - start : high - start]
-        slot = place.slots(low, high).start
-        pieces.append(Piece(ids, low, slot, low - start, place.seen_before(start)))
-        if low == start > place.position:
+        place = job.place
+        for part in place.pieces(low, high):
+            ids = job.token_ids[part.low - place.start : part.high - place.start]
+            seen = place.documents.at(part.position + len(ids) - 1)
+            pieces.append(Piece(ids, part.position, part.slot, part.past, part.above, seen))
+        if low == place.start > place.position:
             copied.append(place.copied_slots())
             copies.append(place.span.kv.start + np.arange(len(copied[-1])))
-    return pack_prefill(pieces, (np.concatenate(copied), np.concatenate(copies)), kernel, device)
+    return pack_prefill(pieces, (np.concatenate(copied), np.concatenate(copies)), packer)
 
 
 def needs_logits(chunk: Chunk) -> bool:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.engine.arrivals import History
 from pipeline.engine.backend import Backend, choose_backend
 from pipeline.engine.base import (
     EngineCapabilities,
@@ -26,22 +27,24 @@ from pipeline.engine.base import (
     LocalEngine,
     RunControl,
 )
+from pipeline.engine.blend import Blend
 from pipeline.engine.completions import complete, fail, refuse
 from pipeline.engine.cuda_graphs import DecodeStep, NextTokens, decode_runner
 from pipeline.engine.decode_view import DecodeView, own_slots
 from pipeline.engine.kv_cache import kv_capacity, reserve_kv
 from pipeline.engine.kv_guard import CorruptKVError, KVGuard
-from pipeline.engine.layout import most_kv_tokens
+from pipeline.engine.layout import layout_of
 from pipeline.engine.live import LiveRow, PrefillJob
 from pipeline.engine.memory import is_exhausted, keep_freed_pages, release_cached
-from pipeline.engine.packing import PackedBatch, decode_spans, pack_decode
+from pipeline.engine.packing import PackedBatch, Packer, decode_spans, pack_decode
 from pipeline.engine.policy import DepthFirstPolicy
 from pipeline.engine.prefill import Chunk, needs_logits, pack_chunks, split_chunks, take_chunks
 from pipeline.engine.residency import Residency
+from pipeline.engine.rotary import Rotary
 from pipeline.engine.sampler import Context, Sampler
 from pipeline.engine.sampling import Sampled
-from pipeline.engine.scheduler import History, Scheduler
-from pipeline.engine.spans import SharedPlacement
+from pipeline.engine.scheduler import Scheduler
+from pipeline.engine.spans import AssembledPlacement, Placement, SharedPlacement
 from pipeline.engine.strict_backend import choose_strict_backend
 from pipeline.engine.threads import Threads
 from pipeline.errors import EngineError, ModelError
@@ -88,6 +91,7 @@ class PrefixEngine(LocalEngine):
             computes_once=True,
             measures_rates=True,
             shows_logits=True,
+            moves_documents=True,
             kv=KVFormat(dtype, loaded.shape.kv_bytes_per_token(dtype)),
         )
         super().__init__([*([self.backend.note] if self.backend.note else []), *notes])
@@ -97,9 +101,9 @@ class PrefixEngine(LocalEngine):
     ) -> Iterator[Completion]:
         """Where the KV of a shared prefix changes by itself, what has not been yielded is computed
         again. Raises EngineError if that happens again and again."""
-        if self.break_even is not None:
+        if self.break_even is not None and plan.documents is None:
             plan = cut_by_cost(plan, plan.count_below(sequences), self.break_even)
-        work = _Work(plan, control, hooks, most_kv_tokens(plan, sequences))
+        work = _Work(plan, control, hooks, layout_of(plan, sequences).most_tokens)
         left, history = sequences, History(hooks.kv_connector)
         while len(left):
             yielded = []
@@ -137,6 +141,9 @@ class _Run:
     ) -> None:
         loaded, settings = engine.loaded, engine.settings
         self.backend = engine.backend
+        documents = work.plan.documents
+        self.rotary = None if documents is None else Rotary.of(loaded.model)
+        self.packer = Packer(engine.backend.kernel, loaded.device, self.rotary)
         self.device = loaded.device
         self.hooks = work.hooks
         self.sampler = engine.sampler
@@ -155,7 +162,11 @@ class _Run:
         self.guard = KVGuard(self.cache)
         self.policy = DepthFirstPolicy(settings.max_rows)
         residency = Residency(self.cache, self.guard.release)
-        self.scheduler = Scheduler(self.plan, sequences, residency, self.policy, history)
+        choose = None
+        if documents is not None and self.rotary is not None and documents.reuse.blend_share:
+            choose = Blend(loaded.model, self.rotary, documents.reuse).choose
+        layout = layout_of(self.plan, sequences, choose)
+        self.scheduler = Scheduler(self.plan, layout, residency, self.policy, history)
         self.eos = frozenset(loaded.shape.eos_token_ids)
         self.start_s = time.perf_counter()
         self.first_step_s: float | None = None
@@ -192,9 +203,28 @@ class _Run:
         for job in admission.jobs:
             self._fill(job)
         todo = [job for job in admission.jobs[::-1] if job.done < job.end]
+        assembled = [job for job in todo if isinstance(job.place, AssembledPlacement)]
+        if assembled:  # their documents must be there before they are copied
+            self._prefill([job for job in todo if not isinstance(job.place, AssembledPlacement)])
+            for job in assembled:
+                self._assemble(job.place)
+            todo = assembled
+        self._prefill(todo)
+        self._start_ready(admission.ready)
+
+    def _prefill(self, todo: list[PrefillJob]) -> None:
         while todo:
             self._prefill_or_halve(take_chunks(todo, self.max_batch_tokens))
-        self._start_ready(admission.ready)
+
+    def _assemble(self, place: Placement) -> None:
+        """Copy what the row sees of documents to where it stands there."""
+        assert isinstance(place, AssembledPlacement) and self.rotary is not None
+        for source, target, shift in place.copies():
+            for layer, (keys, values) in enumerate(self.cache.arena):
+                stored = keys[:, source].transpose(0, 1)
+                shifts = torch.full((len(stored),), shift, device=self.device)
+                keys[:, target] = self.rotary.turn(layer, stored, shifts).transpose(0, 1)
+                values[:, target] = values[:, source]
 
     def _fill(self, job: PrefillJob) -> None:
         """Put what an earlier run has computed into the job's range."""
@@ -217,11 +247,12 @@ class _Run:
     def _note_full(self, shared: SharedPlacement) -> None:
         """All of the span's KV is there; before rows that end below may take it with them."""
         self.guard.watch(shared.span)
-        connector, low = self.hooks.kv_connector, shared.start + shared.span.stored_tokens
-        if connector is None or low == shared.end or not connector.wants(shared.span.key):
+        connector, span = self.hooks.kv_connector, shared.span
+        low = shared.start + span.stored_tokens
+        if connector is None or low == shared.end or not connector.wants(span.key):
             return
         kv = self.cache.arena[..., shared.slots(low, shared.end), :].to("cpu", copy=True)
-        connector.keep(int(self.plan.sequence_lo[shared.span.key]), low, shared.end, kv)
+        connector.keep(span.sequence, span.ids, low, shared.end, kv)
 
     def _prefill_or_halve(self, taken: list[Chunk]) -> None:
         """Where memory ends, half of the tokens at a time; one token that finds none fails."""
@@ -260,7 +291,7 @@ class _Run:
         begin = self._now()
         lengths = np.array([high - low for _, low, high in taken])
         readable = [i for i, chunk in enumerate(taken) if needs_logits(chunk)]
-        batch = pack_chunks(taken, self.backend.kernel, self.device)
+        batch = pack_chunks(taken, self.packer)
         logits = self._forward(batch, np.cumsum(lengths)[readable] - 1)
         rows, of_rows = [], []
         for i, index in enumerate(readable):
@@ -332,10 +363,10 @@ class _Run:
         begin = self._now()
         token_ids = np.array([r.token_ids[-1] for r in rows], np.int64)
         positions = np.array([r.next_position for r in rows], np.int64)
-        own, before = own_slots(rows), self.view.before(rows, self.scheduler.changes)
-        if self.runner is None:
-            kernel, device = self.backend.kernel, self.device
-            batch = pack_decode(token_ids, positions, own, before, kernel, device)
+        own = own_slots(rows)
+        before, documents = self.view.before(rows, self.scheduler.changes)
+        if self.runner is None or documents is not None:
+            batch = pack_decode(token_ids, positions, own, before, self.packer, documents)
             self._append_tokens(rows, self._forward(batch, np.arange(len(rows))))
         else:
             spans = decode_spans(positions, own, before)

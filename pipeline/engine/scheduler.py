@@ -1,6 +1,6 @@
 """Which sequences are on the device, and the order of prefill. Knows no tensors but the cache's.
 
-Sequences enter in depth-first order of the tree and leave when they end. A shared span's range is
+Sequences enter in the order of the layout and leave when they end. A shared span's range is
 reserved with the first row below it; who enters, who gives way and how long a span stays is asked
 of a policy (ARCHITECTURE.md).
 
@@ -17,12 +17,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.base import KVConnector
-from pipeline.engine.layout import PrefixLayout, SharedPart
+from pipeline.engine.arrivals import Arrivals, History
+from pipeline.engine.layout import Layout
 from pipeline.engine.live import LiveRow, PrefillJob
 from pipeline.engine.policy import DepthFirstPolicy
 from pipeline.engine.residency import Residency, slots_of
-from pipeline.engine.spans import KVSpan, Placement, SharedPlacement, SharedSpan
+from pipeline.engine.spans import (
+    SharedPlacement,
+    SharedSpan,
+)
 from pipeline.plan.plan import Plan
 
 BLOCK_TOKENS = 64
@@ -38,38 +41,25 @@ class Admission:
     refused: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class History:
-    """What was computed before this scheduler: work that is done again is not counted twice.
-
-    `connector`: of earlier runs, to be loaded; `spans`: keys of shared ones; `cached_tokens`: of
-    sequences that were admitted; `forgotten`: sequences that the caller took back.
-    """
-
-    connector: KVConnector | None = None
-    spans: set[int] = field(default_factory=set)
-    cached_tokens: dict[int, int] = field(default_factory=dict)
-    forgotten: set[int] = field(default_factory=set)
-
-
 class Scheduler:
     """Admission, growth, preemption and release."""
 
     def __init__(
         self,
         plan: Plan,
-        sequences: NDArray[np.int64],
+        layout: Layout,
         residency: Residency,
         policy: DepthFirstPolicy,
         history: History,
     ) -> None:
-        """`sequences`: ascending indices of the sequences that shall run."""
+        """`layout`: of the sequences that shall run."""
         self.rows: list[LiveRow] = []
-        self.waiting: deque[int] = deque(sequences.tolist())
+        self.waiting: deque[int] = deque(layout.order.tolist())
         self.changes = 0
         """Grows whenever a live row comes, goes, or gets a block, or a range moves."""
         self._plan = plan
-        self._layout = PrefixLayout(plan, sequences)
+        self._layout = layout
+        self._arrivals = Arrivals(plan, layout, residency, history)
         self._residency = residency
         self._policy = policy
         self._history = history
@@ -88,18 +78,18 @@ class Scheduler:
             return admission
         while room and self.waiting and (self.waiting[0] in self._preempted or not only_begun):
             sequence = self.waiting[0]
-            row = self._preempted.get(sequence) or self._new_row(sequence, now_s)
-            above = [*row.place.all_above()][::-1]
-            spans = [placement.span for placement in above]
+            row = self._preempted.get(sequence) or self._arrivals.row(sequence, now_s)
+            needs = row.place.needs
+            spans = [placement.span for placement in needs]
             if slots_of(spans) + row.last_position - row.place.position > cache.capacity:
                 admission.refused.append(self.waiting.popleft())
                 self._leave(row)
                 continue
             absent = slots_of([span for span in spans if not span.is_resident])
             needed = absent + row.first_block_end - row.place.position
-            if not self._policy.lets_in(row, needed, cache.free_tokens):
+            if not self._make_room_for(row, needed):
                 break
-            self._admit_one(row, above, admission)
+            self._admit_one(row, needs, admission)
             self._policy.entered(row)
             room -= 1
         self._policy.closes(self.rows)
@@ -114,7 +104,7 @@ class Scheduler:
         for _ in range(count):
             sequence = self.waiting.pop()
             self._history.forgotten.add(sequence)
-            self._leave(self._new_row(sequence, 0.0))
+            self._leave(self._arrivals.row(sequence, 0.0))
         self.changes += 1  # a span that nobody needs any more has given back its range
 
     def grow(self) -> None:
@@ -144,69 +134,24 @@ class Scheduler:
         """Live rows that need `target`: the row itself, or all that see the span."""
         if isinstance(target, LiveRow):
             return [] if target.has_ended else [target]
-        return [row for row in self.rows if target in row.place.all_above()]
+        return [row for row in self.rows if target in row.place.needs]
 
-    def _new_row(self, sequence: int, now_s: float) -> LiveRow:
-        layout, above = self._layout.of(sequence), None
-        for part in layout.shared:
-            above = self._residency.placed.get(part.key) or self._place(part, above, sequence)
-        position, end = layout.position, layout.end
-        stored_end = min(self._stored_end(above, sequence, end), end - 1)
-        own = KVSpan(
-            length=end - position, copied=layout.start - position, storable=stored_end - position
-        )
-        params = self._plan.params[int(self._plan.sequences.params[sequence])]
-        return LiveRow(sequence, params, Placement(own, position, above), end, now_s)
-
-    def _place(
-        self, part: SharedPart, above: SharedPlacement | None, sequence: int
-    ) -> SharedPlacement:
-        """`sequence` is one of those that see it."""
-        key, position, start, end = part
-        count, unread = int(self._layout.below[key]), int(self._layout.ending[key])
-        stored_end = self._stored_end(above, sequence, end)
-        if unread:  # the logits of a prompt's last token are stored nowhere
-            stored_end = min(stored_end, end - 1)
-        span = SharedSpan(
-            key=key,
-            length=end - position,
-            copied=start - position,
-            storable=stored_end - position,
-            num_sequences=count,
-            unfinished=count,
-            unread=unread,
-            was_computed=key in self._history.spans,
-        )
-        placement = self._residency.placed[key] = SharedPlacement(span, position, above)
-        return placement
-
-    def _stored_end(self, above: SharedPlacement | None, sequence: int, end: int) -> int:
-        """Position up to which an earlier run's KV can be loaded for what stands below `above`.
-
-        What is not stored above is not stored below, but for a last token that logits are made of.
-        """
-        connector = self._history.connector
-        if connector is None or (above is not None and above.stored_end < above.end - 1):
-            return 0
-        return connector.stored_end(sequence, end)
-
-    def _admit_one(self, row: LiveRow, above: list[SharedPlacement], admission: Admission) -> None:
+    def _admit_one(self, row: LiveRow, needs: list[SharedPlacement], admission: Admission) -> None:
         """Reserve what is missing above the row, parents first, and its own first block."""
-        ids = self._plan.prompt_token_ids(row.sequence).astype(np.int64)
         jobs = []
-        for shared in above:
+        for shared in needs:
             span = shared.span
             span.live_rows += 1
             if not span.is_resident:
                 span.kv = self._residency.reserve(span.length, from_left=True)
-                own = ids[shared.start : shared.end]
+                own = span.ids[shared.start : shared.end].astype(np.int64)
                 jobs.append(self._job(shared, own, span.was_computed, row.sequence))
         place, row.reserved_end = row.place, row.first_block_end
         length, reach = row.reserved_end - place.position, row.last_position - place.position
         place.span.kv = self._residency.reserve(length, from_left=False, reach=reach)
         row.blocks = [place.span.kv]
         self._preempted.pop(row.sequence, None)
-        own = np.concatenate([ids[place.start :], np.array(row.token_ids[:-1], np.int64)])
+        own = np.concatenate([row.ids.astype(np.int64), np.array(row.token_ids[:-1], np.int64)])
         known = self._history.cached_tokens
         if len(own):
             jobs.append(self._job(row, own, row.sequence in known, row.sequence))
@@ -214,7 +159,7 @@ class Scheduler:
             admission.ready.append(row)
         if row.sequence not in known:
             first = sum(job.end - job.done for job in jobs if not job.is_repeat)
-            known[row.sequence] = row.end - first
+            known[row.sequence] = row.end + row.repaired - first
         row.cached_tokens = known[row.sequence]
         admission.jobs.extend(jobs)
         self.rows.append(row)
@@ -233,7 +178,12 @@ class Scheduler:
         job = PrefillJob(target, own, place.start, is_repeat)
         connector = self._history.connector
         if connector is not None and place.stored_end > place.start:
-            job.loaded = connector.load(sequence, place.position, place.stored_end)
+            ids = (
+                self._plan.prompt_token_ids(sequence)
+                if isinstance(target, LiveRow)
+                else target.span.ids
+            )
+            job.loaded = connector.load(sequence, ids, place.position, place.stored_end)
             job.done = place.start if job.loaded is None else place.stored_end
         return job
 
@@ -249,9 +199,28 @@ class Scheduler:
         row.reserved_end += length
         return True
 
+    def _make_room_for(self, row: LiveRow, needed: int) -> bool:
+        """Whether `needed` slots are there, idle spans of others having given way; only after that
+        rows have to wait."""
+        cache = self._residency.cache
+        if self._policy.lets_in(row, needed, cache.free_tokens):
+            return True
+        spared = {shared.span for shared in row.place.needs}
+        for span in reversed([span for span in self._idle() if span not in spared]):
+            self._residency.evict(span)
+            if self._policy.lets_in(row, needed, cache.free_tokens):
+                return True
+        return False
+
+    def _idle(self) -> list[SharedSpan]:
+        """Resident spans without live rows; those that are needed later come later."""
+        head = self.waiting[0] if self.waiting else 0
+        idle = self._residency.idle()
+        return sorted(idle, key=lambda span: self._layout.next_use(span.key, head))
+
     def _make_room(self) -> None:
         """Let give way what the policy says; a row that does waits first in the queue."""
-        victim = self._policy.gives_way(self.rows, self._residency.idle())
+        victim = self._policy.gives_way(self.rows, self._idle())
         if isinstance(victim, SharedSpan):
             self._residency.evict(victim)
             return
@@ -265,13 +234,13 @@ class Scheduler:
         for block in row.blocks:
             self._residency.free(block)
         row.blocks = []
-        for above in row.place.all_above():
-            above.span.live_rows -= 1
+        for shared in row.place.needs:
+            shared.span.live_rows -= 1
         self.changes += 1
 
     def _leave(self, row: LiveRow) -> None:
         """The spans above have one sequence less to serve."""
-        for above in row.place.all_above():
-            above.span.unfinished -= 1
-            if self._policy.is_over(above.span):
-                self._residency.forget(above.span)
+        for shared in row.place.needs[::-1]:
+            shared.span.unfinished -= 1
+            if self._policy.is_over(shared.span):
+                self._residency.forget(shared.span)

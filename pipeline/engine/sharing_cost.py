@@ -24,7 +24,7 @@ from pydantic import Field, TypeAdapter
 from pipeline.engine.backend import Backend
 from pipeline.engine.kernels.rules import KVSpans
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.packing import pack_decode
+from pipeline.engine.packing import Packer, pack_decode
 from pipeline.model.machine import cpu_description, private_cache
 from pipeline.model.model import LoadedModel
 from pipeline.private_folder import private_folder
@@ -80,6 +80,7 @@ class _Bench:
 
     def __init__(self, loaded: LoadedModel, backend: Backend, cache: KVCache, keys: int) -> None:
         self._backend = backend
+        self._packer = Packer(backend.kernel, loaded.device)
         self._cache = cache
         self._keys = keys
         self._device = loaded.device
@@ -96,7 +97,7 @@ class _Bench:
             begin = time.perf_counter()
             batch = pack_decode(
                 np.ones(_ROWS, np.int64), np.full(_ROWS, self._keys), (slot, slot + 1), above,
-                self._backend.kernel, self._device,
+                self._packer,
             )  # fmt: skip
             self._backend.forward(batch, self._cache, keep)
             if self._device.type == "cuda":

@@ -1,7 +1,7 @@
 """KV spans: which slots hold the KV of which tokens, and where a span stands in a row's frame.
 
 A span knows slots and no positions, a placement gives it a position. So the same KV may stand at
-one position in all rows, as a shared prefix does, or at another one in each.
+one position in all rows, as a shared prefix does, or at another one in each, as a document does.
 
 ```
  positions   0 ....... position .. start ......... end      of a placement
@@ -14,13 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.kv_cache import KVRange
-from pipeline.engine.packing import PlacedSlots
+from pipeline.engine.layout import OwnRun
+from pipeline.engine.packing import NO_DOCUMENTS, PlacedSlots, SeenDocuments
+from pipeline.plan.token_table import Ids
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -49,12 +52,15 @@ class KVSpan:
 class SharedSpan(KVSpan):
     """A span below which some sequence was admitted and some has not ended.
 
-    `key`: what it holds, as the layout numbers it. Of the `num_sequences` that see it `unfinished`
-    have not ended and `live_rows` are on the device; `unread` end exactly with it and have not
-    sampled their first token yet (`logits` [V] waits for them).
+    `key`: what it holds, as the layout numbers it; `ids` are those of its path from position 0 on,
+    `sequence` is one that sees it. Of the `num_sequences` that do `unfinished` have not ended and
+    `live_rows` are on the device; `unread` end exactly with it and have not sampled their first
+    token yet (`logits` [V] waits for them).
     """
 
     key: int
+    ids: Ids
+    sequence: int
     num_sequences: int
     unfinished: int
     unread: int
@@ -85,6 +91,16 @@ class Placement:
         return self.position + self.span.length
 
     @property
+    def needs(self) -> list[SharedPlacement]:
+        """The shared spans that must be there before it is computed, parents first."""
+        return [*self.all_above()][::-1]
+
+    @property
+    def documents(self) -> SeenDocuments:
+        """What its tokens see in other frames."""
+        return NO_DOCUMENTS
+
+    @property
     def stored_end(self) -> int:
         """Up to where the KV of an earlier run can be loaded."""
         return self.position + self.span.storable
@@ -101,6 +117,11 @@ class Placement:
             yield placement
             placement = placement.above
 
+    def whole(self) -> tuple[PlacedSlots, ...]:
+        """What covers all positions up to its end, top first."""
+        own = PlacedSlots(self.span.kv.start, self.span.kv.stop, self.position)
+        return (*self.seen_before(self.position), own)
+
     def seen_before(self, position: int) -> tuple[PlacedSlots, ...]:
         """What covers all positions before `position`, top first.
 
@@ -115,6 +136,20 @@ class Placement:
                 position = shared.position
         return tuple(reversed(seen))
 
+    def pieces(self, low: int, high: int) -> Iterator[PlacedPiece]:
+        """Positions `[low, high)`, cut where its tokens are not neighbours in the row."""
+        seen = self.seen_before(self.start)
+        yield PlacedPiece(low, high, low, self.slots(low, high).start, low - self.start, seen)
+
+    def earlier_runs(self) -> Iterator[PlacedSlots]:
+        """Own tokens that stand apart from the last ones."""
+        return iter(())
+
+    @property
+    def last_run(self) -> int:
+        """Position from which on its tokens are neighbours in the row."""
+        return self.position
+
     def copied_slots(self) -> NDArray[np.int64]:
         """Where the KV of the first `copied` tokens was computed."""
         slots = [np.zeros(0, np.int64)]
@@ -127,6 +162,119 @@ class Placement:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SharedPlacement(Placement):
-    """A shared span in the frame of the rows below it."""
+    """A shared span in the frame of the rows below it, or in that of its document."""
 
     span: SharedSpan
+
+
+class PlacedPiece(NamedTuple):
+    """Positions `[low, high)` of a placement, which in the row begin at `position` and lie from
+    `slot` on; `past` of its tokens stand right before, and `above` holds what else is seen in the
+    row's frame."""
+
+    low: int
+    high: int
+    position: int
+    slot: int
+    past: int
+    above: tuple[PlacedSlots, ...]
+
+
+def slots_from(last: SharedPlacement, first: int) -> tuple[PlacedSlots, ...]:
+    """From position `first` on to the end of `last`, top first."""
+    slots: list[PlacedSlots] = []
+    part: SharedPlacement | None = last
+    while part is not None and part.end > first:
+        low = max(first, part.position)
+        placed = part.slots(low, part.end)
+        slots.append(PlacedSlots(placed.start, placed.stop, low))
+        part = part.above
+    return tuple(reversed(slots))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ScatteredPlacement(Placement):
+    """A row's own tokens between documents. What stands before the last run is placed by `runs`;
+    to all of them slots are given as if they lay side by side, so that `position` is not theirs."""
+
+    seen: SeenDocuments
+    runs: tuple[OwnRun, ...]
+    all_needs: tuple[SharedPlacement, ...]
+
+    @property
+    def documents(self) -> SeenDocuments:
+        return self.seen
+
+    @property
+    def needs(self) -> list[SharedPlacement]:
+        return [*self.all_needs]
+
+    @property
+    def last_run(self) -> int:
+        return self.position + sum(run.length for run in self.runs)
+
+    def seen_before(self, position: int) -> tuple[PlacedSlots, ...]:
+        """All that is above it, whatever stands between."""
+        return () if self.above is None else self.above.whole()
+
+    def pieces(self, low: int, high: int) -> Iterator[PlacedPiece]:
+        seen = self.seen_before(low)
+        for run in self.runs:
+            first = self.position + run.offset
+            start, stop = max(low, first), min(high, first + run.length)
+            if start < stop:
+                past, slot = start - first, self.slots(start, stop).start
+                yield PlacedPiece(start, stop, run.position + past, slot, past, seen)
+            seen = (*seen, self._placed(run))
+        start = max(low, self.last_run)
+        if start < high:
+            slot = self.slots(start, high).start
+            yield PlacedPiece(start, high, start, slot, start - self.last_run, seen)
+
+    def earlier_runs(self) -> Iterator[PlacedSlots]:
+        return map(self._placed, self.runs)
+
+    def _placed(self, run: OwnRun) -> PlacedSlots:
+        slots = self.slots(self.position + run.offset, self.position + run.offset + run.length)
+        return PlacedSlots(slots.start, slots.stop, run.position)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class AssembledPlacement(Placement):
+    """A row that holds a copy of all that it sees of documents, at its own positions. Of these it
+    computes again those of `again`, before its question; `start` counts back from its end over
+    all that it computes, as if that lay side by side."""
+
+    seen: SeenDocuments
+    again: NDArray[np.int64]
+    all_needs: tuple[SharedPlacement, ...]
+
+    @property
+    def needs(self) -> list[SharedPlacement]:
+        return [*self.all_needs]
+
+    def seen_before(self, position: int) -> tuple[PlacedSlots, ...]:
+        """All that is above it."""
+        return () if self.above is None else self.above.whole()
+
+    def copied_slots(self) -> NDArray[np.int64]:
+        """None: its documents' keys are turned while they are copied, see `copies`."""
+        return np.zeros(0, np.int64)
+
+    def copies(self) -> Iterator[tuple[slice, slice, int]]:
+        """(slots of a document, those of this row, by how much keys are turned)."""
+        for number, shift in enumerate(self.seen.shifts.tolist()):
+            for low, high, position in self.seen.slots(number):
+                at = position + shift
+                yield slice(low, high), self.slots(at, at + high - low), shift
+
+    def pieces(self, low: int, high: int) -> Iterator[PlacedPiece]:
+        seen = self.seen_before(low)
+        computed = np.arange(low, high)
+        is_again = computed < self.start + len(self.again)
+        computed[is_again] = self.again[computed[is_again] - self.start]
+        edges = np.flatnonzero(np.diff(computed) != 1) + 1
+        for first, stop in zip([0, *edges], [*edges, len(computed)], strict=True):
+            at = int(computed[first])
+            slot = self.slots(at, at + 1).start
+            yield PlacedPiece(low + int(first), low + int(stop), at, slot, at - self.position, seen)

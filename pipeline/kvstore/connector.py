@@ -8,9 +8,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from queue import Queue
 from threading import Condition, Thread
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,29 +20,27 @@ from pipeline.errors import place_of
 from pipeline.kvstore.identity import TokenIds
 from pipeline.kvstore.store import KVStore
 
+Ids = NDArray[np.unsignedinteger]
+"""Of a prompt from position 0 on, in any byte order."""
+
 _WAITING_BYTES = 1 << 30  # of KV in memory, before the engine waits for the disk
 _logger = logging.getLogger("coppice")
-
-
-class Prompts(Protocol):
-    """The prompts of a run, by the sequences of its plan."""
-
-    def ids(self, sequence: int) -> TokenIds:
-        """Token ids of the whole prompt."""
-
-    def tenant(self, sequence: int) -> str:
-        """Whose prompt it is; empty: nobody's."""
 
 
 class StoreConnector:
     """`KVConnector` of one run. `close` it when the engine is done."""
 
     def __init__(
-        self, store: KVStore, prompts: Prompts, wanted: NDArray[np.bool_], least: int
+        self,
+        store: KVStore,
+        tenant_of: Callable[[int], str],
+        wanted: NDArray[np.bool_],
+        least: int,
     ) -> None:
-        """`wanted`: [nodes] to be kept; `least`: tokens from which on loading is worth it."""
+        """`tenant_of` a sequence, empty: nobody; `wanted`: [parts] to be kept; `least`: tokens
+        from which on loading is worth it."""
         self._store = store
-        self._prompts = prompts
+        self._tenant_of = tenant_of
         self._wanted = wanted.copy()
         self._least = least
         self._queue: Queue[tuple[TokenIds, int, Tensor, str] | None] = Queue()
@@ -51,28 +49,25 @@ class StoreConnector:
         self._writer = Thread(target=self._write, name="kv-store")
         self._writer.start()
 
-    def stored_end(self, sequence: int, end: int) -> int:
-        ids, tenant = self._prompts.ids(sequence)[:end], self._prompts.tenant(sequence)
-        length = self._store.match(ids, tenant).length
+    def stored_end(self, sequence: int, ids: Ids) -> int:
+        length = self._store.match(ids.astype(np.uint32), self._tenant_of(sequence)).length
         return length if length >= self._least else 0
 
-    def load(self, sequence: int, low: int, high: int) -> Tensor | None:
-        ids, tenant = self._prompts.ids(sequence), self._prompts.tenant(sequence)
-        return self._store.load(ids, low, high, tenant)
+    def load(self, sequence: int, ids: Ids, low: int, high: int) -> Tensor | None:
+        return self._store.load(ids.astype(np.uint32), low, high, self._tenant_of(sequence))
 
-    def wants(self, node: int) -> bool:
+    def wants(self, key: int) -> bool:
         """See `KVConnector.wants`; only the first time."""
-        is_wanted = bool(self._wanted[node])
-        self._wanted[node] = False
+        is_wanted = bool(self._wanted[key])
+        self._wanted[key] = False
         return is_wanted
 
-    def keep(self, sequence: int, low: int, high: int, kv: Tensor) -> None:
+    def keep(self, sequence: int, ids: Ids, low: int, high: int, kv: Tensor) -> None:
         """See `KVConnector.keep`. Waits while the disk is far behind."""
         with self._written:
             self._written.wait_for(lambda: self._waiting_bytes <= _WAITING_BYTES)
             self._waiting_bytes += kv.nbytes
-        ids, tenant = self._prompts.ids(sequence)[:high], self._prompts.tenant(sequence)
-        self._queue.put((ids, low, kv, tenant))
+        self._queue.put((ids[:high].astype(np.uint32), low, kv, self._tenant_of(sequence)))
 
     def close(self) -> None:
         """Returns when all that was kept is written."""

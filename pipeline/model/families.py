@@ -22,6 +22,7 @@ _OWN_ATTENTION = (
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 _KNOWN_LAYERS = ("full_attention", "sliding_attention")
 _RECURRENT_LAYERS = ("conv", "hybrid", "linear_attention", "mamba", "recurrent")
+_LEARNED_POSITIONS = ("gpt2", "opt")
 _EXPERTS = ("num_experts", "num_local_experts")
 
 
@@ -32,6 +33,16 @@ def why_unsupported(config: Any) -> str | None:
     reason = _why_attention_is_unlike(config) or _why_family_is_unknown(config)
     reason = reason or _why_kv_is_not_its_own(config)
     return None if reason is None else f"{reason}; run it without reuse by --engine naive"
+
+
+def why_documents_stay(family: str) -> str | None:
+    """One sentence why documents cannot be reused at any position, or None where they can."""
+    if family not in _LEARNED_POSITIONS:
+        return None
+    return (
+        f"a {family!r} model learns a vector for each position, so what a document says "
+        "depends on where it stands; choose --reuse prefix"
+    )
 
 
 def has_experts(config: Any) -> bool:

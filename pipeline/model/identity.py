@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.errors import ModelError
 from pipeline.model.folder import find_model_folder
 from pipeline.model.machine import num_threads
+from pipeline.reuse_settings import ReuseSettings
 from pipeline.settings import EngineSettings, JobSettings, ModelSettings
 
 THREADS = "threads"
@@ -26,6 +27,7 @@ _MAX_HEADER = 100 << 20
 _SAMPLED_BLOCKS = 512  # of each file: 2 MiB, a fraction of a second from a disk
 _BLOCK_BYTES = 4096
 _MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt")
+_SEGMENT_COLUMNS = ("segments_column", "documents_column")  # runs without stay as they are
 _PACKAGES = ("kvcoppice", "torch", "transformers", "tokenizers", "polars", "pyarrow", "numpy")
 
 
@@ -34,12 +36,13 @@ def fingerprint_fields(
 ) -> dict[str, Any]:
     """The fingerprint as plain values; `settings` are those of the opened job.
 
-    `model`: as of `identify_model`. `hashes`: of `input` and `tokenizer`. `rules`: of rows without
-    fields of their own, see `pipeline/generation.py`.
+    `model`: as of `identify_model`. `hashes`: of `input`, `tokenizer` and, if any, `adapter`.
+    `rules`: of rows without fields of their own, see `pipeline/generation.py`.
     """
     return {
         "input": hashes["input"],
-        **settings.read.model_dump(mode="json", exclude={"template"}),
+        **settings.read.model_dump(mode="json", exclude={"template", *_SEGMENT_COLUMNS}),
+        **settings.read.model_dump(include={*_SEGMENT_COLUMNS}, exclude_none=True),
         "template": _hash_file(settings.read.template),
         **model,
         "tokenizer": hashes["tokenizer"],
@@ -56,7 +59,22 @@ def fingerprint_fields(
         **_some(THREADS, _strict_threads(settings.engine)),
         "min_prefix_tokens": settings.plan.min_prefix_tokens,
         "on_overlong": settings.plan.on_overlong,
+        **_describe_reuse(settings.reuse),
+        **_some("adapter", hashes.get("adapter")),
         "shard": f"{settings.plan.shard_number} of {settings.plan.num_shards}",
+    }
+
+
+def _describe_reuse(settings: ReuseSettings) -> dict[str, Any]:
+    """Nothing where whole prompts share their beginnings, in the order in which they were given."""
+    order = {} if settings.document_order == "given" else {"document_order": "best"}
+    if not settings.moves_documents:
+        return order
+    return order | {
+        "reuse": settings.reuse,
+        "document_context": settings.context,
+        **_some("epic_tokens", settings.num_epic_tokens),
+        **_some("blend_share", settings.share_to_blend),
     }
 
 

@@ -33,6 +33,7 @@ class ModelShape:
     dtype: str
     generation_config: dict[str, Any]
     eos_token_ids: tuple[int, ...]
+    hidden_size: int = 0
 
     def kv_bytes_per_token(self, dtype: str = "auto") -> int:
         """Bytes of K and V of one token over all layers, in `dtype` (auto: as the model is)."""
@@ -57,6 +58,7 @@ def read_shape(model: str, revision: str | None = None) -> ModelShape:
         num_layers=config.num_hidden_layers,
         num_kv_heads=max(getattr(c, "num_key_value_heads", None) or heads for c in layers),
         head_dim=max(getattr(c, "head_dim", None) or c.hidden_size // heads for c in layers),
+        hidden_size=layers[0].hidden_size,
         context_length=getattr(config, "max_position_embeddings", None),
         vocabulary_size=config.vocab_size,
         dtype=dtype if dtype in _BYTES else "float32",

@@ -13,6 +13,7 @@ from pipeline.engine.base import EngineHooks
 from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.plan.plan import Plan
+from pipeline.plan.token_table import Ids
 from pipeline.settings import EngineSettings
 from tests.engine import tiny
 from tests.engine.test_prefix_engine import random_plan, run
@@ -28,34 +29,27 @@ class TokenStore:
         self.wanted = True
         self.failures = 0
 
-    def of(self, plan: Plan) -> TokenStore:
-        self._plan = plan
-        return self
+    def stored_end(self, sequence: int, ids: Ids) -> int:
+        return next(
+            (i for i in range(len(ids)) if tuple(ids[: i + 1].tolist()) not in self.tokens),
+            len(ids),
+        )
 
-    def _ids(self, sequence: int) -> list[int]:
-        ids: list[int] = self._plan.prompt_token_ids(sequence).tolist()
-        return ids
-
-    def stored_end(self, sequence: int, end: int) -> int:
-        ids = self._ids(sequence)
-        return next((i for i in range(end) if tuple(ids[: i + 1]) not in self.tokens), end)
-
-    def load(self, sequence: int, low: int, high: int) -> Tensor | None:
-        assert low < high <= self.stored_end(sequence, high)
+    def load(self, sequence: int, ids: Ids, low: int, high: int) -> Tensor | None:
+        assert low < high <= self.stored_end(sequence, ids[:high])
         if self.fails.random() < self.failing:
             self.failures += 1
             return None
-        ids = self._ids(sequence)
-        return torch.stack([self.tokens[tuple(ids[: i + 1])] for i in range(low, high)], dim=-2)
+        known = ids.tolist()
+        return torch.stack([self.tokens[tuple(known[: i + 1])] for i in range(low, high)], dim=-2)
 
-    def wants(self, node: int) -> bool:
+    def wants(self, key: int) -> bool:
         return self.wanted
 
-    def keep(self, sequence: int, low: int, high: int, kv: Tensor) -> None:
-        ids = self._ids(sequence)
+    def keep(self, sequence: int, ids: Ids, low: int, high: int, kv: Tensor) -> None:
         assert kv.shape[-2] == high - low > 0
         for i in range(low, high):
-            self.tokens[tuple(ids[: i + 1])] = kv[..., i - low, :]
+            self.tokens[tuple(ids[: i + 1].tolist())] = kv[..., i - low, :]
 
 
 def shared_tokens(plan: Plan) -> int:
@@ -69,7 +63,7 @@ def test_a_second_run_loads_what_the_first_one_shared(family: str, seed: int) ->
     """Seen red: head copies left out of what is loaded; a prompt's last token not computed."""
     plan = random_plan(seed, [1, 4, 16, 1000][seed])
     loaded = tiny.load_tiny(family)
-    store = TokenStore().of(plan)
+    store = TokenStore()
     first = PrefixEngine(loaded, EngineSettings(max_rows=5))
     expected = run(first, plan, hooks=EngineHooks(kv_connector=store))
     assert first.counters.loaded_tokens == 0
@@ -99,7 +93,7 @@ def test_states_of_another_job_serve_at_any_depth_and_may_fail(seed: int) -> Non
     store = TokenStore()
     before, after = tiny.plan_of(base), tiny.plan_of(tonight)
     first = PrefixEngine(loaded, EngineSettings())
-    run(first, before, hooks=EngineHooks(kv_connector=store.of(before)))
+    run(first, before, hooks=EngineHooks(kv_connector=store))
     for ids in draw.sample(sorted(store.tokens), len(store.tokens) // 10):
         del store.tokens[ids]  # and so all that lies behind it
     store.failing = 0.3
@@ -107,7 +101,7 @@ def test_states_of_another_job_serve_at_any_depth_and_may_fail(seed: int) -> Non
     expected = run(free, after)
     budget = max(free.counters.peak_kv_bytes // 2, 130 * loaded.shape.kv_bytes_per_token())
     second = PrefixEngine(loaded, EngineSettings(kv_budget=budget, max_rows=6))
-    done = run(second, after, hooks=EngineHooks(kv_connector=store.of(after)))
+    done = run(second, after, hooks=EngineHooks(kv_connector=store))
     assert {s: c.token_ids for s, c in done.items()} == {
         s: c.token_ids for s, c in expected.items()
     }
@@ -120,7 +114,7 @@ def test_the_failing_loads_are_no_empty_test() -> None:
     """Of the six seeds above some load, and some fail to."""
     plan = random_plan(0, 4)
     loaded = tiny.load_tiny()
-    store = TokenStore().of(plan)
+    store = TokenStore()
     engine = PrefixEngine(loaded, EngineSettings())
     run(engine, plan, hooks=EngineHooks(kv_connector=store))
     store.failing = 0.5
@@ -130,7 +124,7 @@ def test_the_failing_loads_are_no_empty_test() -> None:
 
 def test_nothing_is_kept_that_nobody_wants() -> None:
     plan = random_plan(0, 4)
-    store = TokenStore().of(plan)
+    store = TokenStore()
     store.wanted = False
     engine = PrefixEngine(tiny.load_tiny(), EngineSettings())
     run(engine, plan, hooks=EngineHooks(kv_connector=store))
@@ -144,7 +138,7 @@ def test_a_prompt_that_is_stored_to_its_end_still_computes_its_last_token() -> N
     store = TokenStore()
     before, after = tiny.plan_of([[*prefix, 20], [*prefix, 21]]), tiny.plan_of([prefix])
     engine = PrefixEngine(loaded, EngineSettings())
-    run(engine, before, hooks=EngineHooks(kv_connector=store.of(before)))
-    done = run(engine, after, hooks=EngineHooks(kv_connector=store.of(after)))
+    run(engine, before, hooks=EngineHooks(kv_connector=store))
+    done = run(engine, after, hooks=EngineHooks(kv_connector=store))
     assert done[0].token_ids == run(NaiveEngine(loaded), after)[0].token_ids
     assert (engine.counters.prefilled_tokens, engine.counters.loaded_tokens) == (1, 5)

@@ -126,7 +126,10 @@ def test_every_bit_of_a_range_counts_and_no_other(dtype: torch.dtype, head_dim: 
     cache = KVCache((2, 2, head_dim), 10, torch.zeros(1, dtype=dtype))
     cache.arena.normal_()
     guard = KVGuard(cache)
-    span = SharedSpan(key=0, length=4, num_sequences=2, unfinished=2, unread=0)
+    span = SharedSpan(
+        key=0, ids=np.zeros(4, np.uint16), sequence=0, length=4,
+        num_sequences=2, unfinished=2, unread=0,
+    )  # fmt: skip
     kv_range = cache.acquire(4, from_left=True)
     assert kv_range is not None
     span.kv = kv_range

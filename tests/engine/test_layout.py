@@ -35,7 +35,10 @@ class Recorder(TorchKernel):
         super().__init__(torch.device("cpu"))
         self.digest = hashlib.sha256()
 
-    def prepare(self, spans: np.ndarray, positions: np.ndarray) -> Any:
+    def prepare(
+        self, spans: np.ndarray, positions: np.ndarray, owner: np.ndarray | None = None
+    ) -> Any:
+        assert owner is None
         self.digest.update(np.concatenate([spans.ravel(), positions]).astype(np.int64).tobytes())
         return None
 

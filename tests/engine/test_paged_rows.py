@@ -24,9 +24,9 @@ from torch import Tensor
 from pipeline.engine import cuda_graphs, kv_guard, live, scheduler
 from pipeline.engine.backend import Backend
 from pipeline.engine.base import EngineHooks, RunControl, TokenIds
-from pipeline.engine.decode_view import DecodeView
+from pipeline.engine.decode_view import DecodeView, Seen
 from pipeline.engine.forward import Forward, TransformersForward
-from pipeline.engine.kernels.rules import AttentionRules, KVSpans, attend_reference
+from pipeline.engine.kernels.rules import AttentionRules, attend_reference
 from pipeline.engine.kernels.triton_kernel import DeviceWork, TritonKernel
 from pipeline.engine.kv_cache import KVCache, KVRange
 from pipeline.engine.live import LiveRow
@@ -536,7 +536,7 @@ def test_with_room_a_row_stays_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> 
     before = DecodeView.before
     most_blocks = []
 
-    def watched(view: DecodeView, rows: list[LiveRow], changes: int) -> KVSpans:
+    def watched(view: DecodeView, rows: list[LiveRow], changes: int) -> Seen:
         most_blocks.append(max(len(row.blocks) for row in rows))
         return before(view, rows, changes)
 

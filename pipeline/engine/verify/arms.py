@@ -26,9 +26,13 @@ from pipeline.engine.base import Deviation, EngineHooks, RunControl
 from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.engine.sampler import Sampler
+from pipeline.engine.verify.segment_baseline import Lengths, SegmentBaselines
 from pipeline.errors import EngineError
 from pipeline.model.model import LoadedModel
+from pipeline.plan.document_rows import with_documents
+from pipeline.plan.documents import Reuse
 from pipeline.plan.plan import Plan, build_plan
+from pipeline.plan.segment_table import Segments
 from pipeline.plan.token_table import TokenTable
 from pipeline.records import SamplingParams
 
@@ -37,24 +41,37 @@ ARMS: Final = ("again", "batched", "reuse", "product")
 
 @dataclass(frozen=True)
 class ForcedRow:
-    """A row and the tokens that it is given; `params` and `noise_key` choose what it would say."""
+    """A row and the tokens that it is given; `params` and `noise_key` choose what it would say;
+    `lengths` of its segments where documents are reused at any position."""
 
     prompt: Sequence[int]
     output: Sequence[int]
     params: SamplingParams
     noise_key: int
+    lengths: Lengths = ()
 
 
 def compare_arms(
-    engine: PrefixEngine, rows: Sequence[ForcedRow]
+    engine: PrefixEngine, rows: Sequence[ForcedRow], baselines: SegmentBaselines | None = None
 ) -> Iterator[tuple[str, list[Deviation]]]:
-    """Each arm and its deviation from the baseline, row by row.
+    """Each arm and its deviation from the baseline, row by row. `baselines`: of the mode in which
+    documents are reused.
 
     Holds the logits of all rows at all positions twice. Raises EngineError where a row cannot run.
     """
-    naive, settings, sampler = NaiveEngine(engine.loaded), engine.settings, Sampler(engine.loaded)
-    baseline = [naive.forced_logits(row.prompt, row.output) for row in rows]
-    again = [naive.forced_logits(row.prompt, row.output) for row in rows]
+    settings, sampler = engine.settings, Sampler(engine.loaded)
+    reuse = None if baselines is None else baselines.reuse
+    naive = NaiveEngine(engine.loaded)
+
+    def in_full() -> list[Tensor]:
+        return [
+            (naive if baselines is None else baselines.of(row.lengths)).forced_logits(
+                row.prompt, row.output
+            )
+            for row in rows
+        ]
+
+    baseline, again = in_full(), in_full()
     yield "again", _deviations(sampler, rows, baseline, again)
     for name, share, max_rows in (
         ("batched", False, settings.max_rows),
@@ -63,7 +80,7 @@ def compare_arms(
     ):
         changed = settings.model_copy(update={"max_rows": max_rows})
         arm = PrefixEngine(engine.loaded, changed, engine.backend, engine.break_even)
-        yield name, _deviations(sampler, rows, baseline, forced_logits(arm, rows, share))
+        yield name, _deviations(sampler, rows, baseline, forced_logits(arm, rows, share, reuse))
 
 
 def compare_weights(
@@ -77,6 +94,19 @@ def compare_weights(
     ]
 
 
+def compare_attention(baselines: SegmentBaselines, rows: Sequence[ForcedRow]) -> list[Deviation]:
+    """How far the mode in which documents are reused is from full attention, row by row."""
+    naive = baselines.naive
+    sampler = Sampler(naive.loaded)
+    return [
+        _deviation(sampler, row, *(
+            baseline.forced_logits(row.prompt, row.output)
+            for baseline in (naive, baselines.of(row.lengths))
+        ))
+        for row in rows
+    ]  # fmt: skip
+
+
 def same_bits_alone(engine: PrefixEngine, rows: Sequence[ForcedRow]) -> list[bool]:
     """[rows] whether all logits, with reuse and in a batch, have the bits of the row run alone.
 
@@ -87,12 +117,14 @@ def same_bits_alone(engine: PrefixEngine, rows: Sequence[ForcedRow]) -> list[boo
     return [torch.equal(*pair) for pair in zip(together, alone, strict=True)]
 
 
-def forced_logits(engine: PrefixEngine, rows: Sequence[ForcedRow], share: bool) -> list[Tensor]:
+def forced_logits(
+    engine: PrefixEngine, rows: Sequence[ForcedRow], share: bool, reuse: Reuse | None = None
+) -> list[Tensor]:
     """The logits that choose each token of each row's output: [rows][n, V], model's dtype.
 
     Without `share` every row is a tenant of its own. Raises EngineError where a row cannot run.
     """
-    plan = _plan(rows, share, engine.loaded.shape.vocabulary_size)
+    plan = _plan(rows, share, engine.loaded.shape.vocabulary_size, reuse)
     row_of = plan.sequences.row.tolist()
     seen: list[list[Tensor]] = [[] for _ in rows]
 
@@ -112,7 +144,9 @@ def forced_logits(engine: PrefixEngine, rows: Sequence[ForcedRow], share: bool) 
     return [torch.stack(logits) for logits in seen]
 
 
-def _plan(rows: Sequence[ForcedRow], share: bool, vocabulary_size: int) -> Plan:
+def _plan(
+    rows: Sequence[ForcedRow], share: bool, vocabulary_size: int, reuse: Reuse | None
+) -> Plan:
     """One sequence a row, also where prompts are equal: seeds tell them apart."""
     params = tuple(
         SamplingParams(max_new_tokens=len(row.output), seed=index, ignore_eos=True)
@@ -121,7 +155,10 @@ def _plan(rows: Sequence[ForcedRow], share: bool, vocabulary_size: int) -> Plan:
     table = TokenTable.from_lists([list(row.prompt) for row in rows], vocabulary_size)
     indices = np.arange(len(rows))
     tenants = np.zeros(len(rows), np.int64) if share else indices
-    return build_plan(table, [str(index) for index in indices], params, indices, tenants)
+    plan = build_plan(table, [str(index) for index in indices], params, indices, tenants)
+    if reuse is None:
+        return plan
+    return with_documents(plan, Segments.from_lists([row.lengths for row in rows]), reuse, tenants)
 
 
 def _deviations(

@@ -26,7 +26,12 @@ from pipeline.engine.forward import Forward
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.packing import PackedBatch
 from pipeline.engine.prefix_engine import PrefixEngine
-from pipeline.plan.plan import build_plan
+from pipeline.engine.verify.segment_baseline import Lengths
+from pipeline.engine.verify.segment_faults import SegmentFault, spoil
+from pipeline.plan.document_rows import with_documents
+from pipeline.plan.documents import Reuse
+from pipeline.plan.plan import Plan, build_plan
+from pipeline.plan.segment_table import Segments
 from pipeline.plan.token_table import TokenTable
 from pipeline.records import Completion, SamplingParams
 
@@ -34,6 +39,23 @@ Fault = Literal["position", "foreign key", "bit flip", "first token"]
 FAULTS: Final[tuple[Fault, ...]] = ("position", "foreign key", "bit flip", "first token")
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
+
+
+def write_segments_with_fault(
+    engine: PrefixEngine,
+    rows: Sequence[tuple[Sequence[int], Lengths]],
+    reuse: Reuse,
+    max_new_tokens: int,
+    fault: SegmentFault | None,
+) -> list[Completion]:
+    """As `write_with_fault`, of prompts with the lengths of their segments."""
+    plan = _plan([prompt for prompt, _ in rows], engine, max_new_tokens)
+    segments = Segments.from_lists([lengths for _, lengths in rows])
+    plan = with_documents(plan, segments, reuse, np.zeros(len(rows), np.int64))
+    if fault is not None:
+        assert plan.documents is not None
+        plan = replace(plan, documents=spoil(plan.documents, fault))
+    return _write(engine, plan)
 
 
 def write_with_fault(
@@ -45,17 +67,25 @@ def write_with_fault(
 ) -> list[Completion]:
     """Greedy answers to `prompts`, [prompts], by `engine` with `fault` (None: as it is)."""
     given = [prompt[1:] for prompt in prompts] if fault == "first token" else prompts
-    params = tuple(SamplingParams(max_new_tokens=max_new_tokens, seed=i) for i in range(len(given)))
-    table = TokenTable.from_lists(
-        [list(prompt) for prompt in given], engine.loaded.shape.vocabulary_size
-    )
-    indices = np.arange(len(given))
-    plan = build_plan(table, [str(index) for index in indices], params, indices)
     backend = engine.backend
     if fault is not None:
         backend = replace(backend, forward=FaultyForward(backend.forward, fault, at))
     writer = PrefixEngine(engine.loaded, engine.settings, backend, engine.break_even)
-    done = list(writer.generate(plan, np.arange(len(plan.sequences)), RunControl()))
+    return _write(writer, _plan(given, engine, max_new_tokens))
+
+
+def _plan(prompts: Sequence[Sequence[int]], engine: PrefixEngine, max_new_tokens: int) -> Plan:
+    indices = np.arange(len(prompts))
+    params = tuple(
+        SamplingParams(max_new_tokens=max_new_tokens, seed=index) for index in indices.tolist()
+    )
+    size = engine.loaded.shape.vocabulary_size
+    table = TokenTable.from_lists([list(prompt) for prompt in prompts], size)
+    return build_plan(table, [str(index) for index in indices], params, indices)
+
+
+def _write(engine: PrefixEngine, plan: Plan) -> list[Completion]:
+    done = list(engine.generate(plan, np.arange(len(plan.sequences)), RunControl()))
     return sorted(done, key=lambda completion: int(plan.sequences.row[completion.sequence]))
 
 

@@ -14,10 +14,14 @@ from torch import Tensor
 
 from pipeline.engine.base import EngineHooks, RunControl
 from pipeline.engine.prefix_engine import PrefixEngine
+from pipeline.engine.verify.segment_reference import SegmentReference
 from pipeline.errors import EngineError, UsageError
 from pipeline.model.families import has_experts
 from pipeline.model.int8 import holds_int8
+from pipeline.plan.document_rows import with_documents
+from pipeline.plan.documents import Reuse
 from pipeline.plan.plan import Plan, build_plan
+from pipeline.plan.segment_table import Segments
 from pipeline.plan.token_table import TokenTable
 from pipeline.records import Completion, SamplingParams
 
@@ -29,13 +33,47 @@ _ROUTED = 4.0
 random layers of gpt-oss, a missing merge or window 0.4 and more in the tests' tiny ones."""
 _WIDEST_CROSSED_WINDOW = 512
 
+Seen = dict[tuple[int, int], Tensor]
+"""Logits [V] by sequence and output position."""
+
 
 def self_test(engine: PrefixEngine) -> float:
     """Worst difference, as a share of the largest logit. Raises EngineError above the tolerance,
     UsageError where the KV budget has no room for the test."""
-    model = engine.loaded.model
     plan = _small_plan(engine.loaded.shape.vocabulary_size, _window_to_cross(engine))
-    seen: dict[tuple[int, int], Tensor] = {}
+    done, seen = _run(engine, plan)
+    engine.loaded.model.set_attn_implementation("eager")
+    return _judge(engine, [_difference(engine, plan, row, seen) for row in done])
+
+
+def segment_self_test(engine: PrefixEngine, reuse: Reuse) -> float:
+    """As `self_test`, of two rows that see the same documents in two orders, against the mode's
+    slow reference."""
+    shape = engine.loaded.shape
+    draw = np.random.default_rng(0)
+    preamble, one, two, question = (
+        draw.integers(0, shape.vocabulary_size, length) for length in (7, 19, 11, 5)
+    )
+    rows = [[preamble, one, two, question], [preamble, two, one, question]]
+    lengths = [[len(part) for part in row] for row in rows]
+    table = TokenTable.from_lists([np.concatenate(row).tolist() for row in rows])
+    params, every = (SamplingParams(max_new_tokens=3, ignore_eos=True),), np.zeros(2, np.int64)
+    plan = build_plan(table, ["0", "1"], params, every)
+    plan = with_documents(plan, Segments.from_lists(lengths), reuse, every)
+    done, seen = _run(engine, plan)
+    reference = SegmentReference(engine.loaded.model, reuse)
+
+    def difference(row: Completion) -> Tensor:
+        segments = rows[int(plan.sequences.row[row.sequence])]
+        expected = reference.forced_logits(segments, row.token_ids).float()
+        return _compare(engine, _seen_of(row, seen), expected)
+
+    return _judge(engine, [difference(row) for row in done])
+
+
+def _run(engine: PrefixEngine, plan: Plan) -> tuple[list[Completion], Seen]:
+    """All rows, and the logits that chose each of their tokens."""
+    seen: Seen = {}
 
     def record(sequences: list[int], positions: list[int], logits: Tensor) -> None:
         seen.update(zip(zip(sequences, positions, strict=True), logits.clone(), strict=True))
@@ -49,8 +87,12 @@ def self_test(engine: PrefixEngine) -> float:
             f"the KV budget of {engine.settings.kv_budget} bytes cannot hold even a prompt of "
             f"{plan.prompt_lengths.max()} tokens; raise --kv-budget"
         )
-    model.set_attn_implementation("eager")
-    worst = float(torch.stack([_difference(engine, plan, row, seen) for row in done]).max())
+    return done, seen
+
+
+def _judge(engine: PrefixEngine, differences: list[Tensor]) -> float:
+    """The worst one. Raises EngineError above the tolerance."""
+    model, worst = engine.loaded.model, float(torch.stack(differences).max())
     limit = _INT8_TOLERANCE if holds_int8(model) else _TOLERANCE[model.dtype]
     if has_experts(model.config) and model.dtype != torch.float32:
         limit *= _ROUTED
@@ -62,22 +104,29 @@ def self_test(engine: PrefixEngine) -> float:
     return worst
 
 
-def _difference(
-    engine: PrefixEngine, plan: Plan, row: Completion, seen: dict[tuple[int, int], Tensor]
-) -> Tensor:
-    """Of the row's logits from the model's own, as a share of the largest of these.
-
-    Attention that is wrong shows in every token of a row. A rounding error in half precision shows
-    in single ones, where attention is undecided between two places, or a router between experts,
-    in the model's own fused attention as well.
-    """
+def _difference(engine: PrefixEngine, plan: Plan, row: Completion, seen: Seen) -> Tensor:
+    """Of the row's logits from the model's own."""
     model = engine.loaded.model
     prompt = plan.prompt_token_ids(row.sequence).astype(np.int64).tolist()
     ids = torch.tensor([[*prompt, *row.token_ids[:-1]]], device=engine.loaded.device)
     keep = torch.arange(len(prompt) - 1, ids.shape[1], device=ids.device)
     with torch.inference_mode():
         expected = model(ids, use_cache=False, logits_to_keep=keep).logits[0].float()
-    got = torch.stack([seen[row.sequence, i] for i in range(len(row.token_ids))])
+    return _compare(engine, _seen_of(row, seen), expected)
+
+
+def _seen_of(row: Completion, seen: Seen) -> Tensor:
+    return torch.stack([seen[row.sequence, i] for i in range(len(row.token_ids))])
+
+
+def _compare(engine: PrefixEngine, got: Tensor, expected: Tensor) -> Tensor:
+    """Difference of a row's logits [tokens, V], as a share of the largest of those expected.
+
+    Attention that is wrong shows in every token of a row. A rounding error in half precision shows
+    in single ones, where attention is undecided between two places, or a router between experts,
+    in the model's own fused attention as well.
+    """
+    model = engine.loaded.model
     by_token: Tensor = (got - expected).abs().amax(-1) / expected.abs().max().clamp_min(1e-6)
     if has_experts(model.config):
         return by_token.min()

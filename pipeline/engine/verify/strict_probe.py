@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.packing import Piece, PlacedSlots, pack_decode, pack_prefill
+from pipeline.engine.packing import Packer, Piece, PlacedSlots, pack_decode, pack_prefill
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.errors import UsageError
 
@@ -58,6 +58,7 @@ class _Trial:
 
     def __init__(self, engine: PrefixEngine) -> None:
         self.engine = engine
+        self._packer = Packer(engine.backend.kernel, engine.loaded.device)
         shape = engine.loaded.shape
         self._length = min(_PROMPT, shape.context_length or _PROMPT)
         self._ids = np.random.default_rng(0).integers(0, shape.vocabulary_size, self._length)
@@ -110,8 +111,7 @@ class _Trial:
                 np.append(np.zeros(_BESIDE, np.int64), position),
                 (first, np.append(first[:-1] + 1, position + 1)),
                 np.zeros((0, 5), np.int64),
-                self.engine.backend.kernel,
-                self.engine.loaded.device,
+                self._packer,
             )
             keep = torch.arange(_BESIDE + 1)
             logits.append(self.engine.backend.forward(batch, cache, keep)[-1:])
@@ -134,9 +134,10 @@ class _Trial:
 
     def _prefill(self, pieces: list[Piece], cache: KVCache, first: int) -> Tensor:
         """Logits of all packed tokens from number `first` on; the head computes all of them."""
-        backend, device = self.engine.backend, self.engine.loaded.device
-        batch = pack_prefill(pieces, (_NOTHING, _NOTHING), backend.kernel, device)
-        return backend.forward(batch, cache, torch.arange(batch.input_ids.shape[1]))[first:]
+        batch = pack_prefill(pieces, (_NOTHING, _NOTHING), self._packer)
+        return self.engine.backend.forward(batch, cache, torch.arange(batch.input_ids.shape[1]))[
+            first:
+        ]
 
     def _cache(self, more: int = 0) -> KVCache:
         """Room for the prompt and `more` tokens."""

@@ -1,0 +1,117 @@
+"""Sequences that arrive: where their tokens stand becomes spans and placements. Moves no memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline.engine.base import KVConnector
+from pipeline.engine.layout import Layout, RowLayout, SharedPart
+from pipeline.engine.live import LiveRow
+from pipeline.engine.packing import SeenDocuments
+from pipeline.engine.residency import Residency
+from pipeline.engine.spans import (
+    AssembledPlacement,
+    KVSpan,
+    Placement,
+    ScatteredPlacement,
+    SharedPlacement,
+    SharedSpan,
+    slots_from,
+)
+from pipeline.plan.plan import Plan
+from pipeline.plan.token_table import Ids
+
+
+@dataclass(frozen=True)
+class History:
+    """What was computed before this scheduler: work that is done again is not counted twice.
+
+    `connector`: of earlier runs, to be loaded; `spans`: keys of shared ones; `cached_tokens`: of
+    sequences that were admitted; `forgotten`: sequences that the caller took back.
+    """
+
+    connector: KVConnector | None = None
+    spans: set[int] = field(default_factory=set)
+    cached_tokens: dict[int, int] = field(default_factory=dict)
+    forgotten: set[int] = field(default_factory=set)
+
+
+class Arrivals:
+    """Makes the rows of sequences, and places the shared spans that nobody needed before."""
+
+    def __init__(self, plan: Plan, layout: Layout, residency: Residency, history: History) -> None:
+        self._plan = plan
+        self._layout = layout
+        self._residency = residency
+        self._history = history
+
+    def row(self, sequence: int, now_s: float) -> LiveRow:
+        """Without blocks; spans that it needs are placed, and resident or not."""
+        layout = self._layout.of(sequence)
+        placed = self._residency.placed
+        for part in layout.shared:
+            if part.key not in placed:
+                self._place(part, sequence)
+        above = None if layout.above is None else placed[layout.above]
+        position, end = layout.position, layout.end
+        stored_end = 0
+        if not layout.documents:  # else its KV depends on them, and on how they were encoded
+            prompt = self._plan.prompt_token_ids(sequence)
+            stored_end = min(self._stored_end(above, sequence, prompt[:end]), end - 1)
+        own = KVSpan(
+            length=end - position, copied=layout.start - position, storable=stored_end - position
+        )
+        params = self._plan.params[int(self._plan.sequences.params[sequence])]
+        place = Placement(own, position, above)
+        if layout.documents:
+            place = self._among_documents(place, layout)
+        return LiveRow(sequence, params, place, layout.ids, end, now_s, layout.repaired)
+
+    def _among_documents(self, place: Placement, layout: RowLayout) -> Placement:
+        placed, documents = self._residency.placed, layout.documents
+        ends = [placed[document.key] for document in documents]
+        keys, first, shift = np.array(documents, np.int64).T
+        seen = SeenDocuments(
+            np.stack([keys, first], 1), shift, lambda i: slots_from(ends[i], documents[i].first)
+        )
+        needs = tuple(placed[part.key] for part in layout.shared)
+        if layout.assembled is not None:
+            return AssembledPlacement(
+                place.span, place.position, place.above, seen, layout.assembled, needs
+            )
+        return ScatteredPlacement(place.span, place.position, place.above, seen, layout.runs, needs)
+
+    def _place(self, part: SharedPart, sequence: int) -> None:
+        """`sequence` is one of those that see it; what it stands below is placed."""
+        key, position, start, end = part.key, part.position, part.start, part.end
+        above = None if part.above is None else self._residency.placed[part.above]
+        count, unread = int(self._layout.below[key]), int(self._layout.ending[key])
+        stored_end = self._stored_end(above, sequence, part.ids[:end])
+        if unread:  # the logits of a prompt's last token are stored nowhere
+            stored_end = min(stored_end, end - 1)
+        span = SharedSpan(
+            key=key,
+            ids=part.ids,
+            sequence=sequence,
+            length=end - position,
+            copied=start - position,
+            storable=stored_end - position,
+            num_sequences=count,
+            unfinished=count,
+            unread=unread,
+            was_computed=key in self._history.spans,
+        )
+        self._residency.placed[key] = SharedPlacement(span, position, above)
+
+    def _stored_end(self, above: SharedPlacement | None, sequence: int, ids: Ids) -> int:
+        """Position up to which an earlier run's KV can be loaded of a path, for what stands below
+        `above`.
+
+        What is not stored above is not stored below, but for a last token that logits are made of.
+        """
+        connector = self._history.connector
+        if connector is None or (above is not None and above.stored_end < above.end - 1):
+            return 0
+        return connector.stored_end(sequence, ids)
