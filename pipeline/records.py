@@ -34,6 +34,17 @@ Message = dict[str, str]
 """One turn of a conversation: `{"role": ..., "content": ...}`."""
 
 
+@dataclass(frozen=True, slots=True)
+class SegmentedPrompt:
+    """A prompt in segments: what stands before documents, these, and the question. Texts."""
+
+    preamble: str
+    documents: tuple[str, ...]
+    question: str
+
+
+Content = str | list[Message] | SegmentedPrompt
+"""A prompt as the input has it."""
 MOST_NEW_TOKENS: Final = 2**31 - 1
 """Numbers of tokens are kept in 32 bits here and in every engine."""
 GREEDY_BELOW: Final = 1e-5
@@ -119,13 +130,13 @@ class Rejected:
 class PromptBatch:
     """Consecutive input rows `[row_start, row_start + len(ids))`, column by column.
 
-    `contents[i]` is the prompt text, or the conversation, or None where the row is in `rejected`.
+    `contents[i]` is the prompt, or None where the row is in `rejected`.
     `overrides[i]` holds the row's own sampling fields (names of `SamplingParams`), empty if none.
     """
 
     row_start: int
     ids: list[str]
-    contents: list[str | list[Message] | None]
+    contents: list[Content | None]
     overrides: list[dict[str, object]]
     tenants: list[str | None]
     rejected: tuple[Rejected, ...] = ()

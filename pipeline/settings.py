@@ -36,6 +36,7 @@ from pipeline.forms import (
 )
 from pipeline.generation import read_generation_options
 from pipeline.records import MOST_NEW_TOKENS
+from pipeline.reuse_settings import ReuseSettings, check_reuse
 
 STORAGE_SECRETS = ("access_key_id", "secret_access_key", "session_token")
 STORAGE_OPTIONS = ("endpoint_url", "region", "anonymous", *STORAGE_SECRETS)
@@ -78,10 +79,13 @@ class ReadSettings(_Section):
 
     `template`: a Jinja file that makes the prompt of a row's columns, instead of a ready one.
     `reorder_fields`: list its `fields(...)` in each row in the order in which rows share most.
+    `segments_column`: a prompt in parts; `documents_column`: what stands before the prompt.
     """
 
     prompt_column: str | None = None
     messages_column: str | None = None
+    segments_column: str | None = None
+    documents_column: str | None = None
     template: Path | None = None
     reorder_fields: bool = False
     id_column: str | None = None
@@ -344,12 +348,18 @@ class JobSettings(_Section):
     sampling: SamplingSettings = SamplingSettings()
     plan: PlanSettings = PlanSettings()
     engine: EngineSettings = EngineSettings()
+    reuse: ReuseSettings = ReuseSettings()
     write: WriteSettings = WriteSettings()
     fleet: FleetSettings = FleetSettings()
     recycle: RecycleSettings = RecycleSettings()
     monitor: MonitorSettings = MonitorSettings()
     audit: AuditSettings = AuditSettings()
     store: ObjectStoreSettings = ObjectStoreSettings()
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        check_reuse(self)
+        return self
 
     @classmethod
     def from_flat(cls, flat: dict[str, Any]) -> JobSettings:

@@ -14,17 +14,19 @@ import pyarrow as pa
 
 from pipeline.errors import InputError
 from pipeline.storage.part_file import encode_parquet
-from pipeline.storage.schema import OUTPUT_FIELDS, carry_columns, output_schema
+from pipeline.storage.schema import carry_columns, output_schema, result_fields
 from pipeline.unheard import panics_unheard
 
 
-def check_carriage(inputs: pa.Table, id_column: str | None, name: str) -> None:
+def check_carriage(
+    inputs: pa.Table, id_column: str | None, name: str, has_segments: bool = False
+) -> None:
     """Raises InputError naming the first column of `inputs` that does not come back.
 
     Also where two columns would be written under one name. One column of each type is tried.
-    `name`: the file to blame.
+    `name`: the file to blame; `has_segments`: whether the output has columns about documents.
     """
-    output_schema(inputs.schema, id_column)
+    output_schema(inputs.schema, id_column, has_segments)
     for field in inputs.schema:
         if any("\0" in inner for inner in _names(field)):
             raise InputError(
@@ -32,10 +34,11 @@ def check_carriage(inputs: pa.Table, id_column: str | None, name: str) -> None:
                 "the output cannot carry; rename it"
             )
     first_of = {field.type: field for field in reversed(list(inputs.schema))}
-    if _comes_back(inputs.select([field.name for field in first_of.values()]), id_column):
+    some = inputs.select([field.name for field in first_of.values()])
+    if _comes_back(some, id_column, has_segments):
         return
     for field in reversed(first_of.values()):
-        if not _comes_back(inputs.select([field.name]), id_column):
+        if not _comes_back(inputs.select([field.name]), id_column, has_segments):
             raise InputError(
                 f"column {field.name!r} of {name} has the type {field.type}, which the output "
                 "cannot carry; cast or drop it"
@@ -43,17 +46,21 @@ def check_carriage(inputs: pa.Table, id_column: str | None, name: str) -> None:
     raise InputError(f"the columns of {name} cannot be carried together; drop those that are odd")
 
 
-def check_types_carried(schema: pa.Schema, id_column: str | None, name: str) -> None:
+def check_types_carried(
+    schema: pa.Schema, id_column: str | None, name: str, has_segments: bool = False
+) -> None:
     """`check_carriage` of no row, and of one that is null."""
-    check_carriage(schema.empty_table(), id_column, name)
+    check_carriage(schema.empty_table(), id_column, name, has_segments)
     nulls = [pa.nulls(1, field.type) for field in schema]
-    check_carriage(pa.Table.from_arrays(nulls, schema=schema), id_column, name)
+    table = pa.Table.from_arrays(nulls, schema=schema)
+    check_carriage(table, id_column, name, has_segments)
 
 
-def _comes_back(inputs: pa.Table, id_column: str | None) -> bool:
+def _comes_back(inputs: pa.Table, id_column: str | None, has_segments: bool) -> bool:
     """Through the writer and the reader of parts, and as failed rows once more."""
     row = {"id": "", "row_index": 0, "status": "error"}
-    results = pa.Table.from_pylist([row] * inputs.num_rows, schema=pa.schema(OUTPUT_FIELDS))
+    ours = pa.schema(result_fields(has_segments))
+    results = pa.Table.from_pylist([row] * inputs.num_rows, schema=ours)
     try:
         table = carry_columns(results, inputs, id_column)
         part = encode_parquet(table)

@@ -18,7 +18,7 @@ from pipeline.inputs.request_fields import (
     describe_unsupported,
     is_neutral,
 )
-from pipeline.records import Message
+from pipeline.records import Message, SegmentedPrompt
 
 
 class BadCell(ValueError):
@@ -96,6 +96,65 @@ _OTHER_PARTS = (
     "image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url",
     "file", "input_file", "refusal", "thinking", "tool_use", "tool_result",
 )  # fmt: skip
+
+
+def read_segments(cell: object) -> SegmentedPrompt:
+    """A list of {role, text} dicts, or that as JSON text; further fields are not looked at.
+
+    First those of the role system, if any, then the documents, then the query; texts of system, and
+    of query, are put together as they are. Raises BadCell.
+    """
+    parts = _read_json(cell) if isinstance(cell, str) else cell
+    if not isinstance(parts, list):
+        raise BadCell("segments is not a list of {role, text}")
+    texts: dict[str, list[str]] = {role: [] for role in SEGMENT_ROLES}
+    before = SEGMENT_ROLES[0]
+    for number, part in enumerate(parts):
+        role, text = _read_segment(number, part)
+        if SEGMENT_ROLES.index(role) < SEGMENT_ROLES.index(before):
+            raise BadCell(
+                f"segment {number} is of the role {role} and stands behind a {before}; the order "
+                "is system, documents, query"
+            )
+        texts[role].append(text)
+        before = role
+    preamble, question = "".join(texts["system"]), "".join(texts["query"])
+    return _segmented(preamble, texts["document"], question)
+
+
+def read_documents(documents: object, question: str) -> SegmentedPrompt:
+    """A list of texts that stand before the prompt of the row. Raises BadCell."""
+    if not isinstance(documents, list):
+        raise BadCell("documents is null; a row without any has an empty list")
+    for number, text in enumerate(documents):
+        if not isinstance(text, str):
+            raise BadCell(f"document {number} is {'null' if text is None else 'no text'}")
+    return _segmented("", documents, question)
+
+
+def _read_segment(number: int, part: object) -> tuple[str, str]:
+    if not isinstance(part, dict):
+        raise BadCell(f"segment {number} is not a {{role, text}} object")
+    role, text = part.get("role"), part.get("text")
+    if role not in SEGMENT_ROLES:
+        said = "no role" if role is None else "a role that is not known"
+        raise BadCell(f"segment {number} has {said}; each is system, document or query")
+    if not isinstance(text, str):
+        raise BadCell(f"segment {number} has no text")
+    return str(role), text
+
+
+def _segmented(preamble: str, documents: list[str], question: str) -> SegmentedPrompt:
+    _check_unicode(preamble, *documents, question)
+    if "" in documents:
+        raise BadCell(f"document {documents.index('')} is empty")
+    if not question:
+        raise BadCell("there is no query, the question that the answer follows")
+    return SegmentedPrompt(preamble, tuple(documents), question)
+
+
+SEGMENT_ROLES = ("system", "document", "query")
+"""Of the segments of a prompt, in their order."""
 
 
 def read_sampling(cell: object) -> dict[str, object]:

@@ -24,10 +24,11 @@ _MOST_NAMES = 20  # column names listed in a message
 class ColumnMap:
     """Names of the columns that steer the job; None where the file has none.
 
-    Exactly one of `prompt`, `messages` and `template` is set; the last are the columns that a
-    template asks for. `fields` are those that each row is asked by, as by fields of a request;
-    `unused` are named like such a field, but are of another type or of a name for many things.
-    `turn_fields`: what messages say besides, in types that no template is given.
+    Exactly one of `prompt`, `messages`, `segments` and `template` is set; the last are the columns
+    that a template asks for. `documents` stand before the `prompt`. `fields` are those that each
+    row is asked by, as by fields of a request; `unused` are named like such a field, but are of
+    another type or of a name for many things. `turn_fields`: what messages say besides, in types
+    that no template is given. `unasked`: documents or segments that are no part of the prompt.
     """
 
     prompt: str | None
@@ -40,6 +41,14 @@ class ColumnMap:
     unused: tuple[str, ...] = ()
     turn_fields: tuple[str, ...] = ()
     refused: str | None = None
+    segments: str | None = None
+    documents: str | None = None
+    unasked: tuple[str, ...] = ()
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether each prompt is known by its preamble, documents and question."""
+        return self.segments is not None or self.documents is not None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -47,7 +56,7 @@ class ColumnMap:
         chosen = (
             self.prompt, self.messages, self.id,
             self.sampling_params, self.tenant, *self.template, *self.fields,
-            self.refused,
+            self.refused, self.segments, self.documents,
         )  # fmt: skip
         return tuple(dict.fromkeys(name for name in chosen if name is not None))
 
@@ -58,28 +67,36 @@ class ColumnMap:
             "each row's own settings are in the columns": obeyed,
             "not used, though named like settings of a request: the columns": self.unused,
             "not used, since no chat template takes them: the fields of messages": self.turn_fields,
+            "no part of the prompt unless --reuse asks for documents: the columns": self.unasked,
         }
         return [f"{what} {', '.join(names)}" for what, names in said.items() if names]
 
 
 def find_columns(
-    schema: pa.Schema, settings: ReadSettings, name: str, template: tuple[str, ...] | None = None
+    schema: pa.Schema,
+    settings: ReadSettings,
+    name: str,
+    template: tuple[str, ...] | None = None,
+    wants_segments: bool = False,
 ) -> ColumnMap:
     """Find the columns of a plain `schema`; `name` is the file that an error should blame.
 
     `template`: the columns that a template makes the prompt of, None where there is no template.
+    `wants_segments`: prompts in segments are needed, and found by their usual names.
 
     Raises InputError where a column is missing, twice there, or of the wrong type.
     """
     twice = [column for column, count in Counter(schema.names).items() if count > 1]
     if twice:
         raise InputError(f"{name} has the column {twice[0]!r} twice; rename one of the two")
-    prompt, messages = None, None
+    content: dict[str, str] = {}
     if template is None:
-        prompt, messages = _find_content(schema, settings, name)
+        content = _find_content(schema, settings, name, wants_segments)
     columns = ColumnMap(
-        prompt=prompt,
-        messages=messages,
+        prompt=content.get("prompt"),
+        messages=content.get("messages"),
+        segments=content.get("segments"),
+        documents=content.get("documents"),
         id=_find(schema, settings.id_column, ("id", "custom_id"), "--id-column", name),
         sampling_params=_find(schema, None, ("sampling_params",), "", name),
         tenant=_find(schema, None, ("tenant",), "", name),
@@ -90,10 +107,15 @@ def find_columns(
     taken = {*columns.names} - {"max_new_tokens"}  # which counts even where a template prints it
     asked = [f for f in schema if f.name not in taken and not pa.types.is_null(f.type)]
     fields = tuple(field.name for field in asked if _is_request_field(field))
-    others = (field.name for field in asked if field.name not in fields)
+    unasked = tuple(
+        name
+        for name, fits in _IN_PARTS.items()
+        if name not in columns.names and name in schema.names and fits(schema.field(name).type)
+    )
+    others = (field.name for field in asked if field.name not in (*fields, *unasked))
     unused = tuple(name for name in others if name in OBEYED.keys() | AMBIGUOUS)
     turn_fields = _turn_fields(schema, columns.messages)
-    return replace(columns, fields=fields, unused=unused, turn_fields=turn_fields)
+    return replace(columns, fields=fields, unused=unused, turn_fields=turn_fields, unasked=unasked)
 
 
 def _is_request_field(field: pa.Field) -> bool:
@@ -125,22 +147,52 @@ def _turn_fields(schema: pa.Schema, messages: str | None) -> tuple[str, ...]:
 
 
 def _find_content(
-    schema: pa.Schema, settings: ReadSettings, name: str
-) -> tuple[str | None, str | None]:
-    if settings.prompt_column and settings.messages_column:
-        raise InputError("--prompt-column and --messages-column exclude each other; drop one")
-    if settings.messages_column:
-        return None, _find(schema, settings.messages_column, (), "--messages-column", name)
-    prompt = _find(schema, settings.prompt_column, ("prompt",), "--prompt-column", name)
-    if prompt is not None:
-        return prompt, None
-    messages = _find(schema, None, ("messages",), "", name)
-    if messages is None:
-        raise InputError(
-            f"{name} has neither a column 'prompt' nor 'messages' (it has {_listed(schema)}); "
-            "name yours with --prompt-column or --messages-column"
+    schema: pa.Schema, settings: ReadSettings, name: str, wants_segments: bool
+) -> dict[str, str]:
+    """What prompts are made of, by part. A column of documents that nobody asks for is none."""
+    said = {
+        part: column for part in ("prompt", "messages", "segments", "documents")
+        if (column := getattr(settings, f"{part}_column"))
+    }  # fmt: skip
+    _check_said(said, wants_segments)
+    for part, column in said.items():
+        _find(schema, column, (), f"--{part}-column", name)
+    found = {part: part for part in ("prompt", "messages", "segments") if part in schema.names}
+    if wants_segments and "documents" in schema.names:
+        found["documents"] = "documents"
+    choice: tuple[str, ...] = tuple(said)[:1]
+    if "documents" in said or said.keys() == {"prompt"} and "documents" in found:
+        choice = ("prompt", "documents")
+    elif not said and wants_segments:
+        choice = ("segments",) if "segments" in found else ("prompt", "documents")
+    elif not said:
+        choice = tuple(found)[:1]
+    columns = {part: column for part in choice if (column := said.get(part) or found.get(part))}
+    if not choice or len(columns) < len(choice):
+        raise _without_content(schema, name, wants_segments)
+    return columns
+
+
+def _check_said(said: dict[str, str], wants_segments: bool) -> None:
+    """Raises InputError where the flags exclude each other."""
+    alone = [f"--{part}-column" for part in said if part != "documents"]
+    if len(alone) > 1:
+        raise InputError(f"{alone[0]} and {alone[1]} exclude each other; drop one")
+    if "documents" in said and alone and "prompt" not in said:
+        raise InputError(f"--documents-column and {alone[0]} exclude each other; drop one")
+
+
+def _without_content(schema: pa.Schema, name: str, wants_segments: bool) -> InputError:
+    if wants_segments:
+        return InputError(
+            f"{name} has neither a column 'segments' nor 'documents' beside 'prompt' (it has "
+            f"{_listed(schema)}), which --reuse and --document-order need; name yours with "
+            "--segments-column, or with --documents-column and --prompt-column"
         )
-    return None, messages
+    return InputError(
+        f"{name} has neither a column 'prompt' nor 'messages' (it has {_listed(schema)}); "
+        "name yours with --prompt-column or --messages-column"
+    )
 
 
 def _find(
@@ -165,6 +217,8 @@ def _check_types(schema: pa.Schema, columns: ColumnMap, name: str) -> None:
     rules: tuple[tuple[str | None, Callable[[pa.DataType], bool], str], ...] = (
         (columns.prompt, _is_plain_text, "string (conversations belong to --messages-column)"),
         (columns.messages, _is_conversation, "list of structs with the strings role and content"),
+        (columns.segments, _is_segments, "list of structs with the strings role and text"),
+        (columns.documents, _is_texts, "list of strings"),
         (columns.id, _is_scalar, "string or another scalar type"),
         (_find(schema, None, ("max_new_tokens",), "", name), _is_number, "integer"),
         (columns.refused, is_text, "string"),
@@ -198,5 +252,26 @@ def _is_conversation(kind: pa.DataType) -> bool:
     return is_text(types.get("role", pa.null())) and (is_text(content) or is_parts)
 
 
+def _is_segments(kind: pa.DataType) -> bool:
+    """Plain types only: a list of structs, or text that holds JSON."""
+    if is_text(kind):
+        return True
+    if not pa.types.is_large_list(kind) or not pa.types.is_struct(kind.value_type):
+        return False
+    types = {field.name: field.type for field in kind.value_type}
+    return all(is_text(types.get(name, pa.null())) for name in ("role", "text"))
+
+
+def _is_texts(kind: pa.DataType) -> bool:
+    """A list of texts, or of nothing."""
+    if not pa.types.is_large_list(kind):
+        return False
+    return is_text(kind.value_type) or bool(pa.types.is_null(kind.value_type))
+
+
 def _is_scalar(kind: pa.DataType) -> bool:
     return not pa.types.is_nested(kind) and not pa.types.is_null(kind)
+
+
+_IN_PARTS = {"segments": _is_segments, "documents": _is_texts}
+"""Columns that may be parts of a prompt, by their usual names."""

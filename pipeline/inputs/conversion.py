@@ -75,6 +75,11 @@ def _requests(source: Location) -> Iterator[dict[str, Any]]:
     """Rows that a run would take; one that it would reject is refused here by its number."""
     prompts = open_source(source, ReadSettings())
     columns = prompts.columns
+    if columns.has_segments:
+        raise InputError(
+            f"{source} has prompts in segments, which a batch file cannot say; give it a column "
+            "prompt or messages"
+        )
     has_model = "model" in prompts.schema.names
     for batch in prompts.iter_prompts():
         for bad in batch.rejected:
@@ -132,4 +137,6 @@ def _is_chat(directory: RunDirectory) -> bool:
     if read.get("messages_column"):
         return True
     columns = directory.scan().collect_schema().names()
+    if read.get("segments_column") or "reuse_mode" in columns:
+        return False
     return not (read.get("template") or read.get("prompt_column") or "prompt" in columns)

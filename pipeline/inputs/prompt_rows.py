@@ -14,13 +14,20 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from pipeline.errors import UsageError
-from pipeline.inputs.cells import BadCell, read_fields, read_messages, read_sampling, read_text
+from pipeline.inputs.cells import (
+    BadCell,
+    read_documents,
+    read_fields,
+    read_messages,
+    read_sampling,
+    read_segments,
+    read_text,
+)
 from pipeline.inputs.columns import ColumnMap
 from pipeline.inputs.prompt_template import PromptTemplate
-from pipeline.records import Message, PromptBatch, Rejected
+from pipeline.records import Content, PromptBatch, Rejected, SegmentedPrompt
 from pipeline.storage.plain_types import UNREADABLE, python_cells, text_of
 
-Content = str | list[Message]
 Value = TypeVar("Value")
 
 
@@ -70,16 +77,22 @@ class RowReader:
     ) -> list[Content | None]:
         if self.template is not None:
             return self._rendered(self.template, table, orders, faults)
-        name = self.columns.prompt or self.columns.messages
+        columns = self.columns
+        name = columns.prompt or columns.messages or columns.segments
         cells = python_cells(table.column(name))
         for row, cell in enumerate(cells):
             if cell is None:
                 faults.setdefault(row, _Fault("NullPrompt", "the prompt is null"))
-            elif not cell and self.columns.messages is None:
+            elif not cell and columns.prompt is not None:
                 faults.setdefault(row, _Fault("EmptyPrompt", "the prompt is empty"))
-        if self.columns.messages is None:
+        if columns.messages is not None:
+            return _each(lambda cell: _attempt("BadMessages", read_messages, cell), cells, faults)
+        if columns.segments is not None:
+            return _each(lambda cell: _attempt("BadSegments", read_segments, cell), cells, faults)
+        if columns.documents is None:
             return cells
-        return _each(lambda cell: _attempt("BadMessages", read_messages, cell), cells, faults)
+        pairs = list(zip(python_cells(table.column(columns.documents)), cells, strict=True))
+        return _each(lambda pair: _attempt("BadSegments", _read_pair, pair), pairs, faults)
 
     def _rendered(
         self,
@@ -98,6 +111,13 @@ class RowReader:
         for row, text in zip(fit, template.render_all([cells[row] for row in fit]), strict=True):
             found[row] = text
         return _each(lambda text: _attempt("TemplateError", _read_rendered, text), found, faults)
+
+
+def _read_pair(pair: tuple[object, str]) -> SegmentedPrompt:
+    documents, question = pair
+    if UNREADABLE in pair:
+        raise BadCell(_BEYOND)
+    return read_documents(documents, question)
 
 
 def _read_rendered(rendered: str | BadCell) -> str:

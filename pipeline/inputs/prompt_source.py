@@ -133,7 +133,12 @@ class PromptSource:
         for file, _, start, stop in self._file_ranges():
             for row, table in enumerate(file.iter_batches(carried, stop - start), start):
                 if row == 0:
-                    check_carriage(table.slice(0, 1), self.columns.id, file.origin.name)
+                    check_carriage(
+                        table.slice(0, 1),
+                        self.columns.id,
+                        file.origin.name,
+                        self.columns.has_segments,
+                    )
 
     def fingerprint(self) -> str:
         """sha256 over the bytes of all files and the number of rows used; read once.
@@ -175,11 +180,15 @@ class PromptSource:
 
 
 def open_source(
-    location: Location, settings: ReadSettings, copies: ParquetCopies | None = None
+    location: Location,
+    settings: ReadSettings,
+    copies: ParquetCopies | None = None,
+    wants_segments: bool = False,
 ) -> PromptSource:
     """Open a file, a folder of files, or a glob; of Parquet footers are read, rows are not.
 
     `copies`: where JSON lines files are kept as Parquet; without, they are refused.
+    `wants_segments`: see `find_columns`.
 
     Raises NoInput: nothing there, no rows. InputError: not Parquet, truncated, a line that is no
     row, columns missing or of the wrong type, files that differ in their columns. StorageError
@@ -192,7 +201,7 @@ def open_source(
     schema = files[0].schema
     template = _read_template(settings, schema.names)
     asked = None if template is None else template.columns
-    columns = find_columns(schema, settings, files[0].origin.name, asked)
+    columns = find_columns(schema, settings, files[0].origin.name, asked, wants_segments)
     block_rows = np.concatenate([file.block_rows for file in files])
     first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(block_rows)])
     num_rows = int(first_row[-1])
@@ -202,7 +211,7 @@ def open_source(
         num_rows = min(num_rows, settings.limit)
     labels = _make_labels([file.origin for file in files])
     schema = pa.schema([field for field in schema if field.name != REFUSED_COLUMN])
-    check_types_carried(schema, columns.id, files[0].origin.name)
+    check_types_carried(schema, columns.id, files[0].origin.name, columns.has_segments)
     return PromptSource(
         num_rows, schema, columns, files, labels, first_row, template, found.summary
     )
@@ -225,8 +234,9 @@ def _open_files(
 def _read_template(settings: ReadSettings, columns: list[str]) -> PromptTemplate | None:
     if settings.template is None:
         return None
-    if settings.prompt_column or settings.messages_column:
-        raise UsageError("--template makes the prompt: drop --prompt-column and --messages-column")
+    for part in ("prompt", "messages", "segments", "documents"):
+        if getattr(settings, f"{part}_column"):
+            raise UsageError(f"--template makes the prompt: drop --{part}-column")
     return PromptTemplate.read(settings.template, columns)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.storage.schema import OUTPUT_FIELDS
+from pipeline.storage.schema import result_fields
 
 _CARD = """---
 configs:
@@ -35,9 +35,12 @@ Failed rows have `status = "error"` and the reason in `error_type` and `error_me
 """
 
 
-def render_card(manifest: dict[str, Any], num_rows: int, num_error: int) -> str:
+def render_card(
+    manifest: dict[str, Any], num_rows: int, num_error: int, has_segments: bool = False
+) -> str:
     """Markdown with the front matter that `datasets` reads."""
-    columns = "\n".join(f"| `{field.name}` | {field.type} |" for field in OUTPUT_FIELDS)
+    fields = result_fields(has_segments)
+    columns = "\n".join(f"| `{field.name}` | {field.type} |" for field in fields)
     return _CARD.format(
         run_id=manifest["run_id"],
         created_at=manifest["created_at"],

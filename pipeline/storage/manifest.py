@@ -48,6 +48,35 @@ class _Session(TypedDict, total=False):
     span_s: Number
 
 
+class _Agreement(TypedDict):
+    rows: Count
+    same: Count
+    of_rows: Count
+    lower_bound: Number
+    mean_kl: Number | None
+    same_choice: Number | None
+
+
+class _AgreementOf(_Agreement):
+    documents: Count
+
+
+class _Cost(TypedDict):
+    seconds: Number
+    prefilled_tokens: Count
+    generated_tokens: Count
+
+
+class _Calibration(TypedDict):
+    mode: str
+    asked_rows: Count
+    decision: Literal["reuse", "fallback", "abort", "warn", "skipped"]
+    reasons: list[str]
+    agreement: _Agreement
+    by_documents: list[_AgreementOf]
+    cost: _Cost
+
+
 class _Writer(TypedDict):
     name: str
     session: NotRequired[str]
@@ -66,6 +95,7 @@ class _Manifest(TypedDict):
     device: NotRequired[dict[str, Any]]
     input: NotRequired[_Input]
     engine: NotRequired[_Engine]
+    calibration: NotRequired[_Calibration]
     parts: NotRequired[dict[PartName, Part]]
     writer: NotRequired[_Writer]
 

@@ -35,49 +35,66 @@ OUTPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("attempts", pa.int8()),
     pa.field("completion_token_ids", pa.list_(pa.int32())),
 )
-_OUTPUT_NAMES = frozenset(field.name for field in OUTPUT_FIELDS)
+DOCUMENT_FIELDS: tuple[pa.Field, ...] = (
+    pa.field("reuse_mode", pa.string()),
+    pa.field("exact", pa.bool_()),
+    pa.field("documents", pa.int32()),
+    pa.field("document_tokens", pa.int32()),
+    pa.field("repaired_tokens", pa.int32()),
+    pa.field("link_tokens", pa.int32()),
+    pa.field("fallback_reason", pa.string()),
+)
+"""Besides, of runs whose prompts are in segments."""
 
 
-def carried_name(name: str) -> str:
-    """What an input column is called in the output: `input_<name>` where ours has the name."""
-    return f"input_{name}" if name in _OUTPUT_NAMES else name
+def result_fields(has_segments: bool) -> tuple[pa.Field, ...]:
+    """Our columns."""
+    return (*OUTPUT_FIELDS, *DOCUMENT_FIELDS) if has_segments else OUTPUT_FIELDS
 
 
-def output_schema(input_schema: pa.Schema, id_column: str | None) -> pa.Schema:
-    """Our columns, then every input column; an id column of text named `id` is ours already.
+def output_schema(
+    input_schema: pa.Schema, id_column: str | None, has_segments: bool = False
+) -> pa.Schema:
+    """Our columns, then every input column; an id column of text named `id` is ours already, and
+    others with a name of ours are called `input_<name>`.
 
     Raises InputError where two input columns would end up with one name.
     """
+    ours = result_fields(has_segments)
+    taken = {field.name for field in ours}
     carried = [
-        pa.field(carried_name(field.name), carried_type(field.type))
+        pa.field(
+            f"input_{field.name}" if field.name in taken else field.name, carried_type(field.type)
+        )
         for field in input_schema
         if not _is_ours(field, id_column)
     ]
     twice = [name for name, count in Counter(f.name for f in carried).items() if count > 1]
     if twice:
-        taken = twice[0].removeprefix("input_")
+        bare = twice[0].removeprefix("input_")
         raise InputError(
-            f"the input columns {taken!r} and {twice[0]!r} would both be written as "
+            f"the input columns {bare!r} and {twice[0]!r} would both be written as "
             f"{twice[0]!r}; rename one of the two"
         )
-    return pa.schema([*OUTPUT_FIELDS, *carried])
+    return pa.schema([*ours, *carried])
 
 
 def carry_columns(results: pa.Table, inputs: pa.Table, id_column: str | None) -> pa.Table:
     """Put the input columns of the same rows, in the same order, beside our result columns.
 
-    `results` has the names of OUTPUT_FIELDS; it is cast to their types.
+    `results` has the names of `result_fields`, with those of documents or without; it is cast to
+    their types.
     """
-    schema = output_schema(inputs.schema, id_column)
-    ours = results.select([field.name for field in OUTPUT_FIELDS])
+    has_segments = DOCUMENT_FIELDS[0].name in results.column_names
+    schema = output_schema(inputs.schema, id_column, has_segments)
+    fields = result_fields(has_segments)
+    ours = results.select([field.name for field in fields])
     theirs = [
         inputs.column(index).cast(carried_type(field.type))
         for index, field in enumerate(inputs.schema)
         if not _is_ours(field, id_column)
     ]
-    return pa.Table.from_arrays(
-        [*ours.cast(pa.schema(OUTPUT_FIELDS)).columns, *theirs], schema=schema
-    )
+    return pa.Table.from_arrays([*ours.cast(pa.schema(fields)).columns, *theirs], schema=schema)
 
 
 def _is_ours(field: pa.Field, id_column: str | None) -> bool:

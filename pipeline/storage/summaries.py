@@ -18,6 +18,10 @@ class _Estimate(TypedDict):
     decode_s: Number
 
 
+class _Documents(TypedDict):
+    mode: str
+
+
 class _Plan(TypedDict):
     plan_hash: Digits
     rows: Count
@@ -30,6 +34,7 @@ class _Plan(TypedDict):
     peak_kv_bytes: NotRequired[Count | None]
     kv_budget_bytes: NotRequired[Count | None]
     estimate: NotRequired[_Estimate | None]
+    documents: NotRequired[_Documents | None]
 
 
 class _Classes(TypedDict):

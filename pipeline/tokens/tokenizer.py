@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, partial
@@ -18,19 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError, is_row_fault
-from pipeline.records import Message
+from pipeline.records import Content, Message, SegmentedPrompt
 from pipeline.settings import TokenSettings
 from pipeline.tokens.answer_text import AnswerText
 from pipeline.tokens.chat_template import ChatTemplate, TemplateFault, find_template
 from pipeline.tokens.control_tokens import ControlTokens
-from pipeline.tokens.coverage import most_characters
-from pipeline.tokens.growth import growth_of
 from pipeline.tokens.loading import load_tokenizer
-
-Content = str | list[Message]
-_MOST_LETTERS = 32_000_000
-"""Of a row that is tokenised, as its tokenizer may lengthen it; each takes some hundred bytes."""
-_LETTERS_AT_A_TIME = 4_000_000
+from pipeline.tokens.segments import Chat, SegmentEncoder, as_messages
+from pipeline.tokens.text_encoder import Overlong, TextEncoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,30 +33,28 @@ class EncodedBatch:
     """Row i holds `lengths[i]` ids of `flat`, end to end: [sum of lengths] uint32, [rows] int64.
 
     A row in `errors` (position in the batch -> reason, without its text) has no ids, nor has one
-    in `overlong` (position -> tokens that it has at least), which was not tokenised.
+    in `overlong` (position -> tokens that it has at least), which was not tokenised. `segments`:
+    of a prompt in segments, the tokens of each; `error_types`: of errors that have their own.
     """
 
     flat: NDArray[np.uint32]
     lengths: NDArray[np.int64]
     errors: dict[int, str] = field(default_factory=dict)
     overlong: dict[int, int] = field(default_factory=dict)
-
-
-class _Overlong(Exception):
-    """A row is sure to have more tokens than asked for, so many at least."""
-
-    def __init__(self, least: int) -> None:
-        self.least = least
+    segments: dict[int, list[int]] = field(default_factory=dict)
+    error_types: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass
 class _Rows:
     """What becomes of the rows of a batch, by position."""
 
-    ids: list[Sequence[int]]
+    ids: list[Sequence[int] | NDArray[np.uint32]]
     most_tokens: int | None
     errors: dict[int, str] = field(default_factory=dict)
     overlong: dict[int, int] = field(default_factory=dict)
+    segments: dict[int, list[int]] = field(default_factory=dict)
+    error_types: dict[int, str] = field(default_factory=dict)
 
 
 class PromptTokenizer:
@@ -79,8 +72,7 @@ class PromptTokenizer:
         self.vocabulary_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         self.bos_id: int | None = tokenizer.bos_token_id
         """The token that every text of the model begins with, if there is one."""
-        self._most_characters = most_characters(self._backend)
-        self._growth = growth_of(self._backend)
+        self._texts = TextEncoder(self._backend)
         self.fingerprint = self._make_fingerprint()
 
     @classmethod
@@ -116,22 +108,52 @@ class PromptTokenizer:
         rows = _Rows([()] * len(contents), most_tokens)
         present = {row: content for row, content in enumerate(contents) if content is not None}
         plain = {row: content for row, content in present.items() if self._is_plain(content)}
-        chats = {row: self._as_messages(present[row]) for row in present.keys() - plain.keys()}
+        parts = {row: c for row, c in present.items() if isinstance(c, SegmentedPrompt)}
+        chats = {
+            row: self._as_messages(content)
+            for row, content in present.items()
+            if row not in plain and not isinstance(content, SegmentedPrompt)
+        }
         self._encode_plain(plain, rows)
+        self._encode_segments(parts, rows)
         self._encode_chats(chats, rows)
         for row in present.keys() - rows.overlong.keys():
-            if not rows.ids[row]:
+            if not len(rows.ids[row]):
                 rows.errors.setdefault(row, "the tokenizer makes no token of this prompt")
         lengths = np.array([len(ids) for ids in rows.ids], np.int64)
         arrays = [np.zeros(0, np.uint32), *(np.array(ids, np.uint32) for ids in rows.ids)]
-        return EncodedBatch(np.concatenate(arrays), lengths, rows.errors, rows.overlong)
+        flat = np.concatenate(arrays)
+        return EncodedBatch(
+            flat, lengths, rows.errors, rows.overlong, rows.segments, rows.error_types
+        )
 
     def render(self, content: Content) -> str:
-        """The text that is tokenised. Raises TemplateFault if the template refuses."""
+        """The text that is tokenised, in segments or not. Raises TemplateFault if the template
+        refuses."""
+        if isinstance(content, SegmentedPrompt):
+            content = self.in_one_piece(content)
         if self._is_plain(content):
             self._refuse_system_prompt()
             return content
         return self._require_template().render(self._as_messages(content))
+
+    def count_changed_by_joining(self, contents: Sequence[Content | None]) -> int:
+        """How many of these prompts are other tokens in segments than in one piece."""
+        apart = [c if isinstance(c, SegmentedPrompt) else None for c in contents]
+        joined = [None if c is None else self.in_one_piece(c) for c in apart]
+        ids = [
+            np.split(batch.flat, np.cumsum(batch.lengths)[:-1]) if len(contents) else []
+            for batch in (self.encode_batch(apart), self.encode_batch(joined))
+        ]
+        pairs = zip(*ids, strict=True)
+        return sum(len(a) > 0 < len(b) and not np.array_equal(a, b) for a, b in pairs)
+
+    def in_one_piece(self, prompt: SegmentedPrompt) -> str | list[Message]:
+        """The same text as a prompt whose segments nobody knows."""
+        documents = "".join(prompt.documents)
+        if self._settings.apply_chat_template:
+            return as_messages(prompt, documents)
+        return prompt.preamble + documents + prompt.question
 
     def decode_batch(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
         """The text of each answer; special tokens are left out."""
@@ -162,17 +184,38 @@ class PromptTokenizer:
             return
         self._refuse_system_prompt()
         parse = self._settings.parse_special_tokens
-        encode = partial(self._encode, parse_specials=parse, add_specials=True)
+        encode = partial(self._texts.encode, parse_specials=parse, add_specials=True)
         for row, text in list(texts.items()):
             try:
-                self._check_length([text], rows.most_tokens)
-            except _Overlong as error:
+                self._texts.check_length([text], rows.most_tokens)
+            except Overlong as error:
                 rows.overlong[row] = error.least
                 del texts[row]
             except ValueError as error:
                 rows.errors[row] = str(error)
                 del texts[row]
         _encode_each(encode, texts, rows)
+
+    def _encode_segments(self, prompts: dict[int, SegmentedPrompt], rows: _Rows) -> None:
+        if not prompts:
+            return
+        found = self._segments.encode(prompts, rows.most_tokens)
+        for row, segments in found.ids.items():
+            rows.ids[row] = np.concatenate(segments)
+            rows.segments[row] = [len(ids) for ids in segments]
+        for row, fault in found.faults.items():
+            rows.errors[row], rows.error_types[row] = str(fault), fault.error_type
+        rows.overlong |= found.overlong
+
+    @cached_property
+    def _segments(self) -> SegmentEncoder:
+        chat = None
+        if self._settings.apply_chat_template:
+            chat = Chat(self._as_messages, self._require_template().render_all)
+        else:
+            self._refuse_system_prompt()
+        parses = self._settings.parse_special_tokens
+        return SegmentEncoder(self._texts, self._control, parses, chat)
 
     def _encode_chats(self, chats: dict[int, list[Message]], rows: _Rows) -> None:
         """Rows without a control-token string go through as rendered; the others in pieces."""
@@ -186,11 +229,11 @@ class PromptTokenizer:
                     rows.errors[row] = str(rendered)
                 elif row in hidden:
                     pieces = list(self._control.split(rendered, hidden[row].meaning))
-                    rows.ids[row] = self._encode_pieces(pieces, rows.most_tokens)
+                    rows.ids[row] = self._texts.encode_pieces(pieces, rows.most_tokens)
                 else:
-                    self._check_length([rendered], rows.most_tokens)
+                    self._texts.check_length([rendered], rows.most_tokens)
                     whole[row] = rendered
-            except _Overlong as error:
+            except Overlong as error:
                 rows.overlong[row] = error.least
             except (TypeError, ValueError) as error:
                 rows.errors[row] = str(error)
@@ -199,59 +242,19 @@ class PromptTokenizer:
                     raise
                 kind = type(error).__name__
                 rows.errors[row] = f"the conversation cannot be tokenised ({kind})"
-        _encode_each(partial(self._encode, parse_specials=True, add_specials=False), whole, rows)
-
-    def _check_length(self, texts: Sequence[str], most_tokens: int | None) -> None:
-        """Raises _Overlong if these texts are sure to have more tokens together, ValueError if it
-        takes gigabytes to find out."""
-        if most_tokens is not None and self._most_characters is not None:
-            least = -(-sum(map(len, texts)) // self._most_characters)
-            if least > most_tokens:
-                raise _Overlong(least)
-        letters = sum(map(len, texts))
-        if letters * self._growth > _MOST_LETTERS:
-            raise ValueError(f"the prompt of {letters:,} characters is too long to be tokenised")
+        _encode_each(
+            partial(self._texts.encode, parse_specials=True, add_specials=False), whole, rows
+        )
 
     def _needs_pieces(self, messages: list[Message]) -> bool:
         return not self._settings.parse_special_tokens and any(
             self._control.occur_in(text) for message in messages for text in message.values()
         )
 
-    def _encode_pieces(self, pieces: Sequence[str | int], most_tokens: int | None) -> list[int]:
-        texts = [piece for piece in pieces if isinstance(piece, str)]
-        self._check_length(texts, most_tokens)
-        encoded = iter(self._encode(texts, parse_specials=False, add_specials=False))
-        return [
-            number
-            for piece in pieces
-            for number in ([piece] if isinstance(piece, int) else next(encoded))
-        ]
-
-    def _encode(
-        self, texts: list[str], *, parse_specials: bool, add_specials: bool
-    ) -> list[list[int]]:
-        """A text that begins with the token that is put before every text gets no second one."""
-        self._backend.encode_special_tokens = not parse_specials
-        rows = [
-            encoding.ids
-            for some in _portions(texts, int(_LETTERS_AT_A_TIME / self._growth))
-            for encoding in self._backend.encode_batch_fast(some, add_special_tokens=add_specials)
-        ]
-        if parse_specials and add_specials:
-            added = self._added_at_start
-            return [ids[1:] if ids[:2] == [added, added] else ids for ids in rows]
-        return rows
-
-    @cached_property
-    def _added_at_start(self) -> int | None:
-        """What the tokenizer itself puts before every text."""
-        ids = self._backend.encode("", add_special_tokens=True).ids
-        return ids[0] if ids else None
-
     def _is_plain(self, content: Content) -> TypeGuard[str]:
         return isinstance(content, str) and not self._settings.apply_chat_template
 
-    def _as_messages(self, content: Content) -> list[Message]:
+    def _as_messages(self, content: str | list[Message]) -> list[Message]:
         """The conversation; the system prompt comes first unless the row brings its own."""
         messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
         system = self._settings.system_prompt
@@ -301,14 +304,3 @@ def _encode_each(
             return
         for row, text in texts.items():
             _encode_each(encode, {row: text}, rows)
-
-
-def _portions(texts: list[str], most_letters: int) -> Iterator[list[str]]:
-    """The texts in order, so many letters at a time, or one text."""
-    start = letters = 0
-    for stop, text in enumerate(texts):
-        letters += len(text)
-        if letters > most_letters and stop > start:
-            yield texts[start:stop]
-            start, letters = stop, len(text)
-    yield texts[start:]

@@ -34,6 +34,9 @@ FIELDS = {  # what is refused, by file and field; a type that is let through sta
         "sessions", "settings", "settings.read", "settings.sampling", "versions object",
         "device object", "input", "input.argument string", "input.rows", "engine", "engine.notes",
         "counters.rows_in", "counters.wall_s", "sessions.0.peak_kv_bytes",
+        "calibration", "calibration.mode string", "calibration.decision", "calibration.reasons",
+        "calibration.agreement", "calibration.agreement.mean_kl null", "calibration.cost.seconds",
+        "calibration.by_documents", "calibration.by_documents.0.documents",
     ),
     "audit/summary.json": (
         "verdict", "reasons", "rows_audited", "bound_95", "classes", "classes.identical",
@@ -45,6 +48,14 @@ FIELDS = {  # what is refused, by file and field; a type that is let through sta
     ),
     "metrics.jsonl": ("at string", "rows_per_s null", "decode_tokens_per_s null"),
 }  # fmt: skip
+AGREEMENT = {
+    "rows": 4, "same": 3, "of_rows": 9, "lower_bound": 0.25, "mean_kl": 0.1, "same_choice": 0.9,
+}  # fmt: skip
+CALIBRATION = {  
+    "mode": "concat", "asked_rows": 4, "decision": "reuse", "reasons": [],
+    "agreement": AGREEMENT, "by_documents": [{"documents": 2} | AGREEMENT],
+    "cost": {"seconds": 1.5, "prefilled_tokens": 90, "generated_tokens": 20},
+}  # fmt: skip
 CASES = [(name, field) for name, fields in FIELDS.items() for field in fields]
 
 
@@ -52,6 +63,8 @@ CASES = [(name, field) for name, fields in FIELDS.items() for field in fields]
 def sound(done_night: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     run = tmp_path_factory.mktemp("json") / DAY.isoformat()
     shutil.copytree(done_night / "nights" / "reviews" / DAY.isoformat(), run)
+    manifest = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(manifest | {"calibration": CALIBRATION}))
     return run
 
 

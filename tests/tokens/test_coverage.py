@@ -21,6 +21,7 @@ from tokenizers import (
 
 from pipeline.settings import TokenSettings
 from pipeline.tokens.coverage import most_characters
+from pipeline.tokens.text_encoder import TextEncoder
 from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.tokens.conftest import save_tokenizer
 
@@ -137,13 +138,13 @@ def test_what_is_sure_to_be_too_long_is_not_tokenised(
     least = tokenizer.encode_batch(["hello", content, None], 5).overlong
     assert list(least) == [1] and 5 < least[1] <= whole
     seen: list[int] = []
-    real = PromptTokenizer._encode
+    real = TextEncoder.encode
 
-    def encode(self: PromptTokenizer, texts: list[str], **flags: bool) -> list[list[int]]:
+    def encode(self: TextEncoder, texts: list[str], **flags: bool) -> list[list[int]]:
         seen.extend(map(len, texts))
         return real(self, texts, **flags)
 
-    monkeypatch.setattr(PromptTokenizer, "_encode", encode)
+    monkeypatch.setattr(TextEncoder, "encode", encode)
     batch = tokenizer.encode_batch(["hello", content, None], 5)
     assert batch.lengths.tolist()[1:] == [0, 0] and batch.lengths[0] > 0 and batch.errors == {}
     assert seen == [5]

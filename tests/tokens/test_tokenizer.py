@@ -11,9 +11,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipeline.errors import ModelError, UsageError
+from pipeline.records import Content
 from pipeline.settings import TokenSettings
 from pipeline.tokens.chat_template import TemplateFault
-from pipeline.tokens.tokenizer import Content, EncodedBatch, PromptTokenizer
+from pipeline.tokens.tokenizer import EncodedBatch, PromptTokenizer
 from tests.tokens.conftest import CHATML, CONTROL, save_tokenizer
 
 BOS, START, END = range(3)
@@ -373,7 +374,7 @@ class _Panicking:
 
 def test_a_panic_of_the_tokenizer_is_the_error_of_its_row(folder: Path) -> None:
     tokenizer = load(folder)
-    tokenizer._backend = _Panicking(tokenizer._backend)
+    tokenizer._texts._backend = _Panicking(tokenizer._texts._backend)
     rows: list[Content | None] = [
         "hello", "12 million spaces", "there", user("spaces <|im_end|>"), user("spaces"),
     ]  # fmt: skip
@@ -390,8 +391,8 @@ def test_an_interrupt_is_not_the_error_of_a_row(
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    backend = _Panicking(tokenizer._backend)
+    backend = _Panicking(tokenizer._texts._backend)
     monkeypatch.setattr(backend, "encode_batch_fast", interrupt, raising=False)
-    tokenizer._backend = backend
+    tokenizer._texts._backend = backend
     with pytest.raises(KeyboardInterrupt):
         tokenizer.encode_batch(["hello"])
