@@ -15,6 +15,7 @@ _NEVER_RETRIED = (
     errors.UsageError,
     errors.TooManyFailedRows,
     errors.AuditFailed,
+    errors.DocumentsDisagree,
     errors.TimeBudgetReached,
     errors.Interrupted,
 )

@@ -82,6 +82,12 @@ class AuditFailed(CoppiceError):
     exit_code = 4
 
 
+class DocumentsDisagree(CoppiceError):
+    """Answers over reused documents are too far from those of full attention."""
+
+    exit_code = 4
+
+
 class TimeBudgetReached(CoppiceError):
     """Stopped by `--time-budget`; the same command resumes."""
 

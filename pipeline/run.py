@@ -24,17 +24,12 @@ from pipeline.engine.base import Engine, EngineFactory
 from pipeline.engine.load import make_engine
 from pipeline.engine_loading import loading_engine
 from pipeline.errors import UsageError
+from pipeline.job.advised_plan import plan_for_a_person, sample_prompts
 from pipeline.job.job import Job, open_job
 from pipeline.job.metrics_export import exporting
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.outcome import RunOutcome
-from pipeline.job.planning import (
-    PlannedJob,
-    plan_for_a_person,
-    plan_rows,
-    sample_prompts,
-    select_rows,
-)
+from pipeline.job.planning import PlannedJob, plan_rows, select_rows
 from pipeline.job.planning_watch import PlanningWatch
 from pipeline.job.recorded import describe_job, keep_system_prompt, with_recorded_clock
 from pipeline.job.recycling import expected_hits
@@ -43,7 +38,8 @@ from pipeline.job.stopping import StopRequest, interruptible
 from pipeline.job.watchdog import Watchdog
 from pipeline.location import Location
 from pipeline.model.machine import cache_folder
-from pipeline.plan.summary import largest_nodes, tree_frame
+from pipeline.plan.frames import largest_nodes, tree_frame
+from pipeline.records import SegmentedPrompt
 from pipeline.settings import JobSettings
 from pipeline.storage.durable import replace_file
 from pipeline.storage.part_file import encode_parquet
@@ -132,6 +128,7 @@ def validate_input(
         "rows_rejected": len(planned.rejected),
         **rejections,
         "notes": planned.job.source.columns.describe(),
+        **_check_segments(planned),
         "warning": planned.job.tokenizer.looks_rendered(sample_prompts(planned)),
         "first": None,
     }
@@ -140,12 +137,27 @@ def validate_input(
         first = int(runs[0])
         content = select_rows(planned.job, [first]).contents[0]
         assert content is not None
+        if planned.ordered is not None and isinstance(content, SegmentedPrompt):
+            order = planned.ordered.numbers()[first]
+            documents = tuple(content.documents[number] for number in order)
+            content = replace(content, documents=documents)
         found["first"] = {
             "id": planned.ids[first],
             "rendered": planned.job.tokenizer.render(content),
             "token_ids": planned.plan.table[first].tolist(),
         }
     return found
+
+
+def _check_segments(planned: PlannedJob) -> dict[str, Any]:
+    """Where prompts are in segments, how many would be other tokens if they were tokenised in one
+    piece: segments are tokenised apart, so that the same document is the same tokens everywhere."""
+    job = planned.job
+    if not job.source.columns.has_segments:
+        return {}
+    count = job.tokenizer.count_changed_by_joining
+    changed = sum(count(batch.contents) for batch in job.source.iter_prompts())
+    return {"rows_changed_by_joining": changed}
 
 
 @dataclass(frozen=True)
@@ -272,10 +284,14 @@ def write_report(run: Location) -> dict[str, str]:
 def with_absolute_paths(settings: JobSettings) -> JobSettings:
     """Settings that mean the same from any working directory: they are recorded and read again."""
     model, tokens, read = settings.model, settings.tokens, settings.read
+    reuse = settings.reuse
     if Path(model.model).is_dir():
         model = model.model_copy(update={"model": os.path.abspath(model.model)})
     if tokens.chat_template is not None:
         tokens = tokens.model_copy(update={"chat_template": tokens.chat_template.absolute()})
     if read.template is not None:
         read = read.model_copy(update={"template": read.template.absolute()})
-    return settings.model_copy(update={"model": model, "tokens": tokens, "read": read})
+    if reuse.adapter is not None:
+        reuse = reuse.model_copy(update={"adapter": reuse.adapter.absolute()})
+    changed = {"model": model, "tokens": tokens, "read": read, "reuse": reuse}
+    return settings.model_copy(update=changed)

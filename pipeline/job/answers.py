@@ -26,7 +26,7 @@ from pipeline.job.planning import PlannedJob
 from pipeline.job.row_faults import call_by_halves, sentence
 from pipeline.records import Completion, Rejected, Timing
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.schema import OUTPUT_FIELDS, carry_columns
+from pipeline.storage.schema import carry_columns, result_fields
 from pipeline.tokens.answer_text import AnswerText, Ids
 
 
@@ -138,7 +138,8 @@ def answers_table(planned: PlannedJob, answered: list[Answered]) -> pa.Table:
     texts, faults = _decode(planned, answered)
     answered = [_as_decoded(item, faults) for item in answered]
     rows = [_output_row(planned, item, texts) for item in answered]
-    results = pa.Table.from_pylist(rows, schema=pa.schema(OUTPUT_FIELDS))
+    fields = result_fields(planned.segments is not None)
+    results = pa.Table.from_pylist(rows, schema=pa.schema(fields))
     source = planned.job.source
     inputs = source.take(np.array([item.row for item in answered], np.int64))
     return carry_columns(results, inputs, source.columns.id)
@@ -221,6 +222,7 @@ def _output_row(planned: PlannedJob, item: Answered, texts: dict[int, str]) -> d
         "group_id": None if group < 0 else planned.group_id(group),
         "reuse_depth": int(plan.reuse_depth[row]),
         "prompt_tokens": int(plan.table.lengths[row]),
+        **_document_columns(planned, row),
     }
     if isinstance(item.outcome, Rejected):
         return columns | _failed(item.outcome.error_type, item.outcome.message, attempts=0)
@@ -231,6 +233,25 @@ def _output_row(planned: PlannedJob, item: Answered, texts: dict[int, str]) -> d
         reason, message = item.outcome.error_type, item.outcome.error_message
         return columns | _failed(reason or "EngineError", message or "no reason given", attempts=1)
     return columns | _succeeded(completion, texts[completion.sequence])
+
+
+def _document_columns(planned: PlannedJob, row: int) -> dict[str, Any]:
+    """Nothing where prompts are in one piece; `exact`: as if nothing had been reused."""
+    counts, asked = planned.counts, planned.job.settings.reuse
+    if counts is None:
+        return {}
+    is_prefix = planned.plan.documents is None
+    documents, soft_tokens = int(counts.documents[row]), int(counts.soft_tokens[row])
+    alone = 1 if asked.context == "preamble" and not soft_tokens else 0
+    return {
+        "reuse_mode": "prefix" if is_prefix else asked.reuse,
+        "exact": is_prefix or documents <= alone,
+        "documents": documents,
+        "document_tokens": int(counts.document_tokens[row]),
+        "repaired_tokens": int(counts.repaired_tokens[row]),
+        "link_tokens": soft_tokens,
+        "fallback_reason": planned.fallback_reason,
+    }
 
 
 def _succeeded(completion: Completion, text: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import CoppiceError, UsageError
+from pipeline.errors import CoppiceError, ModelError, UsageError
 from pipeline.generation import PLAIN, RULES, ids_of, resolve_sampling, why_not_by_vllm
 from pipeline.inputs.input_files import InputFile, Stamps, stamp_input
 from pipeline.inputs.parquet_copies import ParquetCopies
@@ -19,10 +19,13 @@ from pipeline.inputs.prompt_source import PromptSource, open_source
 from pipeline.job.field_ordering import FieldSaving, order_fields
 from pipeline.job.prepare import Limits, Preparation
 from pipeline.location import Location
+from pipeline.model.adapter import Adapter, adapter_of, reuse_of
+from pipeline.model.families import why_documents_stay
 from pipeline.model.folder import check_model_folder, find_model_folder
 from pipeline.model.hub import check_model_exists
 from pipeline.model.identity import describe_versions, fingerprint_fields, identify_model
 from pipeline.model.machine import cache_folder
+from pipeline.plan.documents import MOST_LINKED, Reuse
 from pipeline.settings import JobSettings, ModelSettings
 from pipeline.tokens.tokenizer import PromptTokenizer
 
@@ -64,7 +67,16 @@ class Job:
     def fingerprint(self) -> dict[str, Any]:
         """All that decides the text of the answers; reads every byte of the input, once."""
         hashes = {"input": self.source.fingerprint(), "tokenizer": self.tokenizer.fingerprint}
+        if self.adapter is not None:
+            hashes["adapter"] = self.adapter.digest
         return fingerprint_fields(self.settings, self.model_identity, hashes, self.rules)
+
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        """The trained tokens around documents, where the settings name some. Raises ModelError."""
+        if self.shape is None:
+            return None
+        return adapter_of(self.settings.reuse, self.model_identity, self.shape.hidden_size)
 
     @property
     def generation_config(self) -> dict[str, Any]:
@@ -83,7 +95,12 @@ class Job:
 
     def describe(self) -> list[str]:
         """What a person should know before it runs, a line each."""
-        return [self.describe_generation(), *self.source.columns.describe()]
+        ordered = (
+            "the documents of each row stand in the order in which rows share most, not as given"
+        )
+        is_ordered = self.settings.reuse.document_order == "best"
+        lines = [self.describe_generation(), *self.source.columns.describe()]
+        return [*lines, ordered] if is_ordered else lines
 
     @property
     def rules(self) -> str:
@@ -93,8 +110,23 @@ class Job:
     def preparation(self) -> Preparation:
         """The rules by which this job's rows become token ids and parameters."""
         context = None if self.shape is None else self.shape.context_length
-        limits = Limits(context, self.settings.plan.on_overlong, self.settings.model.engine)
+        reuse = self.reuse
+        limits = Limits(
+            context,
+            self.settings.plan.on_overlong,
+            self.settings.model.engine,
+            MOST_LINKED if reuse is not None and reuse.mode == "kvlink" else None,
+            0 if reuse is None else reuse.soft_tokens_per_document,
+            self.source.columns.has_segments,
+        )
         return Preparation(self.tokenizer, self.settings.sampling, self.generation_config, limits)
+
+    @property
+    def reuse(self) -> Reuse | None:
+        """How documents are reused at any position; None: whole prompts share their beginnings."""
+        if self.shape is None:
+            return None
+        return reuse_of(self.settings.reuse, self.shape.vocabulary_size, self.adapter)
 
     def key(self) -> str:
         """Stands for all that the prepared rows depend on."""
@@ -103,6 +135,7 @@ class Job:
         parts = (
             self.source.fingerprint(), self.source.labels, self.tokenizer.fingerprint,
             settings.read, settings.tokens, settings.sampling, settings.plan.on_overlong,
+            self.source.columns, self.reuse,
             self.generation_config, None if self.shape is None else self.shape.context_length,
             None if template is None else template.read_bytes(), describe_versions(),
         )  # fmt: skip
@@ -118,7 +151,13 @@ def open_job(input: str, settings: JobSettings) -> Job:
     check_model_exists(model)
     stamps = _stamp_files(settings)
     copies = ParquetCopies(cache_folder() / "inputs")
-    source = open_source(Location(input, settings.store), settings.read, copies)
+    location, reuse = Location(input, settings.store), settings.reuse
+    source = open_source(location, settings.read, copies, reuse.asks_for_documents)
+    if source.columns.has_segments and settings.plan.on_overlong == "truncate-left":
+        raise UsageError(
+            "--on-overlong truncate-left would cut preambles and documents away from prompts in "
+            "segments; choose error, and shorten the rows that it names"
+        )
     check_model_folder(model)
     tokenizer = PromptTokenizer.load(model.model, model.revision, settings.tokens)
     tokenizer.check_fits(are_messages=source.columns.messages is not None)
@@ -131,14 +170,26 @@ def open_job(input: str, settings: JobSettings) -> Job:
     if settings.read.reorder_fields:
         order, fields = order_fields(source, settings.plan.plan_memory, is_applied=True)
         source = source.with_field_order(order)
-    return Job(input, settings, source, tokenizer, shape, fields, stamps)
+    job = Job(input, settings, source, tokenizer, shape, fields, stamps)
+    _check_documents(job)
+    return job
+
+
+def _check_documents(job: Job) -> None:
+    """Raises ModelError where the model or the adapter cannot do with documents what is asked."""
+    reason = (
+        None if job.reuse is None or job.shape is None else why_documents_stay(job.shape.family)
+    )
+    if reason is not None:
+        raise ModelError(f"{job.settings.model.model}: {reason}")
 
 
 def _stamp_files(settings: JobSettings) -> Stamps:
-    """Of the files of the model and of the templates, by path."""
+    """Of the files of the model, of an adapter and of the templates, by path."""
     folder = find_model_folder(settings.model)
-    templates = (settings.read.template, settings.tokens.chat_template)
-    paths = [*filter(None, templates), *([] if folder is None else folder.rglob("*"))]
+    named = (settings.read.template, settings.tokens.chat_template)
+    folders = filter(None, (folder, settings.reuse.adapter))
+    paths = [*filter(None, named), *(path for some in folders for path in some.rglob("*"))]
     return {str(path): InputFile.local(path).stamp() for path in paths if path.is_file()}
 
 

@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import polars as pl
@@ -19,20 +20,21 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError, ModelError
 from pipeline.inputs.prompt_source import find_duplicate_ids
-from pipeline.job.advice import SAMPLE_CHARACTERS, SAMPLE_ROWS, advise
 from pipeline.job.channel import Stages
-from pipeline.job.field_ordering import memory_needed, order_fields
+from pipeline.job.document_ordering import OrderedRows, check_memory, order_documents
 from pipeline.job.job import Job
 from pipeline.job.noise_names import noise_names
 from pipeline.job.observer import Planning
 from pipeline.job.planning_checkpoint import Checkpoint
 from pipeline.job.prepared_rows import PreparedRows
 from pipeline.job.rejections import describe_rejected
-from pipeline.job.row_faults import call_by_halves
-from pipeline.model.rates import recall_rates
+from pipeline.plan.document_figures import DocumentFigures, count_figures
+from pipeline.plan.document_rows import DocumentCounts, count_documents, with_documents
+from pipeline.plan.frames import plan_frame
 from pipeline.plan.plan import Plan, build_plan
+from pipeline.plan.segment_table import Segments
 from pipeline.plan.shards import cut_into_shards
-from pipeline.plan.summary import KVLimits, PlanSummary, plan_frame, summarise
+from pipeline.plan.summary import KVLimits, PlanSummary, summarise
 from pipeline.plan.token_table import narrowest_dtype
 from pipeline.records import PromptBatch, Rejected
 from pipeline.settings import PlanSettings
@@ -56,7 +58,10 @@ class PlannedJob:
     """A job whose rows are known: row i of `plan.table` is input row i and has the id `ids[i]`.
 
     `rows`: ascending, those that this job answers; the others belong to other shards.
-    `tenant_of_row`: [rows] int32, index into `tenants`.
+    `tenant_of_row`: [rows] int32, index into `tenants`. `segments`: how rows are cut, None where
+    they are in one piece; `figures` of their documents; `ordered`: None where these stand as they
+    were given; `by_prefix`: the plan without its documents, where it has some; `fallback_reason`:
+    why they are not reused as was asked.
     """
 
     job: Job
@@ -67,6 +72,11 @@ class PlannedJob:
     summary: PlanSummary
     tenant_of_row: NDArray[np.int32]
     tenants: tuple[str | None, ...]
+    segments: Segments | None = None
+    figures: DocumentFigures | None = None
+    ordered: OrderedRows | None = None
+    by_prefix: Plan | None = None
+    fallback_reason: str | None = None
 
     def tenant(self, sequence: int) -> str:
         """What the KV of a sequence belongs to: the hash of its tenant, empty without one."""
@@ -86,6 +96,9 @@ class PlannedJob:
     def frame(self) -> pl.DataFrame:
         """`plan.parquet` of all rows: `plan_frame`, with groups named as rows name them."""
         frame = plan_frame(self.plan, self.ids)
+        if self.ordered is not None:
+            order = self.ordered.numbers().gather(frame["row_index"])
+            frame = frame.with_columns(order.alias("document_order"))
         if self.job.source.columns.tenant is None:
             return frame
         nodes = frame["group_id"].drop_nulls().unique().to_list()
@@ -95,9 +108,21 @@ class PlannedJob:
     def count_tokens(self) -> tuple[int, int]:
         """(prompt tokens T, unique tokens U) of this job's rows."""
         plan, runs = self.plan, self.plan.sequence_of_row[self.rows]
-        is_needed = plan.count_below(np.unique(runs[runs >= 0])) > 0
         total = int(plan.table.lengths[self.rows].sum())
-        return total, int(plan.tree.edge_lengths[is_needed].sum())
+        return total, plan.tokens_to_compute(np.unique(runs[runs >= 0]))
+
+    @cached_property
+    def counts(self) -> DocumentCounts | None:
+        """Of each row, where prompts are in segments."""
+        return None if self.segments is None else count_documents(self.plan, self.segments)
+
+    def count_added(self) -> int:
+        """Tokens that rows need beside their prompts: soft ones, and those that are stored and
+        computed again all the same."""
+        if self.counts is None:
+            return 0
+        rows = self.plan.sequences.row
+        return int(self.counts.repaired_tokens[rows].sum() + self.counts.soft_tokens[rows].sum())
 
 
 def plan_rows(job: Job, keep_rows: bool = False, watch: Watch = ignore) -> PlannedJob:
@@ -113,47 +138,19 @@ def plan_rows(job: Job, keep_rows: bool = False, watch: Watch = ignore) -> Plann
     return planned
 
 
-def plan_for_a_person(job: Job, keep_rows: bool = False, watch: Watch = ignore) -> PlannedJob:
-    """As `plan_rows`, with what a person wants to know before a run: advice and estimated time."""
-    planned = plan_rows(job, keep_rows, watch)
-    prompts = sample_prompts(planned)
-    summary, advice = planned.summary, advise(prompts)
-    fields, memory = job.fields, job.settings.plan.plan_memory
-    if fields is None and job.source.fields and memory_needed(job.source) <= memory:
-        _, fields = order_fields(job.source, memory, is_applied=False)
-    rates = None if job.shape is None else recall_rates(job.settings.model, job.model_identity)
-    summary = replace(
-        summary,
-        advice=None if advice is None else advice.to_json(),
-        warning=job.tokenizer.looks_rendered(prompts),
-        fields=None if fields is None else fields.to_json(),
-        estimate=None
-        if rates is None
-        else rates.estimate(summary.unique_tokens, summary.max_new_tokens),
+def without_documents(planned: PlannedJob, reason: str) -> PlannedJob:
+    """The same job, whose whole prompts are computed after all."""
+    plan = planned.by_prefix
+    assert plan is not None
+    summary, figures = _describe(planned.job, plan, planned.ids, planned.segments, "prefix")
+    return replace(
+        planned,
+        plan=plan,
+        summary=replace(summary, rejections=planned.summary.rejections),
+        figures=figures,
+        by_prefix=None,
+        fallback_reason=reason,
     )
-    return replace(planned, summary=summary)
-
-
-def warn_of(planned: PlannedJob) -> list[str]:
-    """What a person should know of a few prompts before a run: a sentence, or nothing."""
-    warning = planned.job.tokenizer.looks_rendered(sample_prompts(planned, 64, 64))
-    return [warning] if warning else []
-
-
-def sample_prompts(
-    planned: PlannedJob, num_rows: int = SAMPLE_ROWS, num_tokens: int = SAMPLE_CHARACTERS
-) -> list[str]:
-    """Beginnings of some prompts, evenly spaced, as their token ids spell them."""
-    table = planned.plan.table
-    rows = range(0, len(table), max(1, -(-len(table) // num_rows)))
-    ids = [table[row][:num_tokens].tolist() for row in rows if table.lengths[row]]
-    decoded = call_by_halves(planned.job.tokenizer.decode_batch, ids)
-    return [
-        text[:SAMPLE_CHARACTERS]
-        for _, texts in decoded
-        if not isinstance(texts, BaseException)  # of which no advice is given
-        for text in texts
-    ]
 
 
 def read_rows(job: Job, watch: Watch = ignore) -> PreparedRows:
@@ -187,19 +184,30 @@ def _build(job: Job, rows: PreparedRows) -> PlannedJob:
     ids = columns["id"]
     _check_ids(ids)
     settings = job.settings.plan
+    segments = rows.segments() if job.source.columns.has_segments else None
+    tenant = columns["tenant"].to_numpy()
+    ordered = None
+    if segments is not None and job.settings.reuse.document_order == "best":
+        check_memory(segments, settings.plan_memory)
+        ordered = order_documents(table, segments, tenant)
+        table, segments = ordered.table, ordered.segments
     plan = build_plan(
         table,
         noise_names(job.source.columns, ids, table),
         params,
         columns["params"].to_numpy(),
-        columns["tenant"].to_numpy(),
+        tenant,
         settings.min_prefix_tokens,
         _sort_bytes(settings.plan_memory, len(table)),
+        None if job.reuse is None else segments,
     )
+    by_prefix = None
+    if job.reuse is not None and segments is not None:
+        by_prefix = plan
+        plan = with_documents(plan, segments, job.reuse, tenant)
     rejected = rows.rejected()
-    summary = replace(
-        summarise(plan, ids, _kv_limits(job)), rejections=describe_rejected(rejected, ids)
-    )
+    summary, figures = _describe(job, plan, ids, segments, job.settings.reuse.reuse)
+    summary = replace(summary, rejections=describe_rejected(rejected, ids))
     return PlannedJob(
         job,
         plan,
@@ -207,9 +215,25 @@ def _build(job: Job, rows: PreparedRows) -> PlannedJob:
         rejected,
         _rows_of_shard(plan, settings),
         summary,
-        columns["tenant"].to_numpy(),
+        tenant,
         rows.tenants(),
+        segments,
+        figures,
+        ordered,
+        by_prefix,
     )
+
+
+def _describe(
+    job: Job, plan: Plan, ids: pl.Series, segments: Segments | None, mode: str
+) -> tuple[PlanSummary, DocumentFigures | None]:
+    """Of a plan whose documents are reused by `mode`."""
+    limits = _kv_limits(job)
+    summary = summarise(plan, ids, limits)
+    if segments is None:
+        return summary, None
+    figures = count_figures(plan, segments, mode, limits.bytes_per_token)
+    return replace(summary, documents=figures.to_json()), figures
 
 
 def select_rows(job: Job, rows: Sequence[int] | NDArray[np.int64]) -> PromptBatch:

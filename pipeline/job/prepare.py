@@ -24,25 +24,40 @@ from pipeline.tokens.tokenizer import PromptTokenizer
 class PreparedBatch:
     """Row i has `lengths[i]` ids in `flat` (0: it cannot run, see `rejected`) and `params[i]`.
 
-    `flat`: [sum(lengths)] uint32; `lengths`: [rows] int64; `rejected`: by `row_index`.
+    `flat`: [sum(lengths)] uint32; `lengths`: [rows] int64; `rejected`: by `row_index`; `segments`:
+    by row, of prompts in segments, the tokens of each.
     """
 
     flat: NDArray[np.uint32]
     lengths: NDArray[np.int64]
     params: list[SamplingParams]
     rejected: dict[int, Rejected]
+    segments: dict[int, list[int]]
 
 
 @dataclass(frozen=True)
 class Limits:
     """The model's context in tokens (None: unknown) and what to do with prompts beyond it.
 
-    `engine`: rows that ask it for what it cannot do are refused.
+    `engine`: rows that ask it for what it cannot do are refused. `most_documents` of a row (None:
+    any number), each of which adds `soft_tokens` to its prompt. `in_segments`: prompts that are cut
+    into segments, which are never shortened.
     """
 
     context_length: int | None
     on_overlong: str
     engine: str = "prefix"
+    most_documents: int | None = None
+    soft_tokens: int = 0
+    in_segments: bool = False
+
+    def overlong(self, row: int, length: str) -> Rejected:
+        """A row whose prompt has `length` tokens, which are too many."""
+        message = (
+            f"the prompt has {length} tokens, the model's context {self.context_length}; shorten it"
+        )
+        advice = "" if self.in_segments else ", or choose --on-overlong truncate-left"
+        return Rejected(row, "OverlongPrompt", message + advice)
 
 
 class Preparation:
@@ -71,8 +86,16 @@ class Preparation:
                 rejected.setdefault(row, resolved)
                 resolved = SamplingParams()
             params.append(resolved)
-        flat, lengths = self._encode(batch, rejected)
-        changed = self._fit(batch.row_start, lengths, params, rejected)
+        flat, lengths, segments = self._encode(batch, rejected)
+        added = np.zeros(len(lengths), np.int64)
+        for index, parts in segments.items():
+            added[index] = (len(parts) - 2) * self._limits.soft_tokens
+        changed = {
+            index: (max(0, kept - int(added[index])), chosen)
+            for index, (kept, chosen) in self._fit(
+                batch.row_start, lengths + added, params, rejected
+            ).items()
+        } | self._refuse_documents(batch.row_start, segments, params, rejected)
         starts = np.cumsum(lengths) - lengths
         keep = np.ones(len(flat), bool)
         for index, (kept, chosen) in changed.items():
@@ -82,7 +105,9 @@ class Preparation:
             has_bos = kept > 1 and flat[start] == self._tokenizer.bos_id
             keep[start + has_bos : start + has_bos + cut] = False
             lengths[index], params[index] = kept, chosen
-        return PreparedBatch(flat[keep], lengths, params, rejected)
+            if not kept:
+                segments.pop(index, None)
+        return PreparedBatch(flat[keep], lengths, params, rejected, segments)
 
     def _resolve(self, row: int, override: dict[str, object]) -> SamplingParams | Rejected:
         key = json.dumps(override, sort_keys=True, default=repr) if override else ""
@@ -102,8 +127,9 @@ class Preparation:
 
     def _encode(
         self, batch: PromptBatch, rejected: dict[int, Rejected]
-    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """Flat ids and [rows] lengths; rejected rows have length 0."""
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64], dict[int, list[int]]]:
+        """Flat ids, [rows] lengths, and by row the tokens of its segments, where it has any;
+        rejected rows have length 0."""
         contents = [
             None if row in rejected else content
             for row, content in enumerate(batch.contents, batch.row_start)
@@ -111,6 +137,7 @@ class Preparation:
         limits = self._limits
         most = limits.context_length if limits.on_overlong == "error" else None
         flat, lengths = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
+        segments: dict[int, list[int]] = {}
         encode = self._tokenizer.encode_batch
         for start, encoded in call_by_halves(lambda some: encode(some, most), contents):
             first = batch.row_start + start
@@ -121,12 +148,36 @@ class Preparation:
                 continue
             for index, least in encoded.overlong.items():
                 row = first + index
-                rejected[row] = _overlong(row, f"at least {least}", limits.context_length)
+                rejected[row] = limits.overlong(row, f"at least {least}")
             for index, reason in encoded.errors.items():
-                rejected[first + index] = Rejected(first + index, "BadPrompt", reason)
+                error_type = encoded.error_types.get(index, "BadPrompt")
+                rejected[first + index] = Rejected(first + index, error_type, reason)
+            segments |= {start + index: parts for index, parts in encoded.segments.items()}
             flat.append(encoded.flat)
             lengths.append(encoded.lengths)
-        return np.concatenate(flat), np.concatenate(lengths)
+        return np.concatenate(flat), np.concatenate(lengths), segments
+
+    def _refuse_documents(
+        self,
+        row_start: int,
+        segments: dict[int, list[int]],
+        params: list[SamplingParams],
+        rejected: dict[int, Rejected],
+    ) -> dict[int, tuple[int, SamplingParams]]:
+        """By index, rows with more documents than can be told apart; see `_fit`."""
+        most, changed = self._limits.most_documents, {}
+        for index, parts in segments.items():
+            documents = len(parts) - 2
+            if most is not None and documents > most:
+                row = row_start + index
+                rejected[row] = Rejected(
+                    row,
+                    "TooManyDocuments",
+                    f"the row has {documents} documents, and link tokens are there for {most}; "
+                    "give it fewer, or choose another --reuse",
+                )
+                changed[index] = (0, params[index])
+        return changed
 
     def _fit(
         self,
@@ -160,17 +211,9 @@ class Preparation:
             length, chosen = int(lengths[index]), params[index]
             fitted = fit_to_context(length, chosen, context, self._limits.on_overlong)
             if fitted is None:
-                rejected[row_start + index] = _overlong(row_start + index, str(length), context)
+                rejected[row_start + index] = self._limits.overlong(row_start + index, str(length))
             changed.setdefault(index, fitted or (0, chosen))
         return changed
-
-
-def _overlong(row: int, length: str, context: int | None) -> Rejected:
-    message = (
-        f"the prompt has {length} tokens, the model's context {context}; "
-        "shorten it, or choose --on-overlong truncate-left"
-    )
-    return Rejected(row, "OverlongPrompt", message)
 
 
 def fit_to_context(

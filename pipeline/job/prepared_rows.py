@@ -16,21 +16,24 @@ from typing import Generic, TypeVar
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from polars.datatypes import DataTypeClass
 
 from pipeline.errors import StorageError, UsageError
 from pipeline.job.planning_checkpoint import Checkpoint
 from pipeline.job.prepare import Preparation
+from pipeline.plan.segment_table import Segments
 from pipeline.plan.token_table import TokenFile, TokenTable
 from pipeline.records import PromptBatch, Rejected, SamplingParams
 
 Value = TypeVar("Value")
-_SCHEMA = {
+_SCHEMA: dict[str, DataTypeClass | pl.DataType] = {
     "id": pl.String,
     "length": pl.Int32,
     "params": pl.Int32,
     "tenant": pl.Int32,
     "error_type": pl.String,
     "error_message": pl.String,
+    "segments": pl.List(pl.Int32),
 }
 
 
@@ -50,7 +53,7 @@ class PreparedRows:
         self._params = _Numbers[SamplingParams]()
         self._tenants = _Tenants()
         self.largest_id = -1
-        with _disk_errors():
+        with disk_errors():
             file = tempfile.TemporaryFile() if checkpoint is None else checkpoint.tokens
         if checkpoint is not None and checkpoint.state:
             self._restore(checkpoint)
@@ -61,7 +64,7 @@ class PreparedRows:
     def add(self, batch: PromptBatch) -> None:
         """Tokenise the next rows and keep what the plan needs. Raises StorageError."""
         prepared = self._preparation.prepare(batch)
-        with _disk_errors():
+        with disk_errors():
             self._tokens.append(prepared.flat, prepared.lengths)
         self.largest_id = max(self.largest_id, int(prepared.flat.max(initial=0)))
         rows = range(batch.row_start, batch.row_start + len(batch.ids))
@@ -74,6 +77,7 @@ class PreparedRows:
                 "tenant": self._tenants.number(batch.tenants),
                 "error_type": [fault and fault.error_type for fault in faults],
                 "error_message": [fault and fault.message for fault in faults],
+                "segments": [prepared.segments.get(index) for index in range(len(faults))],
             },
             schema=_SCHEMA,
         )
@@ -85,7 +89,7 @@ class PreparedRows:
 
     def tokens(self) -> TokenTable:
         """The token ids of all rows; no more can be added."""
-        with _disk_errors():
+        with disk_errors():
             return self._tokens.finish()
 
     @contextmanager
@@ -132,6 +136,13 @@ class PreparedRows:
         """[rows] `id`, `params` (index into `params()`), `tenant` (a number)."""
         return self._column("id", "params", "tenant")
 
+    def segments(self) -> Segments:
+        """How rows are cut; those in one piece, and those that cannot run, have no segment."""
+        lists = self._column("segments")["segments"]
+        counts = lists.list.len().fill_null(0).to_numpy().astype(np.int64)
+        lengths = lists.drop_nulls().explode().to_numpy().astype(np.int64)
+        return Segments(np.append(0, np.cumsum(counts)), lengths)
+
     def tenants(self) -> tuple[str | None, ...]:
         """The hash of each tenant by its number; None: of rows without one."""
         return tuple(self._tenants.hashes.known)
@@ -160,7 +171,8 @@ class PreparedRows:
 
 
 @contextmanager
-def _disk_errors() -> Iterator[None]:
+def disk_errors() -> Iterator[None]:
+    """Where token ids are written: a full disk is named. Raises StorageError."""
     try:
         yield
     except OSError as error:

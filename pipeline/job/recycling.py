@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,40 +31,30 @@ if TYPE_CHECKING:
     from pipeline.kvstore.store import KVStore
 
 
-@dataclass(frozen=True)
-class PlannedPrompts:
-    """The `Prompts` of a plan, see `kvstore/connector.py`."""
-
-    planned: PlannedJob
-
-    def ids(self, sequence: int) -> NDArray[np.uint32]:
-        return self.planned.plan.prompt_token_ids(sequence).astype(np.uint32)
-
-    def tenant(self, sequence: int) -> str:
-        return self.planned.tenant(sequence)
-
-
-def nodes_to_keep(
+def parts_to_keep(
     plan: Plan, sequences: NDArray[np.int64], least: int, room: int
 ) -> NDArray[np.bool_]:
-    """[nodes] whether a node's KV is worth keeping for the jobs of other nights.
+    """[parts] whether the KV of a part of the layout is worth keeping for the jobs of other nights.
 
-    Those that most of `sequences` share, at least two, until `room` tokens are full; of these the
-    paths down to a depth of at least `least` tokens, where loading beats computing.
+    Those that most of `sequences` need, at least two of them unless it is of a document, until
+    `room` tokens are full; of these the paths down to a depth of at least `least` tokens, where
+    loading beats computing.
     """
-    tree, below = plan.tree, plan.count_below(sequences)
+    documents = plan.documents
+    tree, fewest = (plan.tree, 2) if documents is None else (documents.tree, 1)
+    below = plan.count_below(sequences) if documents is None else documents.count_needs(sequences)
     order = np.lexsort((tree.end, -below))  # parents first: no child is shared by more
-    order = order[below[order] > 1]
+    order = order[below[order] >= fewest]
     fits = np.cumsum(tree.edge_lengths[order]) <= room
     kept = np.zeros(tree.num_nodes, bool)
     kept[order[: len(order) if fits.all() else int(np.argmin(fits))]] = True
-    is_deep = kept & (tree.end >= least)
-    # A node above a deep one has its first sequence in its own range, and no deep node is above it.
-    deep_before = np.zeros(len(plan.sequences) + 1, np.int64)
-    np.add.at(deep_before, plan.sequence_lo[is_deep] + 1, 1)
-    deep_before = np.cumsum(deep_before)
-    has_deep = deep_before[plan.sequence_hi] > deep_before[plan.sequence_lo]
-    return kept & (is_deep | has_deep)
+    leads_deep = np.zeros(tree.num_nodes, bool)
+    nodes = np.flatnonzero(kept & (tree.end >= least))
+    while len(nodes):
+        leads_deep[nodes] = True
+        above = np.unique(tree.parent[nodes])
+        nodes = above[(above >= 0) & ~leads_deep[above]]
+    return kept & leads_deep
 
 
 def kv_identity(
@@ -87,6 +76,13 @@ def kv_identity(
     layout = (shape.num_layers, shape.num_kv_heads, shape.head_dim)
     rope = json.dumps(read_rope(model.model, model.revision), sort_keys=True)
     return Identity(digest, tokenizer, dtype, layout, rope)
+
+
+def _of_states(job: Job) -> dict[str, Any]:
+    """The model, and what else the states of a document depend on."""
+    if job.adapter is None or job.adapter.card.mode != "packet":
+        return job.model_identity
+    return job.model_identity | {"adapter": job.adapter.digest}
 
 
 @contextmanager
@@ -114,7 +110,7 @@ def recycling(
     from pipeline.kvstore.store import KVStore
 
     job = planned.job
-    identity = kv_identity(settings, job.model_identity, job.tokenizer.fingerprint, kv.dtype)
+    identity = kv_identity(settings, _of_states(job), job.tokenizer.fingerprint, kv.dtype)
     least = least_depth(job, identity, kv.bytes_per_token)
     if least is None:
         observer.say("--kv-store is left out: here computing a prefix is faster than loading it")
@@ -122,9 +118,9 @@ def recycling(
         return
     budget = settings.recycle.kv_store_budget
     with KVStore.open(folder, identity, budget) as store:
-        wanted = nodes_to_keep(planned.plan, sequences, least, budget // kv.bytes_per_token)
+        wanted = parts_to_keep(planned.plan, sequences, least, budget // kv.bytes_per_token)
         wanted &= store.is_writer
-        connector = StoreConnector(store, PlannedPrompts(planned), wanted, least)
+        connector = StoreConnector(store, planned.tenant, wanted, least)
         try:
             yield connector
         finally:
@@ -146,7 +142,7 @@ def expected_hits(planned: PlannedJob) -> dict[str, Any] | None:
 
     dtype = shape.dtype if settings.model.dtype == "auto" else settings.model.dtype
     job = planned.job
-    identity = kv_identity(settings, job.model_identity, job.tokenizer.fingerprint, dtype)
+    identity = kv_identity(settings, _of_states(job), job.tokenizer.fingerprint, dtype)
     least = least_depth(job, identity, shape.kv_bytes_per_token(dtype))
     tokens = 0
     if least is not None and folder.is_dir():
@@ -156,18 +152,25 @@ def expected_hits(planned: PlannedJob) -> dict[str, Any] | None:
 
 
 def _count_stored(planned: PlannedJob, store: KVStore, least: int) -> int:
-    """Unique tokens of the plan that the store has, in prefixes of at least `least`."""
-    plan, tree, prompts = planned.plan, planned.plan.tree, PlannedPrompts(planned)
-    needed = plan.sequence_hi > plan.sequence_lo
+    """Tokens that the plan encodes once and the store has, in prefixes of at least `least`."""
+    plan = planned.plan
+    every = np.arange(len(plan.sequences))
+    if plan.documents is None:
+        tree, table, first = plan.tree, plan.table, plan.sequence_lo
+        is_needed = plan.sequence_hi > plan.sequence_lo
+    else:
+        tree, table = plan.documents.tree, plan.documents.paths
+        users, bounds = plan.documents.users(every)
+        is_needed = np.diff(bounds) > 0
+        first = users[np.minimum(bounds[:-1], len(users) - 1)]
     ends = np.zeros(tree.num_nodes, np.int64)
     tokens = 0
-    for node in np.flatnonzero(needed).tolist():  # parents first
+    for node in np.flatnonzero(is_needed).tolist():  # parents first
         above, start, end = int(tree.parent[node]), int(tree.start[node]), int(tree.end[node])
         if above >= 0 and ends[above] < start:
             continue
-        sequence = int(plan.sequence_lo[node])
-        ids, tenant = prompts.ids(sequence)[:end], prompts.tenant(sequence)
-        ends[node] = store.match(ids, tenant).length
+        ids = table[int(tree.row_of_prompt[tree.prompt_lo[node]])][:end].astype(np.uint32)
+        ends[node] = store.match(ids, planned.tenant(int(first[node]))).length
         if ends[node] >= least:
             tokens += max(0, int(ends[node]) - start)
     return tokens

@@ -17,30 +17,29 @@ from dataclasses import asdict, astuple
 from datetime import UTC, datetime
 
 import numpy as np
-import polars as pl
 
 from pipeline.engine.base import Engine, EngineHooks, RunControl
 from pipeline.errors import (
     CoppiceError,
     EngineError,
     Interrupted,
-    RunDirectoryError,
     StorageError,
     TimeBudgetReached,
     TooManyFailedRows,
 )
+from pipeline.job.advised_plan import warn_of
 from pipeline.job.answers import AnswerWriter, stop_check
+from pipeline.job.calibration import as_decided, calibrate
 from pipeline.job.channel import Stages
 from pipeline.job.observer import Observer, Snapshot
 from pipeline.job.outcome import RunOutcome, count_committed, count_reasons
-from pipeline.job.planning import PlannedJob, warn_of
+from pipeline.job.planning import PlannedJob
+from pipeline.job.recorded_plan import check_plan, write_plan
 from pipeline.job.recycling import recycling
 from pipeline.job.stopping import StopRequest
 from pipeline.job.watchdog import Watchdog
 from pipeline.model.rates import remember_rates
-from pipeline.plan.summary import tree_frame
-from pipeline.storage.run_directory import PLAN_NAME, RunDirectory
-from pipeline.storage.summaries import PLAN_SUMMARY
+from pipeline.storage.run_directory import RunDirectory
 
 _COMPLETIONS_AHEAD = 256
 _SHOW_EVERY_S = 0.5
@@ -62,6 +61,7 @@ class Session:
         stop: StopRequest,
         watchdog: Watchdog,
     ) -> None:
+        planned = as_decided(planned, directory)
         self._planned = planned
         self._directory = directory
         self._observer = observer
@@ -77,17 +77,23 @@ class Session:
         self._rows_before = len(before)
         left = planned.plan.sequence_of_row[~done]
         self._sequences = np.unique(left[left >= 0])
+        self._done = done
         self._writer = AnswerWriter(planned, directory, done)
 
     def run(self, loading: Future[Engine]) -> RunOutcome:
         """Answer the rows that are left, then seal. The session is recorded however it ends."""
         engine: Engine | None = None
         try:
-            self._write_plan()
+            is_written = check_plan(self._planned, self._directory)
             self._directory.update_manifest(status="running")
             with self._watchdog.excused():
-                engine = loading.result()
+                loaded = loading.result()
             gc.freeze()  # the model's objects live on; a full collection over them costs a step
+            with self._stop.listening():
+                self._calibrate(loaded)
+            engine = loaded
+            if not is_written:
+                write_plan(self._planned, self._directory)
             job, warnings = self._planned.job, warn_of(self._planned)
             for line in (self._header(), *job.describe(), *warnings, *engine.notes):
                 self._observer.say(line)
@@ -116,37 +122,33 @@ class Session:
             rows = f"shard {plan.shard_number} of {plan.num_shards}: {of}"
         return f"{rows}{resumed}, {total} prompt tokens, {unique} to compute ({saving:.1%} saved)"
 
-    def _write_plan(self) -> None:
-        """Write the plan once; a resumed job must come to the same one."""
-        summary = self._planned.summary
-        known = PLAN_SUMMARY.read(self._directory.root)
-        if known is not None:
-            before = known["plan_hash"]
-            if before != summary.plan_hash:
-                raise RunDirectoryError(
-                    f"{self._directory.name} was planned differently ({before[:12]}, now "
-                    f"{summary.plan_hash[:12]}); finish it with the coppice that began it"
-                )
-            if self._directory.planned_rows() is not None:
-                return
-        frame = self._planned.frame()
-        if len(self._planned.rows) < len(frame):
-            frame = frame.filter(pl.col("row_index").is_in(self._planned.rows))
-        self._directory.write_frame(PLAN_NAME, frame)
-        self._directory.write_frame("plan/tree.parquet", tree_frame(self._planned.plan))
-        self._directory.write_json(PLAN_SUMMARY.name, summary.to_json())
+    def _calibrate(self, engine: Engine) -> None:
+        """Decide whether documents are reused; what that takes is not of the session's counters."""
+        stalled: list[BaseException] = []
+        with self._watchdog.following(lambda: astuple(engine.counters), stalled.append):
+            directory, control = self._directory, self._control()
+            decided = calibrate(engine, self._planned, directory, control, self._observer)
+        if stalled:
+            raise stalled[0]
+        if decided is None:
+            raise self._stop.reason(self._rows_left)
+        if decided is not self._planned:
+            self._planned = decided
+            self._writer = AnswerWriter(decided, directory, self._done)
+
+    def _control(self) -> RunControl:
+        return RunControl(
+            self._stop.should_drain,
+            lambda: self._stop.should_abort() or self._watchdog.has_fired,
+            stop_check(self._planned.job.tokenizer.answers),
+        )
 
     def _answer_rows(self, engine: Engine, hooks: EngineHooks) -> None:
         """Returns when every answer is committed.
 
         Raises Interrupted, TimeBudgetReached or Stalled.
         """
-        control = RunControl(
-            self._stop.should_drain,
-            lambda: self._stop.should_abort() or self._watchdog.has_fired,
-            stop_check(self._planned.job.tokenizer.answers),
-        )
-        stages = Stages()
+        control, stages = self._control(), Stages()
         with self._watchdog.following(lambda: self._pulse(engine), stages.cancel), stages:
             per_part = self._planned.job.settings.write.rows_per_part
             completions = stages.channel(min(_COMPLETIONS_AHEAD, per_part))
@@ -220,10 +222,11 @@ class Session:
         if engine.counters.lost_workers:
             return  # what they had computed nobody knows
         total, unique = self._planned.count_tokens()
+        added = self._planned.count_added()
         again, loaded = engine.counters.replicated_tokens, engine.counters.loaded_tokens
         counted = {
             "prefilled": (engine.counters.prefilled_tokens, unique + again - loaded),
-            "cached": (self._writer.counts.cached_tokens, total - unique - again + loaded),
+            "cached": (self._writer.counts.cached_tokens, total + added - unique - again + loaded),
         }
         for name, (measured, planned) in counted.items():
             if measured != planned:

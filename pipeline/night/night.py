@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.errors import (
     AuditFailed,
     CoppiceError,
+    DocumentsDisagree,
     FolderInUse,
     Interrupted,
     NoInput,
@@ -119,7 +120,7 @@ def _generate_and_audit(
     try:
         call("generate", night, generate)
         call("audit", night, lambda: audit_night(opened, observer))
-    except (TooManyFailedRows, AuditFailed):
+    except (TooManyFailedRows, AuditFailed, DocumentsDisagree):
         call("report", night, lambda: report_night(night))
         raise
 

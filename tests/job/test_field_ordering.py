@@ -10,8 +10,9 @@ import polars as pl
 import pytest
 
 from pipeline.errors import RunDirectoryError, UsageError
+from pipeline.job.advised_plan import plan_for_a_person
 from pipeline.job.job import Job, open_job
-from pipeline.job.planning import plan_for_a_person, plan_rows
+from pipeline.job.planning import plan_rows
 from pipeline.run import run_job
 from tests.tiny_job import echo_settings, write_tokenizer
 

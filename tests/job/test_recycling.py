@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.audit.auditing import audit_run
 from pipeline.job.observer import SilentObserver
-from pipeline.job.recycling import nodes_to_keep
+from pipeline.job.recycling import parts_to_keep
 from pipeline.kvstore.store import KVStore
 from pipeline.location import Location
 from pipeline.plan.plan import Plan
@@ -97,6 +99,57 @@ def test_tomorrows_other_questions_find_the_system_prompt(nights: Nights) -> Non
     alone = nights.run(others, kv_store=None)
     assert counters["loaded_tokens"] >= len(SYSTEM)
     assert texts(place) == texts(alone[0])
+
+
+DOCUMENTS = [f"document {i} speaks of {word}. " for i, word in enumerate(("tar", "rope", "salt"))]
+ORDERS = [[0, 1], [1, 0], [2, 1, 0], [0, 2]]
+REUSE = {"reuse": "epic", "epic_tokens": 2, "calibration_rows": 0, "ignore_eos": True}
+
+
+def documents_of(nights: Nights, number: int) -> str:
+    """A table whose rows have the documents in other orders, and questions of their own."""
+    path = nights.root / f"documents{number}.parquet"
+    rows = [
+        [
+            {"role": "system", "text": "say: "},
+            *({"role": "document", "text": DOCUMENTS[i]} for i in order),
+            {"role": "query", "text": f"what of {number}{row}?"},
+        ]
+        for row, order in enumerate(ORDERS)
+    ]
+    pq.write_table(pa.table({"id": [f"r{i}" for i in range(len(rows))], "segments": rows}), path)
+    return str(path)
+
+
+def run_documents(nights: Nights, number: int, **flat: Any) -> tuple[Path, dict[str, float]]:
+    place = nights.root / f"out{number}{len(flat)}"
+    settings = nights.settings(**REUSE | flat)
+    outcome = run_job(documents_of(nights, number), place, settings, Heard())
+    return place, outcome.counters
+
+
+def test_documents_of_last_night_serve_tonight(nights: Nights) -> None:
+    """Every one, wherever it stands; what rows compute themselves is computed."""
+    run_documents(nights, 1)
+    warm, counters = run_documents(nights, 2)
+    planned = plan_job(documents_of(nights, 2), nights.settings(**REUSE)).plan.documents
+    assert planned is not None
+    every = np.arange(len(ORDERS))
+    encoded = planned.tokens_to_compute(every) - planned.count_own(every)
+    assert counters["loaded_tokens"] == encoded > 60
+    assert counters["prefilled_tokens"] == planned.count_own(every)
+    cold, _ = run_documents(nights, 2, kv_store=None)
+    assert texts(warm) == texts(cold)
+    verdict = audit_run(Location(warm), AuditSettings(audit_sample="100%", audit_arms=0))
+    assert verdict.passed and verdict.rows_exact == len(ORDERS)
+
+
+def test_a_document_in_another_context_is_another_one(nights: Nights) -> None:
+    run_documents(nights, 1)
+    place, counters = run_documents(nights, 2, document_context="alone")
+    plain, _ = run_documents(nights, 2, document_context="alone", kv_store=None)
+    assert counters["loaded_tokens"] == len("say: "), "the preamble is the same"
+    assert texts(place) == texts(plain)
 
 
 def test_the_plan_tells_what_the_store_has(nights: Nights) -> None:
@@ -217,12 +270,12 @@ def test_an_engine_without_kv_of_prefixes_does_without(nights: Nights) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_nodes_are_kept_by_how_many_share_them(seed: int) -> None:
-    """Against the words of `nodes_to_keep`, said as slowly as can be."""
+    """Against the words of `parts_to_keep`, said as slowly as can be."""
     draw = random.Random(seed)
     plan = tiny.plan_of(tiny.random_prompts(draw, 40), min_prefix_tokens=1)
     every = np.arange(len(plan.sequences))
     least, room = draw.choice([1, 20, 41]), draw.choice([10, 60, 10_000])
-    kept = set(np.flatnonzero(nodes_to_keep(plan, every, least, room)).tolist())
+    kept = set(np.flatnonzero(parts_to_keep(plan, every, least, room)).tolist())
     below, tree = plan.count_below(every), plan.tree
     for node in kept:
         assert below[node] > 1
