@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from pipeline.audit.document_order import in_order_of_run
 from pipeline.audit.evidence import NO_EVIDENCE
 from pipeline.audit.gate import seed_of_output
 from pipeline.audit.reopened_job import check_same, reopen_job
@@ -25,8 +26,9 @@ from pipeline.audit.replay import BARS, AuditInput, RowAudit, Tier, audit_row
 from pipeline.audit.sample import candidate_rows, choose_rows
 from pipeline.audit.similarity import Encoder
 from pipeline.audit.verdict import GroupCoverage, Verdict, audit_frame, describe_similarity, judge
-from pipeline.engine.base import Baseline, EngineCapabilities
+from pipeline.engine.base import Baseline, Deviation, EngineCapabilities
 from pipeline.errors import RunDirectoryError, UsageError
+from pipeline.job.calibration import reused_documents
 from pipeline.job.device_lock import holding_device
 from pipeline.job.job import Job
 from pipeline.job.noise_names import noise_name
@@ -41,6 +43,8 @@ from pipeline.storage.run_location import reading_run
 from pipeline.storage.summaries import AUDIT_SUMMARY
 
 if TYPE_CHECKING:
+    from pipeline.engine.naive_engine import NaiveEngine
+    from pipeline.engine.verify.segment_baseline import SegmentBaselines
     from pipeline.model.model import LoadedModel
 
 _ANSWER_COLUMNS = ("row_index", "generated_text", "completion_token_ids")
@@ -93,29 +97,35 @@ def _audit(
     encoder = Encoder.load(settings.audit_encoder)
     seed = seed_of_output(directory)
     chosen = _with_answers(directory, _choose(job, candidates, settings, seed, encoder))
-    observer.say(f"auditing {len(chosen)} of {len(candidates)} rows against plain full prefill")
+    is_moved = job.reuse is not None and reused_documents(directory)
+    way = "their documents' mode of reuse, slowly" if is_moved else "plain full prefill"
+    observer.say(f"auditing {len(chosen)} of {len(candidates)} rows against {way}")
     with holding_device(job.settings, observer):
         loaded, baseline = _load_baseline(job)
+        segments = _segment_baselines(job, baseline) if is_moved else None
         tier = _tier(job.settings, loaded)
-        inputs = _audit_inputs(job, chosen, loaded)
+        inputs = _audit_inputs(job, directory, chosen, loaded)
         num_chosen = len(chosen)
         chosen, inputs = _replayable(ran, chosen, inputs, observer)
         replay_started = time.monotonic()
-        audits = _replay(baseline, inputs, tier, _free_rows(inputs, settings, seed), observer)
+        free = _free_rows(inputs, settings, seed)
+        audits = _replay(baseline, segments, inputs, tier, free, observer)
         seconds = {"replay_seconds": time.monotonic() - replay_started}
         similarity = _similarity(job, encoder, chosen, inputs, audits)
-        evidence, kl = NO_EVIDENCE, {}
+        evidence, kl, attention = NO_EVIDENCE, dict[int, float](), dict[int, Deviation]()
         if settings.audit_arms and inputs and ran.computes_once:
             from pipeline.audit.other_arms import Arms  # brings the whole engine
 
             observer.say(f"computing up to {settings.audit_arms} of them in other ways as well")
             unrounded = _load_unrounded(job.settings.model)
-            arms = Arms(loaded, baseline, job.settings.engine, tier, unrounded)
+            arms = Arms(loaded, baseline, job.settings.engine, tier, unrounded, segments)
             some = np.random.default_rng(seed).permutation(len(inputs))[: settings.audit_arms]
             evidence = arms.gather(inputs, chosen["group_id"].to_list(), some.tolist())
-            kl = arms.kl
+            kl, attention = arms.kl, arms.attention
     verdict = judge(audits, GroupCoverage.of(candidates, chosen), tier, settings, evidence)
-    directory.write_frame("audit/audit.parquet", audit_frame(chosen, audits, similarity, kl))
+    directory.write_frame(
+        "audit/audit.parquet", audit_frame(chosen, audits, similarity, kl, attention)
+    )
     seconds["seconds"] = time.monotonic() - started
     described = describe_similarity(
         None if encoder is None else encoder.name, list(similarity.values())
@@ -152,7 +162,7 @@ def _choose(
     return choose_rows(candidates, size, seed, None if encoder is None else embed)
 
 
-def _load_baseline(job: Job) -> tuple[LoadedModel, Baseline]:
+def _load_baseline(job: Job) -> tuple[LoadedModel, NaiveEngine]:
     from pipeline.engine.naive_engine import NaiveEngine
     from pipeline.engine.threads import use_threads
     from pipeline.model.model import load_model
@@ -160,6 +170,15 @@ def _load_baseline(job: Job) -> tuple[LoadedModel, Baseline]:
     use_threads(job.settings.engine)
     loaded = load_model(job.settings.model)
     return loaded, NaiveEngine(loaded, settings=job.settings.engine)
+
+
+def _segment_baselines(job: Job, naive: NaiveEngine) -> SegmentBaselines:
+    """Of the mode in which the run reused documents."""
+    from pipeline.engine.verify.segment_baseline import SegmentBaselines
+
+    assert job.reuse is not None
+    soft_rows = None if job.adapter is None else job.adapter.rows
+    return SegmentBaselines(naive, job.reuse, soft_rows)
 
 
 def _with_answers(directory: RunDirectory, chosen: pl.DataFrame) -> pl.DataFrame:
@@ -178,12 +197,17 @@ def _load_unrounded(settings: ModelSettings) -> LoadedModel | None:
     return load_model(settings.model_copy(update={"weights": "auto"}))
 
 
-def _audit_inputs(job: Job, chosen: pl.DataFrame, loaded: LoadedModel) -> list[AuditInput]:
+def _audit_inputs(
+    job: Job, directory: RunDirectory, chosen: pl.DataFrame, loaded: LoadedModel
+) -> list[AuditInput]:
     """Row by row; prompt ids are made anew from the input."""
-    batch = select_rows(job, chosen["row_index"].to_numpy())
+    rows = chosen["row_index"].to_list()
+    batch = select_rows(job, rows)
     prepared = job.preparation().prepare(batch)
     prompts = np.split(prepared.flat, np.cumsum(prepared.lengths)[:-1])
-    inputs = []
+    if job.settings.reuse.document_order == "best":
+        prompts = in_order_of_run(directory, rows, prompts, prepared.segments)
+    inputs: list[AuditInput] = []
     for answer, row_id, prompt, params in zip(
         chosen.iter_rows(named=True), batch.ids, prompts, prepared.params, strict=True
     ):
@@ -197,6 +221,7 @@ def _audit_inputs(job: Job, chosen: pl.DataFrame, loaded: LoadedModel) -> list[A
             noise_key=0 if params.is_greedy else noise_key(params.seed, name),
             eos_token_ids=frozenset(loaded.shape.eos_token_ids),
             is_stopped=job.tokenizer.answers.is_stopped,
+            lengths=tuple(prepared.segments.get(len(inputs), ())),
         )
         inputs.append(row)
     return inputs
@@ -229,11 +254,17 @@ def _free_rows(inputs: list[AuditInput], settings: AuditSettings, seed: int) -> 
 
 
 def _replay(
-    baseline: Baseline, inputs: list[AuditInput], tier: Tier, free: set[int], observer: Observer
+    plain: Baseline,
+    segments: SegmentBaselines | None,
+    inputs: list[AuditInput],
+    tier: Tier,
+    free: set[int],
+    observer: Observer,
 ) -> list[RowAudit]:
     audits = []
     said_at = time.monotonic()
     for index, row in enumerate(inputs):
+        baseline = plain if segments is None else segments.of(row.lengths)
         audits.append(audit_row(baseline, row, BARS[tier], free_run=index in free))
         if time.monotonic() - said_at > _SAY_EVERY_S:
             said_at = time.monotonic()

@@ -65,7 +65,8 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class PlantedFault:
-    """A fault at prompt position `at`: did it change an answer, and did the audit notice?"""
+    """A fault at prompt position `at` (0: everywhere): did it change an answer, and did the audit
+    notice?"""
 
     fault: str
     at: int
@@ -78,13 +79,15 @@ class Evidence:
     """All arms of one audit; empty where only the replay was asked for.
 
     `same_bits`: by row, of strict mode only. `weights`: of int8 weights only, the model with them
-    against the one that was saved; the user asked for them, so it is told and never judged.
+    against the one that was saved; `attention`: where documents are reused at any position, that
+    mode against full attention. The user asked for both, so they are told and never judged.
     """
 
     arms: Mapping[str, ArmSummary] = field(default_factory=dict)
     faults: Sequence[PlantedFault] = ()
     same_bits: Sequence[bool] = ()
     weights: ArmSummary | None = None
+    attention: ArmSummary | None = None
 
     @property
     def faults_changed(self) -> int:
@@ -132,6 +135,7 @@ class Evidence:
             "strict": {"rows": len(self.same_bits), "rows_same_bits": sum(self.same_bits)},
             "arms": {name: arm.to_json() for name, arm in self.arms.items()},
             "weights": self.weights and self.weights.to_json(),
+            "attention": self.attention and self.attention.to_json(),
             "faults": {
                 "planted": len(self.faults),
                 "changed_an_answer": self.faults_changed,

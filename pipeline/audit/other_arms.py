@@ -10,12 +10,19 @@ from itertools import product
 
 from pipeline.audit.evidence import NO_EVIDENCE, ArmSummary, Evidence, PlantedFault
 from pipeline.audit.replay import BARS, AuditInput, Tier, audit_row
-from pipeline.engine.base import Baseline
+from pipeline.engine.base import Baseline, Deviation
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.engine.verify import arms
-from pipeline.engine.verify.planted_faults import FAULTS, Fault, write_with_fault
+from pipeline.engine.verify.planted_faults import (
+    FAULTS,
+    Fault,
+    write_segments_with_fault,
+    write_with_fault,
+)
+from pipeline.engine.verify.segment_baseline import SegmentBaselines
+from pipeline.engine.verify.segment_faults import SEGMENT_FAULTS
 from pipeline.model.model import LoadedModel
-from pipeline.records import SamplingParams
+from pipeline.records import Completion, SamplingParams
 from pipeline.settings import EngineSettings
 
 _MOST_POSITIONS = 32  # of an answer that are compared
@@ -23,10 +30,12 @@ _MOST_LOGIT_BYTES = 512 << 20
 _FAULT_ROWS = 4
 _ROWS_A_FAULTY_GROUP = 8  # of those that are computed in other ways
 _FAULT_TOKENS = 16
+_GREEDY = SamplingParams(max_new_tokens=_FAULT_TOKENS)
 
 
 class Arms:
-    """Runs the arms on audited rows; `kl` of each row is known afterwards."""
+    """Runs the arms on audited rows. Afterwards `kl` of each is known, and where documents were
+    reused `attention`, how far its mode is from full attention."""
 
     def __init__(
         self,
@@ -35,16 +44,20 @@ class Arms:
         settings: EngineSettings,
         tier: Tier,
         unrounded: LoadedModel | None = None,
+        segments: SegmentBaselines | None = None,
     ) -> None:
-        """`unrounded`: the model as it was saved, where `loaded` holds its weights in int8.
+        """`unrounded`: the model as it was saved, where `loaded` holds its weights in int8;
+        `segments`: baselines of the mode in which documents were reused.
 
         Raises ModelError for a model whose KV cannot be shared.
         """
         self._engine = PrefixEngine(loaded, settings)
         self._baseline = baseline
         self._unrounded = unrounded
+        self._segments = segments
         self._bars = BARS[tier]
         self.kl: dict[int, float] = {}
+        self.attention: dict[int, Deviation] = {}
 
     def gather(
         self, rows: Sequence[AuditInput], groups: Sequence[int | None], some: Sequence[int]
@@ -55,14 +68,16 @@ class Arms:
         fitting = [rows[i] for i in some if rows[i].output][:most_rows]
         if not fitting:
             return NO_EVIDENCE
-        faults = self._faults(rows, groups, max(1, len(some) // _ROWS_A_FAULTY_GROUP))
+        num_groups = max(1, len(some) // _ROWS_A_FAULTY_GROUP)
+        faults = self._faults(rows, groups, num_groups)
         is_strict = self._engine.settings.fidelity == "strict"
         same_bits = arms.same_bits_alone(self._engine, _forced(fitting)) if is_strict else []
-        return Evidence(self._arms(fitting), faults, same_bits, self._weights(fitting))
+        weights, attention = self._weights(fitting), self._attention(fitting)
+        return Evidence(self._arms(fitting), faults, same_bits, weights, attention)
 
     def _arms(self, rows: Sequence[AuditInput]) -> dict[str, ArmSummary]:
         found = {}
-        for name, deviations in arms.compare_arms(self._engine, _forced(rows)):
+        for name, deviations in arms.compare_arms(self._engine, _forced(rows), self._segments):
             found[name] = ArmSummary.of(deviations)
             if name == "product":
                 worst = [float(deviation.kl.max()) for deviation in deviations]
@@ -75,10 +90,36 @@ class Arms:
         loaded = self._engine.loaded
         return ArmSummary.of(arms.compare_weights(loaded, self._unrounded, _forced(rows)))
 
+    def _attention(self, rows: Sequence[AuditInput]) -> ArmSummary | None:
+        if self._segments is None:
+            return None
+        deviations = arms.compare_attention(self._segments, _forced(rows))
+        indices = (row.row_index for row in rows)
+        self.attention = dict(zip(indices, deviations, strict=True))
+        return ArmSummary.of(deviations)
+
+    def _segment_faults(self, rows: Sequence[AuditInput]) -> list[PlantedFault]:
+        """Each fault in rows with most documents."""
+        assert self._segments is not None
+        chosen = sorted(rows, key=lambda row: -len(row.lengths))[: 2 * _FAULT_ROWS]
+        given = [(row.prompt, row.lengths) for row in chosen]
+        found, reuse, clean = [], self._segments.reuse, list[AuditInput]()
+        for fault in (None, *SEGMENT_FAULTS):
+            done = write_segments_with_fault(self._engine, given, reuse, _FAULT_TOKENS, fault)
+            written = self._written(chosen, done)
+            if fault is None:
+                clean = written
+                continue
+            changed = any(a.output != b.output for a, b in zip(written, clean, strict=True))
+            found.append(PlantedFault(fault, 0, changed, not all(map(self._passes, written))))
+        return found
+
     def _faults(
         self, rows: Sequence[AuditInput], groups: Sequence[int | None], num_groups: int
     ) -> list[PlantedFault]:
         """Each fault at three places of the prefixes that rows of the largest groups share."""
+        if self._segments is not None:
+            return self._segment_faults(rows)
         found = []
         for prompts in _prompts_by_group(rows, groups)[:num_groups]:
             shared = _common_prefix(prompts)
@@ -93,26 +134,34 @@ class Arms:
     def _write(
         self, prompts: Sequence[Sequence[int]], fault: Fault | None, at: int
     ) -> list[AuditInput]:
-        """Answers as the audit would find them; a row that failed has no tokens."""
-        params = SamplingParams(max_new_tokens=_FAULT_TOKENS)
+        """Answers as the audit would find them."""
         done = write_with_fault(self._engine, prompts, _FAULT_TOKENS, fault, at)
+        rows = [AuditInput(i, prompt, (), _GREEDY, "length") for i, prompt in enumerate(prompts)]
+        return self._written(rows, done)
+
+    def _written(self, rows: Sequence[AuditInput], done: Sequence[Completion]) -> list[AuditInput]:
+        """The rows with these answers; one that failed has no tokens."""
         eos = frozenset(self._engine.loaded.shape.eos_token_ids)
         return [
             AuditInput(
-                index, prompt, answer.token_ids, params, answer.finish_reason, eos_token_ids=eos
+                row.row_index, row.prompt, answer.token_ids, _GREEDY, answer.finish_reason,
+                eos_token_ids=eos, lengths=row.lengths,
             )
-            for index, (prompt, answer) in enumerate(zip(prompts, done, strict=True))
-        ]
+            for row, answer in zip(rows, done, strict=True)
+        ]  # fmt: skip
 
     def _passes(self, row: AuditInput) -> bool:
         if not row.output:
             return False
-        return audit_row(self._baseline, row, self._bars).row_class in ("identical", "near_tie")
+        baseline = self._baseline if self._segments is None else self._segments.of(row.lengths)
+        return audit_row(baseline, row, self._bars).row_class in ("identical", "near_tie")
 
 
 def _forced(rows: Sequence[AuditInput]) -> list[arms.ForcedRow]:
     return [
-        arms.ForcedRow(row.prompt, row.output[:_MOST_POSITIONS], row.params, row.noise_key)
+        arms.ForcedRow(
+            row.prompt, row.output[:_MOST_POSITIONS], row.params, row.noise_key, row.lengths
+        )
         for row in rows
     ]
 

@@ -64,7 +64,8 @@ BARS: Final[dict[Tier, Bars]] = {
 class AuditInput:
     """One written row as token ids. `output` excludes nothing: a generated EOS is its last id.
 
-    `is_stopped` says whether the text of some generated ids holds one of `params.stop`.
+    `is_stopped` says whether the text of some generated ids holds one of `params.stop`; `lengths`
+    are those of the prompt's segments, where it has any.
     """
 
     row_index: int
@@ -75,6 +76,7 @@ class AuditInput:
     noise_key: int = 0
     eos_token_ids: frozenset[int] = frozenset()
     is_stopped: StopCheck = field(default=RunControl.is_stopped, repr=False)
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -29,10 +30,11 @@ import polars as pl
 
 from pipeline.audit.evidence import NO_EVIDENCE, Evidence
 from pipeline.audit.replay import BARS, ROW_CLASSES, RowAudit, RowClass, Tier
+from pipeline.binomial import CONFIDENCE, clopper_pearson_upper
+from pipeline.engine.base import Deviation
 from pipeline.errors import AuditFailed
 from pipeline.settings import AuditSettings
 
-_CONFIDENCE: Final = 0.95
 _BOOTSTRAPS: Final = 2000
 _FRAME_SCHEMA: Final = {
     "row_index": pl.Int64,
@@ -45,6 +47,13 @@ _FRAME_SCHEMA: Final = {
     "audit_kl": pl.Float64,
     "audit_class": pl.String,
     "arm": pl.String,
+}
+_ATTENTION_SCHEMA: Final = {
+    "row_index": pl.Int64,
+    "audit_full_same": pl.Boolean,
+    "audit_full_divergence": pl.Int64,
+    "audit_full_kl": pl.Float64,
+    "audit_full_top1": pl.Float64,
 }
 
 
@@ -195,23 +204,6 @@ def judge(
     )
 
 
-def clopper_pearson_upper(differing: int, rows: int) -> float:
-    """Exact one-sided 95 % upper bound on a share, after `differing` of `rows` sampled rows.
-
-    The share at which so few would be seen in only 5 % of samples: 59 clean rows -> 0.05.
-    """
-    if differing >= rows:
-        return 1.0
-    low, high = differing / rows, 1.0
-    for _ in range(60):  # halves the bracket each time: exact to the last bit of a double
-        middle = (low + high) / 2
-        if _binomial_cdf(differing, rows, middle) > 1 - _CONFIDENCE:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
 def bootstrap_upper(groups: Sequence[tuple[int, int]], seed: int) -> float | None:
     """95 % quantile of the differing share when as many groups are drawn again, with replacement.
 
@@ -223,17 +215,7 @@ def bootstrap_upper(groups: Sequence[tuple[int, int]], seed: int) -> float | Non
     counts = np.array(groups, np.float64)
     random = np.random.default_rng(seed)
     drawn = counts[random.integers(0, len(counts), (_BOOTSTRAPS, len(counts)))].sum(axis=1)
-    return float(np.quantile(drawn[:, 0] / drawn[:, 1], _CONFIDENCE))
-
-
-def _binomial_cdf(most: int, trials: int, share: float) -> float:
-    """Probability of at most `most` hits in `trials`, for 0 < share < 1."""
-    logs = (
-        math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
-        + k * math.log(share) + (trials - k) * math.log1p(-share)
-        for k in range(most + 1)
-    )  # fmt: skip
-    return math.fsum(map(math.exp, logs))
+    return float(np.quantile(drawn[:, 0] / drawn[:, 1], CONFIDENCE))
 
 
 def audit_frame(
@@ -241,12 +223,14 @@ def audit_frame(
     audits: Sequence[RowAudit],
     similarity: Mapping[int, float],
     kl: Mapping[int, float],
+    attention: Mapping[int, Deviation] = MappingProxyType({}),
 ) -> pl.DataFrame:
     """The content of `audit/audit.parquet`, one line a chosen row.
 
     `rows`: as from `choose_rows`; by `row_index`, for the rows that have one: `similarity`, cosine
     of the texts, and `kl`, the largest divergence of the product's distributions from the
-    baseline's, nats.
+    baseline's, nats; `attention`: how far the mode that reused documents is from full attention,
+    in columns of its own where there is any.
     """
     found = pl.DataFrame(
         [
@@ -268,7 +252,24 @@ def audit_frame(
     )
     keys = rows.select("id", "row_index", "group_id", "reuse_depth")
     columns = ["id", *(name for name in _FRAME_SCHEMA if name != "arm")]
-    return keys.join(found, on="row_index").select(*columns, "group_id", "reuse_depth", "arm")
+    frame = keys.join(found, on="row_index").select(*columns, "group_id", "reuse_depth", "arm")
+    if not attention:
+        return frame
+    return frame.join(_attention_frame(attention), on="row_index", how="left")
+
+
+def _attention_frame(attention: Mapping[int, Deviation]) -> pl.DataFrame:
+    rows = [
+        {
+            "row_index": row_index,
+            "audit_full_same": not found.differs.any(),
+            "audit_full_divergence": int(found.differs.argmax()) if found.differs.any() else None,
+            "audit_full_kl": float(found.kl.mean()),
+            "audit_full_top1": float(1.0 - found.differs.mean()),
+        }
+        for row_index, found in attention.items()
+    ]
+    return pl.DataFrame(rows, schema=_ATTENTION_SCHEMA)
 
 
 def describe_similarity(encoder: str | None, similarity: Sequence[float]) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from pipeline.audit.verdict import (
     Verdict,
     audit_frame,
     bootstrap_upper,
-    clopper_pearson_upper,
     describe_similarity,
     judge,
 )
+from pipeline.binomial import clopper_pearson_upper
 from pipeline.settings import AuditSettings
 
 COVERED = GroupCoverage(total=3, covered=3)
