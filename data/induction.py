@@ -20,11 +20,12 @@ MAX_TURN = 0.01  # radians a token: slower rotary pairs hardly feel the distance
 
 
 @torch.no_grad()
-def install_induction(model: LlamaForCausalLM) -> None:
+def install_induction(model: LlamaForCausalLM, hops: bool = False) -> None:
     """Overwrite the embeddings' mean and some heads of the first two layers, in place.
 
     A direction `common` is added to every embedding: heads that look at a distance only, not at
-    a token, read their queries and keys from it.
+    a token, read their queries and keys from it. With `hops` every later layer matches too, and
+    what one layer found is what the next one looks for.
     """
     embeddings = model.get_input_embeddings().weight
     width = embeddings.shape[1]
@@ -60,10 +61,11 @@ def install_induction(model: LlamaForCausalLM) -> None:
         back.o_proj.weight[:, rows] = written[head].T
 
     # Layer 1, head 0: the query is the token itself, the key is the token that head 0 wrote.
-    match = model.model.layers[1].self_attn
     gain = MATCH_SHARPNESS * torch.cat([slow, slow])[:, None]
-    match.q_proj.weight[:head_dim] = gain * said
-    match.k_proj.weight[:head_dim] = gain * torch.nn.functional.normalize(written[0], dim=1)
-    seen = projection()
-    match.v_proj.weight[:head_dim] = seen
-    match.o_proj.weight[:, :head_dim] = COPY_SCALE * seen.T
+    seen = said if hops else projection()
+    for layer in model.model.layers[1:] if hops else model.model.layers[1:2]:
+        match = layer.self_attn
+        match.q_proj.weight[:head_dim] = gain * said
+        match.k_proj.weight[:head_dim] = gain * torch.nn.functional.normalize(written[0], dim=1)
+        match.v_proj.weight[:head_dim] = seen
+        match.o_proj.weight[:, :head_dim] = COPY_SCALE * seen.T
