@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import polars as pl
+import pytest
+
+from pipeline.audit.similarity import Encoder
+from pipeline.cli.demo import run_segments_demo
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,3 +44,18 @@ def test_the_demo_answers_audits_and_reports(tmp_path: Path) -> None:
     assert isinstance(right, float) and right >= 0.95
     assert "Audit" in done.stdout and str(output) in "".join(done.stdout.split())
     assert (output / "report.html").stat().st_size > 10_000
+
+
+def test_the_demo_of_documents_computes_a_twentieth_and_says_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
+    run_segments_demo(tmp_path / "demo", "none", "text")
+    counters = [
+        json.loads((tmp_path / "demo" / mode / "run.json").read_text())["counters"]
+        for mode in ("prefix", "concat")
+    ]
+    prefix, concat = (each["prefilled_tokens"] for each in counters)
+    assert counters[0]["unique_tokens"] == prefix > 10 * concat == 10 * counters[1]["unique_tokens"]
+    said = dict(re.findall(r"^(\w+ answers) +(.+?) *$", capsys.readouterr().out, re.MULTILINE))
+    assert said["same answers"] == "100.0%" and said["right answers"] == "99.5% / 99.5%"

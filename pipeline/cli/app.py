@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli import recycle
+from pipeline.cli import recycle, segments
 from pipeline.cli.arguments import (
     Config,
     Input,
@@ -44,7 +44,8 @@ app = typer.Typer(
 )
 app.add_typer(night_app)
 app.add_typer(recycle.app, name="recycle")
-_JOB = ("model", "read", "tokens", "store", "sampling", "plan", "engine", "recycle")
+app.add_typer(segments.app, name="segments")
+_JOB = ("model", "read", "tokens", "store", "sampling", "plan", "engine", "reuse", "recycle")
 
 
 @app.callback()
@@ -214,13 +215,17 @@ def convert(
 @app.command()
 def demo(
     output: Annotated[str, typer.Option("-o", "--output", help="Run directory.")] = "coppice-demo",
+    segments: Annotated[
+        bool, typer.Option("--segments", help="Documents at any position, beside prefixes.")
+    ] = False,
     progress: Progress = "auto",
     log_format: LogFormat = "text",
 ) -> None:
     """Plan, run, audit and report on the embedded model and prompts."""
-    from pipeline.cli.demo import run_demo
+    from pipeline.cli.demo import run_demo, run_segments_demo
 
-    run_demo(_local(output), progress, log_format)
+    run = run_segments_demo if segments else run_demo
+    run(_local(output), progress, log_format)
 
 
 def _plan(input: str, settings: JobSettings, observer: Observer) -> PlannedJob:

@@ -1,8 +1,10 @@
-"""The demo: plan, run, audit and report on the model and prompts that come along, offline."""
+"""The demos: plan, run, audit and report on the models and prompts that come along, offline."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import polars as pl
 
 from pipeline.audit.auditing import audit_run, describe_audit
 from pipeline.cli.logs import make_observer
@@ -52,3 +54,43 @@ def run_demo(output: Path, progress: str, log_format: str) -> None:
         write_result("")
         print_table("Where to look", paths)
     verdict.check(output)
+
+
+def run_segments_demo(output: Path, progress: str, log_format: str) -> None:
+    """The same questions by prefixes and with documents at any position, side by side.
+
+    Raises AuditFailed and its kin.
+    """
+    folder = demo_folder()
+    rows = pl.read_parquet(folder / "segment_prompts.parquet").select("id", "answer")
+    found = {}
+    for mode in ("prefix", "concat"):
+        run, observer = output / mode, make_observer(progress, log_format)
+        flat = {"model": str(folder / "segment_model"), "dtype": "float32", "reuse": mode}
+        settings = JobSettings.from_flat(flat | {"audit_sample": "10%"})
+        outcome = run_job(str(folder / "segment_prompts.parquet"), run, settings, observer)
+        verdict = audit_run(Location(run), settings.audit, make_observer(progress, log_format))
+        verdict.check(run)
+        answers = pl.read_parquet(run / "data" / "*.parquet").select("id", "generated_text")
+        found[mode] = outcome.counters, rows.join(answers, on="id")
+    (plain, by_prefix), (moved, by_document) = found.values()
+    both = by_prefix.join(by_document, on="id", suffix="_moved").select(
+        right=pl.col("generated_text").str.strip_chars() == pl.col("answer").str.strip_chars(),
+        same=pl.col("generated_text") == pl.col("generated_text_moved"),
+        right_moved=pl.col("generated_text_moved").str.strip_chars()
+        == pl.col("answer").str.strip_chars(),
+    )
+    share = both.mean().row(0, named=True)
+    with result_is_kept(output):
+        print_table(
+            f"{len(rows)} questions over documents: by prefixes / at any position",
+            [
+                ("prompt tokens", f"{plain['prompt_tokens']:,}"),
+                ("computed", f"{plain['prefilled_tokens']:,} / {moved['prefilled_tokens']:,}"),
+                ("seconds", f"{plain['wall_s']:.1f} / {moved['wall_s']:.1f}"),
+                ("right answers", f"{share['right']:.1%} / {share['right_moved']:.1%}"),
+                ("same answers", f"{share['same']:.1%}"),
+                ("audits", "both passed: each way is computed as it says"),
+                ("answers", f"{output}/prefix/data, {output}/concat/data"),
+            ],
+        )

@@ -16,6 +16,7 @@ from rich.text import Text
 from pipeline.audit.gate import WHY_NOT
 from pipeline.cli.progress import format_bytes, format_duration
 from pipeline.cli.streams import writing
+from pipeline.job.agreement import describe_calibration
 from pipeline.visible import visible, visible_json
 
 Rows = Sequence[tuple[str, str]]
@@ -121,6 +122,8 @@ def plan_table(summary: Mapping[str, Any]) -> Rows:
         least = summary["store"]["break_even_tokens"]
         when = "loading never pays here" if least is None else f"loading pays from {least:,} on"
         rows.append(("in the KV store", f"{summary['store']['tokens']:,} of U  ({when})"))
+    if summary.get("documents"):
+        rows += _document_rows(summary["documents"])
     if summary["fields"]:
         rows.append(("fields", summary["fields"]["text"]))
     if summary.get("warning"):
@@ -134,6 +137,29 @@ def plan_table(summary: Mapping[str, Any]) -> Rows:
     if summary["depth_histogram"]:
         rows.append(("rows by reuse depth", histogram(summary["depth_histogram"])))
     return rows
+
+
+def _document_rows(documents: Mapping[str, Any]) -> Rows:
+    """What `summary["documents"]` says."""
+    size = documents["kv_bytes"]
+    held = "" if size is None else f", {format_bytes(size)} of KV"
+    asked = (
+        ("in given order", documents["in_given_order"]),
+        ("in best order", documents["in_best_order"]),
+        ("at any position", documents["at_any_position"]),
+        (f"by {documents['mode']}", documents["by_this_mode"]),
+    )
+    total = documents["prompt_tokens"]
+    return [
+        ("documents", f"{documents['distinct']:,} distinct, {documents['uses']:,} uses"),
+        ("  each once", f"{documents['tokens']:,} tokens{held}"),
+        *(
+            (f"  {how}", f"{tokens:,} tokens to compute, {1 - tokens / max(1, total):.1%} saved")
+            for how, tokens in asked
+            if tokens is not None
+        ),
+        *((("  advice", documents["text"]),) if documents["text"] else ()),
+    ]
 
 
 def histogram(bins: Sequence[Mapping[str, int]]) -> str:
@@ -206,10 +232,11 @@ def _evidence_rows(summary: Mapping[str, Any]) -> Rows:
     weights = summary.get("weights")
     if weights:
         same = f"{weights['same_choice']:.2%} of tokens as by the weights as saved"
-        distance = (
-            "not a number" if weights["kl_mean"] is None else f"{weights['kl_mean']:.1e} nats"
-        )
-        rows.append(("int8 weights", f"{same}; KL {distance}"))
+        rows.append(("int8 weights", f"{same}; KL {_nats(weights['kl_mean'])}"))
+    attention = summary.get("attention")
+    if attention:
+        same = f"{attention['rows_exact']} of {attention['rows']} rows the same by it"
+        rows.append(("full attention", f"{same}; KL {_nats(attention['kl_mean'])}"))
     if strict and strict["rows"]:
         rows.append(("same bits alone", f"{strict['rows_same_bits']} of {strict['rows']}"))
     if faults and faults["planted"]:
@@ -217,6 +244,10 @@ def _evidence_rows(summary: Mapping[str, Any]) -> Rows:
         planted = f"({faults['planted']} planted)"
         rows.append(("planted faults", f"{faults['caught']} of {changed} caught  {planted}"))
     return rows
+
+
+def _nats(mean: float | None) -> str:
+    return "not a number" if mean is None else f"{mean:.1e} nats"
 
 
 def status_table(state: Mapping[str, Any]) -> Rows:
@@ -239,6 +270,8 @@ def status_table(state: Mapping[str, Any]) -> Rows:
         ]
     if state["eta_s"] is not None:
         rows.append(("ETA", format_duration(state["eta_s"])))
+    if state.get("calibration"):
+        rows.append(("documents", describe_calibration(state["calibration"])))
     if state["audit"] is not None:
         rows.append(("audit", WHY_NOT.get(state["audit"], state["audit"])))
     return rows
@@ -257,6 +290,9 @@ def validation_table(found: Mapping[str, Any]) -> Rows:
     rows = [("rows", f"{found['rows']:,}"), ("cannot run", f"{found['rows_rejected']:,}")]
     rows += _rejections(found)
     rows += [("note", note) for note in found["notes"]]
+    if changed := found.get("rows_changed_by_joining"):
+        said = "rows would be other tokens in one piece; let segments end where words do"
+        rows.append(("tokens at borders", f"{changed:,} {said}"))
     if found["warning"] is not None:
         rows.append(("warning", found["warning"]))
     if found["first"] is not None:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import polars as pl
 
+from pipeline.report.documents import DocumentTokens, measure_documents
 from pipeline.report.groups import GroupTable, measure_groups
 from pipeline.report.trend import Night, night_before, ratio
 
@@ -108,6 +109,7 @@ class RunMetrics:
     differences: tuple[Difference, ...] = ()
     groups: GroupTable = GroupTable()
     trend: tuple[Night, ...] = ()
+    documents: DocumentTokens | None = None
 
     def counter(self, name: str) -> float:
         """A counter of run.json; 0 before the first session has ended."""
@@ -189,6 +191,7 @@ def measure(
         finish_reasons=count_finish_reasons(output),
         groups=measure_groups(output, tree, audited),
         trend=trend,
+        documents=measure_documents(output) if plan and plan.get("documents") else None,
         differences=() if audited is None else list_differences(audited),
     )
 

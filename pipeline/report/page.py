@@ -35,16 +35,19 @@ def render(directory: RunDirectory) -> None:
     root = directory.root
     remedy = "delete it, and the report goes without"
     tree = read_table(root / "plan" / "tree.parquet", TREE_COLUMNS, remedy)
+    plan = PLAN_SUMMARY.read(root)
     metrics = measure(
         directory.read_manifest(),
-        PLAN_SUMMARY.read(root),
+        plan,
         AUDIT_SUMMARY.read(root),
         directory.scan(),
         read_table(root / "audit" / "audit.parquet", AUDIT_COLUMNS, AUDIT_AGAIN),
         tree,
         read_trend(directory.nights()),
     )
-    picture = None if tree is None or tree.is_empty() else picture_of(tree)
+    documents = (plan or {}).get("documents") or {"mode": "prefix"}
+    is_drawn = documents["mode"] == "prefix"  # or rows lie below several nodes of the tree
+    picture = None if tree is None or tree.is_empty() or not is_drawn else picture_of(tree)
     directory.write_text("report.html", render_html(metrics, picture))
     directory.write_text("report.md", template("page.md.j2").render(metrics=metrics))
 

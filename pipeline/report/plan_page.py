@@ -10,6 +10,13 @@ from markupsafe import Markup
 from pipeline.report.templates import template
 from pipeline.report.tree import Box, TreePicture
 
+_WAYS = {
+    "in_given_order": "by prefixes, in the given order",
+    "in_best_order": "by prefixes, in the best order",
+    "at_any_position": "at any position",
+    "by_this_mode": "as this job reuses them",
+}
+
 
 def render_plan(title: str, summary: dict[str, Any], boxes: Sequence[Box], num_nodes: int) -> str:
     """`summary` is the content of `plan/summary.json`; `boxes` the largest of `num_nodes` nodes."""
@@ -19,12 +26,16 @@ def render_plan(title: str, summary: dict[str, Any], boxes: Sequence[Box], num_n
         (f"blocks of {size} tokens, no limit", saving)
         for size, saving in summary["saving_by_blocks"].items()
     ]
-    picture = TreePicture(tuple(boxes), num_nodes)
+    documents = summary.get("documents") or {}
+    # Where documents are reused at any position, what is computed is not the tree of the prompts.
+    is_drawn = documents.get("mode", "prefix") == "prefix"
+    picture = TreePicture(tuple(boxes), num_nodes) if is_drawn else None
     cache = f"LRU of {order['cache_tokens']:,} tokens, rows as the file has them"
     return template("plan.html.j2").render(
         title=title,
         plan=summary,
         tree=picture,
-        tree_svg=Markup(picture.svg),
+        tree_svg=Markup(picture.svg if picture else ""),
+        documents=[(how, documents[key]) for key, how in _WAYS.items() if documents.get(key)],
         savings=[*savings, (cache, order["saving"])],
     )

@@ -16,6 +16,11 @@ PLAN: dict[str, Any] = {
     "peak_kv_bytes": None, "kv_budget_bytes": None, "rows_at_once": None, "estimate": None,
     "store": None, "fields": None, "advice": None, "largest_groups": [], "depth_histogram": [],
 }  # fmt: skip
+FIGURES = {
+    "mode": "epic", "distinct": 12, "uses": 90, "tokens": 2400, "kv_bytes": 3 << 20,
+    "prompt_tokens": 40_000, "by_this_mode": 5000, "in_given_order": None, "in_best_order": None,
+    "at_any_position": 4000, "text": "go on",
+}  # fmt: skip
 STATUS: dict[str, Any] = {
     "status": "running", "rows": 900, "rows_done": 300, "rows_failed": 2, "rows_left": 600,
     "rows_per_s": None, "eta_s": None, "audit": None,
@@ -33,6 +38,15 @@ STATUS: dict[str, Any] = {
             "estimated time",
             "1m30s  (prefill 1m00s, decode 30s at most, at the rates of 2026-11-22)",
         ),
+        (
+            {"documents": FIGURES},
+            "documents",
+            "12 distinct, 90 uses",
+        ),
+        ({"documents": FIGURES}, "  each once", "2,400 tokens, 3.0 MiB of KV"),
+        ({"documents": FIGURES}, "  by epic", "5,000 tokens to compute, 87.5% saved"),
+        ({"documents": FIGURES}, "  at any position", "4,000 tokens to compute, 90.0% saved"),
+        ({"documents": FIGURES}, "  advice", "go on"),
         (
             {"store": {"break_even_tokens": 1024, "tokens": 5000}},
             "in the KV store",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.run import plan_job, write_plan_page
 from pipeline.settings import JobSettings
+from tests.job.test_documents import write_rows
 from tests.tiny_job import write_prompts
 
 
@@ -25,6 +26,20 @@ def test_the_page_says_what_the_summary_says(tmp_path: Path, settings: JobSettin
     assert page.count("<script") == 1 and not re.search(r"https?://", page)
     boxes = re.search(r'<svg[^>]*aria-label="Prefixes.*?</svg>', page, re.DOTALL)
     assert boxes is not None and boxes[0].count("<rect") > 30
+
+
+def test_the_page_compares_ways_to_reuse_documents(tmp_path: Path, model_folder: Path) -> None:
+    source = write_rows(tmp_path / "in.parquet")
+    for reuse in ("prefix", "concat"):
+        settings = JobSettings.from_flat({"model": str(model_folder), "reuse": reuse})
+        planned = plan_job(str(source), settings)
+        write_plan_page(planned, "p", tmp_path / "plan.html")
+        page, figures = (tmp_path / "plan.html").read_text(), planned.summary.documents
+        assert figures is not None
+        for name in ("in_given_order", "in_best_order", "at_any_position", "by_this_mode"):
+            assert f'<td class="number">{figures[name]:,}</td>' in page
+        assert figures["text"][1:].replace("'", "&#39;") in page
+        assert ("What is shared" in page) == (reuse == "prefix")
 
 
 def test_a_plan_without_a_row_that_can_run_has_a_page(

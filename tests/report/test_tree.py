@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.plan.summary import largest_nodes, tree_frame
+from pipeline.plan.frames import largest_nodes, tree_frame
 from pipeline.report.tree import TREE_COLUMNS, Box, TreePicture, picture_of
 from pipeline.run import plan_job
 from pipeline.settings import JobSettings
