@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= coppice-demo
 
-.PHONY: demo test test-fast trust test-slow attacks test-vllm torture fuzz faults check format format-check lint types docs bench bench-peers paper demo-model wheel clean
+.PHONY: demo test test-fast trust test-slow attacks test-vllm torture fuzz faults check format format-check lint types docs bench bench-peers paper segments-study demo-model segment-model wheel clean
 
 demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts, audit it, report
 	$(BIN)/coppice demo -o $(DEMO)
@@ -82,6 +82,13 @@ PAPER     ?= results
 paper: $(VENV)/.installed  ## the paper's experiment, tables and plots into results/; 45 minutes, nothing else running
 	$(BIN)/python data/make_paper_prompts.py
 	$(BIN)/coppice recycle experiment -o $(PAPER) $(if $(wildcard $(WORKLOADS)),--workloads $(WORKLOADS)) $(FLAGS)
+
+STUDY ?= segments-study
+segments-study: $(VENV)/.installed  ## every mode of reused documents on the study's model; an hour, nothing else running
+	$(BIN)/coppice segments study -o $(STUDY) $(FLAGS)
+
+segment-model: $(VENV)/.installed  ## train the study's model again, from scratch; half an hour
+	$(BIN)/python data/train_segment_model.py
 
 demo-model: $(VENV)/.installed  ## train the embedded model again, from scratch
 	$(BIN)/python data/train_tokenizer.py

@@ -27,6 +27,7 @@ CASES = (
     "pickle-only weights", "code in a model's repository", "../ names in a model",
     "links out of a model's folder", "absurd sizes in a model", "missing or partial model",
     "wrong types in generation defaults", "vocabulary mismatch", "no end-of-sequence token",
+    "adapter damaged or of another model",
     "templates that reach outside", "templates without end", "two tenants, one prefix",
     "canary strings", "audit failed", "night without input", "night still going",
     "machine slept through the start", "time budget spent", "clock set back or forward",
@@ -45,6 +46,7 @@ CASES = (
     "output inside the input folder",
     "a row that cannot run, at any stage", "types that polars cannot read back",
     "columns and fields named like those of a request",
+    "prompts in segments",
 )  # fmt: skip
 """Every row of the list of faults that the product promises to survive, in the table's order."""
 PENDING: dict[str, str] = {}

@@ -20,8 +20,8 @@ FILES = sorted(
 _FIRST = {
     f"pipeline.{name}"
     for name in (
-        "records", "errors", "forms", "generation", "settings", "time_limit", "visible",
-        "private_folder", "confined", "unheard", "location",
+        "records", "errors", "forms", "generation", "settings", "reuse_settings", "time_limit",
+        "visible", "private_folder", "confined", "unheard", "location", "binomial",
     )
 }  # fmt: skip
 
@@ -39,9 +39,11 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.private_folder": set(),
     "pipeline.confined": set(),
     "pipeline.unheard": set(),
+    "pipeline.binomial": set(),
     "pipeline.errors": {"pipeline.visible"},
     "pipeline.generation": _FIRST,
     "pipeline.settings": _FIRST,
+    "pipeline.reuse_settings": _FIRST,
     "pipeline.location": _FIRST,
     "pipeline.settings_file": _FIRST,
     "pipeline.plan": _FIRST,
@@ -50,15 +52,17 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.storage": _FIRST,
     "pipeline.inputs": _FIRST | _rooms("storage", "namespace"),
     "pipeline.kvstore": _FIRST | {"pipeline.storage"},
-    "pipeline.model": _FIRST | {"pipeline.storage.durable"},
+    "pipeline.model": _FIRST | {"pipeline.storage.durable", "pipeline.plan.documents"},
     "pipeline.report": _FIRST | {"pipeline.storage"},
     "pipeline.engine": _FIRST | _rooms("plan", "model"),
     "pipeline.executor": _FIRST | {"pipeline.plan", "pipeline.engine.base"},
     "pipeline.job": _FIRST
-    | _rooms("storage", "inputs", "tokens", "plan", "model", "engine", "kvstore"),
+    | _rooms("storage", "inputs", "tokens", "plan", "model", "engine", "kvstore", "segments"),
     "pipeline.audit": _FIRST | _rooms("storage", "plan", "model", "engine", "job"),
     "pipeline.experiment": _FIRST
     | _rooms("storage", "inputs", "tokens", "model", "kvstore", "job", "audit.similarity"),
+    "pipeline.segments": _FIRST | _rooms("storage", "plan", "engine"),
+    "pipeline.segment_training": _FIRST | _rooms("model", "job", "segments"),
     "pipeline.status": _FIRST | _rooms("storage", "job", "audit"),
     "pipeline.early_checks": _FIRST
     | _rooms("storage", "kvstore", "model", "engine.load", "audit.similarity"),
@@ -80,6 +84,9 @@ ROOMS: dict[str, set[str]] = {
         "plan_files",
         "status",
         "night",
+        "segments",
+        "segment_training",
+        "model.adapter",
         "settings_file",
     ),
     "pipeline.__main__": {"pipeline.cli"},
@@ -97,6 +104,7 @@ HOMES = {
         "audit.replay",
         "kvstore",
         "experiment",
+        "segments",
     ),
     "sentence_transformers": _rooms("audit.similarity", "experiment.retrieval"),
     "faiss": _rooms("audit.sample", "experiment.retrieval"),
@@ -105,7 +113,7 @@ HOMES = {
     "jinja2": _rooms("namespace", "inputs", "tokens", "report"),
     "prometheus_client": _rooms("job.metrics_export"),
     "pythonjsonlogger": _rooms("cli.logs"),
-    "pyarrow": _rooms("storage", "inputs", "night", "plan", "job.answers")
+    "pyarrow": _rooms("storage", "inputs", "night", "plan", "job.answers", "job.document_ordering")
     | {"kvcoppice.api", "kvcoppice.frames"},
 }
 STANDARD_ONLY = _FIRST

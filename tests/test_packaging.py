@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 _DEMO = (
     "demo_model/model.safetensors", "demo_model/tokenizer.json", "prompts.parquet",
+    "segment_model/model.safetensors", "segment_model/tokenizer.json", "segment_prompts.parquet",
     "cache_prompts.csv", "test_prompts.csv",
 )  # fmt: skip
 

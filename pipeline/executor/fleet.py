@@ -62,7 +62,7 @@ class Fleet:
         self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks = NO_HOOKS
     ) -> Iterator[Completion]:
         """See `Engine.generate`. Raises EngineError where no worker is left or none gets on."""
-        self.capabilities.check(hooks)
+        self.capabilities.check(plan, hooks)
         self.counters = EngineCounters()
         if not len(sequences):
             return iter(())
