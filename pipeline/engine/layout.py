@@ -165,9 +165,9 @@ class DocumentLayout:
         self._repaired = documents.repaired_tokens
         self.ending = np.zeros(documents.tree.num_nodes, np.int64)
         new_tokens = plan.max_new_tokens[sequences] - 1
-        self.most_tokens = documents.tokens_to_compute(sequences) + int(new_tokens.sum())
-        if documents.reuse.mode == "cacheblend":
-            self.most_tokens += int(documents.prompt_ends[sequences].sum())
+        encoded = documents.tokens_to_compute(sequences) - documents.count_own(sequences)
+        kept = documents.kept_tokens[sequences] + new_tokens
+        self.most_tokens = encoded + int(kept.sum())
 
     def of(self, sequence: int) -> RowLayout:
         plan, parts = self._plan, dict[int, SharedPart]()

@@ -141,6 +141,15 @@ class DocumentPlan:
         return ends
 
     @property
+    def kept_tokens(self) -> NDArray[np.int64]:
+        """[sequences] prompt tokens whose KV each row holds itself: its own, or where tokens are
+        blended a copy of all behind its preamble."""
+        if self.reuse.mode != "cacheblend":
+            return self.own.lengths
+        kept: NDArray[np.int64] = self.prompt_ends - np.append(self.paths.lengths, 0)[self.preamble]
+        return kept
+
+    @property
     def repaired_tokens(self) -> NDArray[np.int64]:
         """[sequences] tokens of documents that each computes though they are encoded once."""
         if self.reuse.mode == "cacheblend":

@@ -66,6 +66,6 @@ def _of_documents(plan: Plan, documents: DocumentPlan) -> KVNeeds:
     users, bounds = documents.users(np.arange(len(order)))
     nodes = np.flatnonzero(np.diff(bounds))
     starts, at = bounds[nodes], place[users]
-    own = documents.own.lengths + plan.max_new_tokens
+    own = documents.kept_tokens + plan.max_new_tokens
     low, high = (f.reduceat(at, starts) if len(nodes) else at for f in (np.minimum, np.maximum))
     return KVNeeds(own[order], documents.tree.edge_lengths[nodes], low, high + 1)

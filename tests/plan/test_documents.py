@@ -191,3 +191,18 @@ def test_link_tokens_are_numbered_by_their_place(documents: int) -> None:
     assert [run.token_ids.tolist() for run in runs[:-1]] == [
         [VOCABULARY + 2 * i, VOCABULARY + 2 * i + 1] for i in range(documents)
     ]
+
+
+def test_a_row_that_blends_keeps_a_copy_of_all_behind_its_preamble() -> None:
+    rows: list[Row] = [
+        ([1, 2], [[3, 4, 5], [6, 7]], [8]),
+        ([], [[3, 4]], [8, 9]),
+        ([1, 2], [], [7]),
+    ]
+    table, segments = table_of(rows)
+    reuse = Reuse("cacheblend", VOCABULARY, blend_share=0.5)
+    plan = plan_documents(table, np.arange(3), segments, reuse)
+    assert plan.kept_tokens.tolist() == [6, 4, 1]
+    assert plan.repaired_tokens.tolist() == [1, 0, 0], "the first document is exact"
+    epic = plan_documents(table, np.arange(3), segments, Reuse("epic", VOCABULARY, epic_tokens=1))
+    assert epic.kept_tokens.tolist() == [2, 2, 1]
