@@ -73,6 +73,5 @@ def plan_table(rows: Rows, vocabulary_size: int, new_tokens: int, reuse: Reuse |
     plan = plan_prompts(prompts, vocabulary_size, new_tokens)
     if reuse is None:
         return plan
-    bounds = np.cumsum([0, *(len(row) for row in rows)])
-    segments = Segments(bounds, np.array([len(part) for row in rows for part in row]))
+    segments = Segments.from_lists([[len(part) for part in row] for row in rows])
     return with_documents(plan, segments, reuse, np.zeros(len(rows), np.int64))

@@ -55,8 +55,12 @@ def echo_settings(model: Path, **flat: Any) -> JobSettings:
     return JobSettings.from_flat({"model": str(model), "engine": "echo"} | flat)
 
 
-def write_model(folder: Path) -> Path:
-    """The tokenizer plus a Llama of random weights, two layers, 128 tokens of context."""
+def write_model(folder: Path, sharpness: float = 1.0) -> Path:
+    """The tokenizer plus a Llama of random weights, two layers, 128 tokens of context.
+
+    `sharpness` multiplies its matrices: a sharp one is sure of what it says, so that what it does
+    not see changes its answers.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -73,7 +77,11 @@ def write_model(folder: Path) -> Path:
         eos_token_id=1,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(sharpness)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -43,6 +43,7 @@ from pipeline.storage.run_location import reading_run
 from pipeline.storage.summaries import AUDIT_SUMMARY
 
 if TYPE_CHECKING:
+    from pipeline.audit.other_arms import Arms
     from pipeline.engine.naive_engine import NaiveEngine
     from pipeline.engine.verify.segment_baseline import SegmentBaselines
     from pipeline.model.model import LoadedModel
@@ -114,11 +115,8 @@ def _audit(
         similarity = _similarity(job, encoder, chosen, inputs, audits)
         evidence, kl, attention = NO_EVIDENCE, dict[int, float](), dict[int, Deviation]()
         if settings.audit_arms and inputs and ran.computes_once:
-            from pipeline.audit.other_arms import Arms  # brings the whole engine
-
             observer.say(f"computing up to {settings.audit_arms} of them in other ways as well")
-            unrounded = _load_unrounded(job.settings.model)
-            arms = Arms(loaded, baseline, job.settings.engine, tier, unrounded, segments)
+            arms = _make_arms(job, loaded, baseline, tier, segments)
             some = np.random.default_rng(seed).permutation(len(inputs))[: settings.audit_arms]
             evidence = arms.gather(inputs, chosen["group_id"].to_list(), some.tolist())
             kl, attention = arms.kl, arms.attention
@@ -170,6 +168,19 @@ def _load_baseline(job: Job) -> tuple[LoadedModel, NaiveEngine]:
     use_threads(job.settings.engine)
     loaded = load_model(job.settings.model)
     return loaded, NaiveEngine(loaded, settings=job.settings.engine)
+
+
+def _make_arms(
+    job: Job,
+    loaded: LoadedModel,
+    baseline: Baseline,
+    tier: Tier,
+    segments: SegmentBaselines | None,
+) -> Arms:
+    from pipeline.audit.other_arms import Arms  # brings the whole engine
+
+    unrounded = _load_unrounded(job.settings.model)
+    return Arms(loaded, baseline, job.settings.engine, tier, unrounded, segments)
 
 
 def _segment_baselines(job: Job, naive: NaiveEngine) -> SegmentBaselines:

@@ -75,10 +75,9 @@ def run_segments_demo(output: Path, progress: str, log_format: str) -> None:
         found[mode] = outcome.counters, rows.join(answers, on="id")
     (plain, by_prefix), (moved, by_document) = found.values()
     both = by_prefix.join(by_document, on="id", suffix="_moved").select(
-        right=pl.col("generated_text").str.strip_chars() == pl.col("answer").str.strip_chars(),
         same=pl.col("generated_text") == pl.col("generated_text_moved"),
-        right_moved=pl.col("generated_text_moved").str.strip_chars()
-        == pl.col("answer").str.strip_chars(),
+        right=_is_right("generated_text"),
+        right_moved=_is_right("generated_text_moved"),
     )
     share = both.mean().row(0, named=True)
     with result_is_kept(output):
@@ -94,3 +93,7 @@ def run_segments_demo(output: Path, progress: str, log_format: str) -> None:
                 ("answers", f"{output}/prefix/data, {output}/concat/data"),
             ],
         )
+
+
+def _is_right(column: str) -> pl.Expr:
+    return pl.col(column).str.strip_chars() == pl.col("answer").str.strip_chars()

@@ -79,9 +79,9 @@ class Arrivals:
         needs = tuple(placed[part.key] for part in layout.shared)
         if layout.assembled is not None:
             return AssembledPlacement(
-                place.span, place.position, place.above, seen, layout.assembled, needs
+                place.span, place.position, place.above, seen, needs, layout.assembled
             )
-        return ScatteredPlacement(place.span, place.position, place.above, seen, layout.runs, needs)
+        return ScatteredPlacement(place.span, place.position, place.above, seen, needs, layout.runs)
 
     def _place(self, part: SharedPart, sequence: int) -> None:
         """`sequence` is one of those that see it; what it stands below is placed."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.engine.rotary import Rotary
-from pipeline.model.model import own_attention
+from pipeline.model.model import use_own_attention
 from pipeline.plan.documents import Reuse
 
 Ids = NDArray[np.int64]
@@ -82,9 +82,7 @@ class Blend:
     def _early(self, ids: Ids) -> EarlyKV:
         """Of a prompt alone, no deeper than it is looked at."""
         model, cache = self._model, DynamicCache()
-        own = own_attention(type(model), model.config)
-        if model.config._attn_implementation != own:
-            model.set_attn_implementation(own)
+        use_own_attention(model)
         deeper = self._layers[self._compared + 1 :]
         hook = deeper[0].register_forward_pre_hook(_stop) if len(deeper) else None
         try:

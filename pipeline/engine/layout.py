@@ -154,6 +154,7 @@ class DocumentLayout:
         choose: ChooseTokens | None = None,
     ) -> None:
         self._choose = choose
+        self._chosen: dict[int, Positions] = {}
         self.order = run_order(documents, sequences)
         self._plan = documents
         self._turn = np.full(len(documents.preamble), len(sequences))
@@ -165,9 +166,9 @@ class DocumentLayout:
         self._repaired = documents.repaired_tokens
         self.ending = np.zeros(documents.tree.num_nodes, np.int64)
         new_tokens = plan.max_new_tokens[sequences] - 1
-        encoded = documents.tokens_to_compute(sequences) - documents.count_own(sequences)
+        encoded = documents.tree.edge_lengths[self.below > 0]
         kept = documents.kept_tokens[sequences] + new_tokens
-        self.most_tokens = encoded + int(kept.sum())
+        self.most_tokens = int(encoded.sum() + kept.sum())
 
     def of(self, sequence: int) -> RowLayout:
         plan, parts = self._plan, dict[int, SharedPart]()
@@ -210,7 +211,9 @@ class DocumentLayout:
         paths = [plan.paths[path].astype(np.int64) for path in plan.use_path[low:high].tolist()]
         documents = [ids[at.first :] for ids, at in zip(paths, seen, strict=True)]
         preamble = np.zeros(0, np.int64) if above is None else parts[above].ids.astype(np.int64)
-        chosen = self._choose(preamble[:position], documents)
+        if sequence not in self._chosen:  # a row that finds no room is asked for again
+            self._chosen[sequence] = self._choose(preamble[:position], documents)
+        chosen = self._chosen[sequence]
         own = np.concatenate([np.concatenate(documents)[chosen - position], plan.own[sequence]])
         end = int(plan.prompt_ends[sequence])
         return RowLayout(

@@ -55,9 +55,10 @@ def _prepare_reuse(loaded: LoadedModel, settings: JobSettings) -> Reuse | None:
 
     if not settings.reuse.moves_documents:
         return None
-    size = loaded.shape.vocabulary_size
-    identity = identify_model(settings.model)
-    adapter = adapter_of(settings.reuse, identity, loaded.shape.hidden_size)
+    size, adapter = loaded.shape.vocabulary_size, None
+    if settings.reuse.adapter is not None:  # to identify a model takes reading its files
+        identity = identify_model(settings.model)
+        adapter = adapter_of(settings.reuse, identity, loaded.shape.hidden_size)
     if adapter is not None:
         add_soft_rows(loaded.model, adapter.rows, size)
     return reuse_of(settings.reuse, size, adapter)

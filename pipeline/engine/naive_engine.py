@@ -27,7 +27,7 @@ from pipeline.engine.base import (
 from pipeline.engine.sampler import Sampler, configured
 from pipeline.engine.sampling import truncated_cdf, uniform_noise
 from pipeline.engine.threads import Threads
-from pipeline.model.model import LoadedModel, own_attention
+from pipeline.model.model import LoadedModel, use_own_attention
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, FinishReason, SamplingParams, Timing
 from pipeline.settings import EngineSettings
@@ -205,9 +205,7 @@ class NaiveEngine(LocalEngine):
         """Before a forward: the model object may have served the prefix engine before."""
         if self._threads is not None:
             self._threads.adapt()
-        own = own_attention(type(self.loaded.model), self.loaded.model.config)
-        if self.loaded.model.config._attn_implementation != own:
-            self.loaded.model.set_attn_implementation(own)
+        use_own_attention(self.loaded.model)
 
     @property
     def _dtype(self) -> str:

@@ -103,7 +103,7 @@ class PrefixEngine(LocalEngine):
         again. Raises EngineError if that happens again and again."""
         if self.break_even is not None and plan.documents is None:
             plan = cut_by_cost(plan, plan.count_below(sequences), self.break_even)
-        work = _Work(plan, control, hooks, layout_of(plan, sequences).most_tokens)
+        work = _Work(plan, control, hooks)
         left, history = sequences, History(hooks.kv_connector)
         while len(left):
             yielded = []
@@ -125,12 +125,11 @@ class PrefixEngine(LocalEngine):
 
 @dataclass(frozen=True)
 class _Work:
-    """What `generate` was called with; `most_tokens`: slots that it can use at most."""
+    """What `generate` was called with."""
 
     plan: Plan
     control: RunControl
     hooks: EngineHooks
-    most_tokens: int
 
 
 class _Run:
@@ -153,19 +152,19 @@ class _Run:
         self.threads = engine.threads
         self.max_batch_tokens = settings.max_batch_tokens
         self.max_decode_rows = settings.max_rows
+        choose = None
+        if documents is not None and self.rotary is not None and documents.reuse.blend_share:
+            choose = Blend(loaded.model, self.rotary, documents.reuse).choose
+        layout = layout_of(self.plan, sequences, choose)
         weight = next(loaded.model.parameters())
         shape = (loaded.shape.num_layers, loaded.shape.num_kv_heads, loaded.shape.head_dim)
         bytes_per_token = loaded.shape.kv_bytes_per_token(str(weight.dtype).removeprefix("torch."))
-        capacity = kv_capacity(settings.kv_budget, bytes_per_token, work.most_tokens, self.device)
+        capacity = kv_capacity(settings.kv_budget, bytes_per_token, layout.most_tokens, self.device)
         self.cache = reserve_kv(shape, capacity, like=weight)
         self.runner = decode_runner(engine.backend, self.cache, self.device)
         self.guard = KVGuard(self.cache)
         self.policy = DepthFirstPolicy(settings.max_rows)
         residency = Residency(self.cache, self.guard.release)
-        choose = None
-        if documents is not None and self.rotary is not None and documents.reuse.blend_share:
-            choose = Blend(loaded.model, self.rotary, documents.reuse).choose
-        layout = layout_of(self.plan, sequences, choose)
         self.scheduler = Scheduler(self.plan, layout, residency, self.policy, history)
         self.eos = frozenset(loaded.shape.eos_token_ids)
         self.start_s = time.perf_counter()

@@ -193,29 +193,35 @@ def slots_from(last: SharedPlacement, first: int) -> tuple[PlacedSlots, ...]:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class ScatteredPlacement(Placement):
+class DocumentPlacement(Placement):
+    """Of a row with documents: what it sees of them, and all spans that it needs, parents first."""
+
+    seen: SeenDocuments
+    all_needs: tuple[SharedPlacement, ...]
+
+    @property
+    def needs(self) -> list[SharedPlacement]:
+        return [*self.all_needs]
+
+    def seen_before(self, position: int) -> tuple[PlacedSlots, ...]:
+        """All that is above it in the row's own frame, whatever stands between."""
+        return () if self.above is None else self.above.whole()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ScatteredPlacement(DocumentPlacement):
     """A row's own tokens between documents. What stands before the last run is placed by `runs`;
     to all of them slots are given as if they lay side by side, so that `position` is not theirs."""
 
-    seen: SeenDocuments
     runs: tuple[OwnRun, ...]
-    all_needs: tuple[SharedPlacement, ...]
 
     @property
     def documents(self) -> SeenDocuments:
         return self.seen
 
     @property
-    def needs(self) -> list[SharedPlacement]:
-        return [*self.all_needs]
-
-    @property
     def last_run(self) -> int:
         return self.position + sum(run.length for run in self.runs)
-
-    def seen_before(self, position: int) -> tuple[PlacedSlots, ...]:
-        """All that is above it, whatever stands between."""
-        return () if self.above is None else self.above.whole()
 
     def pieces(self, low: int, high: int) -> Iterator[PlacedPiece]:
         seen = self.seen_before(low)
@@ -240,22 +246,12 @@ class ScatteredPlacement(Placement):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class AssembledPlacement(Placement):
+class AssembledPlacement(DocumentPlacement):
     """A row that holds a copy of all that it sees of documents, at its own positions. Of these it
     computes again those of `again`, before its question; `start` counts back from its end over
     all that it computes, as if that lay side by side."""
 
-    seen: SeenDocuments
     again: NDArray[np.int64]
-    all_needs: tuple[SharedPlacement, ...]
-
-    @property
-    def needs(self) -> list[SharedPlacement]:
-        return [*self.all_needs]
-
-    def seen_before(self, position: int) -> tuple[PlacedSlots, ...]:
-        """All that is above it."""
-        return () if self.above is None else self.above.whole()
 
     def copied_slots(self) -> NDArray[np.int64]:
         """None: its documents' keys are turned while they are copied, see `copies`."""

@@ -140,6 +140,13 @@ def _say_unpacked(method: str, rounded: Sequence[str], saved: Collection[str]) -
     )
 
 
+def use_own_attention(model: PreTrainedModel) -> None:
+    """The model object may have served an engine of ours before."""
+    own = own_attention(type(model), model.config)
+    if model.config._attn_implementation != own:
+        model.set_attn_implementation(own)
+
+
 def own_attention(model_class: Any, config: Any) -> str:
     """transformers' fused attention; its plain one for the models that have no other.
 

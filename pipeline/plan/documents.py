@@ -9,8 +9,9 @@
 
 A *path* is what is encoded: ids from position 0 on. All paths make one radix tree, so what
 documents begin with in common is encoded once as well. A *use* is a document of a row: a path, and
-by how much the row's positions lie behind the path's own. Modes differ in `arrange` and nowhere
-else; what they compute and what they leave out: docs/segments.md.
+by how much the row's positions lie behind the path's own. What a mode computes of a row stands in
+`arrange`; `document_planning.py` does the same for all rows at once, and the tests hold it to that.
+What modes leave out: docs/segments.md.
 """
 
 from __future__ import annotations
@@ -203,16 +204,12 @@ class DocumentPlan:
 
     def count_own(self, sequences: NDArray[np.int64]) -> int:
         """Tokens that these sequences compute themselves."""
-        own = int(self.own.lengths[sequences].sum())
-        return own + int(self._blended[sequences].sum() if self.reuse.blend_share else 0)
+        return int((self.own.lengths + self._blended)[sequences].sum())
 
     def only(self, sequences: NDArray[np.int64]) -> DocumentPlan:
         """The same paths and tree; of the sequences these (ascending), numbered anew."""
         uses, use_bounds = take_parts(self.use_bounds, sequences)
         runs, run_bounds = take_parts(self.run_bounds, sequences)
-        own = [self.own[sequence] for sequence in sequences.tolist()]
-        flat = np.concatenate([np.zeros(0, self.own.flat.dtype), *own])
-        lengths = self.own.lengths[sequences]
         return replace(
             self,
             preamble=self.preamble[sequences],
@@ -220,7 +217,7 @@ class DocumentPlan:
             use_path=self.use_path[uses],
             use_first=self.use_first[uses],
             use_shift=self.use_shift[uses],
-            own=TokenTable.from_batches([(flat, lengths)], self.own.flat.dtype),
+            own=self.own.take(sequences),
             run_bounds=run_bounds,
             run_position=self.run_position[runs],
             run_length=self.run_length[runs],

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from pipeline.plan.plan import Plan, Sequences
 from pipeline.plan.radix_tree import RadixTree
-from pipeline.plan.token_table import TokenTable
 
 
 def only(plan: Plan, sequences: NDArray[np.int64]) -> Plan:
@@ -43,7 +42,7 @@ def carve(plan: Plan, sequences: NDArray[np.int64]) -> Plan:
     rows = plan.sequences.row[sequences[first]]
     number = np.arange(len(prompts))
     return Plan(
-        _take_rows(plan.table, rows),
+        plan.table.take(rows),
         plan.params,
         RadixTree(
             parent=np.where(above < 0, -1, np.searchsorted(nodes, above)),
@@ -92,10 +91,3 @@ def _take(sequences: Sequences, chosen: NDArray[np.int64]) -> Sequences:
         sequences.row[chosen],
         sequences.noise_key[chosen],
     )
-
-
-def _take_rows(table: TokenTable, rows: NDArray[np.int64]) -> TokenTable:
-    """Their ids, in memory, each row with the zeros that follow it."""
-    low, high = table.offsets[rows].tolist(), table.offsets[rows + 1].tolist()
-    slots = [table.flat[a:b] for a, b in zip(low, high, strict=True)]
-    return TokenTable.of(np.concatenate(slots), table.lengths[rows])

@@ -83,6 +83,12 @@ class TokenTable:
         low = self.offsets[row]
         return self.flat[low : low + self.lengths[row]]
 
+    def take(self, rows: NDArray[np.int64]) -> TokenTable:
+        """These rows, in memory, each with the zeros that follow it."""
+        low, high = self.offsets[rows].tolist(), self.offsets[rows + 1].tolist()
+        slots = [self.flat[a:b] for a, b in zip(low, high, strict=True)]
+        return TokenTable.of(np.concatenate([self.flat[:0], *slots]), self.lengths[rows])
+
     def read_words(self, low: int, high: int) -> NDArray[np.uint64]:
         """Rows `[low, high)` as words of eight bytes, as they lie in memory.
 

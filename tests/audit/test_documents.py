@@ -11,7 +11,6 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import LlamaForCausalLM
 
 from pipeline.audit.auditing import audit_run, describe_audit
 from pipeline.audit.similarity import Encoder
@@ -39,13 +38,7 @@ ORDERS = [(0, 1, 2), (2, 0), (3, 1, 0), (1,), (), (0, 0, 3)]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sharper than at random, so that another place of a document changes what is said."""
-    folder = write_model(tmp_path_factory.mktemp("model"))
-    sharp = LlamaForCausalLM.from_pretrained(folder)
-    for parameter in sharp.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(12.0)
-    sharp.save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"), sharpness=12.0)
 
 
 @pytest.fixture(autouse=True)

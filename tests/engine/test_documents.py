@@ -59,8 +59,7 @@ def random_rows(draw: random.Random, rows: int = 8) -> list[Row]:
 
 def plan_rows(rows: list[Row], reuse: Reuse, params: list[int] | None = None) -> Plan:
     table = TokenTable.from_lists([[i for part in row for i in part] for row in rows])
-    bounds = np.cumsum([0, *(len(row) for row in rows)])
-    segments = Segments(bounds, np.array([len(part) for row in rows for part in row]))
+    segments = Segments.from_lists([[len(part) for part in row] for row in rows])
     ids, chosen = [str(i) for i in range(len(rows))], np.array(params or [0] * len(rows))
     plan = build_plan(table, ids, PARAMS, chosen, segments=segments)
     return with_documents(plan, segments, reuse, np.zeros(len(rows), np.int64))

@@ -14,7 +14,6 @@ import numpy as np
 import polars as pl
 import pytest
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
 
 from pipeline.cli.tables import status_table
 from pipeline.engine.base import NO_HOOKS, Engine, EngineHooks, RunControl
@@ -37,13 +36,7 @@ DOCUMENTS = ["the oak is old. ", "a fox ran by. ", "rain fell all night. ", "the
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random, and sure of what it says: what a document has not seen changes its answers."""
-    folder = write_model(tmp_path_factory.mktemp("model"))
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    for parameter in loaded.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(20.0)
-    loaded.save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"), sharpness=20.0)
 
 
 @pytest.fixture(scope="module")

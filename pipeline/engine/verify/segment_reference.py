@@ -2,9 +2,10 @@
 
 One row at a time, by the model's own forward with eager attention. Each document is encoded by
 itself, its keys are copied and turned to where it stands in the row, and the row's own tokens run
-over these copies under a mask by position. Nothing here is shared with `plan/documents.py` or with
-the engine, for it is their oracle; `Rotary` alone is, and `tests/engine/test_rotary.py` compares it
-with what models do.
+over these copies under a mask by position. It is the oracle of `plan/documents.py` and of the
+engine, and shares two things with them: `Rotary`, which `tests/engine/test_rotary.py` compares with
+what models do, and `Blend`, whose near ties must be decided as in the run; `segments/blend.py`
+chooses by a program of its own, and `tests/segments/test_modes.py` compares the two.
 """
 
 from __future__ import annotations
