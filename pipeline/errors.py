@@ -76,6 +76,12 @@ class TooManyFailedRows(CoppiceError):
     exit_code = 3
 
 
+class TooManyDegenerate(CoppiceError):
+    """Finished, but more turns repeat themselves than `--max-degenerate` allows."""
+
+    exit_code = 4
+
+
 class AuditFailed(CoppiceError):
     """The audit is below its bar."""
 

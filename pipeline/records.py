@@ -27,7 +27,7 @@ How tokens are counted, for every row:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "error"]
 Message = dict[str, str]
@@ -43,12 +43,31 @@ class SegmentedPrompt:
     question: str
 
 
-Content = str | list[Message] | SegmentedPrompt
+@dataclass(frozen=True, slots=True)
+class TurnPrompt:
+    """What a turn of a conversation asks: a text or new messages alone, without what was said
+    before. `is_first`: nothing was."""
+
+    content: str | list[Message]
+    is_first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPrompt:
+    """A context, and the texts that are scored as what follows it; none: it is scored itself."""
+
+    context: str | list[Message]
+    continuations: tuple[str, ...]
+
+
+Content = str | list[Message] | SegmentedPrompt | TurnPrompt | ScoredPrompt
 """A prompt as the input has it."""
 MOST_NEW_TOKENS: Final = 2**31 - 1
 """Numbers of tokens are kept in 32 bits here and in every engine."""
 GREEDY_BELOW: Final = 1e-5
 """A temperature below this one lets no second token have a chance, but numbers overflow."""
+
+PRIOR_TURN_FAILED: Final = "PriorTurnFailed"
 
 
 _NUMBERS: Final[dict[str, tuple[type, ...]]] = {
@@ -154,6 +173,57 @@ class Timing:
     latency_s: float = 0.0
 
 
+class EvictionEvent(NamedTuple):
+    """What a conversation kept when it had to give up tokens.
+
+    `at`: as many of its tokens had been computed. `kept`: runs [low, high) of them, end to end as
+    low, high, low, high; one tuple for all, or one for each layer and KV head, layers first.
+    """
+
+    at: int
+    kept: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TurnState:
+    """The cache of a conversation at the end of a turn, in tokens where nothing else is said.
+
+    `history_tokens`: earlier prompts and answers. Of all that was computed so far, `kept_tokens`
+    are on the device and `evicted_tokens` were given up; `evictions` times in this turn. Worst of
+    the turn: `span`, from the first kept token to the newest where they stand; `ctx_frac`, that by
+    the model's window; `skew`, by how much a key stands in the query's future; `runs` of kept
+    tokens; `gap_ratio`, the share of positions between first and last that are empty; `mass_kept`,
+    the share of the newest query's weight, mean over layers and heads, that an eviction kept.
+    `sink_kept`: the conversation's first token is there. `key_turns`: how often the most turned
+    key was. `prefill_peak`: most tokens there while this turn's were computed. See docs/stateful.md
+    """
+
+    history_tokens: int
+    kept_tokens: int
+    evicted_tokens: int
+    evictions: int
+    span: int
+    ctx_frac: float
+    skew: int
+    duplicate_positions: int
+    runs: int
+    gap_ratio: float
+    sink_kept: bool
+    mass_kept: float
+    key_turns: int
+    prefill_peak: int
+    degenerate: bool
+    eviction_log: tuple[EvictionEvent, ...] = ()
+
+
+class Scored(NamedTuple):
+    """Of a continuation: the log-probability of each of its tokens, in nats, and whether it is what
+    greedy decoding would say."""
+
+    logprobs: tuple[float, ...]
+    is_greedy: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What an engine says about one sequence of the plan (`sequence` indexes `plan.sequences`).
@@ -161,6 +231,11 @@ class Completion:
     `token_ids` excludes nothing: an end-of-sequence token that was generated is its last element.
     `stored_tokens`: those of its prompt whose KV an earlier run had stored.
     A sequence that failed has `finish_reason == "error"` and both error fields set.
+
+    A conversation gives one for each turn, in order: number `turn` from 0 on, whose prompt were
+    `prompt_tokens`, the history counted (0: those of the plan); `state` of its cache at the end.
+
+    Where a plan has scores nothing is generated, and `scores` are those of the sequence's requests.
     """
 
     sequence: int
@@ -171,3 +246,22 @@ class Completion:
     error_type: str | None = None
     error_message: str | None = None
     stored_tokens: int = 0
+    turn: int = 0
+    prompt_tokens: int = 0
+    state: TurnState | None = None
+    scores: tuple[Scored, ...] = ()
+
+    @classmethod
+    def after_failed(cls, sequence: int, turn: int) -> Completion:
+        """A turn whose conversation has failed before it."""
+        message = "an earlier turn of its conversation failed, whose answer it would follow"
+        return cls(sequence, (), "error", 0, Timing(), PRIOR_TURN_FAILED, message, turn=turn)
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierTurn:
+    """A turn of a conversation that an earlier session answered: what it generated, and when
+    tokens were evicted while it did."""
+
+    token_ids: tuple[int, ...]
+    eviction_log: tuple[EvictionEvent, ...] = ()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import numpy as np
-
 from pipeline.plan.plan import Plan
 
 MOST_ROWS = 100_000
@@ -17,21 +15,24 @@ def computed_by_blocks(plan: Plan, block_tokens: int) -> int:
 
     That is vLLM's and transformers' automatic prefix caching at its best: a row finds every block
     that an earlier row has computed with all before it, and computes the rest of its last block. A
-    node holds the blocks that end on its edge.
+    node holds the blocks that end on its edge. What later turns of conversations add, behind
+    answers that it holds as well, it computes once.
     """
     tree = plan.tree
     blocks = int((tree.end // block_tokens - tree.start // block_tokens).sum())
-    lengths = plan.table.lengths[plan.sequence_of_row >= 0]
-    return block_tokens * blocks + int((lengths % block_tokens).sum())
+    lengths = plan.table.lengths[plan.whole_rows]
+    later = int(plan.added_tokens.sum())
+    return block_tokens * blocks + int((lengths % block_tokens).sum()) + later
 
 
 def computed_in_given_order(plan: Plan, capacity_tokens: int) -> tuple[int, int]:
-    """(tokens computed, prompt tokens) of rows in file order, at most `MOST_ROWS` of them.
+    """(tokens computed, prompt tokens) of rows in file order, at most `MOST_ROWS` of them; later
+    turns of conversations aside.
 
     The cache holds whole nodes and lets go of those unused for longest, a node before those above
     it; rows come one after the other.
     """
-    runs = np.flatnonzero(plan.sequence_of_row >= 0)[:MOST_ROWS]
+    runs = plan.whole_rows[:MOST_ROWS]
     prompts = plan.sequences.prompt[plan.sequence_of_row[runs]]
     edge = plan.tree.edge_lengths
     cached: OrderedDict[int, int] = OrderedDict()

@@ -12,15 +12,19 @@ from pipeline.plan.plan import Names, Plan
 
 
 def plan_frame(plan: Plan, ids: Names) -> pl.DataFrame:
-    """`plan/plan.parquet`: every input row in execution order; rows that cannot run come last."""
+    """`plan/plan.parquet`: every input row in execution order; rows that cannot run come last.
+
+    Of turns of conversations, `prompt_tokens` are those that they add; `turn` counts from 0.
+    """
     num = len(plan.sequences)
     sequence = np.where(plan.sequence_of_row < 0, num, plan.sequence_of_row)
     place = np.arange(num + 1)
     if plan.documents is not None:
         place[run_order(plan.documents, np.arange(num))] = np.arange(num)
-    order = np.argsort(place[sequence], kind="stable")
+    turn = _turn_of_row(plan)
+    order = np.lexsort((turn, place[sequence]))
     first = np.append(plan.sequences.row, -1)[sequence[order]]
-    copied_from = np.where(first == order, -1, first)
+    copied_from = np.where((first == order) | (turn[order] > 0), -1, first)
     names = pl.Series(ids, dtype=pl.String)
 
     def or_null(values: NDArray[np.int64]) -> pl.Series:
@@ -30,7 +34,7 @@ def plan_frame(plan: Plan, ids: Names) -> pl.DataFrame:
     def of_sequence(values: NDArray[np.int64]) -> pl.Series:
         return or_null(np.append(values, -1)[sequence[order]])
 
-    return pl.DataFrame(
+    frame = pl.DataFrame(
         {
             "row_index": order,
             "id": names.gather(order),
@@ -43,6 +47,25 @@ def plan_frame(plan: Plan, ids: Names) -> pl.DataFrame:
             "dedup_of": names.gather(or_null(copied_from)),
         }
     )
+    if plan.conversations is None:
+        return frame
+    turns = plan.conversations
+    new = np.full(len(order), -1)
+    new[turns.row] = np.array([p.max_new_tokens for p in plan.params], np.int64)[turns.params]
+    number = np.where(plan.sequence_of_row < 0, -1, turn)
+    return frame.with_columns(
+        or_null(new[order]).alias("max_new_tokens"), or_null(number[order]).alias("turn")
+    )
+
+
+def _turn_of_row(plan: Plan) -> NDArray[np.int64]:
+    """[rows] how many turns of its conversation come before; 0 without any."""
+    number = np.zeros(len(plan.table), np.int64)
+    turns = plan.conversations
+    if turns is not None:
+        first = np.repeat(turns.bounds[:-1], np.diff(turns.bounds))
+        number[turns.row] = np.arange(len(turns.row)) - first
+    return number
 
 
 def largest_nodes(plan: Plan, at_most: int = 400) -> NDArray[np.int64]:
@@ -58,8 +81,8 @@ def largest_nodes(plan: Plan, at_most: int = 400) -> NDArray[np.int64]:
 
 
 def _rows_before_prompt(plan: Plan) -> NDArray[np.int64]:
-    """[prompts + 1] input rows of the prompts before each."""
-    runs = plan.sequence_of_row[plan.sequence_of_row >= 0]
+    """[prompts + 1] input rows of the prompts before each; later turns are in no tree."""
+    runs = plan.sequence_of_row[plan.whole_rows]
     rows = np.bincount(plan.sequences.prompt[runs], minlength=plan.tree.num_prompts)
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)])
 

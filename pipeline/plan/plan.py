@@ -22,9 +22,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from pipeline.plan.conversations import ConversationPlan
 from pipeline.plan.documents import DocumentPlan
 from pipeline.plan.radix_tree import RadixTree, build_tree
-from pipeline.plan.segment_table import Segments
+from pipeline.plan.scores import ScorePlan
 from pipeline.plan.sorting import SORT_BYTES, sort_rows
 from pipeline.plan.token_table import TokenTable
 from pipeline.records import SamplingParams
@@ -60,7 +61,8 @@ class Plan:
     `group_of_row` (deepest group node on the row's path, -1: none).
     `documents`: what an engine computes instead where documents are reused at any position; the
     tree is that of the whole prompts all the same, but depth and group of a row are those of its
-    documents, see `document_rows.py`.
+    documents, see `document_rows.py`. `conversations`: where a sequence has more turns than one;
+    `scores`: what is read of logits, where nothing is generated.
     """
 
     table: TokenTable
@@ -75,9 +77,43 @@ class Plan:
     reuse_depth: NDArray[np.int64]
     group_of_row: NDArray[np.int64]
     documents: DocumentPlan | None = None
+    conversations: ConversationPlan | None = None
+    scores: ScorePlan | None = None
 
     def prompt_token_ids(self, sequence: int) -> NDArray[np.unsignedinteger]:
         return self.table[int(self.sequences.row[sequence])]
+
+    def num_turns(self, sequence: int) -> int:
+        """Answers that a sequence gives, one after the other."""
+        return 1 if self.conversations is None else len(self.conversations.turns(sequence))
+
+    def row_of(self, sequence: int, turn: int = 0) -> int:
+        """The table row that a turn of a sequence answers first."""
+        of, place = self._turn(sequence, turn)
+        return int(of.row[place])
+
+    def params_of(self, sequence: int, turn: int = 0) -> SamplingParams:
+        """How a turn of a sequence is continued."""
+        of, place = self._turn(sequence, turn)
+        return self.params[int(of.params[place])]
+
+    def noise_key_of(self, sequence: int, turn: int = 0) -> int:
+        """For the sampling of a turn of a sequence."""
+        of, place = self._turn(sequence, turn)
+        return int(of.noise_key[place])
+
+    def _turn(self, sequence: int, turn: int) -> tuple[Sequences | ConversationPlan, int]:
+        turns = self.conversations
+        if turns is None:
+            return self.sequences, sequence
+        return turns, int(turns.bounds[sequence]) + turn
+
+    @property
+    def whole_rows(self) -> NDArray[np.int64]:
+        """Rows that run and whose prompts are in the tree, ascending: all but later turns."""
+        if self.conversations is None:
+            return np.flatnonzero(self.sequence_of_row >= 0)
+        return np.sort(self.sequences.row)
 
     def count_below(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many of `sequences` lie below each node: [nodes] int64."""
@@ -90,7 +126,48 @@ class Plan:
         """Prompt tokens that are computed where these sequences run and no other."""
         if self.documents is not None:
             return self.documents.tokens_to_compute(sequences)
-        return int(self.tree.edge_lengths[self.count_below(sequences) > 0].sum())
+        first = int(self.tree.edge_lengths[self.count_below(sequences) > 0].sum())
+        return first + int(self.added_tokens[sequences].sum())
+
+    @property
+    def added_tokens(self) -> NDArray[np.int64]:
+        """[sequences] tokens that the later turns of each compute, where no answer ends with the
+        token that the next turn begins with."""
+        turns = self.conversations
+        if turns is None:
+            return np.zeros(len(self.sequences), np.int64)
+        added = self.table.lengths[turns.row] + 1
+        added[turns.bounds[:-1]] = 0
+        return turns.totals(added)
+
+    @property
+    def answer_tokens(self) -> NDArray[np.int64]:
+        """[sequences] the most tokens that each may generate, in all its turns."""
+        if self.scores is not None:
+            return np.zeros(len(self.sequences), np.int64)
+        turns = self.conversations
+        if turns is None:
+            return self.max_new_tokens
+        return turns.totals(self._new_tokens[turns.params])
+
+    @property
+    def evicts(self) -> bool:
+        """Whether some of a history may be given up."""
+        return self.conversations is not None and self.conversations.eviction.evictor != "none"
+
+    def most_tokens(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[sequences] tokens that each has KV of at its end, or at once where some must go."""
+        first: NDArray[np.int64] = (
+            self.prompt_lengths[sequences] + self.max_new_tokens[sequences] - 1
+        )
+        turns = self.conversations
+        if turns is None:
+            return first
+        new = self._new_tokens[turns.params]
+        added = np.append(0, np.cumsum(self.table.lengths[turns.row] + new))
+        low, high = turns.bounds[sequences], turns.bounds[sequences + 1]
+        total: NDArray[np.int64] = added[high] - added[low] - 1
+        return np.minimum(total, turns.eviction.most_tokens or total)
 
     @property
     def prompt_lengths(self) -> NDArray[np.int64]:
@@ -99,9 +176,12 @@ class Plan:
 
     @property
     def max_new_tokens(self) -> NDArray[np.int64]:
-        """[sequences] the most tokens that each sequence may generate."""
-        by_params = np.array([p.max_new_tokens for p in self.params], np.int64)
-        return by_params[self.sequences.params]
+        """[sequences] the most tokens that each sequence may generate, in its first turn."""
+        return self._new_tokens[self.sequences.params]
+
+    @property
+    def _new_tokens(self) -> NDArray[np.int64]:
+        return np.array([p.max_new_tokens for p in self.params], np.int64)
 
 
 def noise_key(seed: int, row_id: str) -> int:
@@ -118,13 +198,13 @@ def build_plan(
     tenant: NDArray[np.integer] | None = None,
     min_prefix_tokens: int = 16,
     sort_bytes: int = SORT_BYTES,
-    segments: Segments | None = None,
+    kind_of_row: NDArray[np.int64] | None = None,
 ) -> Plan:
     """Plan the rows of `table`; empty rows are left out (`sequence_of_row == -1`).
 
     `params_of_row`: [rows] index into `params`; `tenant`: [rows] small non-negative numbers;
-    `sort_bytes`: see `sort_rows`, it changes nothing but the memory taken; `segments`: where two
-    rows of one prompt that is cut differently may get two answers.
+    `sort_bytes`: see `sort_rows`, it changes nothing but the memory taken; `kind_of_row`: [rows]
+    rows of two kinds never get one answer.
     """
     tenants = np.zeros(len(table), np.int64) if tenant is None else tenant.astype(np.int64)
     order, shared = rows = sort_rows(table, tenants, sort_bytes)
@@ -133,7 +213,7 @@ def build_plan(
     prompt = np.cumsum(is_new) - 1
     tree = build_tree(lengths[is_new], shared[is_new], order[is_new])
     sequences, sequence_of_row = _make_sequences(
-        order, prompt, ids, params, params_of_row, None if segments is None else segments.kinds()
+        order, prompt, ids, params, params_of_row, kind_of_row
     )
     low = np.searchsorted(sequences.prompt, tree.prompt_lo)
     high = np.searchsorted(sequences.prompt, tree.prompt_hi)

@@ -75,7 +75,7 @@ def cut_into_ranges(plan: Plan, costs: Costs, num_workers: int) -> Ranges:
 
 def cost_of(plan: Plan, sequences: NDArray[np.int64]) -> int:
     """Tokens that a machine computes, prompt and new, if it runs these sequences and no other."""
-    return prefill_tokens(plan, sequences) + int(plan.max_new_tokens[sequences].sum())
+    return prefill_tokens(plan, sequences) + int(plan.answer_tokens[sequences].sum())
 
 
 def _best_pieces(plan: Plan, costs: Costs, num_shards: int, num_prefixes: int) -> Ranges:
@@ -184,7 +184,7 @@ class Costs:
     """
 
     def __init__(self, plan: Plan, decode_weight: float = 1.0) -> None:
-        self.own = np.rint(plan.max_new_tokens * decode_weight).astype(np.int64)
+        self.own = np.rint(plan.answer_tokens * decode_weight).astype(np.int64) + plan.added_tokens
         needed = plan.sequence_hi > plan.sequence_lo
         np.add.at(self.own, plan.sequence_lo[needed], plan.tree.edge_lengths[needed])
         self._upto = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.own)])

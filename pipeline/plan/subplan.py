@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.plan.conversations import ConversationPlan
 from pipeline.plan.plan import Plan, Sequences
 from pipeline.plan.radix_tree import RadixTree
+from pipeline.plan.scores import ScorePlan
 
 
 def only(plan: Plan, sequences: NDArray[np.int64]) -> Plan:
@@ -24,6 +26,8 @@ def only(plan: Plan, sequences: NDArray[np.int64]) -> Plan:
         sequence_hi=np.searchsorted(sequences, plan.sequence_hi),
         sequence_of_row=numbers[plan.sequence_of_row],
         documents=None if plan.documents is None else plan.documents.only(sequences),
+        conversations=None if plan.conversations is None else plan.conversations.only(sequences),
+        scores=None if plan.scores is None else plan.scores.only(sequences),
     )
 
 
@@ -31,7 +35,8 @@ def carve(plan: Plan, sequences: NDArray[np.int64]) -> Plan:
     """A plan that holds these sequences (ascending, at least one) and the tokens they need.
 
     Nodes are the plan's own, so an engine does with it what it would do with the whole plan and
-    these sequences. The rows of its table are its distinct prompts; they tell nothing of reuse.
+    these sequences. The rows of its table are its distinct prompts, then what later turns add; they
+    tell nothing of reuse.
     """
     prompts, prompt = np.unique(plan.sequences.prompt[sequences], return_inverse=True)
     low, high = plan.sequence_lo, plan.sequence_hi
@@ -41,6 +46,13 @@ def carve(plan: Plan, sequences: NDArray[np.int64]) -> Plan:
     first = np.searchsorted(prompt, np.arange(len(prompts)))
     rows = plan.sequences.row[sequences[first]]
     number = np.arange(len(prompts))
+    sequence_of_row, conversations = first, None
+    if plan.conversations is not None:
+        conversations, added = _carve_turns(plan.conversations, sequences, prompt, len(prompts))
+        rows = np.concatenate([rows, added])
+        later = conversations.later_turns(np.arange(len(sequences)))
+        of_turn = np.repeat(np.arange(len(sequences)), np.diff(conversations.bounds))
+        sequence_of_row = np.concatenate([first, of_turn[later]])
     return Plan(
         plan.table.take(rows),
         plan.params,
@@ -58,10 +70,36 @@ def carve(plan: Plan, sequences: NDArray[np.int64]) -> Plan:
         sequence_hi=np.searchsorted(sequences, high[nodes]),
         anchor_end=plan.anchor_end[nodes],
         is_group=plan.is_group[nodes],
-        sequence_of_row=first,
-        reuse_depth=np.zeros(len(prompts), np.int64),
-        group_of_row=np.full(len(prompts), -1, np.int64),
+        sequence_of_row=sequence_of_row,
+        reuse_depth=np.zeros(len(rows), np.int64),
+        group_of_row=np.full(len(rows), -1, np.int64),
+        conversations=conversations,
+        scores=None if plan.scores is None else _carve_scores(plan.scores, sequences, nodes),
     )
+
+
+def _carve_scores(
+    scores: ScorePlan, sequences: NDArray[np.int64], nodes: NDArray[np.int64]
+) -> ScorePlan:
+    """What is read for `sequences`, of whose nodes these are all."""
+    ours = scores.only(sequences)
+    return replace(ours, point_node=np.searchsorted(nodes, ours.point_node))
+
+
+def _carve_turns(
+    turns: ConversationPlan,
+    sequences: NDArray[np.int64],
+    prompt: NDArray[np.int64],
+    num_prompts: int,
+) -> tuple[ConversationPlan, NDArray[np.int64]]:
+    """The turns of `sequences`, whose first rows are `prompt` and whose later ones come behind all
+    prompts; and these in the whole plan's table."""
+    ours = turns.only(sequences)
+    later = ours.later_turns(np.arange(len(sequences)))
+    row = np.zeros(len(ours.row), np.int64)
+    row[ours.bounds[:-1]] = prompt
+    row[later] = num_prompts + np.arange(len(later))
+    return replace(ours, row=row), ours.row[later]
 
 
 def prefill_tokens(plan: Plan, sequences: NDArray[np.int64]) -> int:

@@ -12,9 +12,12 @@ import polars as pl
 from numpy.typing import NDArray
 
 from pipeline.plan.caching import MOST_ROWS, computed_by_blocks, computed_in_given_order
+from pipeline.plan.conversation_figures import count_conversations
+from pipeline.plan.conversations import ConversationPlan
 from pipeline.plan.documents import DocumentPlan
 from pipeline.plan.peak import KVNeeds
 from pipeline.plan.plan import Names, Plan
+from pipeline.plan.scores import ScorePlan
 
 _LARGEST_GROUPS = 10
 _BLOCKS = (16, 256)  # tokens: vLLM's default, and what transformers shares
@@ -38,7 +41,9 @@ class PlanSummary:
     fits the budget; `estimate` (device seconds, from rates measured here), `advice` and `warning`
     (what of the prompts is likely not meant): where somebody asks for a plan alone; `store`: of
     those tokens U that a KV store has, where there is one; `fields`: where a template lists some;
-    `documents`: where prompts are in segments; `rejections`: why rows cannot run, where some are.
+    `documents`: where prompts are in segments; `conversations`: where rows are turns of some, T and
+    D then as if every answer were as long as allowed; `scores`: where rows are scored, and all but
+    the first two numbers are of their requests; `rejections`: why rows cannot run, where some are.
     Bytes are None where the model's shape is not known.
     """
 
@@ -69,6 +74,8 @@ class PlanSummary:
     store: dict[str, Any] | None = None
     rejections: dict[str, Any] | None = None
     documents: dict[str, Any] | None = None
+    conversations: dict[str, Any] | None = None
+    scores: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,11 +92,13 @@ class KVLimits:
 
 def summarise(plan: Plan, ids: Names, limits: KVLimits) -> PlanSummary:
     """Describe `plan`; `ids[i]` is the id of table row i."""
-    runs = plan.sequence_of_row >= 0
-    total = int(plan.table.lengths[runs].sum())
+    runs, whole = plan.sequence_of_row >= 0, plan.whole_rows
+    at_once = _rows_at_once(plan, limits)
+    carried = count_conversations(plan, limits.bytes_per_token, at_once)
+    total = int(plan.table.lengths[runs].sum()) if carried is None else carried.resent_tokens
     unique = plan.tokens_to_compute(np.arange(len(plan.sequences)))
-    generated = int(plan.max_new_tokens.sum())
-    group = plan.group_of_row[runs]
+    generated = int(plan.answer_tokens.sum())
+    group = plan.group_of_row[whole]
     return PlanSummary(
         rows=len(plan.table),
         rows_rejected=int((~runs).sum()),
@@ -97,11 +106,11 @@ def summarise(plan: Plan, ids: Names, limits: KVLimits) -> PlanSummary:
         sequences=len(plan.sequences),
         prompt_tokens=total,
         unique_tokens=unique,
-        saving=1.0 - unique / total if total else 0.0,
+        saving=max(0.0, 1.0 - unique / total) if total else 0.0,  # turns compute more
         gain_bound=(total + generated) / (unique + generated) if total else 1.0,
         groups=len(np.unique(group[group >= 0])),
         singletons=int((group < 0).sum()),
-        depth_histogram=depth_histogram(plan.reuse_depth[runs]),
+        depth_histogram=depth_histogram(plan.reuse_depth[whole]),
         largest_groups=_largest_groups(plan, ids),
         saving_by_blocks={
             str(size): 1.0 - computed_by_blocks(plan, size) / total if total else 0.0
@@ -112,8 +121,9 @@ def summarise(plan: Plan, ids: Names, limits: KVLimits) -> PlanSummary:
         kv_bytes_per_token=limits.bytes_per_token,
         peak_kv_bytes=_peak_kv_bytes(plan, limits),
         kv_budget_bytes=limits.budget,
-        rows_at_once=_rows_at_once(plan, limits),
+        rows_at_once=at_once,
         plan_hash=hash_plan(plan, ids),
+        conversations=None if carried is None else carried.to_json(),
     )
 
 
@@ -145,7 +155,7 @@ def _largest_groups(plan: Plan, ids: Names) -> list[dict[str, Any]]:
             "group_id": group_id,
             "rows": rows,
             "prefix_tokens": int(end[group_id]),
-            "example_ids": [ids[row] for row in examples],
+            "example_ids": list(dict.fromkeys(ids[row] for row in examples)),
         }
         for group_id, rows, examples in largest.iter_rows()
     ]
@@ -165,7 +175,7 @@ def _saving_in_given_order(plan: Plan, limits: KVLimits) -> dict[str, float]:
         capacity = (limits.budget or _CACHE_BYTES) // limits.bytes_per_token
     computed, total = computed_in_given_order(plan, capacity)
     saving = 1.0 - computed / total if total else 0.0
-    rows = min(MOST_ROWS, int((plan.sequence_of_row >= 0).sum()))
+    rows = min(MOST_ROWS, len(plan.whole_rows))
     return {"cache_tokens": capacity, "rows": rows, "saving": saving}
 
 
@@ -185,6 +195,8 @@ def hash_plan(plan: Plan, ids: Names) -> str:
         names = "\x1f".join(ids[low : low + _IDS_AT_A_TIME])
         digest.update(f"{names}\x1f".encode())
     digest.update(repr(plan.params).encode())
+    if plan.conversations is not None:
+        digest.update(repr(plan.conversations.eviction).encode())
     for low, high in plan.table.chunks():
         digest.update(plan.table.read_words(low, high).data)
     for array in (
@@ -196,6 +208,8 @@ def hash_plan(plan: Plan, ids: Names) -> str:
         plan.sequence_of_row,
         plan.is_group,
         *_decisive(plan.documents),
+        *_turns(plan.conversations),
+        *_read(plan.scores),
     ):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
@@ -206,3 +220,16 @@ def _decisive(documents: DocumentPlan | None) -> list[NDArray[np.int64]]:
         return []
     names = "use_bounds", "use_path", "use_first", "use_shift", "run_bounds", "run_position"
     return [getattr(documents, name) for name in names]
+
+
+def _read(scores: ScorePlan | None) -> list[NDArray[np.int64]]:
+    if scores is None:
+        return []
+    names = "bounds", "request", "token_bounds", "target_of_token", "target_point", "target_id"
+    return [getattr(scores, name) for name in (*names, "point_node", "point_position")]
+
+
+def _turns(turns: ConversationPlan | None) -> list[NDArray[Any]]:
+    if turns is None:
+        return []
+    return [turns.bounds, turns.row, turns.params, turns.noise_key, turns.system_tokens]

@@ -138,5 +138,7 @@ def test_peak_kv_is_that_of_the_fullest_window_of_rows(
 def planned(rows: list[Row], reuse: Reuse) -> Plan:
     table, segments = table_of(rows)
     ids, params = [str(row) for row in range(len(rows))], (SamplingParams(5),)
-    plan = build_plan(table, ids, params, np.zeros(len(rows), np.int64), segments=segments)
+    plan = build_plan(
+        table, ids, params, np.zeros(len(rows), np.int64), kind_of_row=segments.kinds()
+    )
     return with_documents(plan, segments, reuse, np.zeros(len(rows), np.int64))

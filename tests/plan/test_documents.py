@@ -141,7 +141,7 @@ def test_the_same_ids_cut_in_two_ways_are_two_sequences_only_where_documents_mov
     table, segments = table_of(rows)
     args = table, ["a", "b", "c"], (SamplingParams(),), np.zeros(3, np.int64)
     plan = with_documents(
-        build_plan(*args, segments=segments),
+        build_plan(*args, kind_of_row=segments.kinds()),
         segments,
         Reuse("concat", VOCABULARY),
         np.zeros(3, np.int64),
@@ -159,7 +159,11 @@ def test_depth_and_group_of_a_row_are_those_of_its_documents() -> None:
     ]  # fmt: skip
     table, segments = table_of(rows)
     plan = build_plan(
-        table, list("abcde"), (SamplingParams(),), np.zeros(5, np.int64), segments=segments
+        table,
+        list("abcde"),
+        (SamplingParams(),),
+        np.zeros(5, np.int64),
+        kind_of_row=segments.kinds(),
     )
     plan = with_documents(plan, segments, Reuse("concat", VOCABULARY), np.zeros(5, np.int64))
     assert plan.reuse_depth.tolist() == [1 + 5, 1 + 5, 1 + 3, 0, 0]
