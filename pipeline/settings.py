@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.conversation_settings import ConversationSettings, check_conversations
 from pipeline.errors import UsageError
 from pipeline.forms import (
     Duration,
@@ -37,6 +38,7 @@ from pipeline.forms import (
 from pipeline.generation import read_generation_options
 from pipeline.records import MOST_NEW_TOKENS
 from pipeline.reuse_settings import ReuseSettings, check_reuse
+from pipeline.scoring_settings import ScoringSettings, check_scoring
 
 STORAGE_SECRETS = ("access_key_id", "secret_access_key", "session_token")
 STORAGE_OPTIONS = ("endpoint_url", "region", "anonymous", *STORAGE_SECRETS)
@@ -209,15 +211,17 @@ class ModelSettings(_Section):
 class EngineSettings(_Section):
     """How the device runs; none of this may change an answer, but `fidelity` its last bit.
 
-    `kv_budget` in bytes. `kernels`: "auto" is the fastest that the machine has, "torch" nothing
-    private or compiled. `fidelity`: "strict" gives a row the same bits whatever runs beside it.
-    `busy_device`: what to do while another job holds the device. `threads`: that compute on a CPU;
-    None: one a core, and fewer while other programs need cores.
+    `kv_budget` in bytes; `spill_memory`: of the host, for conversations that give way to others
+    (None: a quarter of what is free). `kernels`: "auto" is the fastest that the machine has,
+    "torch" nothing private or compiled. `fidelity`: "strict" gives a row the same bits whatever
+    runs beside it. `busy_device`: what to do while another job holds the device. `threads`: that
+    compute on a CPU; None: one a core, and fewer while other programs need cores.
     """
 
     max_batch_tokens: int = Field(default=4096, ge=16)
     max_rows: int = Field(default=256, ge=1)
     kv_budget: Annotated[Size, Field(ge=1)] | None = None
+    spill_memory: Annotated[Size, Field(ge=0)] | None = None
     kernels: Literal["auto", "torch"] = "auto"
     fidelity: Literal["default", "strict"] = "default"
     busy_device: Literal["wait", "fail", "share"] = "wait"
@@ -349,6 +353,8 @@ class JobSettings(_Section):
     plan: PlanSettings = PlanSettings()
     engine: EngineSettings = EngineSettings()
     reuse: ReuseSettings = ReuseSettings()
+    conversations: ConversationSettings = ConversationSettings()
+    scoring: ScoringSettings = ScoringSettings()
     write: WriteSettings = WriteSettings()
     fleet: FleetSettings = FleetSettings()
     recycle: RecycleSettings = RecycleSettings()
@@ -359,6 +365,8 @@ class JobSettings(_Section):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         check_reuse(self)
+        check_conversations(self)
+        check_scoring(self)
         return self
 
     @classmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -19,6 +19,7 @@ from pydantic_core import PydanticUndefinedType
 
 from pipeline.errors import UsageError
 from pipeline.forms import say_fault, write_duration, write_size
+from pipeline.scoring_settings import CHOICES_COLUMN
 from pipeline.settings import SECTIONS, JobSettings, ObjectStoreSettings, parse_storage_options
 from pipeline.settings_file import read_config
 
@@ -30,6 +31,8 @@ PANELS = {
     "plan": "Plan",
     "engine": "Device memory and batches (never change an answer)",
     "reuse": "Documents (all but prefix change answers)",
+    "conversations": "Conversations (an evictor changes answers)",
+    "scoring": "Scores (of given texts; no answer is generated)",
     "write": "Output",
     "fleet": "Machines",
     "recycle": "KV of earlier runs",
@@ -90,6 +93,23 @@ HELP = {
     "min_agreement": "Least share of them with the same answer.",
     "max_kl": "Most divergence of them, in nats.",
     "on_disagreement": "Where they miss it: fall back to prefix, abort or warn.",
+    "conversation_column": "Column of conversations' ids (found: conversation_id).",
+    "turn_column": "Column of the turns' numbers (found: turn).",
+    "evict": "What a long history gives up; none is exact.",
+    "budget_tokens": "Tokens that a conversation keeps. Default: 0.9 of the window.",
+    "evict_to": "Share of them that an eviction leaves.",
+    "sink_tokens": "First tokens that stay; for sink-recent (4).",
+    "gist_tokens": "First tokens that stay; for gist, gist-recent (512).",
+    "evict_unit": "Single tokens, or whole turns, the oldest first.",
+    "positions": "gap: where tokens were; rerotate: side by side; auto: both.",
+    "on_full": "evict, or error: a turn that needs it fails.",
+    "max_degenerate": "Most turns that may repeat themselves: 2%.",
+    "spill_memory": "For conversations that give way. Default: 1/4 of what is free.",
+    "choices_column": "Column of lists of choices (score finds: choices).",
+    "choices": "The same choices for every row: yes,no; or repeat it.",
+    "continuation_column": "Column of one text to be scored.",
+    "prompt_logprobs": "Score the prompts themselves: their perplexity.",
+    "normalize": "Compare choices by their mean: none, a token's, a byte's.",
     "rows_per_part": "Rows of one output file; a part is a checkpoint.",
     "preserve_order": "Parts in input order (answers wait in memory).",
     "fail_on_error": "Rows that may fail: a share (1%, 0.01) or a count (50).",
@@ -117,6 +137,7 @@ WRITTEN_AS = {
     "clock": "time",
     "fail_on_error": "rows", "audit_sample": "rows", "audit_min_exact": "share",
     "blend_share": "share", "min_agreement": "share",
+    "evict_to": "share", "max_degenerate": "share", "spill_memory": "size",
     "engine_options": "name=value", "storage_options": "name=value",
 }  # fmt: skip
 
@@ -220,6 +241,19 @@ def merge(flags: dict[str, Any], config: Path | None) -> JobSettings:
             raise UsageError(f"setting storage-options: {error}") from None
         merged["storage_options"] = below | above
     return JobSettings.from_flat(merged)
+
+
+def merge_scores(flags: dict[str, Any], config: Path | None) -> JobSettings:
+    """As `merge`; where nothing says what is scored, it is the column of choices."""
+    written = {} if config is None else read_config(config)
+    return merge(flags | choices_unless_said(written | flags), config)
+
+
+def choices_unless_said(said: Mapping[str, Any]) -> dict[str, str]:
+    """The column of choices, where settings do not say what is scored."""
+    names = {name.replace("-", "_") for name, value in said.items() if value not in (None, [])}
+    asked = {"choices_column", "choices", "continuation_column", "prompt_logprobs"}
+    return {} if names & asked else {"choices_column": CHOICES_COLUMN}
 
 
 def split_store(flags: dict[str, Any]) -> tuple[dict[str, Any], ObjectStoreSettings]:

@@ -23,6 +23,8 @@ _FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 _KNOWN_LAYERS = ("full_attention", "sliding_attention")
 _RECURRENT_LAYERS = ("conv", "hybrid", "linear_attention", "mamba", "recurrent")
 _LEARNED_POSITIONS = ("gpt2", "opt")
+_EVICTORS_OF_RECENT = ("none", "oldest", "window")
+"""What they keep lies side by side."""
 _EXPERTS = ("num_experts", "num_local_experts")
 
 
@@ -43,6 +45,35 @@ def why_documents_stay(family: str) -> str | None:
         f"a {family!r} model learns a vector for each position, so what a document says "
         "depends on where it stands; choose --reuse prefix"
     )
+
+
+def why_nothing_is_evicted(family: str, slides: bool, evictor: str) -> str | None:
+    """One sentence why a history cannot give up tokens so, or None where it can.
+
+    `slides`: some layers see the last tokens alone, see `has_sliding_layers`.
+    """
+    if family in _LEARNED_POSITIONS:
+        return (
+            f"a {family!r} model learns a vector for each position, so no conversation can outgrow "
+            "its context; choose --evict none"
+        )
+    if slides and evictor not in _EVICTORS_OF_RECENT:
+        return (
+            "layers with sliding-window attention would see tokens that are older than they "
+            f"stand; choose --evict {', '.join(_EVICTORS_OF_RECENT[:-1])} or "
+            f"{_EVICTORS_OF_RECENT[-1]}"
+        )
+    return None
+
+
+def has_sliding_layers(config: Any) -> bool:
+    """Whether some layers see fewer tokens than the model's context has."""
+    window, context = (
+        getattr(config, name, None) for name in ("sliding_window", "max_position_embeddings")
+    )
+    layers = getattr(config, "layer_types", None)
+    is_set = "sliding_attention" in layers if layers else window is not None
+    return bool(is_set and (window is None or context is None or window < context))
 
 
 def has_experts(config: Any) -> bool:

@@ -14,10 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.conversation_settings import ConversationSettings
 from pipeline.errors import ModelError
 from pipeline.model.folder import find_model_folder
 from pipeline.model.machine import num_threads
 from pipeline.reuse_settings import ReuseSettings
+from pipeline.scoring_settings import ScoringSettings
 from pipeline.settings import EngineSettings, JobSettings, ModelSettings
 
 THREADS = "threads"
@@ -61,6 +63,8 @@ def fingerprint_fields(
         "on_overlong": settings.plan.on_overlong,
         **_describe_reuse(settings.reuse),
         **_some("adapter", hashes.get("adapter")),
+        **_describe_conversations(settings.conversations),
+        **_describe_scoring(settings.scoring),
         "shard": f"{settings.plan.shard_number} of {settings.plan.num_shards}",
     }
 
@@ -75,6 +79,30 @@ def _describe_reuse(settings: ReuseSettings) -> dict[str, Any]:
         "document_context": settings.context,
         **_some("epic_tokens", settings.num_epic_tokens),
         **_some("blend_share", settings.share_to_blend),
+    }
+
+
+def _describe_scoring(settings: ScoringSettings) -> dict[str, Any]:
+    """Nothing where answers are generated."""
+    return settings.model_dump(mode="json") if settings.scores else {}
+
+
+def _describe_conversations(settings: ConversationSettings) -> dict[str, Any]:
+    """Nothing where rows have no turns; of a history that gives up nothing no more than columns."""
+    if not settings.has_turns:
+        return {}
+    columns = settings.model_dump(include={"conversation_column", "turn_column"})
+    if not settings.evicts:
+        return columns
+    return columns | {
+        "evict": settings.evict,
+        "budget_tokens": settings.budget_tokens,
+        "evict_to": settings.evict_to,
+        "evict_unit": settings.evict_unit,
+        "positions": settings.positions,
+        "on_full": settings.on_full,
+        **_some("sink_tokens", settings.num_sink_tokens),
+        **_some("gist_tokens", settings.num_gist_tokens),
     }
 
 

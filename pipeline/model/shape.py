@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.generation import UnsupportedGeneration, resolve_sampling
+from pipeline.model.families import has_sliding_layers
 from pipeline.settings import SamplingSettings
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -34,6 +35,8 @@ class ModelShape:
     generation_config: dict[str, Any]
     eos_token_ids: tuple[int, ...]
     hidden_size: int = 0
+    slides: bool = False
+    """Whether some layers see the last tokens alone."""
 
     def kv_bytes_per_token(self, dtype: str = "auto") -> int:
         """Bytes of K and V of one token over all layers, in `dtype` (auto: as the model is)."""
@@ -64,6 +67,7 @@ def read_shape(model: str, revision: str | None = None) -> ModelShape:
         dtype=dtype if dtype in _BYTES else "float32",
         generation_config=generation,
         eos_token_ids=eos,
+        slides=has_sliding_layers(config),
     )
 
 

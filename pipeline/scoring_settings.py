@@ -1,0 +1,100 @@
+"""What a person can choose about scores: which continuations, and how they are compared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from pipeline.settings import JobSettings
+
+CHOICES_COLUMN: Final = "choices"
+"""Where choices are found unless something else is said."""
+_ENGINES = ("prefix", "naive")
+
+
+class ScoringSettings(BaseModel):
+    """Rows are scored, and no answer is generated, where one of four is said.
+
+    `choices_column`: a list of texts; `choices`: the same for every row, in one text with commas or
+    as several; `continuation_column`: one text; `prompt_logprobs`: the prompts themselves.
+    `normalize`: what the log-probability of a choice is divided by before choices are compared.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    choices_column: str | None = None
+    choices: tuple[str, ...] = ()
+    continuation_column: str | None = None
+    prompt_logprobs: bool = False
+    normalize: Literal["none", "tokens", "bytes"] = "none"
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _texts(cls, value: object) -> object:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+            raise ValueError("write it as yes,no or as a list of texts")
+        if len(texts) == 1:
+            texts = texts[0].split(",")
+        if not all(texts):
+            raise ValueError("a choice is empty; write it as yes,no")
+        twice = next((text for text in texts if list(texts).count(text) > 1), None)
+        if twice is not None:
+            raise ValueError(f"the choice {twice!r} is there twice; drop one")
+        return tuple(texts)
+
+    @property
+    def scores(self) -> bool:
+        """Whether rows are scored."""
+        return bool(self.sources)
+
+    @property
+    def sources(self) -> list[str]:
+        """The flags that say what is scored."""
+        said = {
+            "--choices-column": self.choices_column is not None,
+            "--choices": bool(self.choices),
+            "--continuation-column": self.continuation_column is not None,
+            "--prompt-logprobs": self.prompt_logprobs,
+        }
+        return [flag for flag, is_there in said.items() if is_there]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if len(self.sources) > 1:
+            first, second = self.sources[:2]
+            raise ValueError(f"{first} and {second} exclude each other; leave one of the two out")
+        if self.normalize != "none" and not (self.choices or self.choices_column):
+            raise ValueError(
+                f"normalize {self.normalize} compares choices; give --choices or --choices-column"
+            )
+        return self
+
+
+NO_SCORES: Final = ScoringSettings()
+
+
+def check_scoring(job: JobSettings) -> None:
+    """Raises ValueError where other settings contradict those of scores."""
+    asked = job.scoring
+    if not asked.scores:
+        return
+    sampling = job.sampling
+    said = [name for name, field in type(sampling).model_fields.items()
+            if getattr(sampling, name) != field.default]  # fmt: skip
+    never = {
+        **{f"--{name.replace('_', '-')}": True for name in said},
+        f"--reuse {job.reuse.reuse}": job.reuse.moves_documents,
+        "--document-order best": job.reuse.document_order == "best",
+        "--segments-column": job.read.segments_column is not None,
+        "--documents-column": job.read.documents_column is not None,
+        "--conversation-column": job.conversations.conversation_column is not None,
+        "--turn-column": job.conversations.turn_column is not None,
+        f"--engine {job.model.engine}": job.model.engine not in _ENGINES,
+    }
+    flag = asked.sources[0]
+    for other, is_there in never.items():
+        if is_there:
+            raise ValueError(f"{flag} does not work with {other}; leave one of the two out")
