@@ -29,7 +29,7 @@ def read_text(cell: str) -> str:
     """The prompt as it is; white space counts. Raises BadCell if it is empty or not text."""
     if not cell:
         raise BadCell("the prompt is empty")
-    _check_unicode(cell)
+    check_unicode(cell)
     return cell
 
 
@@ -48,7 +48,7 @@ def read_messages(cell: object) -> list[Message]:
         raise BadCell("messages holds no message")
     messages = [_read_message(number, turn) for number, turn in enumerate(turns)]
     if is_json:  # a column of texts holds nothing but text
-        _check_unicode(*(text for message in messages for pair in message.items() for text in pair))
+        check_unicode(*(text for message in messages for pair in message.items() for text in pair))
     return messages
 
 
@@ -145,7 +145,7 @@ def _read_segment(number: int, part: object) -> tuple[str, str]:
 
 
 def _segmented(preamble: str, documents: list[str], question: str) -> SegmentedPrompt:
-    _check_unicode(preamble, *documents, question)
+    check_unicode(preamble, *documents, question)
     if "" in documents:
         raise BadCell(f"document {documents.index('')} is empty")
     if not question:
@@ -223,7 +223,7 @@ def _stops(value: object) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise TypeError
-    _check_unicode(*stops)
+    check_unicode(*stops)
     return tuple(stops)
 
 
@@ -245,7 +245,8 @@ def _read_json(text: str) -> object:
     return value
 
 
-def _check_unicode(*texts: str) -> None:
+def check_unicode(*texts: str) -> None:
+    """Raises BadCell for half a surrogate pair."""
     # JSON can spell half a surrogate pair; no tokenizer can encode it and no Parquet file hold it.
     try:
         "".join(texts).encode()

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from pipeline.errors import InputError
 from pipeline.inputs.cells import TURN_FIELDS
+from pipeline.inputs.choices import Choices
 from pipeline.inputs.request_fields import AMBIGUOUS, OBEYED, REFUSED
 from pipeline.settings import ReadSettings
 from pipeline.storage.plain_types import is_text
@@ -29,6 +30,9 @@ class ColumnMap:
     row is asked by, as by fields of a request; `unused` are named like such a field, but are of
     another type or of a name for many things. `turn_fields`: what messages say besides, in types
     that no template is given. `unasked`: documents or segments that are no part of the prompt.
+    Rows are turns where `conversation` and `turn` are set; `idle_turns`: columns that look like
+    these, and nobody asks for. `scored`: where nothing is generated; `idle_sampling`: columns that
+    would steer what is.
     """
 
     prompt: str | None
@@ -44,6 +48,16 @@ class ColumnMap:
     segments: str | None = None
     documents: str | None = None
     unasked: tuple[str, ...] = ()
+    conversation: str | None = None
+    turn: str | None = None
+    idle_turns: tuple[str, ...] = ()
+    scored: Choices | None = None
+    idle_sampling: tuple[str, ...] = ()
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether continuations are scored, and nothing is generated."""
+        return self.scored is not None
 
     @property
     def has_segments(self) -> bool:
@@ -56,18 +70,25 @@ class ColumnMap:
         chosen = (
             self.prompt, self.messages, self.id,
             self.sampling_params, self.tenant, *self.template, *self.fields,
-            self.refused, self.segments, self.documents,
+            self.refused, self.segments, self.documents, self.conversation, self.turn,
+            None if self.scored is None else self.scored.column,
         )  # fmt: skip
         return tuple(dict.fromkeys(name for name in chosen if name is not None))
 
     def describe(self) -> list[str]:
         """Sentences on the columns whose part a person might not expect."""
+        whole = () if self.conversation is None or self.messages is None else (self.messages,)
         obeyed = [name for name in self.fields if name in OBEYED and name != "max_new_tokens"]
         said = {
             "each row's own settings are in the columns": obeyed,
             "not used, though named like settings of a request: the columns": self.unused,
             "not used, since no chat template takes them: the fields of messages": self.turn_fields,
             "no part of the prompt unless --reuse asks for documents: the columns": self.unasked,
+            "each row is a prompt by itself, and no turn that follows others, unless "
+            "--conversation-column asks for the columns": self.idle_turns,
+            "not used, since nothing is generated: the columns": self.idle_sampling,
+            "new messages alone, behind all that was said before (a file of whole histories needs "
+            "no --conversation-column): the column": whole,
         }
         return [f"{what} {', '.join(names)}" for what, names in said.items() if names]
 
@@ -97,11 +118,11 @@ def find_columns(
         messages=content.get("messages"),
         segments=content.get("segments"),
         documents=content.get("documents"),
-        id=_find(schema, settings.id_column, ("id", "custom_id"), "--id-column", name),
-        sampling_params=_find(schema, None, ("sampling_params",), "", name),
-        tenant=_find(schema, None, ("tenant",), "", name),
+        id=find_column(schema, settings.id_column, ("id", "custom_id"), "--id-column", name),
+        sampling_params=find_column(schema, None, ("sampling_params",), "", name),
+        tenant=find_column(schema, None, ("tenant",), "", name),
         template=template or (),
-        refused=_find(schema, None, (REFUSED_COLUMN,), "", name),
+        refused=find_column(schema, None, (REFUSED_COLUMN,), "", name),
     )
     _check_types(schema, columns, name)
     taken = {*columns.names} - {"max_new_tokens"}  # which counts even where a template prints it
@@ -156,7 +177,7 @@ def _find_content(
     }  # fmt: skip
     _check_said(said, wants_segments)
     for part, column in said.items():
-        _find(schema, column, (), f"--{part}-column", name)
+        find_column(schema, column, (), f"--{part}-column", name)
     found = {part: part for part in ("prompt", "messages", "segments") if part in schema.names}
     if wants_segments and "documents" in schema.names:
         found["documents"] = "documents"
@@ -186,28 +207,30 @@ def _without_content(schema: pa.Schema, name: str, wants_segments: bool) -> Inpu
     if wants_segments:
         return InputError(
             f"{name} has neither a column 'segments' nor 'documents' beside 'prompt' (it has "
-            f"{_listed(schema)}), which --reuse and --document-order need; name yours with "
+            f"{listed(schema)}), which --reuse and --document-order need; name yours with "
             "--segments-column, or with --documents-column and --prompt-column"
         )
     return InputError(
-        f"{name} has neither a column 'prompt' nor 'messages' (it has {_listed(schema)}); "
+        f"{name} has neither a column 'prompt' nor 'messages' (it has {listed(schema)}); "
         "name yours with --prompt-column or --messages-column"
     )
 
 
-def _find(
+def find_column(
     schema: pa.Schema, asked: str | None, usual: tuple[str, ...], flag: str, name: str
 ) -> str | None:
+    """The column of this name, or the first of the usual ones that is there. Raises InputError."""
     if asked is None:
         return next((column for column in usual if column in schema.names), None)
     if asked not in schema.names:
         raise InputError(
-            f"{name} has no column {asked!r} (it has {_listed(schema)}); correct {flag}"
+            f"{name} has no column {asked!r} (it has {listed(schema)}); correct {flag}"
         )
     return asked
 
 
-def _listed(schema: pa.Schema) -> str:
+def listed(schema: pa.Schema) -> str:
+    """The names of the columns, or of the first of them, for a message."""
     names = [repr(column) for column in schema.names[:_MOST_NAMES]]
     more = len(schema.names) - len(names)
     return (", ".join(names) or "no column at all") + (f" and {more} more" if more > 0 else "")
@@ -218,9 +241,9 @@ def _check_types(schema: pa.Schema, columns: ColumnMap, name: str) -> None:
         (columns.prompt, _is_plain_text, "string (conversations belong to --messages-column)"),
         (columns.messages, _is_conversation, "list of structs with the strings role and content"),
         (columns.segments, _is_segments, "list of structs with the strings role and text"),
-        (columns.documents, _is_texts, "list of strings"),
+        (columns.documents, is_texts, "list of strings"),
         (columns.id, _is_scalar, "string or another scalar type"),
-        (_find(schema, None, ("max_new_tokens",), "", name), _is_number, "integer"),
+        (find_column(schema, None, ("max_new_tokens",), "", name), _is_number, "integer"),
         (columns.refused, is_text, "string"),
         (columns.sampling_params, lambda t: pa.types.is_struct(t) or is_text(t), "struct"),
         (columns.tenant, is_text, "string"),
@@ -262,7 +285,7 @@ def _is_segments(kind: pa.DataType) -> bool:
     return all(is_text(types.get(name, pa.null())) for name in ("role", "text"))
 
 
-def _is_texts(kind: pa.DataType) -> bool:
+def is_texts(kind: pa.DataType) -> bool:
     """A list of texts, or of nothing."""
     if not pa.types.is_large_list(kind):
         return False
@@ -273,5 +296,5 @@ def _is_scalar(kind: pa.DataType) -> bool:
     return not pa.types.is_nested(kind) and not pa.types.is_null(kind)
 
 
-_IN_PARTS = {"segments": _is_segments, "documents": _is_texts}
+_IN_PARTS = {"segments": _is_segments, "documents": is_texts}
 """Columns that may be parts of a prompt, by their usual names."""

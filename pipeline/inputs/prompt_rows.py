@@ -23,9 +23,10 @@ from pipeline.inputs.cells import (
     read_segments,
     read_text,
 )
+from pipeline.inputs.choices import Choices
 from pipeline.inputs.columns import ColumnMap
 from pipeline.inputs.prompt_template import PromptTemplate
-from pipeline.records import Content, PromptBatch, Rejected, SegmentedPrompt
+from pipeline.records import Content, PromptBatch, Rejected, ScoredPrompt, SegmentedPrompt
 from pipeline.storage.plain_types import UNREADABLE, python_cells, text_of
 
 Value = TypeVar("Value")
@@ -65,12 +66,20 @@ class RowReader:
             if reason is not None:
                 faults[row] = _Fault("BadRequest", reason)
         contents = self._contents(table, orders, faults)
+        if columns.scored is not None:
+            contents = _scored(columns.scored, table, contents, faults)
         overrides = _read_overrides(table, columns, faults)
         for row in faults:
             contents[row], overrides[row] = None, {}
         rejected = tuple(Rejected(row_start + row, *faults[row].args) for row in sorted(faults))
         tenants = _cells(table, columns.tenant)
         return PromptBatch(row_start, ids, contents, overrides, tenants, rejected)
+
+    @property
+    def _may_be_empty(self) -> bool:
+        """Whether what is scored may stand at the beginning of a text."""
+        scored = self.columns.scored
+        return scored is not None and not scored.are_prompts
 
     def _contents(
         self, table: pa.Table, orders: Sequence[Sequence[int]] | None, faults: _Faults
@@ -83,7 +92,7 @@ class RowReader:
         for row, cell in enumerate(cells):
             if cell is None:
                 faults.setdefault(row, _Fault("NullPrompt", "the prompt is null"))
-            elif not cell and columns.prompt is not None:
+            elif not cell and columns.prompt is not None and not self._may_be_empty:
                 faults.setdefault(row, _Fault("EmptyPrompt", "the prompt is empty"))
         if columns.messages is not None:
             return _each(lambda cell: _attempt("BadMessages", read_messages, cell), cells, faults)
@@ -111,6 +120,21 @@ class RowReader:
         for row, text in zip(fit, template.render_all([cells[row] for row in fit]), strict=True):
             found[row] = text
         return _each(lambda text: _attempt("TemplateError", _read_rendered, text), found, faults)
+
+
+def _scored(
+    choices: Choices, table: pa.Table, contents: list[Content | None], faults: _Faults
+) -> list[Content | None]:
+    """The same prompts, as contexts of what is scored behind them."""
+    found = _each(
+        lambda cell: _attempt("BadChoices", choices.read, cell), choices.cells(table), faults
+    )
+    pairs = zip(contents, found, strict=True)
+    return [
+        ScoredPrompt(content, texts) if isinstance(content, str | list) and texts is not None
+        else content
+        for content, texts in pairs
+    ]  # fmt: skip
 
 
 def _read_pair(pair: tuple[object, str]) -> SegmentedPrompt:

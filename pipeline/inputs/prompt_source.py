@@ -13,7 +13,8 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import NoInput, UsageError
+from pipeline.conversation_settings import NO_CONVERSATIONS, ConversationSettings
+from pipeline.errors import InputError, NoInput, UsageError
 from pipeline.inputs.block_cache import BlockCache
 from pipeline.inputs.carriage import check_carriage, check_types_carried
 from pipeline.inputs.columns import REFUSED_COLUMN, ColumnMap, find_columns
@@ -25,8 +26,11 @@ from pipeline.inputs.parquet_input import ParquetInput
 from pipeline.inputs.partitions import read_partitions
 from pipeline.inputs.prompt_rows import RowReader
 from pipeline.inputs.prompt_template import PromptTemplate
+from pipeline.inputs.scored_columns import with_choices
+from pipeline.inputs.turns import Turns, read_turns, with_turn_columns
 from pipeline.location import Location
 from pipeline.records import PromptBatch
+from pipeline.scoring_settings import NO_SCORES, ScoringSettings
 from pipeline.settings import ReadSettings
 
 _CACHE_BYTES = 256 << 20
@@ -40,7 +44,7 @@ class PromptSource:
     `_first_row[b]` is the row at which block b of all files together begins: [blocks + 1].
     `labels`: what ids of rows without one begin with, a name for each file.
     `summary`: which files it was found in, where that has to be said. `_field_order`: see
-    `with_field_order`.
+    `with_field_order`. `turns`: of which conversations, where rows are turns of some.
     """
 
     num_rows: int
@@ -52,6 +56,7 @@ class PromptSource:
     _template: PromptTemplate | None = None
     summary: str = ""
     _field_order: NDArray[np.uint8] | None = None
+    turns: Turns | None = None
     _cache: BlockCache = field(default_factory=lambda: BlockCache(_CACHE_BYTES))
 
     @property
@@ -68,11 +73,21 @@ class PromptSource:
         """The same rows with `fields` in another order: [rows, fields] indices of `fields`."""
         return replace(self, _field_order=order)
 
+    def with_turns(self) -> PromptSource:
+        """The same rows as turns, where the columns say which. Raises InputError."""
+        if self.columns.conversation is None:
+            return self
+        asked = (self.columns.conversation, self.columns.turn, self.columns.tenant)
+        names = [name for name in asked if name is not None]
+        return replace(self, turns=read_turns(self._iter_tables(names), self.columns))
+
     def iter_fields(self) -> Iterator[pl.DataFrame]:
         """The columns `fields` of all rows, in batches. Raises InputError on a damaged page."""
+        yield from map(pl.DataFrame, self._iter_tables(self.fields))
+
+    def _iter_tables(self, names: Sequence[str]) -> Iterator[pa.Table]:
         for file, _, start, stop in self._file_ranges():
-            for table in file.iter_batches(self.fields, stop - start):
-                yield pl.DataFrame(table)
+            yield from file.iter_batches(names, stop - start)
 
     def iter_prompts(self, first_row: int = 0) -> Iterator[PromptBatch]:
         """All rows in order, in batches of at most `parquet_input.BATCH_ROWS`.
@@ -90,7 +105,8 @@ class PromptSource:
                     make_ids = partial(_make_ids, file, label, row - start, end - start)
                     order = self._field_order
                     orders = None if order is None else order[row:end].tolist()
-                    yield reader.read(table, row, make_ids, orders)
+                    batch = reader.read(table, row, make_ids, orders)
+                    yield batch if self.turns is None else self.turns.apply(batch)
                 row = end
 
     def take(self, row_indices: NDArray[np.int64]) -> pa.Table:
@@ -133,12 +149,7 @@ class PromptSource:
         for file, _, start, stop in self._file_ranges():
             for row, table in enumerate(file.iter_batches(carried, stop - start), start):
                 if row == 0:
-                    check_carriage(
-                        table.slice(0, 1),
-                        self.columns.id,
-                        file.origin.name,
-                        self.columns.has_segments,
-                    )
+                    check_carriage(table.slice(0, 1), self.columns, file.origin.name)
 
     def fingerprint(self) -> str:
         """sha256 over the bytes of all files and the number of rows used; read once.
@@ -184,11 +195,14 @@ def open_source(
     settings: ReadSettings,
     copies: ParquetCopies | None = None,
     wants_segments: bool = False,
+    conversations: ConversationSettings = NO_CONVERSATIONS,
+    scoring: ScoringSettings = NO_SCORES,
 ) -> PromptSource:
     """Open a file, a folder of files, or a glob; of Parquet footers are read, rows are not.
 
     `copies`: where JSON lines files are kept as Parquet; without, they are refused.
-    `wants_segments`: see `find_columns`.
+    `wants_segments`: see `find_columns`; `conversations`: see `with_turn_columns`; `scoring`: see
+    `with_choices`.
 
     Raises NoInput: nothing there, no rows. InputError: not Parquet, truncated, a line that is no
     row, columns missing or of the wrong type, files that differ in their columns. StorageError
@@ -202,6 +216,8 @@ def open_source(
     template = _read_template(settings, schema.names)
     asked = None if template is None else template.columns
     columns = find_columns(schema, settings, files[0].origin.name, asked, wants_segments)
+    columns = with_turn_columns(columns, schema, conversations, files[0].origin.name)
+    columns = with_choices(columns, schema, scoring, files[0].origin.name)
     block_rows = np.concatenate([file.block_rows for file in files])
     first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(block_rows)])
     num_rows = int(first_row[-1])
@@ -211,7 +227,7 @@ def open_source(
         num_rows = min(num_rows, settings.limit)
     labels = _make_labels([file.origin for file in files])
     schema = pa.schema([field for field in schema if field.name != REFUSED_COLUMN])
-    check_types_carried(schema, columns.id, files[0].origin.name, columns.has_segments)
+    check_types_carried(schema, columns, files[0].origin.name)
     return PromptSource(
         num_rows, schema, columns, files, labels, first_row, template, found.summary
     )
@@ -245,6 +261,16 @@ def find_duplicate_ids(ids: pl.Series, at_most: int = 5) -> list[str]:
     twice = ids.filter(ids.is_duplicated())
     found: list[str] = twice.unique(maintain_order=True).head(at_most).to_list()
     return found
+
+
+def refuse_duplicate_ids(ids: pl.Series) -> None:
+    """Raises InputError where an id comes twice."""
+    duplicates = find_duplicate_ids(ids)
+    if duplicates:
+        raise InputError(
+            f"ids must be unique, but these come twice: {', '.join(duplicates)}; "
+            "make them unique or choose another column with --id-column"
+        )
 
 
 def _make_ids(file: ParquetInput, label: str, start: int, stop: int) -> list[str]:

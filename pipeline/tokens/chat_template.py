@@ -35,6 +35,9 @@ _END_OF_REASONING = "</think>"
 class TemplateFault(ValueError):
     """The template refuses this conversation; the message says why, without quoting it."""
 
+    error_type: str | None = None
+    """One of its own; None: that of any prompt that cannot be used."""
+
 
 @dataclass
 class ChatTemplate:

@@ -42,11 +42,14 @@ class SegmentFault(ValueError):
         self.error_type = error_type
 
 
+RenderAll = Callable[[Sequence[list[Message]]], list[str | TemplateFault]]
+
+
 class Chat(NamedTuple):
     """How conversations become text: `complete` adds what all of them begin with."""
 
     complete: Callable[[list[Message]], list[Message]]
-    render_all: Callable[[Sequence[list[Message]]], list[str | TemplateFault]]
+    render_all: RenderAll
 
 
 class Frame(NamedTuple):

@@ -8,53 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, TypeGuard
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.errors import UsageError, is_row_fault
-from pipeline.records import Content, Message, SegmentedPrompt
+from pipeline.records import Content, Message, ScoredPrompt, SegmentedPrompt, TurnPrompt
 from pipeline.settings import TokenSettings
 from pipeline.tokens.answer_text import AnswerText
 from pipeline.tokens.chat_template import ChatTemplate, TemplateFault, find_template
 from pipeline.tokens.control_tokens import ControlTokens
+from pipeline.tokens.encoded import EncodedBatch, EncodedRows, encode_each
 from pipeline.tokens.loading import load_tokenizer
-from pipeline.tokens.segments import Chat, SegmentEncoder, as_messages
+from pipeline.tokens.pairs import EncodedPairs, PairEncoder
+from pipeline.tokens.segments import Chat, RenderAll, SegmentEncoder, as_messages
 from pipeline.tokens.text_encoder import Overlong, TextEncoder
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedBatch:
-    """Row i holds `lengths[i]` ids of `flat`, end to end: [sum of lengths] uint32, [rows] int64.
-
-    A row in `errors` (position in the batch -> reason, without its text) has no ids, nor has one
-    in `overlong` (position -> tokens that it has at least), which was not tokenised. `segments`:
-    of a prompt in segments, the tokens of each; `error_types`: of errors that have their own.
-    """
-
-    flat: NDArray[np.uint32]
-    lengths: NDArray[np.int64]
-    errors: dict[int, str] = field(default_factory=dict)
-    overlong: dict[int, int] = field(default_factory=dict)
-    segments: dict[int, list[int]] = field(default_factory=dict)
-    error_types: dict[int, str] = field(default_factory=dict)
-
-
-@dataclass
-class _Rows:
-    """What becomes of the rows of a batch, by position."""
-
-    ids: list[Sequence[int] | NDArray[np.uint32]]
-    most_tokens: int | None
-    errors: dict[int, str] = field(default_factory=dict)
-    overlong: dict[int, int] = field(default_factory=dict)
-    segments: dict[int, list[int]] = field(default_factory=dict)
-    error_types: dict[int, str] = field(default_factory=dict)
+from pipeline.tokens.turns import LaterTurns, SystemMessages, TurnFault
 
 
 class PromptTokenizer:
@@ -105,31 +77,54 @@ class PromptTokenizer:
         Raises UsageError where the settings fit no row: a conversation, or a system prompt, and
         no chat template.
         """
-        rows = _Rows([()] * len(contents), most_tokens)
-        present = {row: content for row, content in enumerate(contents) if content is not None}
-        plain = {row: content for row, content in present.items() if self._is_plain(content)}
-        parts = {row: c for row, c in present.items() if isinstance(c, SegmentedPrompt)}
-        chats = {
-            row: self._as_messages(content)
-            for row, content in present.items()
-            if row not in plain and not isinstance(content, SegmentedPrompt)
-        }
+        rows = EncodedRows([()] * len(contents), most_tokens)
+        turns = {row: c for row, c in enumerate(contents) if isinstance(c, TurnPrompt)}
+        first = {row: turn.content for row, turn in turns.items() if turn.is_first}
+        later = {row: turn.content for row, turn in turns.items() if not turn.is_first}
+        parts = {row: c for row, c in enumerate(contents) if isinstance(c, SegmentedPrompt)}
+        whole = {row: c for row, c in enumerate(contents) if isinstance(c, str | list)} | first
+        plain = {row: content for row, content in whole.items() if self._is_plain(content)}
+        chats = {row: self._as_messages(c) for row, c in whole.items() if row not in plain}
         self._encode_plain(plain, rows)
         self._encode_segments(parts, rows)
         self._encode_chats(chats, rows)
-        for row in present.keys() - rows.overlong.keys():
-            if not len(rows.ids[row]):
+        self._encode_later(later, rows)
+        for row in (*parts, *whole, *later):
+            if row not in rows.overlong and not len(rows.ids[row]):
                 rows.errors.setdefault(row, "the tokenizer makes no token of this prompt")
-        lengths = np.array([len(ids) for ids in rows.ids], np.int64)
-        arrays = [np.zeros(0, np.uint32), *(np.array(ids, np.uint32) for ids in rows.ids)]
-        flat = np.concatenate(arrays)
-        return EncodedBatch(
-            flat, lengths, rows.errors, rows.overlong, rows.segments, rows.error_types
-        )
+        self._count_systems({row: chats[row] for row in first if row in chats}, rows)
+        return rows.batch()
+
+    def encode_pairs(
+        self, contents: Sequence[Content | None], most_tokens: int | None = None
+    ) -> EncodedPairs:
+        """The requests of each row that is scored; see `PairEncoder.encode`."""
+        rows = {row: c for row, c in enumerate(contents) if isinstance(c, ScoredPrompt)}
+        is_chat = not all(self._is_plain(prompt.context) for prompt in rows.values())
+        return self._pairs.encode(rows, is_chat, most_tokens)
+
+    @cached_property
+    def _pairs(self) -> PairEncoder:
+        chat = None
+        if self._template is not None:
+            chat = Chat(self._as_messages, self._template.render_all)
+        eos: int | None = self._tokenizer.eos_token_id
+        first = eos if self.bos_id is None else self.bos_id
+        parses = self._settings.parse_special_tokens
+        return PairEncoder(self._texts, self._control, parses, first, chat)
 
     def render(self, content: Content) -> str:
-        """The text that is tokenised, in segments or not. Raises TemplateFault if the template
-        refuses."""
+        """The text that is tokenised, in segments or not; of a later turn what it adds, of what is
+        scored the context. Raises TemplateFault if the template refuses."""
+        if isinstance(content, ScoredPrompt):
+            content = content.context
+        if isinstance(content, TurnPrompt):
+            if not content.is_first and not self._is_plain(content.content):
+                (text,) = self._later.render([self._later.behind(content.content)])
+                if isinstance(text, TemplateFault):
+                    raise text
+                return text
+            content = content.content
         if isinstance(content, SegmentedPrompt):
             content = self.in_one_piece(content)
         if self._is_plain(content):
@@ -179,12 +174,18 @@ class PromptTokenizer:
             "prompts already, add --parse-special-tokens (and no --apply-chat-template)"
         )
 
-    def _encode_plain(self, texts: dict[int, str], rows: _Rows) -> None:
+    def later_turns(self, are_messages: bool) -> LaterTurns | None:
+        """How a template writes turns; None: each adds its text alone."""
+        return self._later if are_messages or self._settings.apply_chat_template else None
+
+    def _encode_plain(
+        self, texts: dict[int, str], rows: EncodedRows, add_specials: bool = True
+    ) -> None:
         if not texts:
             return
         self._refuse_system_prompt()
         parse = self._settings.parse_special_tokens
-        encode = partial(self._texts.encode, parse_specials=parse, add_specials=True)
+        encode = partial(self._texts.encode, parse_specials=parse, add_specials=add_specials)
         for row, text in list(texts.items()):
             try:
                 self._texts.check_length([text], rows.most_tokens)
@@ -194,9 +195,9 @@ class PromptTokenizer:
             except ValueError as error:
                 rows.errors[row] = str(error)
                 del texts[row]
-        _encode_each(encode, texts, rows)
+        encode_each(encode, texts, rows)
 
-    def _encode_segments(self, prompts: dict[int, SegmentedPrompt], rows: _Rows) -> None:
+    def _encode_segments(self, prompts: dict[int, SegmentedPrompt], rows: EncodedRows) -> None:
         if not prompts:
             return
         found = self._segments.encode(prompts, rows.most_tokens)
@@ -217,16 +218,51 @@ class PromptTokenizer:
         parses = self._settings.parse_special_tokens
         return SegmentEncoder(self._texts, self._control, parses, chat)
 
-    def _encode_chats(self, chats: dict[int, list[Message]], rows: _Rows) -> None:
-        """Rows without a control-token string go through as rendered; the others in pieces."""
+    def _encode_later(self, turns: dict[int, str | list[Message]], rows: EncodedRows) -> None:
+        """What they add, without what is put before every text."""
+        plain = {row: content for row, content in turns.items() if self._is_plain(content)}
+        self._encode_plain(plain, rows, add_specials=False)
+        chats = {}
+        for row in turns.keys() - plain.keys():
+            try:
+                chats[row] = self._later.behind(turns[row])
+            except TurnFault as fault:
+                rows.fail(row, fault)
+        self._encode_chats(chats, rows, self._later.render if chats else None)
+
+    def _count_systems(self, chats: dict[int, list[Message]], rows: EncodedRows) -> None:
+        """Of first turns that have a prompt."""
+        for row in [row for row in chats if len(rows.ids[row])]:
+            try:
+                rows.system_tokens[row] = self._systems.count(chats[row], rows.ids[row])
+            except TurnFault as fault:
+                rows.fail(row, fault)
+
+    @cached_property
+    def _later(self) -> LaterTurns:
+        return LaterTurns(Chat(self._as_messages, self._require_template().render_all))
+
+    @cached_property
+    def _systems(self) -> SystemMessages:
+        return SystemMessages(self._later, lambda messages: self.encode_batch([messages]).flat)
+
+    def _encode_chats(
+        self, chats: dict[int, list[Message]], rows: EncodedRows, render: RenderAll | None = None
+    ) -> None:
+        """Rows without a control-token string go through as rendered; the others in pieces.
+
+        `render`: how, if not by the template in full.
+        """
+        if not chats:
+            return
         whole: dict[int, str] = {}
         hidden = {r: self._control.hide(m) for r, m in chats.items() if self._needs_pieces(m)}
         asked = [hidden[row].messages if row in hidden else chats[row] for row in chats]
-        all_rendered = self._require_template().render_all(asked) if asked else []
-        for row, rendered in zip(chats, all_rendered, strict=True):
+        render = render or self._require_template().render_all
+        for row, rendered in zip(chats, render(asked), strict=True):
             try:
                 if isinstance(rendered, TemplateFault):
-                    rows.errors[row] = str(rendered)
+                    rows.fail(row, rendered)
                 elif row in hidden:
                     pieces = list(self._control.split(rendered, hidden[row].meaning))
                     rows.ids[row] = self._texts.encode_pieces(pieces, rows.most_tokens)
@@ -242,7 +278,7 @@ class PromptTokenizer:
                     raise
                 kind = type(error).__name__
                 rows.errors[row] = f"the conversation cannot be tokenised ({kind})"
-        _encode_each(
+        encode_each(
             partial(self._texts.encode, parse_specials=True, add_specials=False), whole, rows
         )
 
@@ -283,24 +319,3 @@ class PromptTokenizer:
             "settings": self._settings.model_dump(mode="json", exclude={"chat_template", "clock"}),
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-
-
-def _encode_each(
-    encode: Callable[[list[str]], list[list[int]]], texts: dict[int, str], rows: _Rows
-) -> None:
-    """Encode all texts in one call; only if that fails one by one, to find out which to blame."""
-    if not texts:
-        return
-    try:
-        rows_of_ids: Iterable[list[int]] = encode(list(texts.values()))
-        for row, ids in zip(texts, rows_of_ids, strict=True):
-            rows.ids[row] = ids
-    except BaseException as error:
-        if not is_row_fault(error):
-            raise
-        if len(texts) == 1:
-            kind = type(error).__name__
-            rows.errors[next(iter(texts))] = f"the text cannot be tokenised ({kind})"
-            return
-        for row, text in texts.items():
-            _encode_each(encode, {row: text}, rows)

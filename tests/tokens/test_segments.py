@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.records import SegmentedPrompt
 from pipeline.settings import TokenSettings
-from pipeline.tokens.tokenizer import EncodedBatch, PromptTokenizer
+from pipeline.tokens.encoded import EncodedBatch
+from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.tokens.conftest import CHATML, save_tokenizer
 
 BOS, START, END = range(3)

@@ -14,7 +14,8 @@ from pipeline.errors import ModelError, UsageError
 from pipeline.records import Content
 from pipeline.settings import TokenSettings
 from pipeline.tokens.chat_template import TemplateFault
-from pipeline.tokens.tokenizer import EncodedBatch, PromptTokenizer
+from pipeline.tokens.encoded import EncodedBatch
+from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.tokens.conftest import CHATML, CONTROL, save_tokenizer
 
 BOS, START, END = range(3)
