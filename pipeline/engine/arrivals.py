@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.engine.base import KVConnector
+from pipeline.engine.base import EarlierTurns, KVConnector
+from pipeline.engine.conversation import Conversation
 from pipeline.engine.layout import Layout, RowLayout, SharedPart
 from pipeline.engine.live import LiveRow
 from pipeline.engine.packing import SeenDocuments
@@ -20,22 +22,27 @@ from pipeline.engine.spans import (
     SharedSpan,
     slots_from,
 )
+from pipeline.plan.conversations import ConversationPlan, join_ids
 from pipeline.plan.plan import Plan
 from pipeline.plan.token_table import Ids
+from pipeline.records import EarlierTurn
 
 
 @dataclass(frozen=True)
 class History:
     """What was computed before this scheduler: work that is done again is not counted twice.
 
-    `connector`: of earlier runs, to be loaded; `spans`: keys of shared ones; `cached_tokens`: of
-    sequences that were admitted; `forgotten`: sequences that the caller took back.
+    `connector`: of earlier runs, to be loaded; `earlier_turns` of conversations; `spans`: keys of
+    shared ones; `cached_tokens`: of sequences that were admitted; `forgotten`: sequences that the
+    caller took back; `begun`: (sequence, turn) of later turns whose prompts were computed.
     """
 
     connector: KVConnector | None = None
+    earlier_turns: EarlierTurns | None = None
     spans: set[int] = field(default_factory=set)
     cached_tokens: dict[int, int] = field(default_factory=dict)
     forgotten: set[int] = field(default_factory=set)
+    begun: set[tuple[int, int]] = field(default_factory=set)
 
 
 class Arrivals:
@@ -60,6 +67,7 @@ class Arrivals:
         if not layout.documents:  # else its KV depends on them, and on how they were encoded
             prompt = self._plan.prompt_token_ids(sequence)
             stored_end = min(self._stored_end(above, sequence, prompt[:end]), end - 1)
+            stored_end = min(stored_end, self._first_read(sequence, layout.start))
         own = KVSpan(
             length=end - position, copied=layout.start - position, storable=stored_end - position
         )
@@ -67,7 +75,44 @@ class Arrivals:
         place = Placement(own, position, above)
         if layout.documents:
             place = self._among_documents(place, layout)
-        return LiveRow(sequence, params, place, layout.ids, end, now_s, layout.repaired)
+        row = LiveRow(sequence, params, place, layout.ids, end, now_s, layout.repaired)
+        row.noise_key = int(self._plan.sequences.noise_key[sequence])
+        if self._plan.conversations is not None:
+            earlier = self._history.earlier_turns
+            done = () if earlier is None else earlier(sequence)
+            self._open_conversation(row, self._plan.conversations, done)
+        return row
+
+    def _open_conversation(
+        self, row: LiveRow, plan: ConversationPlan, done: Sequence[EarlierTurn]
+    ) -> None:
+        """The row goes on after the turns that were answered before."""
+        turns, eviction = plan.turns(row.sequence), plan.eviction
+        ids = self._plan.prompt_token_ids(row.sequence).astype(np.int64).tolist()
+        conversation = Conversation(
+            eviction=eviction,
+            turns=turns,
+            system=int(plan.system_tokens[row.sequence]),
+            most_slots=int(self._plan.most_tokens(np.array([row.sequence]))[0]),
+            first_place=row.place,
+            ids=ids,
+            computed=len(ids),
+            blocks=row.blocks,
+            turn_starts=[0],
+            question_end=len(ids),
+        )
+        row.conversation = conversation
+        conversation.begin(len(ids))
+        for number, turn in enumerate(done):
+            if number:
+                row_of_turn = int(plan.row[turns[number]])
+                conversation.ask(join_ids(row.token_ids[-1], self._plan.table[row_of_turn]))
+            conversation.log += turn.eviction_log
+            conversation.ids += turn.token_ids[:-1]
+            row.token_ids = list(turn.token_ids)
+            row.num_answered += len(row.token_ids)
+            row.is_waiting = True
+        conversation.number = max(0, len(done) - 1)
 
     def _among_documents(self, place: Placement, layout: RowLayout) -> Placement:
         placed, documents = self._residency.placed, layout.documents
@@ -91,6 +136,8 @@ class Arrivals:
         stored_end = self._stored_end(above, sequence, part.ids[:end])
         if unread:  # the logits of a prompt's last token are stored nowhere
             stored_end = min(stored_end, end - 1)
+        if self._plan.scores is not None:
+            stored_end = min(stored_end, self._plan.scores.first_position(key, end))
         span = SharedSpan(
             key=key,
             ids=part.ids,
@@ -104,6 +151,15 @@ class Arrivals:
             was_computed=key in self._history.spans,
         )
         self._residency.placed[key] = SharedPlacement(span, position, above)
+
+    def _first_read(self, sequence: int, start: int) -> int:
+        """The first position from `start` on whose logits are read: that is never loaded."""
+        plan, end = self._plan, int(self._plan.prompt_lengths[sequence])
+        if plan.scores is None:
+            return end
+        path = plan.tree.path(int(plan.tree.terminal[plan.sequences.prompt[sequence]]))
+        below = [node for node in path if plan.tree.end[node] > start]
+        return min((plan.scores.first_position(node, end) for node in below), default=end)
 
     def _stored_end(self, above: SharedPlacement | None, sequence: int, ids: Ids) -> int:
         """Position up to which an earlier run's KV can be loaded of a path, for what stands below

@@ -59,6 +59,8 @@ def cascade_attention(
         sinks=None if s_aux is None else s_aux.float(),
     )
     kernel, work, queries = packed_batch.kernel, packed_batch.work, query[0].transpose(0, 1)
+    if packed_batch.observer is not None:
+        packed_batch.observer.take(int(module.layer_idx), queries, rules)  # type: ignore[arg-type]
     if packed_batch.views is not None:
         queries = packed_batch.views.of(int(module.layer_idx), queries)  # type: ignore[arg-type]
     return kernel.attend(queries, keys, values, work, rules).unsqueeze(0), None

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.errors import EngineError
 from pipeline.plan.plan import Plan
 from pipeline.plan.token_table import Ids
-from pipeline.records import Completion, SamplingParams
+from pipeline.records import Completion, EarlierTurn, SamplingParams
 from pipeline.settings import JobSettings
 
 if TYPE_CHECKING:
@@ -123,6 +123,10 @@ ForceTokens = Callable[[list[int], list[int]], list[int]]
 """Called with (sequences, output positions); its tokens are taken instead of the chosen ones."""
 
 
+EarlierTurns = Callable[[int], Sequence[EarlierTurn]]
+"""Called with a sequence; the turns that were answered before, from the first on."""
+
+
 @dataclass(frozen=True)
 class EngineHooks:
     """What a caller sees of one `generate` call and puts into it; None: nothing."""
@@ -131,6 +135,8 @@ class EngineHooks:
     force_tokens: ForceTokens | None = None
     kv_connector: KVConnector | None = None
     """States of earlier runs to load, and where those of this run are kept."""
+    earlier_turns: EarlierTurns | None = None
+    """Of conversations that an earlier session has begun: they go on after these."""
 
 
 NO_HOOKS: Final = EngineHooks()
@@ -158,19 +164,34 @@ class EngineCapabilities:
     """It calls `on_logits` and `force_tokens`."""
     moves_documents: bool = False
     """It computes a plan's documents where there are any, not its whole prompts."""
+    carries_conversations: bool = False
+    """It answers all turns of a plan's conversations, and reads `earlier_turns`."""
+    evicts: bool = False
+    """It keeps conversations within `Eviction.budget_tokens`; others send them again in full."""
+    reads_scores: bool = False
+    """It gives a plan's scores instead of answers."""
     kv: KVFormat | None = None
     """The form of what it exchanges with `kv_connector`; None: it exchanges none."""
 
     def check(self, plan: Plan, hooks: EngineHooks) -> None:
-        """Raises EngineError for hooks or documents that the engine would leave out in silence."""
+        """Raises EngineError for hooks, documents or turns that the engine would leave out in
+        silence."""
         if plan.documents is not None and not self.moves_documents:
             raise EngineError(
                 "this engine reuses no document at another position; choose --reuse prefix"
             )
+        if plan.scores is not None and not self.reads_scores:
+            raise EngineError("this engine reads no scores; choose --engine prefix")
+        turns = plan.conversations
+        if turns is not None and not self.carries_conversations:
+            raise EngineError("this engine answers no conversations; choose --engine prefix")
+        if turns is not None and turns.eviction.evictor != "none" and not self.evicts:
+            raise EngineError("this engine evicts nothing; choose --engine prefix or --evict none")
         unknown = {
             "on_logits": hooks.on_logits is not None and not self.shows_logits,
             "force_tokens": hooks.force_tokens is not None and not self.shows_logits,
             "kv_connector": hooks.kv_connector is not None and self.kv is None,
+            "earlier_turns": hooks.earlier_turns is not None and not self.carries_conversations,
         }
         for name in (name for name, is_unknown in unknown.items() if is_unknown):
             raise EngineError(f"this engine does not know the hook {name}")
@@ -272,6 +293,17 @@ class Deviation(NamedTuple):
     differs: NDArray[np.bool_]
     kl: NDArray[np.float64]
     gap: NDArray[np.float64]
+
+
+class Likelihood(NamedTuple):
+    """What the baseline says of a continuation: log-probability in nats, `tokens`; `deficit`: by
+    how much, at most, one of them is less likely than the likeliest token; `margin`: by how much,
+    at least, that one is before the second."""
+
+    loglikelihood: float
+    tokens: int
+    deficit: float
+    margin: float
 
 
 class Baseline(Protocol):

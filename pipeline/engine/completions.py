@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from pipeline.engine.live import LiveRow
+from pipeline.engine.spans import SharedSpan
 from pipeline.plan.plan import Plan
-from pipeline.records import Completion, FinishReason, Timing
+from pipeline.records import Completion, FinishReason, Scored, Timing
 
 
 def complete(row: LiveRow, reason: FinishReason, now_s: float) -> Completion:
@@ -19,8 +23,24 @@ def complete(row: LiveRow, reason: FinishReason, now_s: float) -> Completion:
         timing=_timing(row, now_s),
         error_type="NonFiniteLogits" if failed else None,
         error_message=message if failed else None,
-        stored_tokens=row.place.span.stored_tokens
-        + sum(shared.span.stored_tokens for shared in row.place.needs),
+        stored_tokens=sum(span.stored_tokens for span in (row.place.span, *_first_needed(row))),
+    )
+
+
+def complete_scored(row: LiveRow, scores: tuple[Scored, ...], now_s: float) -> Completion:
+    """A row whose requests have `scores`; it failed where some logits were no numbers."""
+    return with_scores(complete(row, "length", now_s), scores)
+
+
+def with_scores(done: Completion, scores: tuple[Scored, ...]) -> Completion:
+    """The same with scores; it failed where some logits were no numbers."""
+    if not any(math.isnan(logprob) for scored in scores for logprob in scored.logprobs):
+        return replace(done, scores=scores)
+    return replace(
+        done,
+        finish_reason="error",
+        error_type="NonFiniteLogits",
+        error_message="the model gave no finite logits at a token that is scored",
     )
 
 
@@ -31,21 +51,38 @@ def fail(row: LiveRow, message: str, now_s: float) -> Completion:
     )
 
 
-def refuse(plan: Plan, sequence: int, budget: int, now_s: float) -> Completion:
-    """A sequence whose KV does not fit `budget` bytes becomes an error, never the job."""
+def fail_turn(sequence: int, turn: int, error_type: str, message: str, now_s: float) -> Completion:
+    """A turn of a conversation that cannot run."""
+    timing = Timing(queue_s=now_s)
+    return Completion(sequence, (), "error", 0, timing, error_type, message, turn=turn)
+
+
+def refuse(plan: Plan, sequence: int, budget: int, now_s: float) -> list[Completion]:
+    """A sequence whose KV does not fit `budget` bytes becomes an error, never the job; so does each
+    later turn of a conversation."""
     message = (
         f"{int(plan.prompt_lengths[sequence])} prompt tokens and up to "
         f"{int(plan.max_new_tokens[sequence])} new ones need more KV than the budget of {budget} "
         "bytes; raise --kv-budget"
     )
     timing = Timing(queue_s=now_s)
-    return Completion(sequence, (), "error", 0, timing, "KVBudgetExceeded", message)
+    refused = Completion(sequence, (), "error", 0, timing, "KVBudgetExceeded", message)
+    return [refused, *fail_later(plan, sequence, 0, now_s)]
+
+
+def fail_later(plan: Plan, sequence: int, turn: int, now_s: float) -> list[Completion]:
+    """The turns of a conversation after number `turn`, which has failed."""
+    count = 0 if plan.conversations is None else len(plan.conversations.turns(sequence))
+    message = f"turn {turn + 1} of the conversation failed, and this one follows it"
+    return [
+        fail_turn(sequence, later, "PriorTurnFailed", message, now_s)
+        for later in range(turn + 1, count)
+    ]
 
 
 def _timing(row: LiveRow, now_s: float) -> Timing:
     """See the picture in `records`. A shared span's time is divided among the sequences below."""
-    spans = [needed.span for needed in row.place.needs]
-    shared = sum(span.prefill_s / span.num_sequences for span in spans)
+    shared = sum(span.prefill_s / span.num_sequences for span in _first_needed(row))
     return Timing(
         queue_s=row.admitted_s,
         prefill_s=row.place.span.prefill_s,
@@ -54,3 +91,10 @@ def _timing(row: LiveRow, now_s: float) -> Timing:
         ttft_s=row.first_token_s,
         latency_s=now_s,
     )
+
+
+def _first_needed(row: LiveRow) -> list[SharedSpan]:
+    """The shared spans that it stands below, which count for a conversation's first turn alone."""
+    if row.conversation is not None and row.conversation.number:
+        return []
+    return [needed.span for needed in row.place.needs]

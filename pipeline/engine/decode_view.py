@@ -10,11 +10,11 @@
 from __future__ import annotations
 
 from itertools import groupby
-from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.engine.conversation import TurnPlacement
 from pipeline.engine.kernels.rules import KVSpans
 from pipeline.engine.live import LiveRow
 from pipeline.engine.packing import DocumentSpans, document_spans, shared_spans
@@ -54,14 +54,20 @@ def own_slots(rows: list[LiveRow]) -> tuple[NDArray[np.int64], NDArray[np.int64]
 
 
 def _shared(rows: list[LiveRow]) -> KVSpans:
-    """Rows below the same placement see the same spans."""
+    """Rows below the same placement see the same spans, but of those that each has kept."""
     above, bounds, low = [], [], 0
-    for _, below in groupby(rows, key=attrgetter("place.above")):
+    for _, below in groupby(rows, key=_sees):
         first, *others = below
         above.append(first.place.seen_before(first.place.position))
         bounds.append((low, low + 1 + len(others)))
         low = bounds[-1][1]
     return shared_spans(above, bounds)
+
+
+def _sees(row: LiveRow) -> object:
+    """The same for neighbours that see the same above them."""
+    place = row.place
+    return place.seen_before(place.position) if isinstance(place, TurnPlacement) else place.above
 
 
 def _earlier_blocks(rows: list[LiveRow]) -> KVSpans:

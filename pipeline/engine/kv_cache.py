@@ -107,6 +107,15 @@ class KVCache:
             low = self._free.pop(index)[0]
         self._free.insert(index, (low, high))
 
+    def split(self, kv_range: KVRange, kept: list[tuple[int, int]]) -> list[KVRange]:
+        """Ranges of these parts `[low, high)` of a range, which is used no more; the other slots
+        are given back. `kept` rises, counted from the range's start, and no part is empty."""
+        edges = [0, *(edge for part in kept for edge in part), kv_range.length]
+        start = kv_range.start
+        for low, high in zip(edges[::2], edges[1::2], strict=True):
+            self.release(KVRange(start + low, high - low))
+        return [KVRange(start + low, high - low) for low, high in kept]
+
     def copy(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
         """Copy slots `source` to `target` [n] in all layers."""
         if len(source):

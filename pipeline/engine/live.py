@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.kv_cache import KVRange
+from pipeline.engine.conversation import Conversation
 from pipeline.engine.packing import PlacedSlots
-from pipeline.engine.spans import Placement, SharedPlacement
+from pipeline.engine.spans import Block, Placement, SharedPlacement
 from pipeline.plan.token_table import Ids
 from pipeline.records import SamplingParams
 
@@ -38,6 +38,9 @@ class LiveRow:
     `place`: the tokens that no other sequence shares, `ids` of its prompt from `place.start` on;
     `end`: the prompt's; `repaired`: own tokens that documents hold as well. The blocks have slots
     for the positions `[place.position, reserved_end)`; the first one is that of `place.span`.
+    Of a conversation all of this is its current turn's, but the blocks, which hold what is kept;
+    `is_waiting`: that turn has been answered, and the next one has not begun; `num_answered`:
+    tokens of earlier answers.
     """
 
     sequence: int
@@ -48,10 +51,13 @@ class LiveRow:
     admitted_s: float
     repaired: int = 0
     cached_tokens: int = 0
-    blocks: list[KVRange] = field(default_factory=list)
-    reserved_end: int = 0
+    noise_key: int = 0
+    conversation: Conversation | None = None
+    blocks: list[Block] = field(default_factory=list)
     first_token_s: float = 0.0
     token_ids: list[int] = field(default_factory=list)
+    num_answered: int = 0
+    is_waiting: bool = False
     has_ended: bool = False
 
     @property
@@ -61,36 +67,65 @@ class LiveRow:
 
     @property
     def last_position(self) -> int:
-        """First position that never needs a slot: the last generated token is not fed back."""
-        return self.end + self.params.max_new_tokens - 1
+        """First position that never needs a slot: the last generated token is not fed back, or
+        others go before it comes."""
+        last = self.end + self.params.max_new_tokens - 1
+        conversation = self.conversation
+        if conversation is None or conversation.eviction.evictor == "none":
+            return last
+        return min(last, conversation.next_position + conversation.room)
 
     @property
     def first_block_end(self) -> int:
         """Position up to which the first block reaches when the row is admitted now."""
+        if self.conversation is not None and self.conversation.is_behind:
+            return self.conversation.computed  # it ends there until the rest is computed again
         grown = self.end + max(0, len(self.token_ids) - 1) + FIRST_NEW_TOKENS
         return min(grown, self.last_position)
 
     @property
+    def reserved_end(self) -> int:
+        """The position after the last one that has a slot; 0 without blocks."""
+        return self.blocks[-1].end if self.blocks else 0
+
+    @property
+    def most_slots(self) -> int:
+        """Of its own, at the end of its last turn."""
+        if self.conversation is not None:
+            return self.conversation.most_slots
+        return self.last_position - self.place.position
+
+    @property
+    def slots_to_enter(self) -> int:
+        """Of its own, when it is admitted now."""
+        if self.conversation is not None and self.conversation.saved is not None:
+            return sum(kv.shape[-2] for _, kv in self.conversation.saved)
+        return self.first_block_end - self.place.position
+
+    @property
+    def offset(self) -> int:
+        """By how much its positions are less than the numbers of its tokens."""
+        return 0 if self.conversation is None else self.conversation.offset
+
+    def known_ids(self) -> NDArray[np.int64]:
+        """All that follows `place.start` and was fed before, or is fed first."""
+        if self.conversation is not None:
+            return np.array(self.conversation.ids[self.place.start : self.conversation.computed])
+        return np.concatenate([self.ids.astype(np.int64), np.array(self.token_ids[:-1], np.int64)])
+
+    @property
     def next_slot(self) -> int:
         """The slot of `next_position`, in the last block."""
-        block = self.blocks[-1]
-        return block.start + block.length - self.reserved_end + self.next_position
+        return self.blocks[-1].slot(self.next_position)
 
     @property
     def open_slot(self) -> int:
         """The first of the slots that reach to `next_slot`, side by side and in order."""
-        first = self.blocks[-1].start
-        return first if len(self.blocks) > 1 else first + self.place.last_run - self.place.position
+        return self.place.open_slot(self.blocks)
 
     def closed_slots(self) -> Iterator[PlacedSlots]:
         """What of its own lies before `open_slot`."""
-        yield from self.place.earlier_runs()
-        position = self.place.last_run
-        skipped = position - self.place.position
-        for block in self.blocks[:-1]:
-            yield PlacedSlots(block.start + skipped, block.stop, position)
-            position += block.length - skipped
-            skipped = 0
+        return self.place.closed_slots(self.blocks)
 
 
 @dataclass(eq=False, slots=True)

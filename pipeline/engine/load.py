@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from pipeline.engine.base import Engine
 from pipeline.errors import EngineError, UsageError
-from pipeline.settings import EngineSettings, JobSettings
+from pipeline.settings import JobSettings
 
 if TYPE_CHECKING:
     from pipeline.model.model import LoadedModel
+    from pipeline.plan.conversations import Eviction
     from pipeline.plan.documents import Reuse
 
 
@@ -34,7 +35,7 @@ def make_engine(settings: JobSettings) -> Engine:
     loaded = load_model(settings.model)
     if chosen == "prefix":
         reuse = _prepare_reuse(loaded, settings)
-        return _tested(loaded, settings.engine, reuse)
+        return _tested(loaded, settings, reuse)
     return NaiveEngine(loaded, loaded.notes, settings.engine)
 
 
@@ -64,17 +65,23 @@ def _prepare_reuse(loaded: LoadedModel, settings: JobSettings) -> Reuse | None:
     return reuse_of(settings.reuse, size, adapter)
 
 
-def _tested(loaded: LoadedModel, settings: EngineSettings, reuse: Reuse | None) -> Engine:
+def _tested(loaded: LoadedModel, job: JobSettings, reuse: Reuse | None) -> Engine:
     """The prefix engine, or the naive one where the self-test shows that reuse is unsound.
 
-    Raises UsageError where documents cannot be seen as `reuse` says.
+    Raises UsageError where documents cannot be seen as `reuse` says, or tokens not given up as
+    the job says.
     """
     from pipeline.engine.naive_engine import NaiveEngine
     from pipeline.engine.prefix_engine import PrefixEngine
     from pipeline.engine.sharing_cost import break_even_tokens
-    from pipeline.engine.verify.self_test import segment_self_test, self_test
+    from pipeline.engine.verify.self_test import (
+        eviction_self_test,
+        segment_self_test,
+        self_test,
+    )
     from pipeline.engine.verify.strict_probe import strict_probe
 
+    settings, evictor = job.engine, job.conversations.evict
     is_strict = settings.fidelity == "strict"
     engine = PrefixEngine(loaded, settings)
     try:
@@ -84,6 +91,8 @@ def _tested(loaded: LoadedModel, settings: EngineSettings, reuse: Reuse | None) 
             raise UsageError(f"--fidelity strict: {error}; leave it out") from error
         if reuse is not None:  # the naive engine moves no document
             raise UsageError(f"{error}; choose --reuse prefix") from error
+        if evictor != "none":  # and gives up nothing
+            raise UsageError(f"{error}; choose --evict none") from error
         note = f"{error}; so each row is computed in full by the naive engine"
         return NaiveEngine(loaded, [*loaded.notes, note], settings)
     notes = [
@@ -96,7 +105,21 @@ def _tested(loaded: LoadedModel, settings: EngineSettings, reuse: Reuse | None) 
         except EngineError as error:
             raise UsageError(f"{error}; choose --reuse prefix") from error
         notes.append(f"self-test of --reuse {reuse.mode} passed: within {worst:.1e} of its rule")
+    if evictor != "none":
+        try:
+            worst = eviction_self_test(engine, _small_eviction(job))
+        except EngineError as error:
+            raise UsageError(f"{error}; choose --evict none") from error
+        notes.append(f"self-test of --evict {evictor} passed: within {worst:.1e} of its rule")
     if is_strict:
         notes.append(f"strict: the same bits in {strict_probe(engine)} of as many ways")
     break_even = break_even_tokens(loaded, engine.backend)
     return PrefixEngine(loaded, settings, engine.backend, break_even, notes)
+
+
+def _small_eviction(job: JobSettings) -> Eviction:
+    """What the self-test tries in small."""
+    from pipeline.plan.conversations import Eviction
+
+    asked = job.conversations
+    return Eviction(asked.evict, sink_tokens=asked.num_sink_tokens, unit=asked.evict_unit)

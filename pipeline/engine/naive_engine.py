@@ -17,13 +17,16 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from pipeline.engine.base import (
+    EngineCapabilities,
     EngineHooks,
     Indices,
     LocalEngine,
     Replay,
     RunControl,
-    one_at_a_time,
 )
+from pipeline.engine.completions import with_scores
+from pipeline.engine.naive_scores import score_sequence
+from pipeline.engine.resent import RESENT_NOTE, Turn, answer_in_order
 from pipeline.engine.sampler import Sampler, configured
 from pipeline.engine.sampling import truncated_cdf, uniform_noise
 from pipeline.engine.threads import Threads
@@ -57,6 +60,7 @@ class NaiveEngine(LocalEngine):
     """`Engine` and `Baseline` at once, with transformers' own attention and cache."""
 
     name = "naive"
+    capabilities = EngineCapabilities(carries_conversations=True, reads_scores=True)
 
     def __init__(
         self, loaded: LoadedModel, notes: Sequence[str] = (), settings: EngineSettings | None = None
@@ -72,36 +76,55 @@ class NaiveEngine(LocalEngine):
     def _completions(
         self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks
     ) -> Iterator[Completion]:
-        """One sequence after the other; each prompt is computed in full."""
-        counters, start = self.counters, time.perf_counter()
-        for sequence in one_at_a_time(sequences, control):
-            prompt = plan.prompt_token_ids(sequence).astype(np.int64).tolist()
-            params = plan.params[int(plan.sequences.params[sequence])]
-            noise_key = int(plan.sequences.noise_key[sequence])
-            begin = time.perf_counter()
-            error_type = message = None
-            try:
-                token_ids, reason = self._answer(prompt, params, noise_key, control)
-            except NonFiniteError as error:
-                token_ids, reason = (), "error"
-                error_type, message = "NonFiniteLogits", str(error)
-            end = time.perf_counter()
-            counters.prefilled_tokens += len(prompt)
-            counters.generated_tokens += len(token_ids)
-            counters.num_forwards += len(token_ids)
-            counters.decode_s += end - begin
-            counters.busy_s += end - begin
-            counters.span_s = end - start
-            kv_tokens = len(prompt) + len(token_ids)
-            kv_bytes = kv_tokens * self.loaded.shape.kv_bytes_per_token(self._dtype)
-            counters.peak_kv_bytes = max(counters.peak_kv_bytes, kv_bytes)
-            timing = Timing(
-                queue_s=begin - start,
-                decode_s=end - begin,
-                ttft_s=end - start,
-                latency_s=end - start,
+        """One turn after the other; each prompt is computed in full, with all that was said."""
+        start = time.perf_counter()
+        if plan.scores is not None:
+            return answer_in_order(
+                plan, sequences, control, hooks, lambda turn: self._score(plan, turn, start)
             )
-            yield Completion(sequence, token_ids, reason, 0, timing, error_type, message)
+        if plan.conversations is not None and RESENT_NOTE not in self.notes:
+            self.notes.append(RESENT_NOTE)
+        return answer_in_order(
+            plan, sequences, control, hooks, lambda turn: self._complete(turn, control, start)
+        )
+
+    def _complete(self, turn: Turn, control: RunControl, start: float) -> Completion:
+        counters, prompt = self.counters, turn.prompt
+        begin = time.perf_counter()
+        error_type = message = None
+        try:
+            token_ids, reason = self._answer(prompt, turn.params, turn.noise_key, control)
+        except NonFiniteError as error:
+            token_ids, reason = (), "error"
+            error_type, message = "NonFiniteLogits", str(error)
+        end = time.perf_counter()
+        counters.prefilled_tokens += len(prompt)
+        counters.generated_tokens += len(token_ids)
+        counters.num_forwards += len(token_ids)
+        counters.decode_s += end - begin
+        counters.busy_s += end - begin
+        counters.span_s = end - start
+        kv_tokens = len(prompt) + len(token_ids)
+        kv_bytes = kv_tokens * self.loaded.shape.kv_bytes_per_token(self._dtype)
+        counters.peak_kv_bytes = max(counters.peak_kv_bytes, kv_bytes)
+        timing = Timing(
+            queue_s=begin - start, decode_s=end - begin, ttft_s=end - start, latency_s=end - start
+        )
+        return Completion(turn.sequence, token_ids, reason, 0, timing, error_type, message)
+
+    def _score(self, plan: Plan, turn: Turn, start: float) -> Completion:
+        begin = time.perf_counter()
+        scores = score_sequence(self.forced_logits, plan, turn.sequence, turn.prompt)
+        end, counters = time.perf_counter(), self.counters
+        counters.prefilled_tokens += len(turn.prompt)
+        counters.num_forwards += 1
+        counters.prefill_s += end - begin
+        counters.busy_s += end - begin
+        counters.span_s = end - start
+        timing = Timing(
+            queue_s=begin - start, prefill_s=end - begin, ttft_s=end - start, latency_s=end - start
+        )
+        return with_scores(Completion(turn.sequence, (), "length", 0, timing), scores)
 
     def generate_one(self, prompt: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
         return self._generate(prompt, params, LogitsProcessorList())

@@ -95,6 +95,8 @@ class _Layer:
         )  # fmt: skip
         copy_short_edges(batch, keys, values)
         heads = qkv.view(len(qkv), -1, keys.shape[2])[:, : -2 * keys.shape[0]]
+        if batch.observer is not None:
+            batch.observer.take(self.number, heads, self.rules)
         if batch.views is not None:
             turn = batch.views.turn_in(self.number)
             assert turn is not None, "all layers of these families have rotary positions"

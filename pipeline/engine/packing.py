@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pipeline.engine.kernels.kernel import AttentionKernel
 from pipeline.engine.kernels.rules import KVSpans
+from pipeline.engine.observation import Observer
 from pipeline.engine.rotary import Rotary
 from pipeline.engine.views import Views
 
@@ -87,7 +88,7 @@ class PackedBatch:
 
     `input_ids`, `position_ids` [1, N]; `slots` [N] where new K and V go; `copy_from`, `copy_to`
     slots copied after that write; `work` is the kernel's own description of what each query sees,
-    `views` the queries in documents' frames, if any.
+    `views` the queries in documents' frames, if any; `observer` notes queries as they pass.
     """
 
     input_ids: Tensor
@@ -98,6 +99,7 @@ class PackedBatch:
     copy_from: Tensor | None = None
     copy_to: Tensor | None = None
     views: Views | None = None
+    observer: Observer | None = None
 
 
 @dataclass(frozen=True, slots=True)

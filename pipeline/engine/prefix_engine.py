@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.engine.answered import Answered
 from pipeline.engine.arrivals import History
 from pipeline.engine.backend import Backend, choose_backend
 from pipeline.engine.base import (
@@ -28,9 +29,11 @@ from pipeline.engine.base import (
     RunControl,
 )
 from pipeline.engine.blend import Blend
-from pipeline.engine.completions import complete, fail, refuse
+from pipeline.engine.completions import complete, complete_scored, fail, refuse
 from pipeline.engine.cuda_graphs import DecodeStep, NextTokens, decode_runner
 from pipeline.engine.decode_view import DecodeView, own_slots
+from pipeline.engine.host_states import HostStates
+from pipeline.engine.kept_kv import KeptKV
 from pipeline.engine.kv_cache import kv_capacity, reserve_kv
 from pipeline.engine.kv_guard import CorruptKVError, KVGuard
 from pipeline.engine.layout import layout_of
@@ -44,9 +47,11 @@ from pipeline.engine.rotary import Rotary
 from pipeline.engine.sampler import Context, Sampler
 from pipeline.engine.sampling import Sampled
 from pipeline.engine.scheduler import Scheduler
+from pipeline.engine.scorer import MOST_ROWS, Scorer
 from pipeline.engine.spans import AssembledPlacement, Placement, SharedPlacement
 from pipeline.engine.strict_backend import choose_strict_backend
 from pipeline.engine.threads import Threads
+from pipeline.engine.turns import Turns
 from pipeline.errors import EngineError, ModelError
 from pipeline.model.families import why_unsupported
 from pipeline.model.model import LoadedModel
@@ -92,6 +97,9 @@ class PrefixEngine(LocalEngine):
             measures_rates=True,
             shows_logits=True,
             moves_documents=True,
+            carries_conversations=True,
+            evicts=True,
+            reads_scores=True,
             kv=KVFormat(dtype, loaded.shape.kv_bytes_per_token(dtype)),
         )
         super().__init__([*([self.backend.note] if self.backend.note else []), *notes])
@@ -104,12 +112,14 @@ class PrefixEngine(LocalEngine):
         if self.break_even is not None and plan.documents is None:
             plan = cut_by_cost(plan, plan.count_below(sequences), self.break_even)
         work = _Work(plan, control, hooks)
-        left, history = sequences, History(hooks.kv_connector)
+        answered = Answered(hooks.earlier_turns)
+        left, history = sequences, History(hooks.kv_connector, answered.turns)
         while len(left):
             yielded = []
             try:
                 for completion in _Run(self, work, left, history).completions():
-                    yielded.append(completion.sequence)
+                    if answered.note(plan, completion):
+                        yielded.append(completion.sequence)
                     yield completion
                 return
             except CorruptKVError:
@@ -141,7 +151,8 @@ class _Run:
         loaded, settings = engine.loaded, engine.settings
         self.backend = engine.backend
         documents = work.plan.documents
-        self.rotary = None if documents is None else Rotary.of(loaded.model)
+        moves = documents is not None or work.plan.evicts
+        self.rotary = Rotary.of(loaded.model) if moves else None
         self.packer = Packer(engine.backend.kernel, loaded.device, self.rotary)
         self.device = loaded.device
         self.hooks = work.hooks
@@ -165,7 +176,14 @@ class _Run:
         self.guard = KVGuard(self.cache)
         self.policy = DepthFirstPolicy(settings.max_rows)
         residency = Residency(self.cache, self.guard.release)
-        self.scheduler = Scheduler(self.plan, layout, residency, self.policy, history)
+        kept = KeptKV(residency, self.rotary)
+        states = HostStates(kept, settings.spill_memory)
+        self.scheduler = Scheduler(self.plan, layout, residency, self.policy, history, states)
+        scores = self.plan.scores
+        self.scorer = None if scores is None else Scorer(self.plan, scores)
+        self.turns = None
+        if self.plan.conversations is not None:
+            self.turns = Turns(self.plan, self.scheduler, kept, history.begun)
         self.eos = frozenset(loaded.shape.eos_token_ids)
         self.start_s = time.perf_counter()
         self.first_step_s: float | None = None
@@ -180,6 +198,8 @@ class _Run:
                 if self.threads is not None:
                     self.threads.adapt()
                 self._admit()
+                if self.turns is not None:
+                    self._begin_turns(self.turns)
                 self._decode_one_step()
                 is_last = self.control.should_drain() or not self.scheduler.waiting
                 is_over = is_last and not self.scheduler.has_begun
@@ -198,7 +218,8 @@ class _Run:
             self.scheduler.forget(self.control.take_back(self.scheduler.not_begun()))
         admission = self.scheduler.admit(now, only_begun=self.control.should_drain())
         budget = self.cache.capacity * self.cache.bytes_per_token
-        self.finished += [refuse(self.plan, s, budget, now) for s in admission.refused]
+        for sequence in admission.refused:
+            self.finished += refuse(self.plan, sequence, budget, now)
         for job in admission.jobs:
             self._fill(job)
         todo = [job for job in admission.jobs[::-1] if job.done < job.end]
@@ -211,9 +232,26 @@ class _Run:
         self._prefill(todo)
         self._start_ready(admission.ready)
 
+    def _begin_turns(self, turns: Turns) -> None:
+        """Compute again what conversations have lost, then the prompts of their next turns."""
+        while jobs := turns.replays():
+            self._prefill(jobs[::-1])
+        jobs, failed = turns.begin(self._now(), self.control.should_drain())
+        self.finished += failed
+        self._prefill(jobs[::-1])
+
     def _prefill(self, todo: list[PrefillJob]) -> None:
         while todo:
-            self._prefill_or_halve(take_chunks(todo, self.max_batch_tokens))
+            self._prefill_few(take_chunks(todo, self.max_batch_tokens))
+
+    def _prefill_few(self, taken: list[Chunk]) -> None:
+        """As many tokens at once as there is room for what is read of them."""
+        tokens = sum(high - low for _, low, high in taken)
+        if self.scorer is None or tokens < 2 or self.scorer.count(taken) <= MOST_ROWS:
+            self._prefill_or_halve(taken)
+            return
+        for part in split_chunks(taken, tokens // 2):
+            self._prefill_few(part)
 
     def _assemble(self, place: Placement) -> None:
         """Copy what the row sees of documents to where it stands there."""
@@ -289,9 +327,21 @@ class _Run:
         """One packed forward; sample the first tokens of rows whose prompts end in it."""
         begin = self._now()
         lengths = np.array([high - low for _, low, high in taken])
-        readable = [i for i, chunk in enumerate(taken) if needs_logits(chunk)]
         batch = pack_chunks(taken, self.packer)
-        logits = self._forward(batch, np.cumsum(lengths)[readable] - 1)
+        if self.scorer is not None:
+            at, points = self.scorer.read(taken)
+            self.scorer.note(points, self._forward(batch, at))
+            self._spread(taken, self._now() - begin)
+            self._count_prefill(taken)
+            self._end_scored([job.target for job, _, high in taken if high == job.end])
+            return
+        readable = [i for i, chunk in enumerate(taken) if needs_logits(chunk)]
+        keep = np.cumsum(lengths)[readable] - 1
+        if self.turns is None:
+            logits = self._forward(batch, keep)
+        else:
+            with self.turns.watcher.watching_prefill(taken) as observer:
+                logits = self._forward(replace(batch, observer=observer), keep)
         rows, of_rows = [], []
         for i, index in enumerate(readable):
             target = taken[index][0].target
@@ -300,16 +350,28 @@ class _Run:
                 of_rows.append(i)
             else:
                 target.span.logits = logits[i].clone()
-        seconds = self._now() - begin
-        per_token_s = seconds / int(lengths.sum())
+        self._spread(taken, self._now() - begin)
+        self._append_tokens(rows, logits[of_rows])
+        self._count_prefill(taken)  # here: a step may end half done
+
+    def _end_scored(self, targets: Sequence[SharedPlacement | LiveRow]) -> None:
+        """Rows all of whose prompt was computed, and read where it is asked for."""
+        assert self.scorer is not None
+        now = self._now()
+        for row in targets:
+            if isinstance(row, LiveRow) and not row.has_ended:
+                row.first_token_s = now
+                self._end(row, complete_scored(row, self.scorer.scored(row.sequence), now))
+
+    def _spread(self, taken: list[Chunk], seconds: float) -> None:
+        """What a forward took, over what it computed."""
+        self.counters.prefill_s += seconds
+        per_token_s = seconds / sum(high - low for _, low, high in taken)
         for job, low, high in taken:
             if not job.is_repeat:  # a row pays for what it is the first to need
                 job.place.span.prefill_s += per_token_s * (high - low)
             if not isinstance(job.target, LiveRow) and high == job.end:
                 self._note_full(job.target)
-        self._append_tokens(rows, logits[of_rows])
-        self._count_prefill(taken)  # here: a step may end half done
-        self.counters.prefill_s += seconds
 
     def _count_prefill(self, taken: list[Chunk]) -> None:
         for job, low, high in taken:
@@ -322,6 +384,9 @@ class _Run:
 
     def _start_ready(self, ready: list[LiveRow]) -> None:
         """Rows that end with a shared span: its KV is theirs, and its logits were kept for them."""
+        if self.scorer is not None:
+            self._end_scored(ready)
+            return
         rows, logits = [], []
         for row in ready:
             if row.has_ended:
@@ -343,8 +408,10 @@ class _Run:
 
     def _decode_one_step(self) -> None:
         """One more token for every live row that keeps its place."""
+        if self.turns is not None:
+            self.turns.evictions.make_room(self.scheduler.decoding())
         self.scheduler.grow()
-        rows = list(self.scheduler.rows)
+        rows = self.scheduler.decoding()
         while rows:
             width = self.max_decode_rows
             try:
@@ -364,14 +431,22 @@ class _Run:
         positions = np.array([r.next_position for r in rows], np.int64)
         own = own_slots(rows)
         before, documents = self.view.before(rows, self.scheduler.changes)
-        if self.runner is None or documents is not None:
+        if self.runner is None or documents is not None or self.turns is not None:
             batch = pack_decode(token_ids, positions, own, before, self.packer, documents)
-            self._append_tokens(rows, self._forward(batch, np.arange(len(rows))))
+            self._append_tokens(rows, self._step(rows, batch))
         else:
             spans = decode_spans(positions, own, before)
             chosen = self._run_recorded(DecodeStep(token_ids, positions, own[1] - 1, spans))
             self._append_tokens(rows, chosen.logits, chosen.greedy)
         self.counters.decode_s += self._now() - begin
+
+    def _step(self, rows: list[LiveRow], batch: PackedBatch) -> Tensor:
+        """Logits of a packed step of `rows`."""
+        every = np.arange(len(rows))
+        if self.turns is None:
+            return self._forward(batch, every)
+        with self.turns.watcher.watching_decode(rows) as observer:
+            return self._forward(replace(batch, observer=observer), every)
 
     def _forward(self, batch: PackedBatch, keep: NDArray[np.int64]) -> Tensor:
         """Logits [len(keep), V], in the model's dtype, of the packed positions `keep`."""
@@ -404,21 +479,22 @@ class _Run:
         begin = time.perf_counter()
         positions = np.array([len(r.token_ids) for r in rows], np.int64)
         sequences = [r.sequence for r in rows]
-        keys = self.plan.sequences.noise_key[sequences]
+        numbers = [r.num_answered + len(r.token_ids) for r in rows]
+        keys = np.array([r.noise_key for r in rows], np.uint64)
         if self.hooks.on_logits is not None:
-            self.hooks.on_logits(sequences, positions.tolist(), logits)
+            self.hooks.on_logits(sequences, numbers, logits)
         params = [r.params for r in rows]
 
         def context_of(index: int) -> Context:
             row = rows[index]
-            return self.plan.prompt_token_ids(row.sequence), row.token_ids
+            return self._prompt(row), row.token_ids
 
         chosen = self.sampler.sample(logits, params, keys, positions, context_of, greedy)
         self._count_busy(begin)
         now = self._now()
         ids, finite = chosen.token_ids.tolist(), chosen.is_finite.tolist()
         if self.hooks.force_tokens is not None:
-            ids = self.hooks.force_tokens(sequences, positions.tolist())
+            ids = self.hooks.force_tokens(sequences, numbers)
         for row, token_id, is_finite in zip(rows, ids, finite, strict=True):
             if not row.token_ids:
                 row.first_token_s = now
@@ -433,15 +509,31 @@ class _Run:
         if row.token_ids[-1] in self.eos and not params.ignore_eos:
             return "stop"
         if params.stop:
-            prompt = self.plan.prompt_token_ids(row.sequence)
-            if self.control.is_stopped(row.token_ids, params.stop, prompt):
+            if self.control.is_stopped(row.token_ids, params.stop, self._question(row)):
                 return "stop"
         return "length" if len(row.token_ids) >= params.max_new_tokens else None
 
+    def _prompt(self, row: LiveRow) -> NDArray[np.unsignedinteger]:
+        """What its answer follows, the history of a conversation included."""
+        if row.conversation is None:
+            return self.plan.prompt_token_ids(row.sequence)
+        return np.array(row.conversation.ids[: row.conversation.question_end], np.uint32)
+
+    def _question(self, row: LiveRow) -> NDArray[np.unsignedinteger]:
+        """What its answer follows right away: of a conversation, this turn's alone."""
+        conversation = row.conversation
+        if conversation is None:
+            return self.plan.prompt_token_ids(row.sequence)
+        first, end = conversation.turn_starts[-1], conversation.question_end
+        return np.array(conversation.ids[first:end], np.uint32)
+
     def _end(self, row: LiveRow, completion: Completion) -> None:
-        self.scheduler.finish(row)
+        if self.turns is None:
+            self.scheduler.finish(row)
+            self.finished.append(completion)
+        else:
+            self.finished += self.turns.end(row, completion, self._now())
         self.counters.peak_kv_bytes = self.cache.peak_tokens * self.cache.bytes_per_token
-        self.finished.append(completion)
 
     def _now(self) -> float:
         """Seconds since the engine started."""

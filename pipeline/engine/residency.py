@@ -46,6 +46,13 @@ class Residency:
         self._ranges.discard(kv)
         self.cache.release(kv)
 
+    def split(self, kv: KVRange, kept: list[tuple[int, int]]) -> list[KVRange]:
+        """See `KVCache.split`."""
+        self._ranges.discard(kv)
+        parts = self.cache.split(kv, kept)
+        self._ranges.update(parts)
+        return parts
+
     def evict(self, span: SharedSpan) -> None:
         """Give the span's range back; it is computed again when it is needed."""
         self._on_release(span)

@@ -18,14 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.engine.arrivals import Arrivals, History
+from pipeline.engine.host_states import HostStates
 from pipeline.engine.layout import Layout
 from pipeline.engine.live import LiveRow, PrefillJob
 from pipeline.engine.policy import DepthFirstPolicy
 from pipeline.engine.residency import Residency, slots_of
-from pipeline.engine.spans import (
-    SharedPlacement,
-    SharedSpan,
-)
+from pipeline.engine.spans import Block, SharedPlacement, SharedSpan
 from pipeline.plan.plan import Plan
 
 BLOCK_TOKENS = 64
@@ -51,8 +49,9 @@ class Scheduler:
         residency: Residency,
         policy: DepthFirstPolicy,
         history: History,
+        states: HostStates | None = None,
     ) -> None:
-        """`layout`: of the sequences that shall run."""
+        """`layout`: of the sequences that shall run; `states`: of conversations that give way."""
         self.rows: list[LiveRow] = []
         self.waiting: deque[int] = deque(layout.order.tolist())
         self.changes = 0
@@ -64,6 +63,7 @@ class Scheduler:
         self._policy = policy
         self._history = history
         self._preempted: dict[int, LiveRow] = {}
+        self._states = states
 
     @property
     def has_begun(self) -> bool:
@@ -81,12 +81,12 @@ class Scheduler:
             row = self._preempted.get(sequence) or self._arrivals.row(sequence, now_s)
             needs = row.place.needs
             spans = [placement.span for placement in needs]
-            if slots_of(spans) + row.last_position - row.place.position > cache.capacity:
+            if slots_of(spans) + row.most_slots > cache.capacity:
                 admission.refused.append(self.waiting.popleft())
                 self._leave(row)
                 continue
             absent = slots_of([span for span in spans if not span.is_resident])
-            needed = absent + row.first_block_end - row.place.position
+            needed = absent + row.slots_to_enter
             if not self._make_room_for(row, needed):
                 break
             self._admit_one(row, needs, admission)
@@ -94,6 +94,10 @@ class Scheduler:
             room -= 1
         self._policy.closes(self.rows)
         return admission
+
+    def decoding(self) -> list[LiveRow]:
+        """Live rows but conversations between two turns."""
+        return [row for row in self.rows if not row.is_waiting]
 
     def not_begun(self) -> list[int]:
         """Sequences that were never admitted, in order."""
@@ -110,8 +114,29 @@ class Scheduler:
     def grow(self) -> None:
         """Give every live row a slot for its next token; others make room where it ends."""
         for row in list(self.rows):
-            while row.blocks and row.next_position >= row.reserved_end and not self._extend(row):
-                self._make_room()
+            if row.is_waiting:
+                continue
+            while row.next_position >= row.reserved_end and row.sequence not in self._preempted:
+                if not self._extend(row):
+                    self._make_room()
+
+    def lengthen(self, row: LiveRow, begin: int, end: int) -> bool:
+        """Give a live row slots for positions `[begin, end)`, which follow its last ones or begin
+        anew; others make room. False where it had to give up its own."""
+        if not self.clear(row, end - begin):
+            return False
+        self._add_slots(row, begin, end - begin)
+        return True
+
+    def clear(self, row: LiveRow, count: int) -> bool:
+        """Others make room until `count` slots are free. False where `row` itself had to."""
+        while self.has_place(row) and count > self._residency.cache.free_tokens:
+            self._make_room()
+        return self.has_place(row)
+
+    def has_place(self, row: LiveRow) -> bool:
+        """Whether a row that was admitted is on the device still."""
+        return row.sequence not in self._preempted
 
     def finish(self, row: LiveRow) -> None:
         """Release the row's blocks, and every shared range that nobody needs any more."""
@@ -146,13 +171,20 @@ class Scheduler:
                 span.kv = self._residency.reserve(span.length, from_left=True)
                 own = span.ids[shared.start : shared.end].astype(np.int64)
                 jobs.append(self._job(shared, own, span.was_computed, row.sequence))
-        place, row.reserved_end = row.place, row.first_block_end
-        length, reach = row.reserved_end - place.position, row.last_position - place.position
-        place.span.kv = self._residency.reserve(length, from_left=False, reach=reach)
-        row.blocks = [place.span.kv]
         self._preempted.pop(row.sequence, None)
-        own = np.concatenate([row.ids.astype(np.int64), np.array(row.token_ids[:-1], np.int64)])
-        known = self._history.cached_tokens
+        conversation, known = row.conversation, self._history.cached_tokens
+        if conversation is not None and conversation.saved is not None:
+            assert self._states is not None
+            self._states.restore(row)
+            admission.jobs.extend(jobs)
+            self._enter(row)
+            return
+        place, length = row.place, row.first_block_end - row.place.position
+        place.span.kv = self._residency.reserve(
+            length, from_left=False, reach=max(length, row.last_position - place.position)
+        )
+        row.blocks.append(Block(place.span.kv, place.position, place.position))
+        own = row.known_ids()
         if len(own):
             jobs.append(self._job(row, own, row.sequence in known, row.sequence))
         else:
@@ -162,6 +194,9 @@ class Scheduler:
             known[row.sequence] = row.end + row.repaired - first
         row.cached_tokens = known[row.sequence]
         admission.jobs.extend(jobs)
+        self._enter(row)
+
+    def _enter(self, row: LiveRow) -> None:
         self.rows.append(row)
         self.waiting.popleft()
         self.changes += 1
@@ -189,15 +224,26 @@ class Scheduler:
 
     def _extend(self, row: LiveRow) -> bool:
         """Lengthen the row's last block, or add one; False where too few slots are free."""
-        left = row.last_position - row.reserved_end
-        length, cache = min(BLOCK_TOKENS, left), self._residency.cache
-        if length > cache.free_tokens:
+        begin = max(row.reserved_end, row.next_position)
+        length = min(BLOCK_TOKENS, row.last_position - begin)
+        if length > self._residency.cache.free_tokens:
             return False
-        if not cache.extend(row.blocks[-1], length):
-            row.blocks.append(self._residency.reserve(length, from_left=False, reach=left))
-            self.changes += 1
-        row.reserved_end += length
+        self._add_slots(row, begin, length)
         return True
+
+    def _add_slots(self, row: LiveRow, begin: int, length: int) -> None:
+        """For positions from `begin` on: right after the last ones where they go on and those slots
+        are free, or as a new block."""
+        number = begin + row.offset
+        last = row.blocks[-1] if row.blocks else None
+        if last is not None and last.numbers is None:
+            follows = (last.end, last.first + last.kv.length) == (begin, number)
+            if follows and self._residency.cache.extend(last.kv, length):
+                return
+        reach = max(length, row.last_position - begin)
+        kv = self._residency.reserve(length, from_left=False, reach=reach)
+        row.blocks.append(Block(kv, begin, number))
+        self.changes += 1
 
     def _make_room_for(self, row: LiveRow, needed: int) -> bool:
         """Whether `needed` slots are there, idle spans of others having given way; only after that
@@ -224,6 +270,8 @@ class Scheduler:
         if isinstance(victim, SharedSpan):
             self._residency.evict(victim)
             return
+        if self._states is not None:
+            self._states.save(victim)
         self._take_off(victim)
         self._preempted[victim.sequence] = victim
         self.waiting.appendleft(victim.sequence)
@@ -232,8 +280,8 @@ class Scheduler:
         """Remove the row and its blocks from the device."""
         self.rows.remove(row)
         for block in row.blocks:
-            self._residency.free(block)
-        row.blocks = []
+            self._residency.free(block.kv)
+        row.blocks.clear()
         for shared in row.place.needs:
             shared.span.live_rows -= 1
         self.changes += 1

@@ -69,6 +69,38 @@ class SharedSpan(KVSpan):
     logits: Tensor | None = None
 
 
+@dataclass(eq=False, slots=True)
+class Block:
+    """Slots of one row for consecutive positions from `position` on.
+
+    Of a conversation: `first` is the number of its first token, counted from the conversation's
+    first; where other tokens were gathered here, `numbers` [n] or [layers, kv_heads, n] are theirs.
+    """
+
+    kv: KVRange
+    position: int
+    first: int = 0
+    numbers: NDArray[np.int64] | None = None
+
+    @property
+    def end(self) -> int:
+        """The position after the last one that has a slot."""
+        return self.position + self.kv.length
+
+    def slot(self, position: int) -> int:
+        return self.kv.start + position - self.position
+
+    def placed(self, low: int, high: int) -> PlacedSlots:
+        """Of the positions `[low, high)`."""
+        return PlacedSlots(self.slot(low), self.slot(high), low)
+
+    def numbers_of(self, count: int) -> NDArray[np.int64]:
+        """Of its first `count` tokens, as `numbers`."""
+        if self.numbers is not None:
+            return self.numbers
+        return np.arange(self.first, self.first + count)
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Placement:
     """A span in a row's frame, its first token at `position`; `above`: the shared one before it.
@@ -141,14 +173,22 @@ class Placement:
         seen = self.seen_before(self.start)
         yield PlacedPiece(low, high, low, self.slots(low, high).start, low - self.start, seen)
 
-    def earlier_runs(self) -> Iterator[PlacedSlots]:
-        """Own tokens that stand apart from the last ones."""
-        return iter(())
-
     @property
     def last_run(self) -> int:
         """Position from which on its tokens are neighbours in the row."""
         return self.position
+
+    def open_slot(self, blocks: list[Block]) -> int:
+        """Of a row with these blocks: the first slot of those that are the last in a row."""
+        first = blocks[0].slot(self.last_run)
+        return first if len(blocks) == 1 else blocks[-1].kv.start
+
+    def closed_slots(self, blocks: list[Block]) -> Iterator[PlacedSlots]:
+        """What of a row's own lies before `open_slot`."""
+        low = self.last_run
+        for block in blocks[:-1]:
+            yield block.placed(low, block.end)
+            low = block.end
 
     def copied_slots(self) -> NDArray[np.int64]:
         """Where the KV of the first `copied` tokens was computed."""
@@ -237,8 +277,9 @@ class ScatteredPlacement(DocumentPlacement):
             slot = self.slots(start, high).start
             yield PlacedPiece(start, high, start, slot, start - self.last_run, seen)
 
-    def earlier_runs(self) -> Iterator[PlacedSlots]:
-        return map(self._placed, self.runs)
+    def closed_slots(self, blocks: list[Block]) -> Iterator[PlacedSlots]:
+        yield from map(self._placed, self.runs)
+        yield from super(ScatteredPlacement, self).closed_slots(blocks)
 
     def _placed(self, run: OwnRun) -> PlacedSlots:
         slots = self.slots(self.position + run.offset, self.position + run.offset + run.length)

@@ -22,6 +22,7 @@ import yaml
 from numpy.typing import NDArray
 
 from pipeline.engine.base import EngineCapabilities, EngineHooks, Indices, LocalEngine, RunControl
+from pipeline.engine.resent import RESENT_NOTE, ResentSequence, Turn
 from pipeline.errors import EngineError, ModelError, UsageError, install_extra
 from pipeline.generation import read_rules
 from pipeline.model.shape import read_shape
@@ -44,7 +45,7 @@ class VllmEngine(LocalEngine):
     """`Engine` on vLLM's own scheduler, KV cache and kernels."""
 
     name = "vllm"
-    capabilities = EngineCapabilities(replays_noise=False)
+    capabilities = EngineCapabilities(replays_noise=False, carries_conversations=True)
 
     def __init__(self, model: ModelSettings, settings: EngineSettings) -> None:
         """Load the model. Raises UsageError where vLLM is not installed, ModelError."""
@@ -64,39 +65,53 @@ class VllmEngine(LocalEngine):
         started = time.monotonic()
         salts = _salts(plan)
         waiting = iter(sequences.tolist())
-        running: set[str] = set()
+        running: dict[str, ResentSequence] = {}
+        if plan.conversations is not None and RESENT_NOTE not in self.notes:
+            self.notes.append(RESENT_NOTE)
         try:
             while True:
                 room = 0 if control.should_drain() else self._max_waiting - len(running)
                 for _, sequence in zip(range(room), waiting, strict=False):
-                    refused = self._add(plan, sequence, str(salts[sequence]))
-                    if refused is None:
-                        running.add(str(sequence))
-                    else:
-                        yield refused
+                    resent = ResentSequence(plan, sequence, hooks)
+                    running[str(sequence)] = resent
+                    yield from self._go_on(running, str(sequence), str(salts[sequence]))
                 if not running or control.should_abort():
                     return
                 for output in self._step(started):
-                    running.discard(output.request_id)
-                    yield self._completion(output, started)
+                    name = output.request_id
+                    yield running[name].complete(self._completion(output, started))
+                    if control.should_drain():
+                        del running[name]
+                    else:
+                        yield from self._go_on(running, name, str(salts[int(name)]))
         finally:
             self._engine.abort_request(sorted(running))
 
-    def _add(self, plan: Plan, sequence: int, salt: str) -> Completion | None:
-        """Hand a sequence over; a completion with an error if vLLM refuses it."""
+    def _go_on(
+        self, running: dict[str, ResentSequence], name: str, salt: str
+    ) -> Iterator[Completion]:
+        """Hand the next turn of a running sequence over; where there is none, what could not run.
+        It does not run any more then."""
+        resent = running[name]
+        while (turn := resent.next_turn()) is not None:
+            refused = self._add(turn, salt)
+            if refused is None:
+                return
+            yield resent.complete(refused)
+        del running[name]
+        yield from resent.refused()
+
+    def _add(self, turn: Turn, salt: str) -> Completion | None:
+        """Hand a turn over; a completion with an error if vLLM refuses it."""
         from vllm.exceptions import VLLMClientError
 
-        prompt = {
-            "prompt_token_ids": plan.prompt_token_ids(sequence).astype(np.int64).tolist(),
-            "cache_salt": salt,
-        }
-        params = plan.params[int(plan.sequences.params[sequence])]
-        noise_key = int(plan.sequences.noise_key[sequence])
+        prompt = {"prompt_token_ids": turn.prompt, "cache_salt": salt}
+        params = self._params(turn.params, turn.noise_key)
         try:
-            self._engine.add_request(str(sequence), prompt, self._params(params, noise_key))
+            self._engine.add_request(str(turn.sequence), prompt, params)
         except (ValueError, VLLMClientError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            return Completion(sequence, (), "error", 0, Timing(), "RefusedByVllm", reason)
+            return Completion(turn.sequence, (), "error", 0, Timing(), "RefusedByVllm", reason)
         return None
 
     def _params(self, params: SamplingParams, noise_key: int) -> Any:

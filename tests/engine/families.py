@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -260,3 +261,18 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 if __name__ == "__main__":
     print(page(), end="")
+
+
+_QUICK = (
+    "llama, yarn rotary, GELU", "mistral, window", "cohere, interleaved rotary",
+    "gemma2, soft-capped scores, window in some layers", "gpt_oss, sinks, window in some layers",
+    "smollm3, rotary in some layers",
+)  # fmt: skip
+
+
+def some_quick(families: Sequence[Family]) -> list[object]:
+    """For a parameter: those that are unlike each other; the others are slow tests."""
+    return [
+        family if family.id in _QUICK else pytest.param(family, marks=pytest.mark.slow)
+        for family in families
+    ]

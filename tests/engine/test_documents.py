@@ -61,7 +61,7 @@ def plan_rows(rows: list[Row], reuse: Reuse, params: list[int] | None = None) ->
     table = TokenTable.from_lists([[i for part in row for i in part] for row in rows])
     segments = Segments.from_lists([[len(part) for part in row] for row in rows])
     ids, chosen = [str(i) for i in range(len(rows))], np.array(params or [0] * len(rows))
-    plan = build_plan(table, ids, PARAMS, chosen, segments=segments)
+    plan = build_plan(table, ids, PARAMS, chosen, kind_of_row=segments.kinds())
     return with_documents(plan, segments, reuse, np.zeros(len(rows), np.int64))
 
 

@@ -122,7 +122,7 @@ class Watch:
         self.scheduler = s
         cache, spans = s._residency.cache, [p.span for p in s._residency.placed.values()]
         owned = [span.kv for span in spans if span.is_resident]
-        owned += [block for row in s.rows for block in row.blocks if block.length]
+        owned += [block.kv for row in s.rows for block in row.blocks if block.kv.length]
         assert set(owned) == set(s._residency.ranges), "a range is reserved for nobody"
         check_integrity(cache, owned)
         assert cache.used_tokens == sum(kv.length for kv in owned)
@@ -131,7 +131,7 @@ class Watch:
         assert order == sorted(set(order))
         for row in s.rows:
             reserved = row.reserved_end - row.place.position
-            assert sum(block.length for block in row.blocks) == reserved
+            assert sum(block.kv.length for block in row.blocks) == reserved
             above = [placement.span for placement in row.place.all_above()]
             assert all(span.is_resident and span.live_rows for span in above)
         idle = {span.key for span in s._residency.idle()}

@@ -27,6 +27,9 @@ from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.engine.sampler import Sampler
 from pipeline.engine.verify.segment_baseline import Lengths, SegmentBaselines
+from pipeline.engine.verify.stateful_baseline import EvictionBaselines
+from pipeline.engine.verify.story import Story
+from pipeline.engine.verify.told import told_logits
 from pipeline.errors import EngineError
 from pipeline.model.model import LoadedModel
 from pipeline.plan.document_rows import with_documents
@@ -42,30 +45,35 @@ ARMS: Final = ("again", "batched", "reuse", "product")
 @dataclass(frozen=True)
 class ForcedRow:
     """A row and the tokens that it is given; `params` and `noise_key` choose what it would say;
-    `lengths` of its segments where documents are reused at any position."""
+    `lengths` of its segments where documents are reused at any position; `story`, whose last answer
+    are these tokens, where tokens of its conversation are given up."""
 
     prompt: Sequence[int]
     output: Sequence[int]
     params: SamplingParams
     noise_key: int
     lengths: Lengths = ()
+    story: Story | None = None
+
+
+ModeBaselines = SegmentBaselines | EvictionBaselines
+"""Of runs whose rows are no plain prompts."""
 
 
 def compare_arms(
-    engine: PrefixEngine, rows: Sequence[ForcedRow], baselines: SegmentBaselines | None = None
+    engine: PrefixEngine, rows: Sequence[ForcedRow], baselines: ModeBaselines | None = None
 ) -> Iterator[tuple[str, list[Deviation]]]:
     """Each arm and its deviation from the baseline, row by row. `baselines`: of the mode in which
-    documents are reused.
+    documents are reused, or of what is given up.
 
     Holds the logits of all rows at all positions twice. Raises EngineError where a row cannot run.
     """
     settings, sampler = engine.settings, Sampler(engine.loaded)
-    reuse = None if baselines is None else baselines.reuse
     naive = NaiveEngine(engine.loaded)
 
     def in_full() -> list[Tensor]:
         return [
-            (naive if baselines is None else baselines.of(row.lengths)).forced_logits(
+            (naive if baselines is None else baselines.of_row(row)).forced_logits(
                 row.prompt, row.output
             )
             for row in rows
@@ -80,7 +88,7 @@ def compare_arms(
     ):
         changed = settings.model_copy(update={"max_rows": max_rows})
         arm = PrefixEngine(engine.loaded, changed, engine.backend, engine.break_even)
-        yield name, _deviations(sampler, rows, baseline, forced_logits(arm, rows, share, reuse))
+        yield name, _deviations(sampler, rows, baseline, _computed(arm, rows, share, baselines))
 
 
 def compare_weights(
@@ -94,14 +102,24 @@ def compare_weights(
     ]
 
 
-def compare_attention(baselines: SegmentBaselines, rows: Sequence[ForcedRow]) -> list[Deviation]:
-    """How far the mode in which documents are reused is from full attention, row by row."""
+def _computed(
+    arm: PrefixEngine, rows: Sequence[ForcedRow], share: bool, baselines: ModeBaselines | None
+) -> list[Tensor]:
+    if isinstance(baselines, EvictionBaselines):
+        stories = [row.story for row in rows if row.story is not None]
+        return told_logits(arm, stories, baselines.eviction, share)
+    return forced_logits(arm, rows, share, None if baselines is None else baselines.reuse)
+
+
+def compare_attention(baselines: ModeBaselines, rows: Sequence[ForcedRow]) -> list[Deviation]:
+    """How far the mode in which documents are reused, or what was kept, is from full attention, row
+    by row."""
     naive = baselines.naive
     sampler = Sampler(naive.loaded)
     return [
         _deviation(sampler, row, *(
             baseline.forced_logits(row.prompt, row.output)
-            for baseline in (naive, baselines.of(row.lengths))
+            for baseline in (naive, baselines.of_row(row))
         ))
         for row in rows
     ]  # fmt: skip

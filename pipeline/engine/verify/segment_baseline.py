@@ -8,6 +8,7 @@ all runs, `NaiveEngine`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,13 @@ from pipeline.records import SamplingParams
 
 Lengths = Sequence[int]
 """Tokens of a prompt's preamble, of each of its documents, and of its question."""
+
+
+class HasLengths(Protocol):
+    """A row that knows how its prompt is cut."""
+
+    @property
+    def lengths(self) -> Lengths: ...
 
 
 class SegmentBaseline:
@@ -60,6 +68,10 @@ class SegmentBaselines:
         self.naive = naive
         self.reuse = reuse
         self._reference = SegmentReference(naive.loaded.model, reuse)
+
+    def of_row(self, row: HasLengths) -> SegmentBaseline:
+        """Of an audited row."""
+        return self.of(row.lengths)
 
     def of(self, lengths: Lengths) -> SegmentBaseline:
         return SegmentBaseline(self.naive, self._reference, lengths)

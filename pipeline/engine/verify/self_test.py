@@ -8,16 +8,24 @@ prompt crosses a sliding window of at most 512 tokens; that wider ones are right
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.base import EngineHooks, RunControl
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.engine.verify.segment_reference import SegmentReference
+from pipeline.engine.verify.stateful_reference import SlowConversation, replayed_logits
+from pipeline.engine.verify.story import Story
 from pipeline.errors import EngineError, UsageError
 from pipeline.model.families import has_experts
 from pipeline.model.int8 import holds_int8
+from pipeline.plan.conversation_planning import Chains, plan_conversations
+from pipeline.plan.conversations import Eviction
 from pipeline.plan.document_rows import with_documents
 from pipeline.plan.documents import Reuse
 from pipeline.plan.plan import Plan, build_plan
@@ -32,6 +40,7 @@ _ROUTED = 4.0
 """Times that in half precision behind routers: rounding alone reaches 0.1 in bfloat16 over 24
 random layers of gpt-oss, a missing merge or window 0.4 and more in the tests' tiny ones."""
 _WIDEST_CROSSED_WINDOW = 512
+_BUDGET = 40
 
 Seen = dict[tuple[int, int], Tensor]
 """Logits [V] by sequence and output position."""
@@ -69,6 +78,33 @@ def segment_self_test(engine: PrefixEngine, reuse: Reuse) -> float:
         return _compare(engine, _seen_of(row, seen), expected)
 
     return _judge(engine, [difference(row) for row in done])
+
+
+def eviction_self_test(engine: PrefixEngine, eviction: Eviction) -> float:
+    """As `self_test`, of two conversations of three turns of which each gives up tokens once, with
+    gaps left and closed, against the slow reference."""
+    differences = []
+    ways: tuple[Literal["gap", "rerotate"], ...] = ("gap", "rerotate")
+    for positions in ways:
+        small = replace(
+            eviction, budget_tokens=_BUDGET, window=_BUDGET, evict_to=0.75, gist_tokens=8,
+            positions=positions,
+        )  # fmt: skip
+        plan = _small_conversations(engine.loaded.shape.vocabulary_size, small)
+        done, seen = _run(engine, plan)
+        for sequence in range(len(plan.sequences)):
+            turns = [completion for completion in done if completion.sequence == sequence]
+            whole, number = Story.of(plan, turns), 0
+            slow = SlowConversation(engine.loaded.model, positions)
+            expected = replayed_logits(slow, whole.ids, whole.log).float()
+            for last in range(len(turns)):
+                at = Story(whole.turns[: last + 1]).chosen_at
+                got = torch.stack([seen[sequence, number + i] for i in range(len(at))])
+                differences.append(_compare(engine, got, expected[at]))
+                number += len(at)
+            if not whole.log:
+                raise EngineError(f"self-test: {small.evictor} evicted nothing")
+    return _judge(engine, differences)
 
 
 def _run(engine: PrefixEngine, plan: Plan) -> tuple[list[Completion], Seen]:
@@ -138,6 +174,22 @@ def _window_to_cross(engine: PrefixEngine) -> int:
     window: int = getattr(engine.loaded.model.config, "sliding_window", None) or 0
     context = engine.loaded.shape.context_length or 0
     return window if window <= min(_WIDEST_CROSSED_WINDOW, context - 40) else 0
+
+
+def _small_conversations(vocabulary_size: int, eviction: Eviction) -> Plan:
+    """Whose third turns do not fit beside the first two."""
+    draw = np.random.default_rng(0)
+    lengths = [20, 21, 8, 9, 9, 8]  # turn by turn of one conversation, then the other
+    rows = [draw.integers(0, vocabulary_size, length).tolist() for length in lengths]
+    table = TokenTable.from_lists(rows, vocabulary_size)
+    params = (SamplingParams(max_new_tokens=4, ignore_eos=True),)
+    ids, chosen = [str(i) for i in range(len(rows))], np.zeros(len(rows), np.int64)
+    chains = Chains(np.array([0, 3, 6]), np.array([0, 2, 4, 1, 3, 5]), np.array([3, 3]))
+
+    def build(firsts: TokenTable, kind_of_row: NDArray[np.int64]) -> Plan:
+        return build_plan(firsts, ids, params, chosen, kind_of_row=kind_of_row)
+
+    return plan_conversations(build, table, ids, chosen, chains, eviction)
 
 
 def _small_plan(vocabulary_size: int, window: int) -> Plan:
