@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.early_checks import check_early
 from pipeline.engine.base import Engine, EngineFactory
 from pipeline.engine.load import make_engine
@@ -29,17 +27,17 @@ from pipeline.job.job import Job, open_job
 from pipeline.job.metrics_export import exporting
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.outcome import RunOutcome
-from pipeline.job.planning import PlannedJob, plan_rows, select_rows
+from pipeline.job.planning import PlannedJob, plan_rows
 from pipeline.job.planning_watch import PlanningWatch
 from pipeline.job.recorded import describe_job, keep_system_prompt, with_recorded_clock
 from pipeline.job.recycling import expected_hits
 from pipeline.job.session import Session
+from pipeline.job.shown_prompts import show_first
 from pipeline.job.stopping import StopRequest, interruptible
 from pipeline.job.watchdog import Watchdog
 from pipeline.location import Location
 from pipeline.model.machine import cache_folder
 from pipeline.plan.frames import largest_nodes, tree_frame
-from pipeline.records import SegmentedPrompt
 from pipeline.settings import JobSettings
 from pipeline.storage.durable import replace_file
 from pipeline.storage.part_file import encode_parquet
@@ -123,30 +121,15 @@ def validate_input(
     watch = (observer or SilentObserver()).show_planning
     planned = plan_rows(open_job(input, settings), watch=watch)
     rejections = planned.summary.rejections or {"reasons": {}, "examples": []}
-    found: dict[str, Any] = {
+    return {
         "rows": len(planned.ids),
         "rows_rejected": len(planned.rejected),
         **rejections,
         "notes": planned.job.source.columns.describe(),
         **_check_segments(planned),
         "warning": planned.job.tokenizer.looks_rendered(sample_prompts(planned)),
-        "first": None,
+        **show_first(planned),
     }
-    runs = np.flatnonzero(planned.plan.sequence_of_row >= 0)
-    if len(runs):
-        first = int(runs[0])
-        content = select_rows(planned.job, [first]).contents[0]
-        assert content is not None
-        if planned.ordered is not None and isinstance(content, SegmentedPrompt):
-            order = planned.ordered.numbers()[first]
-            documents = tuple(content.documents[number] for number in order)
-            content = replace(content, documents=documents)
-        found["first"] = {
-            "id": planned.ids[first],
-            "rendered": planned.job.tokenizer.render(content),
-            "token_ids": planned.plan.table[first].tolist(),
-        }
-    return found
 
 
 def _check_segments(planned: PlannedJob) -> dict[str, Any]:
@@ -201,9 +184,10 @@ def run_job(
     cluster get `make_engine` by its name.
 
     Raises UsageError and its kin before anything ran; EngineError, StorageError, Interrupted,
-    TimeBudgetReached or Stalled with every committed part intact; TooManyFailedRows after the job
-    is sealed. A call of the device or the disk that never returns ends the whole process with exit
-    code 1 after `stall_timeout`, see `job/watchdog.py`; a caller who must live on sets it to 0.
+    TimeBudgetReached or Stalled with every committed part intact; TooManyFailedRows and
+    TooManyDegenerate after the job is sealed. A call of the device or the disk that never returns
+    ends the whole process with exit code 1 after `stall_timeout`, see `job/watchdog.py`; a caller
+    who must live on sets it to 0.
     """
     run, budget_s = Location(output, settings.store), settings.write.time_budget
     with _surrounding(run, settings, budget_s, observer, make_engine) as around:
@@ -243,7 +227,7 @@ def _run_or_resume(job: Job, run: Location, around: _Surroundings) -> RunOutcome
                 if directory.is_whole:
                     observer.say(f"{run} is complete; nothing to do")
                     outcome = RunOutcome.of_sealed(directory)
-                    outcome.check_failures(settings.write)
+                    outcome.check(settings)
                     return outcome
                 observer.say(f"{run} was complete, but files are missing; they are made again")
                 rows = directory.planned_rows()

@@ -7,22 +7,26 @@ part files: one writer in one process can promise that a row is committed once, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 from pipeline.engine.base import EngineCapabilities, EngineCounters, StopCheck
 from pipeline.plan.plan import Plan
-from pipeline.records import Completion
+from pipeline.records import Completion, EarlierTurn
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A piece on its way: its number, its own plan, and how a stop string is seen (None: none)."""
+    """A piece on its way: its number, its own plan, and how a stop string is seen (None: none).
+
+    `earlier`: by sequence of that plan, turns of its conversation that are answered already.
+    """
 
     number: int
     plan: Plan
     is_stopped: StopCheck | None = None
+    earlier: Mapping[int, tuple[EarlierTurn, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from pipeline.engine.base import (
 )
 from pipeline.errors import EngineError
 from pipeline.executor.base import Answers, Assignment, Crew, Event, Order, Report, summed
+from pipeline.executor.conversations import TurnsOnTheWay
 from pipeline.executor.dispatch import Dispatch, Piece
 from pipeline.executor.staff import RESUME, Staff
 from pipeline.plan.plan import Plan
@@ -56,7 +57,13 @@ class Fleet:
     def capabilities(self) -> EngineCapabilities:
         """What the workers can do, but for what would have to cross the network."""
         known = self.staff.capabilities
-        return EngineCapabilities(known.computes_once, known.replays_noise)
+        return EngineCapabilities(
+            known.computes_once,
+            known.replays_noise,
+            carries_conversations=known.carries_conversations,
+            evicts=known.evicts,
+            reads_scores=known.reads_scores,
+        )
 
     def generate(
         self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks = NO_HOOKS
@@ -66,7 +73,7 @@ class Fleet:
         self.counters = EngineCounters()
         if not len(sequences):
             return iter(())
-        return _Sitting(self, plan, sequences, control).completions()
+        return _Sitting(self, plan, sequences, control, hooks).completions()
 
     def close(self) -> None:
         """Let the workers go, in bounded time also where they do not answer."""
@@ -77,7 +84,12 @@ class _Sitting:
     """The state of one `generate` call."""
 
     def __init__(
-        self, fleet: Fleet, plan: Plan, sequences: NDArray[np.int64], control: RunControl
+        self,
+        fleet: Fleet,
+        plan: Plan,
+        sequences: NDArray[np.int64],
+        control: RunControl,
+        hooks: EngineHooks,
     ) -> None:
         self._fleet = fleet
         self._crew = fleet.crew
@@ -86,6 +98,7 @@ class _Sitting:
         self._plan = only(plan, sequences)
         self._sequences = sequences
         self._control = control
+        self._turns = TurnsOnTheWay(plan, hooks)
         self._work = Dispatch(self._plan, fleet.crew.size, fleet.decode_weight)
         self._is_stopped = control.is_stopped if any(p.stop for p in plan.params) else None
         self._start = time.monotonic()
@@ -149,7 +162,8 @@ class _Sitting:
         for piece in pieces:
             self._pieces[piece.number] = piece
             plan = carve(self._plan, piece.positions)
-            assignments.append(Assignment(piece.number, plan, self._is_stopped))
+            earlier = self._turns.earlier(self._sequences[piece.positions])
+            assignments.append(Assignment(piece.number, plan, self._is_stopped, earlier))
         self._busy.add(worker)
         is_first = worker not in self._counters
         self._counters.setdefault(worker, EngineCounters())
@@ -195,10 +209,15 @@ class _Sitting:
         positions = self._pieces[answers.number].positions
         for completion in answers.completions:
             position = int(positions[completion.sequence])
-            self._work.answer(worker, answers.number, position)
             sequence = int(self._sequences[position])
+            if self._turns.have_failed(sequence):
+                continue
+            if self._turns.note(sequence, completion):
+                self._work.answer(worker, answers.number, position)
             timing = _later(completion.timing, began_s)
             yield replace(completion, sequence=sequence, timing=timing)
+            if completion.finish_reason == "error":
+                yield from self._turns.after(sequence, completion.turn)
 
     def _lose(self, worker: int, reason: str) -> Iterator[Completion]:
         """What it had not answered waits again, but for a sequence of which too many have died."""
@@ -217,19 +236,12 @@ class _Sitting:
                 f"{self._losses_in_a_row} workers were lost without an answer in between "
                 f"({reason}); {RESUME}"
             )
-        yield from (_given_up(int(self._sequences[position])) for position in given_up)
+        for sequence in self._sequences[given_up].tolist():
+            yield from self._turns.given_up(sequence)
         self._staff.replace(worker, reason)
 
     def _count(self) -> None:
         self._fleet.counters = summed([self._of_the_lost, *self._counters.values()])
-
-
-def _given_up(sequence: int) -> Completion:
-    message = (
-        "every worker that computed this row died; see whether its prompt is far longer than the "
-        "others, and how much memory the devices have"
-    )
-    return Completion(sequence, (), "error", 0, Timing(), "WorkerLost", message)
 
 
 def _later(timing: Timing, seconds: float) -> Timing:

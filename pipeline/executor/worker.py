@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipeline.engine.base import Engine, EngineCounters, RunControl
+from pipeline.engine.base import NO_HOOKS, Engine, EngineCounters, EngineHooks, RunControl
 from pipeline.errors import CoppiceError, place_of
 from pipeline.executor.base import Answers, Assignment, Failure, Hello, Order, Report, summed
 from pipeline.executor.dispatch import not_worth_keeping
@@ -108,7 +108,8 @@ class Worker:
             self._changed.wait_for(lambda: self._backlog)
             self._running = run = _Run(self._backlog.popleft())
             everything = np.arange(len(run.plan.sequences))
-            return run, self._engine.generate(run.plan, everything, self._control(run))
+            hooks = NO_HOOKS if run.plan.conversations is None else run.hooks
+            return run, self._engine.generate(run.plan, everything, self._control(run), hooks)
 
     def _compute(self, run: _Run, completions: Iterator[Completion]) -> None:
         for completion in completions:
@@ -146,7 +147,8 @@ class Worker:
         self._changed.notify_all()
 
     def _add(self, run: _Run, completion: Completion) -> None:
-        run.is_answered[completion.sequence] = True
+        is_last = completion.turn == run.plan.num_turns(completion.sequence) - 1
+        run.is_answered[completion.sequence] = is_last
         with self._changed:
             self._changed.wait_for(lambda: self._outbox.num_completions < _MOST_HELD)
             self._outbox.add(run, completion)
@@ -161,6 +163,8 @@ class _Run:
         self.is_stopped = assignment.is_stopped
         self.is_answered = np.zeros(len(assignment.plan.sequences), bool)
         self.start_s = time.perf_counter()
+        earlier = assignment.earlier
+        self.hooks = EngineHooks(earlier_turns=lambda sequence: earlier.get(sequence, ()))
 
 
 class _Outbox:

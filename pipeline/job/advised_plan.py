@@ -84,9 +84,9 @@ def sample_prompts(
     planned: PlannedJob, num_rows: int = SAMPLE_ROWS, num_tokens: int = SAMPLE_CHARACTERS
 ) -> list[str]:
     """Beginnings of some prompts, evenly spaced, as their token ids spell them."""
-    table = planned.plan.table
-    rows = range(0, len(table), max(1, -(-len(table) // num_rows)))
-    ids = [table[row][:num_tokens].tolist() for row in rows if table.lengths[row]]
+    table, rows = planned.plan.table, planned.plan.whole_rows
+    some = rows[:: max(1, -(-len(rows) // num_rows))].tolist()
+    ids = [table[row][:num_tokens].tolist() for row in some if table.lengths[row]]
     decoded = call_by_halves(planned.job.tokenizer.decode_batch, ids)
     return [
         text[:SAMPLE_CHARACTERS]

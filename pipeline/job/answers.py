@@ -10,41 +10,45 @@ A greedy prompt that many rows share runs once; the rows that did not run name t
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.engine.base import StopCheck
-from pipeline.errors import is_row_fault
+from pipeline.errors import StorageError, is_row_fault
+from pipeline.job.answer_table import (
+    Answered,
+    answer_of,
+    answers_table,
+    decode,
+    first_row,
+)
+from pipeline.job.committed_turns import CommittedTurns
 from pipeline.job.planning import PlannedJob
-from pipeline.job.row_faults import call_by_halves, sentence
-from pipeline.records import Completion, Rejected, Timing
+from pipeline.job.row_scores import ScoreCollector
+from pipeline.plan.conversations import join_ids
+from pipeline.records import Completion
 from pipeline.storage.run_directory import RunDirectory
-from pipeline.storage.schema import carry_columns, result_fields
 from pipeline.tokens.answer_text import AnswerText, Ids
-
-
-class Answered(NamedTuple):
-    """An input row and what became of it."""
-
-    row: int
-    outcome: Completion | Rejected
 
 
 @dataclass
 class RowCounts:
     """Rows that this session has answered, committed or not, and its parts that are committed;
-    read by the progress display."""
+    read by the progress display. `merged_tokens`: those that end an answer and begin the turn that
+    follows it; `evictions` of turns, and those that are `degenerate`, see `TurnState`."""
 
     ok: int = 0
     failed: int = 0
+    prompt_tokens: int = 0
     cached_tokens: int = 0
+    merged_tokens: int = 0
+    evictions: int = 0
+    degenerate: int = 0
     parts: int = 0
 
 
@@ -52,12 +56,18 @@ class AnswerWriter:
     """Collects answers and commits a part whenever `rows_per_part` rows are together.
 
     With `preserve_order`, part n holds the input rows `[n * size, (n + 1) * size)` with
-    `size = rows_per_part`, and is committed when the last of them is answered.
+    `size = rows_per_part`, and is committed when the last of them is answered; where rows are
+    turns, after those before it, so that no turn is done before the one that it follows.
     """
 
     def __init__(
-        self, planned: PlannedJob, directory: RunDirectory, done: NDArray[np.bool_]
+        self,
+        planned: PlannedJob,
+        directory: RunDirectory,
+        done: NDArray[np.bool_],
+        committed: CommittedTurns | None = None,
     ) -> None:
+        """`committed`: of conversations that an earlier session has begun."""
         self.counts = RowCounts()
         self._planned = planned
         self._directory = directory
@@ -70,16 +80,35 @@ class AnswerWriter:
         self._rows_of_sequence = _RowsOfSequence(planned.plan.sequence_of_row)
         block = np.arange(len(done)) // self._settings.rows_per_part
         self._left_in_block = np.bincount(block[~done], minlength=int(block[-1]) + 1)
+        self._open_blocks = deque(np.flatnonzero(self._left_in_block).tolist())
+        self._scores = None if planned.requests is None else ScoreCollector(planned, done)
+        self._committed = committed
+        self._failed_turn = {} if committed is None else committed.failed()
 
     def add_rejected(self) -> None:
         """Write the rows that cannot run."""
         for row, rejected in sorted(self._planned.rejected.items()):
             self._add(Answered(row, rejected))
 
+    def add_ended(self, sequences: NDArray[np.int64]) -> None:
+        """Write what is left of conversations that have failed in an earlier session."""
+        for sequence in sequences.tolist():
+            assert self._committed is not None
+            for turn in self._committed.left(sequence):
+                self.add(Completion.after_failed(sequence, turn))
+
     def add(self, completion: Completion) -> None:
         """Give a sequence's answer to every row that waits for it."""
         plan = self._planned.plan
-        first = int(plan.sequences.row[completion.sequence])
+        if self._scores is not None:
+            for scored in self._scores.add(completion):
+                self._add(Answered(scored.row, scored.completion, scored))
+            return
+        first = first_row(plan, completion)
+        if plan.conversations is not None:
+            self._count_merged(completion)
+            self._add(Answered(first, completion))
+            return
         for row in self._rows_of_sequence[completion.sequence]:
             own = completion if row == first else _copied(completion, int(plan.table.lengths[row]))
             self._add(Answered(row, own))
@@ -91,21 +120,35 @@ class AnswerWriter:
 
     def _add(self, answered: Answered) -> None:
         if self._done[answered.row]:
+            self._compare(answered)
             return
         self._done[answered.row] = True
-        completion = _answer(answered.outcome)
+        completion = answer_of(answered.outcome)
         if completion is None:
             self.counts.failed += 1
         else:
             self.counts.ok += 1
+            planned = self._planned.prompt_tokens(answered.row)
+            self.counts.prompt_tokens += completion.prompt_tokens or planned
             self.counts.cached_tokens += completion.cached_tokens
+            if completion.state is not None:
+                self.counts.evictions += completion.state.evictions
+                self.counts.degenerate += completion.state.degenerate
         per_part = self._settings.rows_per_part
         block = answered.row // per_part if self._settings.preserve_order else 0
-        waiting = self._waiting[block]
-        waiting.append(answered)
-        full = int(self._left_in_block[block]) if self._settings.preserve_order else per_part
-        if len(waiting) >= full:
-            self._commit(block)
+        self._waiting[block].append(answered)
+        if not self._settings.preserve_order:
+            if len(self._waiting[block]) >= per_part:
+                self._commit(block)
+        elif self._planned.plan.conversations is None:
+            if self._is_full(block):
+                self._commit(block)
+        else:
+            while self._open_blocks and self._is_full(self._open_blocks[0]):
+                self._commit(self._open_blocks.popleft())
+
+    def _is_full(self, block: int) -> bool:
+        return len(self._waiting.get(block, ())) >= int(self._left_in_block[block])
 
     def _commit(self, block: int) -> None:
         answered = self._waiting.pop(block)
@@ -114,10 +157,50 @@ class AnswerWriter:
             # The part's number is its place in the input, so sorted names give the input order.
             answered.sort(key=lambda a: a.row)
             number = block
-        table = answers_table(self._planned, answered)
+        texts: dict[int, str] = {}
+        if self._scores is None:
+            answered, texts = decode(self._planned, answered)
+        if self._planned.plan.conversations is not None:
+            answered = self._fail_what_follows(answered)
+        table = answers_table(self._planned, answered, texts)
         self._directory.write_part(number, table, self._provenance)
         self._next_part += 1
         self.counts.parts += 1
+
+    def _fail_what_follows(self, answered: list[Answered]) -> list[Answered]:
+        """Turns after one that has failed, whether in the engine or since it has no text."""
+        outcomes = [item.outcome for item in answered]
+        for outcome in outcomes:
+            if isinstance(outcome, Completion) and answer_of(outcome) is None:
+                first = self._failed_turn.get(outcome.sequence, outcome.turn)
+                self._failed_turn[outcome.sequence] = min(first, outcome.turn)
+        return [
+            Answered(item.row, Completion.after_failed(outcome.sequence, outcome.turn))
+            if isinstance(outcome, Completion)
+            and outcome.turn > self._failed_turn.get(outcome.sequence, outcome.turn)
+            else item
+            for item, outcome in zip(answered, outcomes, strict=True)
+        ]
+
+    def _count_merged(self, completion: Completion) -> None:
+        plan, following = self._planned.plan, completion.turn + 1
+        if completion.token_ids and following < plan.num_turns(completion.sequence):
+            added = plan.table[plan.row_of(completion.sequence, following)]
+            fed = join_ids(completion.token_ids[-1], added)
+            self.counts.merged_tokens += len(added) + 1 - len(fed)
+
+    def _compare(self, answered: Answered) -> None:
+        """A turn that was done before those that it follows, since a part was lost, must have come
+        out the same again. Raises StorageError."""
+        if self._committed is None:
+            return
+        before, now = self._committed.answer(answered.row), answer_of(answered.outcome)
+        if before is not None and now is not None and before != now.token_ids:
+            raise StorageError(
+                f"row {answered.row} in {self._directory.name}/data follows from an answer that is "
+                "no longer there and came out otherwise this time; delete the part that holds the "
+                "row and run the same command again"
+            )
 
 
 class _RowsOfSequence:
@@ -131,54 +214,6 @@ class _RowsOfSequence:
     def __getitem__(self, sequence: int) -> list[int]:
         rows: list[int] = self._rows[self._cuts[sequence] : self._cuts[sequence + 1]].tolist()
         return rows
-
-
-def answers_table(planned: PlannedJob, answered: list[Answered]) -> pa.Table:
-    """The output columns of these rows, then every column that the input brought."""
-    texts, faults = _decode(planned, answered)
-    answered = [_as_decoded(item, faults) for item in answered]
-    rows = [_output_row(planned, item, texts) for item in answered]
-    fields = result_fields(planned.segments is not None)
-    results = pa.Table.from_pylist(rows, schema=pa.schema(fields))
-    source = planned.job.source
-    inputs = source.take(np.array([item.row for item in answered], np.int64))
-    return carry_columns(results, inputs, source.columns.id)
-
-
-def _decode(
-    planned: PlannedJob, answered: list[Answered]
-) -> tuple[dict[int, str], dict[int, BaseException]]:
-    """Text by sequence, cut before the stop string that ended it; or why there is none."""
-    completions = {c.sequence: c for a in answered if (c := _answer(a.outcome)) is not None}
-    plan, text = planned.plan, planned.job.tokenizer.answers
-    items = [
-        (plan.prompt_token_ids(sequence), completion.token_ids,
-         plan.params[int(plan.sequences.params[sequence])].stop)
-        for sequence, completion in completions.items()
-    ]  # fmt: skip
-    sequences = list(completions)
-    texts: dict[int, str] = {}
-    faults: dict[int, BaseException] = {}
-
-    def decode(some: Sequence[tuple[Ids, Ids, tuple[str, ...]]]) -> list[str]:
-        return text.decode([p for p, _, _ in some], [a for _, a, _ in some], [s for *_, s in some])
-
-    for start, decoded in call_by_halves(decode, items):
-        if isinstance(decoded, BaseException):
-            faults[sequences[start]] = decoded
-        else:
-            texts |= zip(sequences[start:], decoded, strict=False)
-    return texts, faults
-
-
-def _as_decoded(item: Answered, faults: dict[int, BaseException]) -> Answered:
-    """An error where the answer has no text."""
-    outcome = item.outcome
-    if isinstance(outcome, Rejected) or outcome.sequence not in faults:
-        return item
-    message = sentence("the answer cannot be turned into text", faults[outcome.sequence])
-    failed = replace(outcome, finish_reason="error", error_type="BadAnswer", error_message=message)
-    return Answered(item.row, failed)
 
 
 def stop_check(answers: AnswerText) -> StopCheck:
@@ -204,87 +239,3 @@ def _copied(completion: Completion, prompt_tokens: int) -> Completion:
     """The answer of the row that ran, as it counts for a row that did not."""
     timing = replace(completion.timing, prefill_s=0.0)
     return replace(completion, cached_tokens=prompt_tokens, timing=timing)
-
-
-def _answer(outcome: Completion | Rejected) -> Completion | None:
-    """The completion if it holds an answer."""
-    if isinstance(outcome, Rejected) or outcome.finish_reason == "error":
-        return None
-    return outcome
-
-
-def _output_row(planned: PlannedJob, item: Answered, texts: dict[int, str]) -> dict[str, Any]:
-    plan, row = planned.plan, item.row
-    group = int(plan.group_of_row[row])
-    columns = {
-        "id": planned.ids[row],
-        "row_index": row,
-        "group_id": None if group < 0 else planned.group_id(group),
-        "reuse_depth": int(plan.reuse_depth[row]),
-        "prompt_tokens": int(plan.table.lengths[row]),
-        **_document_columns(planned, row),
-    }
-    if isinstance(item.outcome, Rejected):
-        return columns | _failed(item.outcome.error_type, item.outcome.message, attempts=0)
-    first = int(plan.sequences.row[item.outcome.sequence])
-    columns["dedup_of"] = None if row == first else planned.ids[first]
-    completion = _answer(item.outcome)
-    if completion is None:
-        reason, message = item.outcome.error_type, item.outcome.error_message
-        return columns | _failed(reason or "EngineError", message or "no reason given", attempts=1)
-    return columns | _succeeded(completion, texts[completion.sequence])
-
-
-def _document_columns(planned: PlannedJob, row: int) -> dict[str, Any]:
-    """Nothing where prompts are in one piece; `exact`: as if nothing had been reused."""
-    counts, asked = planned.counts, planned.job.settings.reuse
-    if counts is None:
-        return {}
-    is_prefix = planned.plan.documents is None
-    documents, soft_tokens = int(counts.documents[row]), int(counts.soft_tokens[row])
-    alone = 1 if asked.context == "preamble" and not soft_tokens else 0
-    return {
-        "reuse_mode": "prefix" if is_prefix else asked.reuse,
-        "exact": is_prefix or documents <= alone,
-        "documents": documents,
-        "document_tokens": int(counts.document_tokens[row]),
-        "repaired_tokens": int(counts.repaired_tokens[row]),
-        "link_tokens": soft_tokens,
-        "fallback_reason": planned.fallback_reason,
-    }
-
-
-def _succeeded(completion: Completion, text: str) -> dict[str, Any]:
-    return {
-        "generated_text": text,
-        "finish_reason": completion.finish_reason,
-        "completion_tokens": len(completion.token_ids),
-        "cached_tokens": completion.cached_tokens,
-        "reuse_source": _source(completion),
-        **asdict(completion.timing),
-        "status": "ok",
-        "attempts": 1,
-        "completion_token_ids": completion.token_ids,
-    }
-
-
-def _source(completion: Completion) -> str:
-    """Where the KV that this row did not compute came from."""
-    if completion.stored_tokens:
-        return "store"
-    return "run" if completion.cached_tokens else "none"
-
-
-def _failed(error_type: str, message: str, attempts: int) -> dict[str, Any]:
-    return {
-        "finish_reason": "error",
-        "completion_tokens": 0,
-        "cached_tokens": 0,
-        "reuse_source": "none",
-        **asdict(Timing()),
-        "status": "error",
-        "error_type": error_type,
-        "error_message": message,
-        "attempts": attempts,
-        "completion_token_ids": [],
-    }

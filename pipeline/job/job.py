@@ -6,7 +6,7 @@ It is opened once and passed on, and says whether its files are still those that
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,10 @@ from pipeline.generation import PLAIN, RULES, ids_of, resolve_sampling, why_not_
 from pipeline.inputs.input_files import InputFile, Stamps, stamp_input
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import PromptSource, open_source
+from pipeline.job.eviction_budget import check_eviction, eviction_of
 from pipeline.job.field_ordering import FieldSaving, order_fields
-from pipeline.job.prepare import Limits, Preparation
+from pipeline.job.prepare import Limits, Preparation, Preparing
+from pipeline.job.prepare_scores import ScorePreparation
 from pipeline.location import Location
 from pipeline.model.adapter import Adapter, adapter_of, reuse_of
 from pipeline.model.families import why_documents_stay
@@ -25,9 +27,11 @@ from pipeline.model.folder import check_model_folder, find_model_folder
 from pipeline.model.hub import check_model_exists
 from pipeline.model.identity import describe_versions, fingerprint_fields, identify_model
 from pipeline.model.machine import cache_folder
+from pipeline.plan.conversations import Eviction
 from pipeline.plan.documents import MOST_LINKED, Reuse
 from pipeline.settings import JobSettings, ModelSettings
 from pipeline.tokens.tokenizer import PromptTokenizer
+from pipeline.tokens.turns import LaterTurns
 
 if TYPE_CHECKING:
     from pipeline.model.shape import ModelShape
@@ -107,7 +111,7 @@ class Job:
         """What the logits of rows without fields of their own go through."""
         return resolve_sampling(self.settings.sampling, self.generation_config, {}).rules
 
-    def preparation(self) -> Preparation:
+    def preparation(self) -> Preparing:
         """The rules by which this job's rows become token ids and parameters."""
         context = None if self.shape is None else self.shape.context_length
         reuse = self.reuse
@@ -118,7 +122,10 @@ class Job:
             MOST_LINKED if reuse is not None and reuse.mode == "kvlink" else None,
             0 if reuse is None else reuse.soft_tokens_per_document,
             self.source.columns.has_segments,
+            self.source.turns is not None,
         )
+        if self.source.columns.scored is not None:
+            return ScorePreparation(self.tokenizer, limits)
         return Preparation(self.tokenizer, self.settings.sampling, self.generation_config, limits)
 
     @property
@@ -128,6 +135,18 @@ class Job:
             return None
         return reuse_of(self.settings.reuse, self.shape.vocabulary_size, self.adapter)
 
+    @property
+    def later_turns(self) -> LaterTurns | None:
+        """How a template writes turns of conversations; None: each adds its text alone, if any."""
+        return self.tokenizer.later_turns(self.source.columns.messages is not None)
+
+    @property
+    def eviction(self) -> Eviction | None:
+        """What becomes of histories that do not fit; None: rows are no turns."""
+        if self.source.columns.conversation is None:
+            return None
+        return eviction_of(self.settings, self.shape)
+
     def key(self) -> str:
         """Stands for all that the prepared rows depend on."""
         settings = self.settings
@@ -135,7 +154,7 @@ class Job:
         parts = (
             self.source.fingerprint(), self.source.labels, self.tokenizer.fingerprint,
             settings.read, settings.tokens, settings.sampling, settings.plan.on_overlong,
-            self.source.columns, self.reuse,
+            self.source.columns, self.reuse, settings.scoring,
             self.generation_config, None if self.shape is None else self.shape.context_length,
             None if template is None else template.read_bytes(), describe_versions(),
         )  # fmt: skip
@@ -152,7 +171,14 @@ def open_job(input: str, settings: JobSettings) -> Job:
     stamps = _stamp_files(settings)
     copies = ParquetCopies(cache_folder() / "inputs")
     location, reuse = Location(input, settings.store), settings.reuse
-    source = open_source(location, settings.read, copies, reuse.asks_for_documents)
+    source = open_source(
+        location,
+        settings.read,
+        copies,
+        reuse.asks_for_documents,
+        settings.conversations,
+        settings.scoring,
+    )
     if source.columns.has_segments and settings.plan.on_overlong == "truncate-left":
         raise UsageError(
             "--on-overlong truncate-left would cut preambles and documents away from prompts in "
@@ -172,7 +198,12 @@ def open_job(input: str, settings: JobSettings) -> Job:
         source = source.with_field_order(order)
     job = Job(input, settings, source, tokenizer, shape, fields, stamps)
     _check_documents(job)
-    return job
+    if source.columns.conversation is None:
+        return job
+    if job.later_turns is not None:
+        job.later_turns.check()
+    check_eviction(settings, shape, tokenizer)
+    return replace(job, source=source.with_turns())
 
 
 def _check_documents(job: Job) -> None:

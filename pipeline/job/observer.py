@@ -29,7 +29,8 @@ class Planning(Pace):
 class Snapshot(Pace):
     """Where a session stands. Rows count the whole job, tokens and seconds this session alone.
 
-    `saved_tokens` are prompt tokens of answered rows that were not computed for them.
+    `saved_tokens` are prompt tokens of answered rows that were not computed for them;
+    `evictions` and `degenerate` are of turns of this session.
     """
 
     rows_failed: int
@@ -38,6 +39,8 @@ class Snapshot(Pace):
     generated_tokens: int
     prefill_s: float
     decode_s: float
+    evictions: int = 0
+    degenerate: int = 0
 
     def rates(self) -> dict[str, float]:
         """Tokens per second of device time in each phase, and rows per second of wall time."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from pipeline.errors import TooManyFailedRows
-from pipeline.settings import WriteSettings
+from pipeline.errors import TooManyDegenerate, TooManyFailedRows
+from pipeline.settings import JobSettings, WriteSettings
 from pipeline.storage.run_directory import RunDirectory
 
 
@@ -29,11 +29,17 @@ class RunOutcome:
         """Rows written with `status = error`."""
         return int(self.counters["rows_error"])
 
-    def check_failures(self, settings: WriteSettings) -> None:
-        """Raises TooManyFailedRows if more rows failed than the settings allow."""
+    def check(self, settings: JobSettings) -> None:
+        """Raises TooManyFailedRows or TooManyDegenerate where more rows failed, or answers repeat
+        themselves, than the settings allow."""
         remedy = f"failed.parquet in {self.directory} names them"
         rows = int(self.counters["rows_in"])
-        check_failures(settings, rows, self.reasons, remedy)
+        check_failures(settings.write, rows, self.reasons, remedy)
+        check_degenerate(
+            settings.conversations.max_degenerate,
+            int(self.counters["rows_ok"]),
+            int(self.counters.get("rows_degenerate", 0)),
+        )
 
     @classmethod
     def of_sealed(cls, directory: RunDirectory) -> RunOutcome:
@@ -60,6 +66,17 @@ def check_failures(
         )
 
 
+def check_degenerate(allowed: float | None, turns: int, degenerate: int) -> None:
+    """Raises TooManyDegenerate where more than this share of the answered turns repeat themselves
+    or the turn before; None: any may."""
+    if allowed is not None and degenerate > allowed * turns:
+        raise TooManyDegenerate(
+            f"{degenerate} of {turns} turns repeat themselves or the answer before; "
+            f"--max-degenerate {allowed:g} allows {int(allowed * turns)}; see in the report where "
+            "they lie, and choose another --evict or a larger --budget-tokens"
+        )
+
+
 def count_reasons(directory: RunDirectory) -> dict[str, int]:
     """Failed rows of the committed parts by the type of their error, the most frequent first."""
     failed = directory.scan().filter(pl.col("status") == "error")
@@ -76,5 +93,14 @@ def count_committed(directory: RunDirectory) -> dict[str, int]:
         (~ok).sum().alias("rows_error"),
         pl.col("cached_tokens").cast(pl.Int64).sum().alias("cached_tokens"),
     ]
-    counted: dict[str, int] = directory.scan().select(columns).collect().row(0, named=True)
+    rows = directory.scan()
+    if "degenerate" in rows.collect_schema():
+        columns.append(pl.col("degenerate").sum().alias("rows_degenerate"))
+    counted: dict[str, int] = rows.select(columns).collect().row(0, named=True)
     return counted
+
+
+def count_prompt_tokens(directory: RunDirectory) -> int:
+    """Prompt tokens of all committed rows, as they were counted when these ran."""
+    total = directory.scan().select(pl.col("prompt_tokens").cast(pl.Int64).sum()).collect()
+    return int(total.item() or 0)

@@ -18,32 +18,35 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from pipeline.errors import InputError, ModelError
-from pipeline.inputs.prompt_source import find_duplicate_ids
+from pipeline.inputs.prompt_source import refuse_duplicate_ids
 from pipeline.job.channel import Stages
+from pipeline.job.conversations import Asked, Splits, build, plan_turns
 from pipeline.job.document_ordering import OrderedRows, check_memory, order_documents
 from pipeline.job.job import Job
 from pipeline.job.noise_names import noise_names
 from pipeline.job.observer import Planning
 from pipeline.job.planning_checkpoint import Checkpoint
+from pipeline.job.planning_limits import (
+    check_vocabulary,
+    kv_limits,
+    rows_of_shard,
+    sort_bytes,
+)
 from pipeline.job.prepared_rows import PreparedRows
 from pipeline.job.rejections import describe_rejected
+from pipeline.job.witnesses import Witnesses
 from pipeline.plan.document_figures import DocumentFigures, count_figures
 from pipeline.plan.document_rows import DocumentCounts, count_documents, with_documents
 from pipeline.plan.frames import plan_frame
-from pipeline.plan.plan import Plan, build_plan
+from pipeline.plan.plan import Plan
+from pipeline.plan.requests import Requests
+from pipeline.plan.score_planning import ScoreFigures, by_rows, with_scores
 from pipeline.plan.segment_table import Segments
-from pipeline.plan.shards import cut_into_shards
-from pipeline.plan.summary import KVLimits, PlanSummary, summarise
+from pipeline.plan.summary import PlanSummary, summarise
 from pipeline.plan.token_table import narrowest_dtype
 from pipeline.records import PromptBatch, Rejected
-from pipeline.settings import PlanSettings
 
 _BATCHES_AHEAD = 4
-_ROW_BYTES = 250  # of the plan's own columns while it is built, measured
-_SORT_COST = 2.0  # bytes of memory for each byte that is sorted, measured
-_LEAST_SORT_BYTES = 64 << 20
-_BASE_BYTES = 600 << 20  # Python with its libraries
 
 
 Watch = Callable[[Planning], None]
@@ -56,6 +59,7 @@ def ignore(planning: Planning) -> None:
 @dataclass(frozen=True, eq=False)
 class PlannedJob:
     """A job whose rows are known: row i of `plan.table` is input row i and has the id `ids[i]`.
+    Where rows are scored, rows of the table are `requests`, of which a row has one or more.
 
     `rows`: ascending, those that this job answers; the others belong to other shards.
     `tenant_of_row`: [rows] int32, index into `tenants`. `segments`: how rows are cut, None where
@@ -77,10 +81,34 @@ class PlannedJob:
     ordered: OrderedRows | None = None
     by_prefix: Plan | None = None
     fallback_reason: str | None = None
+    requests: Requests | None = None
+
+    def table_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows of the plan's table that belong to these input rows."""
+        return rows if self.requests is None else self.requests.of_rows(rows)
+
+    def first_in_table(self, row: int) -> int:
+        """The first row of the plan's table that belongs to an input row."""
+        return row if self.requests is None else int(self.requests.first[row])
+
+    def input_row(self, row: int) -> int:
+        """The input row that a row of the plan's table belongs to."""
+        return row if self.requests is None else int(self.requests.row[row])
+
+    def prompt_tokens(self, row: int) -> int:
+        """Of an input row; of one that is scored, those of all its requests, each in full."""
+        if self.requests is None:
+            return int(self.plan.table.lengths[row])
+        return int(self._tokens_of_row[row])
+
+    @cached_property
+    def _tokens_of_row(self) -> NDArray[np.int64]:
+        assert self.requests is not None
+        return self.requests.totals(self.plan.table.lengths)
 
     def tenant(self, sequence: int) -> str:
         """What the KV of a sequence belongs to: the hash of its tenant, empty without one."""
-        row = int(self.plan.sequences.row[sequence])
+        row = self.input_row(int(self.plan.sequences.row[sequence]))
         return self.tenants[int(self.tenant_of_row[row])] or ""
 
     def group_id(self, node: int) -> int:
@@ -95,7 +123,11 @@ class PlannedJob:
 
     def frame(self) -> pl.DataFrame:
         """`plan.parquet` of all rows: `plan_frame`, with groups named as rows name them."""
-        frame = plan_frame(self.plan, self.ids)
+        if self.requests is None:
+            frame = plan_frame(self.plan, self.ids)
+        else:
+            frame = plan_frame(self.plan, self.ids.gather(self.requests.row))
+            frame = by_rows(frame, self.requests)
         if self.ordered is not None:
             order = self.ordered.numbers().gather(frame["row_index"])
             frame = frame.with_columns(order.alias("document_order"))
@@ -107,8 +139,9 @@ class PlannedJob:
 
     def count_tokens(self) -> tuple[int, int]:
         """(prompt tokens T, unique tokens U) of this job's rows."""
-        plan, runs = self.plan, self.plan.sequence_of_row[self.rows]
-        total = int(plan.table.lengths[self.rows].sum())
+        plan, rows = self.plan, self.table_rows(self.rows)
+        runs = plan.sequence_of_row[rows]
+        total = int(plan.table.lengths[rows].sum())
         return total, plan.tokens_to_compute(np.unique(runs[runs >= 0]))
 
     @cached_property
@@ -171,49 +204,62 @@ def read_rows(job: Job, watch: Watch = ignore) -> PreparedRows:
             job.source.check_carried_columns()  # damage there must show before the device is used
 
         stages.start("reader", read)
+        witnesses = Witnesses(job.source.turns)
         for batch in batches:
             rows.add(batch)
+            witnesses.see(batch)
             watch(Planning(total, rows.num_rows, before, time.monotonic() - started))
+        witnesses.check(job.later_turns, rows.rejected())
         rows.save()
     return rows
 
 
 def _build(job: Job, rows: PreparedRows) -> PlannedJob:
     table, columns, params = rows.tokens(), rows.columns(), rows.params()
-    _check_vocabulary(rows.largest_id, job)
+    check_vocabulary(rows.largest_id, job)
     ids = columns["id"]
-    _check_ids(ids)
+    refuse_duplicate_ids(ids)
     settings = job.settings.plan
     segments = rows.segments() if job.source.columns.has_segments else None
-    tenant = columns["tenant"].to_numpy()
+    requests = rows.requests() if job.source.columns.has_scores else None
+    of_table = slice(None) if requests is None else requests.row
+    tenant, params_of_row = (columns[name].to_numpy() for name in ("tenant", "params"))
     ordered = None
     if segments is not None and job.settings.reuse.document_order == "best":
         check_memory(segments, settings.plan_memory)
         ordered = order_documents(table, segments, tenant)
         table, segments = ordered.table, ordered.segments
-    plan = build_plan(
-        table,
+    rejected, turns, by_prefix = rows.rejected(), job.source.turns, None
+    splits = Splits(
         noise_names(job.source.columns, ids, table),
-        params,
-        columns["params"].to_numpy(),
-        tenant,
+        tenant[of_table],
         settings.min_prefix_tokens,
-        _sort_bytes(settings.plan_memory, len(table)),
-        None if job.reuse is None else segments,
+        sort_bytes(settings.plan_memory, len(table)),
     )
-    by_prefix = None
+    asked = Asked(table, params, params_of_row[of_table], rows.system_tokens())
+    if turns is not None and job.eviction is not None:
+        plan, rejected = plan_turns(asked, turns, rejected, job.eviction, splits)
+    else:
+        kinds = None if job.reuse is None or segments is None else segments.kinds()
+        plan = build(asked, splits, table, kinds)
+    if requests is not None:
+        plan = with_scores(plan, requests)
     if job.reuse is not None and segments is not None:
         by_prefix = plan
         plan = with_documents(plan, segments, job.reuse, tenant)
-    rejected = rows.rejected()
-    summary, figures = _describe(job, plan, ids, segments, job.settings.reuse.reuse)
+    named = ids if requests is None else ids.gather(requests.row)
+    summary, figures = _describe(job, plan, named, segments, job.settings.reuse.reuse)
     summary = replace(summary, rejections=describe_rejected(rejected, ids))
+    if requests is not None:
+        scores = ScoreFigures.of(plan, requests).to_json()
+        summary = replace(summary, rows=len(ids), rows_rejected=len(rejected), scores=scores)
+    first = slice(None) if requests is None else requests.first
     return PlannedJob(
         job,
         plan,
         ids,
         rejected,
-        _rows_of_shard(plan, settings),
+        rows_of_shard(plan, first, settings),
         summary,
         tenant,
         rows.tenants(),
@@ -221,6 +267,7 @@ def _build(job: Job, rows: PreparedRows) -> PlannedJob:
         figures,
         ordered,
         by_prefix,
+        requests=requests,
     )
 
 
@@ -228,7 +275,7 @@ def _describe(
     job: Job, plan: Plan, ids: pl.Series, segments: Segments | None, mode: str
 ) -> tuple[PlanSummary, DocumentFigures | None]:
     """Of a plan whose documents are reused by `mode`."""
-    limits = _kv_limits(job)
+    limits = kv_limits(job)
     summary = summarise(plan, ids, limits)
     if segments is None:
         return summary, None
@@ -249,48 +296,3 @@ def select_rows(job: Job, rows: Sequence[int] | NDArray[np.int64]) -> PromptBatc
             chosen.overrides.append(batch.overrides[index])
             chosen.tenants.append(batch.tenants[index])
     return chosen
-
-
-def _rows_of_shard(plan: Plan, settings: PlanSettings) -> NDArray[np.int64]:
-    """Rows that cannot run are dealt out in turn."""
-    rows = np.arange(len(plan.table))
-    if settings.num_shards == 1:
-        return rows
-    shard = cut_into_shards(plan, settings.num_shards)[settings.shard_number]
-    is_ours = np.isin(plan.sequence_of_row, shard.sequences)
-    is_ours |= (plan.sequence_of_row < 0) & (rows % settings.num_shards == settings.shard_number)
-    return rows[is_ours]
-
-
-def _check_ids(ids: pl.Series) -> None:
-    duplicates = find_duplicate_ids(ids)
-    if duplicates:
-        raise InputError(
-            f"ids must be unique, but these come twice: {', '.join(duplicates)}; "
-            "make them unique or choose another column with --id-column"
-        )
-
-
-def _check_vocabulary(largest: int, job: Job) -> None:
-    if job.shape is not None and largest >= job.shape.vocabulary_size:
-        raise ModelError(
-            f"tokenizer and model do not belong together: token id {largest} appears, "
-            f"but the model knows {job.shape.vocabulary_size} ids; check --model and --revision"
-        )
-
-
-def _sort_bytes(plan_memory: int, num_rows: int) -> int:
-    """Bytes of token ids to sort at a time, so that planning stays below `plan_memory`.
-
-    What the process holds besides is not asked: a model may be loading in another thread.
-    """
-    left = plan_memory - _BASE_BYTES - num_rows * _ROW_BYTES
-    return max(_LEAST_SORT_BYTES, int(left / _SORT_COST))
-
-
-def _kv_limits(job: Job) -> KVLimits:
-    settings = job.settings
-    per_token = None
-    if job.shape is not None:
-        per_token = job.shape.kv_bytes_per_token(settings.model.dtype)
-    return KVLimits(per_token, settings.engine.max_rows, settings.engine.kv_budget)

@@ -7,8 +7,9 @@ that an answer never gets more room than the model's context leaves.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +22,25 @@ from pipeline.tokens.tokenizer import PromptTokenizer
 
 
 @dataclass(frozen=True, eq=False)
+class PreparedRequests:
+    """Of rows that are scored: `counts` of each row, at least one; of each request as `Requests`
+    has it. `cut`: [rows] tokens that were cut from contexts. int64 all."""
+
+    counts: NDArray[np.int64]
+    contexts: NDArray[np.int64]
+    last: NDArray[np.int64]
+    num_bytes: NDArray[np.int64]
+    cut: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
 class PreparedBatch:
     """Row i has `lengths[i]` ids in `flat` (0: it cannot run, see `rejected`) and `params[i]`.
 
     `flat`: [sum(lengths)] uint32; `lengths`: [rows] int64; `rejected`: by `row_index`; `segments`:
-    by row, of prompts in segments, the tokens of each.
+    by row, of prompts in segments, the tokens of each; `system_tokens`: by row, of a conversation
+    that begins with it, those of its system message. Where rows are scored, `flat` and `lengths`
+    are those of their `requests`.
     """
 
     flat: NDArray[np.uint32]
@@ -33,6 +48,17 @@ class PreparedBatch:
     params: list[SamplingParams]
     rejected: dict[int, Rejected]
     segments: dict[int, list[int]]
+    system_tokens: dict[int, int]
+    requests: PreparedRequests | None = None
+
+
+class _Encoded(NamedTuple):
+    """See `PreparedBatch`."""
+
+    flat: NDArray[np.uint32]
+    lengths: NDArray[np.int64]
+    segments: dict[int, list[int]]
+    system_tokens: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -41,7 +67,7 @@ class Limits:
 
     `engine`: rows that ask it for what it cannot do are refused. `most_documents` of a row (None:
     any number), each of which adds `soft_tokens` to its prompt. `in_segments`: prompts that are cut
-    into segments, which are never shortened.
+    into segments, which are never shortened. `in_turns`: rows are turns of conversations.
     """
 
     context_length: int | None
@@ -50,14 +76,31 @@ class Limits:
     most_documents: int | None = None
     soft_tokens: int = 0
     in_segments: bool = False
+    in_turns: bool = False
 
     def overlong(self, row: int, length: str) -> Rejected:
         """A row whose prompt has `length` tokens, which are too many."""
+        if self.in_turns:
+            message = (
+                f"the turn has {length} tokens, the model's context {self.context_length}; cut it "
+                "into several turns"
+            )
+            return Rejected(row, "TurnTooLong", message)
         message = (
             f"the prompt has {length} tokens, the model's context {self.context_length}; shorten it"
         )
         advice = "" if self.in_segments else ", or choose --on-overlong truncate-left"
         return Rejected(row, "OverlongPrompt", message + advice)
+
+
+class Preparing(Protocol):
+    """How rows become what the plan is made of."""
+
+    def parts(self, batch: PromptBatch) -> Iterator[PromptBatch]:
+        """The same rows, so many at a time as are prepared together."""
+
+    def prepare(self, batch: PromptBatch) -> PreparedBatch:
+        """Tokenise `batch` and fit it to the model."""
 
 
 class Preparation:
@@ -76,6 +119,10 @@ class Preparation:
         self._limits = limits
         self._resolved: dict[str, SamplingParams] = {}
 
+    def parts(self, batch: PromptBatch) -> Iterator[PromptBatch]:
+        """The same rows, so many at a time as are prepared together."""
+        yield batch
+
     def prepare(self, batch: PromptBatch) -> PreparedBatch:
         """Tokenise `batch`, resolve each row's parameters, and fit both to the context."""
         rejected = {bad.row_index: bad for bad in batch.rejected}
@@ -86,7 +133,7 @@ class Preparation:
                 rejected.setdefault(row, resolved)
                 resolved = SamplingParams()
             params.append(resolved)
-        flat, lengths, segments = self._encode(batch, rejected)
+        flat, lengths, segments, system_tokens = self._encode(batch, rejected)
         added = np.zeros(len(lengths), np.int64)
         for index, parts in segments.items():
             added[index] = (len(parts) - 2) * self._limits.soft_tokens
@@ -107,7 +154,7 @@ class Preparation:
             lengths[index], params[index] = kept, chosen
             if not kept:
                 segments.pop(index, None)
-        return PreparedBatch(flat[keep], lengths, params, rejected, segments)
+        return PreparedBatch(flat[keep], lengths, params, rejected, segments, system_tokens)
 
     def _resolve(self, row: int, override: dict[str, object]) -> SamplingParams | Rejected:
         key = json.dumps(override, sort_keys=True, default=repr) if override else ""
@@ -125,11 +172,8 @@ class Preparation:
         why = why_not_by_vllm(params) if self._limits.engine == "vllm" else None
         return params if why is None else Rejected(row, "BadSamplingParams", why)
 
-    def _encode(
-        self, batch: PromptBatch, rejected: dict[int, Rejected]
-    ) -> tuple[NDArray[np.uint32], NDArray[np.int64], dict[int, list[int]]]:
-        """Flat ids, [rows] lengths, and by row the tokens of its segments, where it has any;
-        rejected rows have length 0."""
+    def _encode(self, batch: PromptBatch, rejected: dict[int, Rejected]) -> _Encoded:
+        """Rejected rows have length 0."""
         contents = [
             None if row in rejected else content
             for row, content in enumerate(batch.contents, batch.row_start)
@@ -138,6 +182,7 @@ class Preparation:
         most = limits.context_length if limits.on_overlong == "error" else None
         flat, lengths = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
         segments: dict[int, list[int]] = {}
+        system_tokens: dict[int, int] = {}
         encode = self._tokenizer.encode_batch
         for start, encoded in call_by_halves(lambda some: encode(some, most), contents):
             first = batch.row_start + start
@@ -153,9 +198,10 @@ class Preparation:
                 error_type = encoded.error_types.get(index, "BadPrompt")
                 rejected[first + index] = Rejected(first + index, error_type, reason)
             segments |= {start + index: parts for index, parts in encoded.segments.items()}
+            system_tokens |= {start + i: count for i, count in encoded.system_tokens.items()}
             flat.append(encoded.flat)
             lengths.append(encoded.lengths)
-        return np.concatenate(flat), np.concatenate(lengths), segments
+        return _Encoded(np.concatenate(flat), np.concatenate(lengths), segments, system_tokens)
 
     def _refuse_documents(
         self,

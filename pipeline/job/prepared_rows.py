@@ -20,7 +20,9 @@ from polars.datatypes import DataTypeClass
 
 from pipeline.errors import StorageError, UsageError
 from pipeline.job.planning_checkpoint import Checkpoint
-from pipeline.job.prepare import Preparation
+from pipeline.job.prepare import PreparedBatch, Preparing
+from pipeline.job.prepare_scores import ScorePreparation
+from pipeline.plan.requests import Requests
 from pipeline.plan.segment_table import Segments
 from pipeline.plan.token_table import TokenFile, TokenTable
 from pipeline.records import PromptBatch, Rejected, SamplingParams
@@ -34,7 +36,16 @@ _SCHEMA: dict[str, DataTypeClass | pl.DataType] = {
     "error_type": pl.String,
     "error_message": pl.String,
     "segments": pl.List(pl.Int32),
+    "system_tokens": pl.Int32,
 }
+_REQUESTS: dict[str, DataTypeClass | pl.DataType] = {
+    "lengths": pl.List(pl.Int32),
+    "contexts": pl.List(pl.Int32),
+    "last": pl.List(pl.UInt32),
+    "num_bytes": pl.List(pl.Int32),
+    "cut": pl.Int64,
+}
+"""Besides, of rows that are scored; `lengths` are those of the rows of the token file."""
 
 
 class PreparedRows:
@@ -42,13 +53,15 @@ class PreparedRows:
 
     def __init__(
         self,
-        preparation: Preparation,
+        preparation: Preparing,
         dtype: np.dtype[np.unsignedinteger],
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self._preparation = preparation
         self._checkpoint = checkpoint
-        self._frames = [pl.DataFrame(schema=_SCHEMA)]
+        is_scored = isinstance(preparation, ScorePreparation)
+        self._schema = _SCHEMA | _REQUESTS if is_scored else _SCHEMA
+        self._frames = [pl.DataFrame(schema=self._schema)]
         self._unsaved: list[pl.DataFrame] = []
         self._params = _Numbers[SamplingParams]()
         self._tenants = _Tenants()
@@ -57,12 +70,18 @@ class PreparedRows:
             file = tempfile.TemporaryFile() if checkpoint is None else checkpoint.tokens
         if checkpoint is not None and checkpoint.state:
             self._restore(checkpoint)
-        lengths = pl.concat([frame["length"] for frame in self._frames])
+        self.num_rows = sum(map(len, self._frames))
+        lengths = self._column("lengths" if is_scored else "length").to_series()
+        if is_scored:
+            lengths = lengths.explode()
         self._tokens = TokenFile(file, dtype, lengths.to_numpy())
-        self.num_rows = len(lengths)
 
     def add(self, batch: PromptBatch) -> None:
         """Tokenise the next rows and keep what the plan needs. Raises StorageError."""
+        for part in self._preparation.parts(batch):
+            self._add(part)
+
+    def _add(self, batch: PromptBatch) -> None:
         prepared = self._preparation.prepare(batch)
         with disk_errors():
             self._tokens.append(prepared.flat, prepared.lengths)
@@ -72,14 +91,18 @@ class PreparedRows:
         frame = pl.DataFrame(
             {
                 "id": batch.ids,
-                "length": prepared.lengths,
+                "length": prepared.lengths if prepared.requests is None else None,
                 "params": self._params.number(prepared.params),
                 "tenant": self._tenants.number(batch.tenants),
                 "error_type": [fault and fault.error_type for fault in faults],
                 "error_message": [fault and fault.message for fault in faults],
                 "segments": [prepared.segments.get(index) for index in range(len(faults))],
+                "system_tokens": [
+                    prepared.system_tokens.get(index) for index in range(len(faults))
+                ],
+                **_lists(prepared),
             },
-            schema=_SCHEMA,
+            schema=self._schema,
         )
         self._frames.append(frame)
         self._unsaved.append(frame)
@@ -143,6 +166,23 @@ class PreparedRows:
         lengths = lists.drop_nulls().explode().to_numpy().astype(np.int64)
         return Segments(np.append(0, np.cumsum(counts)), lengths)
 
+    def requests(self) -> Requests:
+        """What each row asks, where rows are scored."""
+        frame = self._column(*_REQUESTS)
+        counts = frame["lengths"].list.len().to_numpy().astype(np.int64)
+        contexts, last, num_bytes = (
+            frame[name].explode().to_numpy().astype(np.int64)
+            for name in ("contexts", "last", "num_bytes")
+        )
+        bounds = np.append(0, np.cumsum(counts))
+        return Requests(bounds, contexts, last, num_bytes, frame["cut"].to_numpy())
+
+    def system_tokens(self) -> NDArray[np.int64]:
+        """[rows] of a row that begins a conversation, as many first tokens are its system message;
+        0 of others."""
+        counts = self._column("system_tokens")["system_tokens"]
+        return counts.fill_null(0).to_numpy().astype(np.int64)
+
     def tenants(self) -> tuple[str | None, ...]:
         """The hash of each tenant by its number; None: of rows without one."""
         return tuple(self._tenants.hashes.known)
@@ -168,6 +208,27 @@ class PreparedRows:
             [SamplingParams(**said | {"stop": tuple(said["stop"])}) for said in state["params"]]
         )
         self._tenants.hashes.number(state["tenants"])
+
+
+def _lists(prepared: PreparedBatch) -> dict[str, pl.Series]:
+    """The columns `_REQUESTS` of rows that are scored, each of which has at least one request."""
+    requests = prepared.requests
+    if requests is None:
+        return {}
+    frame = pl.DataFrame(
+        {
+            "row": np.repeat(np.arange(len(requests.counts)), requests.counts),
+            "lengths": prepared.lengths,
+            "contexts": requests.contexts,
+            "last": requests.last,
+            "num_bytes": requests.num_bytes,
+        }
+    )
+    lists = frame.group_by("row", maintain_order=True).agg(pl.all())
+    return {
+        name: pl.Series(requests.cut) if name == "cut" else lists[name].cast(kind)
+        for name, kind in _REQUESTS.items()
+    }
 
 
 @contextmanager

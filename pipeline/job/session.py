@@ -17,26 +17,29 @@ from dataclasses import asdict, astuple
 from datetime import UTC, datetime
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.engine.base import Engine, EngineHooks, RunControl
 from pipeline.errors import (
     CoppiceError,
-    EngineError,
     Interrupted,
     StorageError,
     TimeBudgetReached,
+    TooManyDegenerate,
     TooManyFailedRows,
 )
 from pipeline.job.advised_plan import warn_of
 from pipeline.job.answers import AnswerWriter, stop_check
 from pipeline.job.calibration import as_decided, calibrate
 from pipeline.job.channel import Stages
+from pipeline.job.committed_turns import CommittedTurns
 from pipeline.job.observer import Observer, Snapshot
-from pipeline.job.outcome import RunOutcome, count_committed, count_reasons
+from pipeline.job.outcome import RunOutcome, count_committed, count_prompt_tokens, count_reasons
 from pipeline.job.planning import PlannedJob
 from pipeline.job.recorded_plan import check_plan, write_plan
 from pipeline.job.recycling import recycling
 from pipeline.job.stopping import StopRequest
+from pipeline.job.token_accounts import check_tokens
 from pipeline.job.watchdog import Watchdog
 from pipeline.model.rates import remember_rates
 from pipeline.storage.run_directory import RunDirectory
@@ -69,16 +72,17 @@ class Session:
         self._watchdog = watchdog
         self._started = time.monotonic()
         self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
-        done = np.ones(len(planned.plan.table), bool)
+        done = np.ones(len(planned.ids), bool)
         done[planned.rows] = False
         self._sessions = directory.read_manifest()["sessions"]
         before = directory.done_rows()
         done[before] = True
         self._rows_before = len(before)
-        left = planned.plan.sequence_of_row[~done]
+        left = planned.plan.sequence_of_row[planned.table_rows(np.flatnonzero(~done))]
         self._sequences = np.unique(left[left >= 0])
         self._done = done
-        self._writer = AnswerWriter(planned, directory, done)
+        self._committed = self._find_committed(done)
+        self._writer = AnswerWriter(planned, directory, done, self._committed)
 
     def run(self, loading: Future[Engine]) -> RunOutcome:
         """Answer the rows that are left, then seal. The session is recorded however it ends."""
@@ -99,10 +103,12 @@ class Session:
                 self._observer.say(line)
             recycled = recycling(engine, self._planned, self._sequences, self._observer)
             with self._stop.listening(), recycled as connector:
-                self._answer_rows(engine, EngineHooks(kv_connector=connector))
-            self._check_prefilled(engine)
+                earlier = None if self._committed is None else self._committed.earlier
+                hooks = EngineHooks(kv_connector=connector, earlier_turns=earlier)
+                self._answer_rows(engine, hooks)
+            self._check_tokens(engine)
             return self._complete(engine)
-        except TooManyFailedRows:
+        except (TooManyFailedRows, TooManyDegenerate):
             raise  # the job is complete and recorded
         except BaseException as error:
             self._record_failure(engine, error)
@@ -111,6 +117,16 @@ class Session:
             gc.unfreeze()  # or nothing of it is ever freed, and libraries complain of it at exit
             self._observer.close()
 
+    def _find_committed(self, done: NDArray[np.bool_]) -> CommittedTurns | None:
+        """Of conversations that have begun; those that have failed are not run."""
+        self._ended = np.zeros(0, np.int64)
+        if self._planned.plan.conversations is None:
+            return None
+        committed = CommittedTurns(self._planned.plan, self._directory, done)
+        has_ended = committed.ended(self._sequences)
+        self._ended, self._sequences = self._sequences[has_ended], self._sequences[~has_ended]
+        return committed
+
     def _header(self) -> str:
         total, unique = self._planned.count_tokens()
         saving = 1.0 - unique / total if total else 0.0
@@ -118,8 +134,13 @@ class Session:
         plan = self._planned.job.settings.plan
         rows = f"{len(self._planned.rows)} rows"
         if plan.num_shards > 1:
-            of = f"{len(self._planned.rows)} of {len(self._planned.plan.table)} rows"
-            rows = f"shard {plan.shard_number} of {plan.num_shards}: {of}"
+            rows = f"{len(self._planned.rows)} of {len(self._planned.ids)} rows"
+            rows = f"shard {plan.shard_number} of {plan.num_shards}: {rows}"
+        if self._planned.plan.conversations is not None:
+            return f"{rows}{resumed}, turns of conversations, at most {unique} tokens to compute"
+        if self._planned.requests is not None:
+            rows = f"{rows}{resumed} to score"
+            return f"{rows}, {total} tokens of requests, {unique} to compute ({saving:.1%} saved)"
         return f"{rows}{resumed}, {total} prompt tokens, {unique} to compute ({saving:.1%} saved)"
 
     def _calibrate(self, engine: Engine) -> None:
@@ -155,6 +176,7 @@ class Session:
 
             def write() -> None:
                 self._writer.add_rejected()
+                self._writer.add_ended(self._ended)
                 for completion in completions:
                     self._writer.add(completion)
                 self._writer.flush()
@@ -210,33 +232,19 @@ class Session:
             prefill_s=counters.prefill_s,
             decode_s=counters.decode_s,
             elapsed_s=time.monotonic() - self._started,
+            evictions=self._writer.counts.evictions,
+            degenerate=self._writer.counts.degenerate,
         )
 
-    def _check_prefilled(self, engine: Engine) -> None:
-        """A cold run without errors computes every token of the tree exactly once, and beside that
-        only what an executor knows to have been computed on several devices."""
+    def _check_tokens(self, engine: Engine) -> None:
+        """Where nothing of the job was there before and no row failed: what was computed."""
         rejected = np.isin(list(self._planned.rejected), self._planned.rows).sum()
-        failed_in_engine = self._writer.counts.failed > rejected
-        if not engine.capabilities.computes_once or self._rows_before or failed_in_engine:
-            return
-        if engine.counters.lost_workers:
-            return  # what they had computed nobody knows
-        total, unique = self._planned.count_tokens()
-        added = self._planned.count_added()
-        again, loaded = engine.counters.replicated_tokens, engine.counters.loaded_tokens
-        counted = {
-            "prefilled": (engine.counters.prefilled_tokens, unique + again - loaded),
-            "cached": (self._writer.counts.cached_tokens, total + added - unique - again + loaded),
-        }
-        for name, (measured, planned) in counted.items():
-            if measured != planned:
-                raise EngineError(
-                    f"{measured} prompt tokens were {name} where the plan says {planned}; "
-                    "this is a fault in coppice, please report it with the plan's summary.json"
-                )
+        has_failed = self._writer.counts.failed > rejected
+        if engine.capabilities.computes_once and not self._rows_before and not has_failed:
+            check_tokens(self._planned, self._writer.counts, engine.counters)
 
     def _complete(self, engine: Engine) -> RunOutcome:
-        """Count, record and seal. Raises StorageError, TooManyFailedRows."""
+        """Count, record and seal. Raises StorageError, TooManyFailedRows, TooManyDegenerate."""
         rows = len(self._planned.rows)
         counters = self._record(engine, "complete")
         if counters["rows_ok"] + counters["rows_error"] != rows:
@@ -251,7 +259,7 @@ class Session:
             remember_rates(self._planned.job.settings.model, identity, asdict(engine.counters))
         reasons = count_reasons(self._directory) if counters["rows_error"] else {}
         outcome = RunOutcome(self._directory.name, counters, reasons=reasons)
-        outcome.check_failures(self._planned.job.settings.write)
+        outcome.check(self._planned.job.settings)
         return outcome
 
     def _record_failure(self, engine: Engine | None, error: BaseException) -> None:
@@ -288,6 +296,8 @@ class Session:
         sums |= count_committed(self._directory)
         sums["rows_in"] = len(self._planned.rows)
         sums["prompt_tokens"], sums["unique_tokens"] = self._planned.count_tokens()
+        if self._planned.plan.conversations is not None:
+            sums["prompt_tokens"] = count_prompt_tokens(self._directory)  # with their histories
         capabilities = asdict(engine.capabilities)
         named = {"name": engine.name, "notes": engine.notes, "capabilities": capabilities}
         self._directory.update_manifest(sessions=sessions, counters=sums, engine=named)

@@ -5,9 +5,10 @@ It holds counts, names and hashes, so that it can be published beside the data.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
-from pipeline.storage.schema import result_fields
+from pipeline.storage.schema import fields_among
 
 _CARD = """---
 configs:
@@ -36,10 +37,10 @@ Failed rows have `status = "error"` and the reason in `error_type` and `error_me
 
 
 def render_card(
-    manifest: dict[str, Any], num_rows: int, num_error: int, has_segments: bool = False
+    manifest: dict[str, Any], num_rows: int, num_error: int, names: Collection[str] = ()
 ) -> str:
-    """Markdown with the front matter that `datasets` reads."""
-    fields = result_fields(has_segments)
+    """Markdown with the front matter that `datasets` reads. `names`: of the output's columns."""
+    fields = fields_among(names)
     columns = "\n".join(f"| `{field.name}` | {field.type} |" for field in fields)
     return _CARD.format(
         run_id=manifest["run_id"],

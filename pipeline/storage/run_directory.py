@@ -32,7 +32,6 @@ from pipeline.storage.metrics_log import append_metrics
 from pipeline.storage.nights import NightFiles, read_nights
 from pipeline.storage.part_file import encode_parquet, write_part
 from pipeline.storage.run_tables import read_table
-from pipeline.storage.schema import DOCUMENT_FIELDS
 
 PLAN_NAME = "plan/plan.parquet"
 SYSTEM_PROMPT_NAME = "system_prompt.txt"
@@ -160,12 +159,7 @@ class RunDirectory(CommittedParts):
         self.write_frame("failed.parquet", failed)
         self.write_text(
             "README.md",
-            render_card(
-                self.read_manifest(),
-                len(rows),
-                failed.height,
-                has_segments={f.name for f in DOCUMENT_FIELDS} <= set(failed.columns),
-            ),
+            render_card(self.read_manifest(), len(rows), failed.height, failed.columns),
         )
         self.update_manifest(status="complete")
         self.write_text(SUCCESS_NAME, "".join(f"{name}\n" for name in self.part_names()))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
+from itertools import chain
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -47,27 +50,102 @@ DOCUMENT_FIELDS: tuple[pa.Field, ...] = (
 """Besides, of runs whose prompts are in segments."""
 
 
-def result_fields(has_segments: bool) -> tuple[pa.Field, ...]:
+CONVERSATION_FIELDS: tuple[pa.Field, ...] = (
+    pa.field("conversation_id", pa.string()),
+    pa.field("turn", pa.int64()),
+    pa.field("history_tokens", pa.int64()),
+    pa.field("kept_tokens", pa.int64()),
+    pa.field("evicted_tokens", pa.int64()),
+    pa.field("evictions", pa.int32()),
+    pa.field("span", pa.int64()),
+    pa.field("ctx_frac", pa.float64()),
+    pa.field("skew", pa.int64()),
+    pa.field("duplicate_positions", pa.int64()),
+    pa.field("runs", pa.int32()),
+    pa.field("gap_ratio", pa.float64()),
+    pa.field("sink_kept", pa.bool_()),
+    pa.field("mass_kept", pa.float64()),
+    pa.field("key_turns", pa.int32()),
+    pa.field("prefill_peak", pa.int64()),
+    pa.field("degenerate", pa.bool_()),
+    pa.field(
+        "eviction_log",
+        pa.list_(
+            pa.struct([("at", pa.int64()), ("kept", pa.list_(pa.list_(pa.int64())))]),
+        ),
+    ),
+)
+"""Besides, of runs whose rows are turns of conversations; see `records.TurnState`."""
+
+
+SCORE_FIELDS: tuple[pa.Field, ...] = (
+    pa.field("choice", pa.string()),
+    pa.field("choice_index", pa.int32()),
+    pa.field("loglikelihoods", pa.list_(pa.float64())),
+    pa.field("probabilities", pa.list_(pa.float64())),
+    pa.field("token_counts", pa.list_(pa.int32())),
+    pa.field("byte_counts", pa.list_(pa.int32())),
+    pa.field("greedy", pa.list_(pa.bool_())),
+    pa.field("label_mass", pa.float64()),
+    pa.field("perplexity", pa.float64()),
+    pa.field("cut_tokens", pa.int32()),
+)
+"""Besides, of runs whose rows are scored."""
+
+
+class Parts(Protocol):
+    """The input columns that play a part in what is written; None: there is none."""
+
+    @property
+    def id(self) -> str | None: ...
+
+    @property
+    def conversation(self) -> str | None: ...
+
+    @property
+    def turn(self) -> str | None: ...
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether prompts are in segments."""
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether rows are scored."""
+
+
+def result_fields(parts: Parts) -> tuple[pa.Field, ...]:
     """Our columns."""
-    return (*OUTPUT_FIELDS, *DOCUMENT_FIELDS) if has_segments else OUTPUT_FIELDS
+    documents = DOCUMENT_FIELDS if parts.has_segments else ()
+    turns = CONVERSATION_FIELDS if parts.conversation is not None else ()
+    scores = SCORE_FIELDS if parts.has_scores else ()
+    return (*OUTPUT_FIELDS, *documents, *turns, *scores)
 
 
-def output_schema(
-    input_schema: pa.Schema, id_column: str | None, has_segments: bool = False
-) -> pa.Schema:
-    """Our columns, then every input column; an id column of text named `id` is ours already, and
-    others with a name of ours are called `input_<name>`.
+def fields_among(names: Collection[str]) -> tuple[pa.Field, ...]:
+    """Our columns of a run whose output has these."""
+    further = (
+        fields
+        for fields in (DOCUMENT_FIELDS, CONVERSATION_FIELDS, SCORE_FIELDS)
+        if {field.name for field in fields} <= set(names)
+    )
+    return (*OUTPUT_FIELDS, *chain.from_iterable(further))
+
+
+def output_schema(input_schema: pa.Schema, parts: Parts) -> pa.Schema:
+    """Our columns, then every input column. One that is ours already, name and type, is there
+    once; others with a name of ours are called `input_<name>`.
 
     Raises InputError where two input columns would end up with one name.
     """
-    ours = result_fields(has_segments)
+    ours = result_fields(parts)
     taken = {field.name for field in ours}
     carried = [
         pa.field(
             f"input_{field.name}" if field.name in taken else field.name, carried_type(field.type)
         )
         for field in input_schema
-        if not _is_ours(field, id_column)
+        if not _is_ours(field, parts)
     ]
     twice = [name for name, count in Counter(f.name for f in carried).items() if count > 1]
     if twice:
@@ -79,23 +157,24 @@ def output_schema(
     return pa.schema([*ours, *carried])
 
 
-def carry_columns(results: pa.Table, inputs: pa.Table, id_column: str | None) -> pa.Table:
+def carry_columns(results: pa.Table, inputs: pa.Table, parts: Parts) -> pa.Table:
     """Put the input columns of the same rows, in the same order, beside our result columns.
 
-    `results` has the names of `result_fields`, with those of documents or without; it is cast to
-    their types.
+    `results` has the names of `result_fields`; it is cast to their types.
     """
-    has_segments = DOCUMENT_FIELDS[0].name in results.column_names
-    schema = output_schema(inputs.schema, id_column, has_segments)
-    fields = result_fields(has_segments)
+    schema = output_schema(inputs.schema, parts)
+    fields = result_fields(parts)
     ours = results.select([field.name for field in fields])
     theirs = [
         inputs.column(index).cast(carried_type(field.type))
         for index, field in enumerate(inputs.schema)
-        if not _is_ours(field, id_column)
+        if not _is_ours(field, parts)
     ]
     return pa.Table.from_arrays([*ours.cast(pa.schema(fields)).columns, *theirs], schema=schema)
 
 
-def _is_ours(field: pa.Field, id_column: str | None) -> bool:
-    return bool(field.name == "id" == id_column and is_text(field.type))
+def _is_ours(field: pa.Field, parts: Parts) -> bool:
+    if field.name == "turn":
+        return parts.turn == "turn" and bool(pa.types.is_integer(field.type))
+    made_of = {"id": parts.id, "conversation_id": parts.conversation}
+    return made_of.get(field.name) == field.name and is_text(field.type)

@@ -24,6 +24,7 @@ from pipeline.job import stopping
 from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import AuditSettings, FleetSettings, JobSettings
+from tests.conversation_job import AS_TURNS, Turn, write_turns
 from tests.executor.ray_engines import make_watched
 from tests.tiny_job import answers, write_prompts
 
@@ -298,3 +299,21 @@ def test_each_worker_computes_with_its_share_of_the_cpus(cluster: Path) -> None:
     for device, nodes in (("cuda", [{"CPU": 2.0}]), ("cuda:1", [{"GPU": 2.0}])):
         with pytest.raises(UsageError, match="--device"):
             share_out(nodes, FleetSettings(executor="ray"), device)
+
+
+def test_conversations_are_whole_on_a_worker_and_answered_as_on_one_machine(
+    workers: Path, tmp_path: Path, settings_of: Settings
+) -> None:
+    """With tokens given up, which the workers tell."""
+    turns: list[Turn] = [
+        (f"talk {talk}", turn, f"{talk % 3}: {'why? and who ' if turn else 'hello all of you'}")
+        for turn in range(5)
+        for talk in range(40)
+    ]
+    table = write_turns(tmp_path / "turns.parquet", turns)
+    flat = {**AS_TURNS, "engine": "prefix", "evict": "sink-recent", "budget_tokens": 48}
+    run_job(str(table), tmp_path / "local", settings_of("local", **flat))
+    run_job(str(table), tmp_path / "ray", settings_of(**flat))
+    here, there = answers(tmp_path / "local"), answers(tmp_path / "ray")
+    names = ["id", "turn", "completion_token_ids", "prompt_tokens", "evictions", "eviction_log"]
+    assert here["evictions"].sum() and there.select(names).equals(here.select(names))

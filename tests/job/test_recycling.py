@@ -22,6 +22,7 @@ from pipeline.location import Location
 from pipeline.plan.plan import Plan
 from pipeline.run import plan_job, run_job
 from pipeline.settings import AuditSettings, JobSettings
+from tests.conversation_job import AS_TURNS, Turn, write_turns
 from tests.engine import tiny
 from tests.tiny_job import answers, write_prompts
 
@@ -312,3 +313,31 @@ def test_the_writer_of_a_store_that_breaks_ends_no_job(
     assert counters["rows_ok"] == len(PROMPTS)
     assert "keeps nothing of a prefix: unexpected RuntimeError" in caplog.text
     assert not any(thread.name == "kv-store" for thread in threading.enumerate())
+
+
+def run_turns(nights: Nights, number: int, **flat: Any) -> tuple[Path, dict[str, float]]:
+    """Three conversations of three turns, whose first prompts begin alike."""
+    turns: list[Turn] = [
+        (f"talk {talk}", turn, f"{SYSTEM}i am {talk}" if not turn else f"{number} or {turn}?")
+        for turn in range(3)
+        for talk in range(3)
+    ]
+    source = write_turns(nights.root / f"turns{number}.parquet", turns)
+    place = nights.root / f"turns{number}{len(flat)}"
+    outcome = run_job(str(source), place, nights.settings(**AS_TURNS | flat), Heard())
+    return place, outcome.counters
+
+
+def test_first_prompts_of_conversations_are_kept_and_loaded_and_nothing_of_later_turns(
+    nights: Nights,
+) -> None:
+    _, cold = run_turns(nights, 0)
+    place, warm = run_turns(nights, 1)
+    alone, none = run_turns(nights, 1, kv_store=None)
+    assert texts(place) == texts(alone)
+    assert cold["loaded_tokens"] == 0 and len(SYSTEM) <= warm["loaded_tokens"] <= len(SYSTEM) + 5
+    assert warm["prefilled_tokens"] == none["prefilled_tokens"] - warm["loaded_tokens"]
+    sources = answers(place).group_by("turn").agg("reuse_source").sort("turn")
+    assert [sorted(set(found)) for found in sources["reuse_source"]] == [
+        ["store"], ["run"], ["run"]
+    ]  # fmt: skip
