@@ -11,24 +11,28 @@ not the ones of the run any more, the audit is refused.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from pipeline.audit.baselines import load_baseline, make_arms, mode_baselines, tier_of, way_of
 from pipeline.audit.document_order import in_order_of_run
-from pipeline.audit.evidence import NO_EVIDENCE
+from pipeline.audit.evidence import NO_EVIDENCE, Evidence
 from pipeline.audit.gate import seed_of_output
+from pipeline.audit.histories import Histories
 from pipeline.audit.reopened_job import check_same, reopen_job
 from pipeline.audit.replay import BARS, AuditInput, RowAudit, Tier, audit_row
 from pipeline.audit.sample import candidate_rows, choose_rows
+from pipeline.audit.score_rows import SCORE_BARS, describe_scores
+from pipeline.audit.scored_audit import SCORE_COLUMNS, audit_scored, plant_faults, scored_inputs
 from pipeline.audit.similarity import Encoder
 from pipeline.audit.verdict import GroupCoverage, Verdict, audit_frame, describe_similarity, judge
 from pipeline.engine.base import Baseline, Deviation, EngineCapabilities
 from pipeline.errors import RunDirectoryError, UsageError
-from pipeline.job.calibration import reused_documents
 from pipeline.job.device_lock import holding_device
 from pipeline.job.job import Job
 from pipeline.job.noise_names import noise_name
@@ -37,15 +41,13 @@ from pipeline.job.planning import select_rows
 from pipeline.job.stopping import interruptible
 from pipeline.location import Location
 from pipeline.plan.plan import noise_key
-from pipeline.settings import AuditSettings, JobSettings, ModelSettings
+from pipeline.settings import AuditSettings
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import reading_run
 from pipeline.storage.summaries import AUDIT_SUMMARY
 
 if TYPE_CHECKING:
-    from pipeline.audit.other_arms import Arms
-    from pipeline.engine.naive_engine import NaiveEngine
-    from pipeline.engine.verify.segment_baseline import SegmentBaselines
+    from pipeline.engine.verify.arms import ModeBaselines
     from pipeline.model.model import LoadedModel
 
 _ANSWER_COLUMNS = ("row_index", "generated_text", "completion_token_ids")
@@ -98,51 +100,106 @@ def _audit(
     encoder = Encoder.load(settings.audit_encoder)
     seed = seed_of_output(directory)
     chosen = _with_answers(directory, _choose(job, candidates, settings, seed, encoder))
-    is_moved = job.reuse is not None and reused_documents(directory)
-    way = "their documents' mode of reuse, slowly" if is_moved else "plain full prefill"
+    asked = _Asked(job, directory, settings, ran, seed, encoder, observer)
+    has_scores = job.source.columns.has_scores
+    way = "plain full prefill" if has_scores else way_of(job, directory)
     observer.say(f"auditing {len(chosen)} of {len(candidates)} rows against {way}")
     with holding_device(job.settings, observer):
-        loaded, baseline = _load_baseline(job)
-        segments = _segment_baselines(job, baseline) if is_moved else None
-        tier = _tier(job.settings, loaded)
-        inputs = _audit_inputs(job, directory, chosen, loaded)
-        num_chosen = len(chosen)
-        chosen, inputs = _replayable(ran, chosen, inputs, observer)
-        replay_started = time.monotonic()
-        free = _free_rows(inputs, settings, seed)
-        audits = _replay(baseline, segments, inputs, tier, free, observer)
-        seconds = {"replay_seconds": time.monotonic() - replay_started}
-        similarity = _similarity(job, encoder, chosen, inputs, audits)
-        evidence, kl, attention = NO_EVIDENCE, dict[int, float](), dict[int, Deviation]()
-        if settings.audit_arms and inputs and ran.computes_once:
-            observer.say(f"computing up to {settings.audit_arms} of them in other ways as well")
-            arms = _make_arms(job, loaded, baseline, tier, segments)
-            some = np.random.default_rng(seed).permutation(len(inputs))[: settings.audit_arms]
-            evidence = arms.gather(inputs, chosen["group_id"].to_list(), some.tolist())
-            kl, attention = arms.kl, arms.attention
-    verdict = judge(audits, GroupCoverage.of(candidates, chosen), tier, settings, evidence)
+        found = _look_at_scores(asked, chosen) if has_scores else _look_at_answers(asked, chosen)
+    groups = GroupCoverage.of(candidates, found.chosen)
+    verdict = judge(found.audits, groups, found.tier, settings, found.evidence)
     directory.write_frame(
-        "audit/audit.parquet", audit_frame(chosen, audits, similarity, kl, attention)
+        "audit/audit.parquet",
+        audit_frame(found.chosen, found.audits, found.similarity, found.kl, found.attention),
     )
-    seconds["seconds"] = time.monotonic() - started
     described = describe_similarity(
-        None if encoder is None else encoder.name, list(similarity.values())
+        None if encoder is None else encoder.name, list(found.similarity.values())
     )
-    asked = {
+    said = {
         "bar": settings.model_dump(exclude={"audit_encoder"}),  # which only describes
         "rows_auditable": len(candidates),
-        "rows_left_out": num_chosen - len(chosen),
+        "rows_left_out": len(chosen) - len(found.chosen),
+        "replay_seconds": found.replay_seconds,
+        "seconds": time.monotonic() - started,
+        **found.described,
     }
-    directory.write_json(AUDIT_SUMMARY.name, verdict.to_json(seed, described) | asked | seconds)
+    directory.write_json(AUDIT_SUMMARY.name, verdict.to_json(seed, described) | said)
     return verdict
 
 
-def _tier(settings: JobSettings, loaded: LoadedModel) -> Tier:
-    if settings.model.weights == "int8":
-        return "int8"
-    if str(loaded.model.dtype) != "torch.float32":
-        return "16-bit"
-    return "strict" if settings.engine.fidelity == "strict" else "exact"
+class _Asked(NamedTuple):
+    """An audit of a run that is open."""
+
+    job: Job
+    directory: RunDirectory
+    settings: AuditSettings
+    ran: EngineCapabilities
+    seed: int
+    encoder: Encoder | None
+    observer: Observer
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What it found in the `chosen` rows that it could replay."""
+
+    chosen: pl.DataFrame
+    audits: list[RowAudit]
+    tier: Tier
+    evidence: Evidence
+    replay_seconds: float
+    similarity: Mapping[int, float] = field(default_factory=dict)
+    kl: Mapping[int, float] = field(default_factory=dict)
+    attention: Mapping[int, Deviation] = field(default_factory=dict)
+    described: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _look_at_answers(asked: _Asked, chosen: pl.DataFrame) -> _Found:
+    job, directory, settings, ran, seed, encoder, observer = asked
+    loaded, baseline = load_baseline(job)
+    modes = mode_baselines(job, directory, baseline)
+    tier = tier_of(job.settings, loaded)
+    inputs = _audit_inputs(job, directory, chosen, loaded)
+    chosen, inputs = _replayable(ran, chosen, inputs, observer)
+    replay_started = time.monotonic()
+    free = _free_rows(inputs, settings, seed)
+    audits = _replay(baseline, modes, inputs, tier, free, observer)
+    seconds = time.monotonic() - replay_started
+    similarity = _similarity(job, encoder, chosen, inputs, audits)
+    evidence, kl, attention = NO_EVIDENCE, dict[int, float](), dict[int, Deviation]()
+    if settings.audit_arms and inputs and ran.computes_once:
+        observer.say(f"computing up to {settings.audit_arms} of them in other ways as well")
+        arms = make_arms(job, loaded, baseline, tier, modes)
+        some = np.random.default_rng(seed).permutation(len(inputs))[: settings.audit_arms]
+        evidence = arms.gather(inputs, chosen["group_id"].to_list(), some.tolist())
+        kl, attention = arms.kl, arms.attention
+    return _Found(chosen, audits, tier, evidence, seconds, similarity, kl, attention)
+
+
+def _look_at_scores(asked: _Asked, chosen: pl.DataFrame) -> _Found:
+    """Rows of scores have no text, so nothing is similar and nothing runs freely."""
+    job, settings, observer = asked.job, asked.settings, asked.observer
+    loaded, baseline = load_baseline(job)
+    tier, inputs = tier_of(job.settings, loaded), scored_inputs(job, chosen)
+    started = time.monotonic()
+    audits = audit_scored(baseline, inputs, tier, observer)
+    seconds = time.monotonic() - started
+    evidence = NO_EVIDENCE
+    if settings.audit_arms and inputs and asked.ran.computes_once:
+        from pipeline.engine.prefix_engine import PrefixEngine
+
+        observer.say("planting faults in some of them")
+        order = np.random.default_rng(asked.seed).permutation(len(inputs))
+        some = [inputs[i] for i in order[: settings.audit_arms].tolist()]
+        evidence = plant_faults(PrefixEngine(loaded, job.settings.engine), baseline, some, tier)
+    bars = SCORE_BARS[tier]
+    described = {
+        "scores": describe_scores(audits),
+        "near_tie_bar": bars.near_tie,
+        "hard_bar": bars.hard,
+    }
+    rows = [found.audit for found in audits]
+    return _Found(chosen, rows, tier, evidence, seconds, described=described)
 
 
 def _choose(
@@ -160,69 +217,37 @@ def _choose(
     return choose_rows(candidates, size, seed, None if encoder is None else embed)
 
 
-def _load_baseline(job: Job) -> tuple[LoadedModel, NaiveEngine]:
-    from pipeline.engine.naive_engine import NaiveEngine
-    from pipeline.engine.threads import use_threads
-    from pipeline.model.model import load_model
-
-    use_threads(job.settings.engine)
-    loaded = load_model(job.settings.model)
-    return loaded, NaiveEngine(loaded, settings=job.settings.engine)
-
-
-def _make_arms(
-    job: Job,
-    loaded: LoadedModel,
-    baseline: Baseline,
-    tier: Tier,
-    segments: SegmentBaselines | None,
-) -> Arms:
-    from pipeline.audit.other_arms import Arms  # brings the whole engine
-
-    unrounded = _load_unrounded(job.settings.model)
-    return Arms(loaded, baseline, job.settings.engine, tier, unrounded, segments)
-
-
-def _segment_baselines(job: Job, naive: NaiveEngine) -> SegmentBaselines:
-    """Of the mode in which the run reused documents."""
-    from pipeline.engine.verify.segment_baseline import SegmentBaselines
-
-    assert job.reuse is not None
-    soft_rows = None if job.adapter is None else job.adapter.rows
-    return SegmentBaselines(naive, job.reuse, soft_rows)
-
-
 def _with_answers(directory: RunDirectory, chosen: pl.DataFrame) -> pl.DataFrame:
     """The chosen rows, by `row_index`, and what the committed parts say to them."""
     wanted = pl.col("row_index").is_in(chosen["row_index"].to_list())
-    answers = directory.scan().filter(wanted).select(_ANSWER_COLUMNS).collect()
+    rows = directory.scan().filter(wanted)
+    names = set(rows.collect_schema().names())
+    scores = SCORE_COLUMNS if names.issuperset(SCORE_COLUMNS) else ()
+    answers = rows.select(*_ANSWER_COLUMNS, *scores).collect()
     return chosen.join(answers, on="row_index").sort("row_index")
-
-
-def _load_unrounded(settings: ModelSettings) -> LoadedModel | None:
-    """The model as it was saved, where the run held its weights otherwise."""
-    from pipeline.model.model import load_model
-
-    if settings.weights == "auto":
-        return None
-    return load_model(settings.model_copy(update={"weights": "auto"}))
 
 
 def _audit_inputs(
     job: Job, directory: RunDirectory, chosen: pl.DataFrame, loaded: LoadedModel
 ) -> list[AuditInput]:
-    """Row by row; prompt ids are made anew from the input."""
-    rows = chosen["row_index"].to_list()
-    batch = select_rows(job, rows)
+    """Row by row; prompt ids are made anew from the input, those of turns with what was said
+    before them."""
+    histories = Histories(job, directory, chosen["row_index"].to_list())
+    batch = select_rows(job, histories.rows)
     prepared = job.preparation().prepare(batch)
     prompts = np.split(prepared.flat, np.cumsum(prepared.lengths)[:-1])
     if job.settings.reuse.document_order == "best":
-        prompts = in_order_of_run(directory, rows, prompts, prepared.segments)
+        prompts = in_order_of_run(directory, histories.rows, prompts, prepared.segments)
+    place = {row: place for place, row in enumerate(histories.rows)}
+    added = dict(zip(histories.rows, prompts, strict=True))
+    params_of = dict(zip(histories.rows, prepared.params, strict=True))
+    system_tokens = {histories.rows[at]: count for at, count in prepared.system_tokens.items()}
     inputs: list[AuditInput] = []
-    for answer, row_id, prompt, params in zip(
-        chosen.iter_rows(named=True), batch.ids, prompts, prepared.params, strict=True
-    ):
-        name = noise_name(job.source.columns, row_id, answer["row_index"], prompt)
+    for answer in chosen.iter_rows(named=True):
+        at = place[answer["row_index"]]
+        name = noise_name(job.source.columns, batch.ids[at], answer["row_index"], prompts[at])
+        prompt = histories.prompt(answer["row_index"], added)
+        params = histories.fit(prepared.params[at], answer["row_index"], len(prompt))
         row = AuditInput(
             row_index=answer["row_index"],
             prompt=prompt.tolist(),
@@ -232,7 +257,14 @@ def _audit_inputs(
             noise_key=0 if params.is_greedy else noise_key(params.seed, name),
             eos_token_ids=frozenset(loaded.shape.eos_token_ids),
             is_stopped=job.tokenizer.answers.is_stopped,
-            lengths=tuple(prepared.segments.get(len(inputs), ())),
+            lengths=tuple(prepared.segments.get(at, ())),
+            story=histories.story(
+                answer["row_index"],
+                answer["completion_token_ids"],
+                added,
+                params_of,
+                system_tokens,
+            ),
         )
         inputs.append(row)
     return inputs
@@ -266,7 +298,7 @@ def _free_rows(inputs: list[AuditInput], settings: AuditSettings, seed: int) -> 
 
 def _replay(
     plain: Baseline,
-    segments: SegmentBaselines | None,
+    modes: ModeBaselines | None,
     inputs: list[AuditInput],
     tier: Tier,
     free: set[int],
@@ -275,7 +307,7 @@ def _replay(
     audits = []
     said_at = time.monotonic()
     for index, row in enumerate(inputs):
-        baseline = plain if segments is None else segments.of(row.lengths)
+        baseline = plain if modes is None else modes.of_row(row)
         audits.append(audit_row(baseline, row, BARS[tier], free_run=index in free))
         if time.monotonic() - said_at > _SAY_EVERY_S:
             said_at = time.monotonic()

@@ -79,8 +79,10 @@ class Evidence:
     """All arms of one audit; empty where only the replay was asked for.
 
     `same_bits`: by row, of strict mode only. `weights`: of int8 weights only, the model with them
-    against the one that was saved; `attention`: where documents are reused at any position, that
-    mode against full attention. The user asked for both, so they are told and never judged.
+    against the one that was saved; `attention`: where documents are reused at any position or
+    conversations give up tokens, that against full attention. The user asked for both, so they are
+    told and never judged. `by_age`: the second of these by how many turns ago the newest token was
+    that went.
     """
 
     arms: Mapping[str, ArmSummary] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class Evidence:
     same_bits: Sequence[bool] = ()
     weights: ArmSummary | None = None
     attention: ArmSummary | None = None
+    by_age: Mapping[int, ArmSummary] = field(default_factory=dict)
 
     @property
     def faults_changed(self) -> int:
@@ -136,6 +139,9 @@ class Evidence:
             "arms": {name: arm.to_json() for name, arm in self.arms.items()},
             "weights": self.weights and self.weights.to_json(),
             "attention": self.attention and self.attention.to_json(),
+            "attention_by_age": [
+                {"turns_ago": age} | arm.to_json() for age, arm in sorted(self.by_age.items())
+            ],
             "faults": {
                 "planted": len(self.faults),
                 "changed_an_answer": self.faults_changed,

@@ -21,8 +21,12 @@ from pipeline.engine.verify.planted_faults import (
 )
 from pipeline.engine.verify.segment_baseline import SegmentBaselines
 from pipeline.engine.verify.segment_faults import SEGMENT_FAULTS
+from pipeline.engine.verify.stateful_baseline import EvictionBaselines
+from pipeline.engine.verify.stateful_faults import EVICTION_FAULTS
+from pipeline.engine.verify.story import Story
+from pipeline.engine.verify.told import answer_with_fault
 from pipeline.model.model import LoadedModel
-from pipeline.records import Completion, SamplingParams
+from pipeline.records import Completion, FinishReason, SamplingParams
 from pipeline.settings import EngineSettings
 
 _MOST_POSITIONS = 32  # of an answer that are compared
@@ -35,7 +39,7 @@ _GREEDY = SamplingParams(max_new_tokens=_FAULT_TOKENS)
 
 class Arms:
     """Runs the arms on audited rows. Afterwards `kl` of each is known, and where documents were
-    reused `attention`, how far its mode is from full attention."""
+    reused or tokens given up `attention`, how far that is from full attention."""
 
     def __init__(
         self,
@@ -44,17 +48,17 @@ class Arms:
         settings: EngineSettings,
         tier: Tier,
         unrounded: LoadedModel | None = None,
-        segments: SegmentBaselines | None = None,
+        modes: arms.ModeBaselines | None = None,
     ) -> None:
         """`unrounded`: the model as it was saved, where `loaded` holds its weights in int8;
-        `segments`: baselines of the mode in which documents were reused.
+        `modes`: baselines of the mode in which documents were reused, or of what was given up.
 
         Raises ModelError for a model whose KV cannot be shared.
         """
         self._engine = PrefixEngine(loaded, settings)
         self._baseline = baseline
         self._unrounded = unrounded
-        self._segments = segments
+        self._modes = modes
         self._bars = BARS[tier]
         self.kl: dict[int, float] = {}
         self.attention: dict[int, Deviation] = {}
@@ -73,11 +77,12 @@ class Arms:
         is_strict = self._engine.settings.fidelity == "strict"
         same_bits = arms.same_bits_alone(self._engine, _forced(fitting)) if is_strict else []
         weights, attention = self._weights(fitting), self._attention(fitting)
-        return Evidence(self._arms(fitting), faults, same_bits, weights, attention)
+        by_age = self._by_age(fitting)
+        return Evidence(self._arms(fitting), faults, same_bits, weights, attention, by_age)
 
     def _arms(self, rows: Sequence[AuditInput]) -> dict[str, ArmSummary]:
         found = {}
-        for name, deviations in arms.compare_arms(self._engine, _forced(rows), self._segments):
+        for name, deviations in arms.compare_arms(self._engine, _forced(rows), self._modes):
             found[name] = ArmSummary.of(deviations)
             if name == "product":
                 worst = [float(deviation.kl.max()) for deviation in deviations]
@@ -91,19 +96,66 @@ class Arms:
         return ArmSummary.of(arms.compare_weights(loaded, self._unrounded, _forced(rows)))
 
     def _attention(self, rows: Sequence[AuditInput]) -> ArmSummary | None:
-        if self._segments is None:
+        """Of rows that full attention can see whole, and of which it sees more."""
+        modes = self._modes
+        if isinstance(modes, EvictionBaselines):
+            window = modes.eviction.window
+            rows = [
+                row for row in rows
+                if row.story is not None and row.story.log and len(row.story.ids) <= window
+            ]  # fmt: skip
+        if modes is None or not rows:
             return None
-        deviations = arms.compare_attention(self._segments, _forced(rows))
+        deviations = arms.compare_attention(modes, _forced(rows))
         indices = (row.row_index for row in rows)
         self.attention = dict(zip(indices, deviations, strict=True))
         return ArmSummary.of(deviations)
 
-    def _segment_faults(self, rows: Sequence[AuditInput]) -> list[PlantedFault]:
+    def _by_age(self, rows: Sequence[AuditInput]) -> dict[int, ArmSummary]:
+        """What `_attention` found, by how many turns ago the newest token was that went."""
+        found: dict[int, list[Deviation]] = {}
+        for row in rows:
+            age = None if row.story is None else row.story.turns_since_gone
+            if age is not None and row.row_index in self.attention:
+                found.setdefault(age, []).append(self.attention[row.row_index])
+        return {age: ArmSummary.of(deviations) for age, deviations in found.items()}
+
+    def _eviction_faults(
+        self, rows: Sequence[AuditInput], modes: EvictionBaselines
+    ) -> list[PlantedFault]:
+        """Each fault in turns before which tokens were given up."""
+        chosen = [row for row in rows if row.story is not None and row.story.log][: 2 * _FAULT_ROWS]
+        stories = [row.story for row in chosen if row.story is not None]
+        found, clean = [], list[AuditInput | None]()
+        for fault in (None, *EVICTION_FAULTS):
+            told = answer_with_fault(self._engine, stories, modes.eviction, _FAULT_TOKENS, fault)
+            written = [self._told(*each) for each in zip(chosen, told, strict=True)]
+            if fault is None:
+                clean = written
+                continue
+            outputs = [[row and row.output for row in some] for some in (written, clean)]
+            caught = not all(row is not None and self._passes(row) for row in written)
+            found.append(PlantedFault(fault, 0, outputs[0] != outputs[1], caught))
+        return found
+
+    def _told(self, row: AuditInput, story: Story | None) -> AuditInput | None:
+        """The row with the last answer of its story; None where the engine stopped by itself."""
+        if story is None:
+            return None
+        answer, params = tuple(story.turns[-1].answer), _GREEDY
+        eos = frozenset(self._engine.loaded.shape.eos_token_ids)
+        reason: FinishReason = "stop" if answer[-1] in eos else "length"
+        return AuditInput(
+            row.row_index, row.prompt, answer, params, reason, eos_token_ids=eos, story=story
+        )
+
+    def _segment_faults(
+        self, rows: Sequence[AuditInput], modes: SegmentBaselines
+    ) -> list[PlantedFault]:
         """Each fault in rows with most documents."""
-        assert self._segments is not None
         chosen = sorted(rows, key=lambda row: -len(row.lengths))[: 2 * _FAULT_ROWS]
         given = [(row.prompt, row.lengths) for row in chosen]
-        found, reuse, clean = [], self._segments.reuse, list[AuditInput]()
+        found, reuse, clean = [], modes.reuse, list[AuditInput]()
         for fault in (None, *SEGMENT_FAULTS):
             done = write_segments_with_fault(self._engine, given, reuse, _FAULT_TOKENS, fault)
             written = self._written(chosen, done)
@@ -118,8 +170,10 @@ class Arms:
         self, rows: Sequence[AuditInput], groups: Sequence[int | None], num_groups: int
     ) -> list[PlantedFault]:
         """Each fault at three places of the prefixes that rows of the largest groups share."""
-        if self._segments is not None:
-            return self._segment_faults(rows)
+        if isinstance(self._modes, SegmentBaselines):
+            return self._segment_faults(rows, self._modes)
+        if self._modes is not None:
+            return self._eviction_faults(rows, self._modes)
         found = []
         for prompts in _prompts_by_group(rows, groups)[:num_groups]:
             shared = _common_prefix(prompts)
@@ -153,17 +207,19 @@ class Arms:
     def _passes(self, row: AuditInput) -> bool:
         if not row.output:
             return False
-        baseline = self._baseline if self._segments is None else self._segments.of(row.lengths)
+        baseline = self._baseline if self._modes is None else self._modes.of_row(row)
         return audit_row(baseline, row, self._bars).row_class in ("identical", "near_tie")
 
 
 def _forced(rows: Sequence[AuditInput]) -> list[arms.ForcedRow]:
-    return [
-        arms.ForcedRow(
-            row.prompt, row.output[:_MOST_POSITIONS], row.params, row.noise_key, row.lengths
+    forced = []
+    for row in rows:
+        output = row.output[:_MOST_POSITIONS]
+        story = None if row.story is None else row.story.answering(output)
+        forced.append(
+            arms.ForcedRow(row.prompt, output, row.params, row.noise_key, row.lengths, story)
         )
-        for row in rows
-    ]
+    return forced
 
 
 def _prompts_by_group(

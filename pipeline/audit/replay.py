@@ -20,12 +20,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
 from pipeline.engine.base import Baseline, Replay, RunControl, StopCheck
 from pipeline.records import FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from pipeline.engine.verify.story import Story
 
 Tier = Literal["strict", "exact", "16-bit", "int8"]
 RowClass = Literal["identical", "near_tie", "drift", "corrupt"]
@@ -65,7 +68,8 @@ class AuditInput:
     """One written row as token ids. `output` excludes nothing: a generated EOS is its last id.
 
     `is_stopped` says whether the text of some generated ids holds one of `params.stop`; `lengths`
-    are those of the prompt's segments, where it has any.
+    are those of the prompt's segments, where it has any; `story` of the conversation up to this
+    turn, where some of it was given up.
     """
 
     row_index: int
@@ -77,6 +81,7 @@ class AuditInput:
     eos_token_ids: frozenset[int] = frozenset()
     is_stopped: StopCheck = field(default=RunControl.is_stopped, repr=False)
     lengths: tuple[int, ...] = ()
+    story: Story | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,7 +229,7 @@ def audit_frame(
 
     `rows`: as from `choose_rows`; by `row_index`, for the rows that have one: `similarity`, cosine
     of the texts, and `kl`, the largest divergence of the product's distributions from the
-    baseline's, nats; `attention`: how far the mode that reused documents is from full attention,
+    baseline's, nats; `attention`: how far what rows saw instead is from full attention,
     in columns of its own where there is any.
     """
     found = pl.DataFrame(
