@@ -1,6 +1,6 @@
 """Flows as commands, with the exit codes of `coppice`.
 
-`python -m kvcoppice.flows generate|audit|nightly|schedule` runs one of them here.
+`python -m kvcoppice.flows generate|score|audit|nightly|schedule` runs one of them here.
 """
 
 from __future__ import annotations
@@ -40,6 +40,25 @@ def generate(
     from flows.parameters import JobForm
 
     form = JobForm.model_validate({"model": model, "config": config and config.absolute()})
+    flow(Location(input).absolute, Location(output).absolute, form, credentials)
+
+
+@app.command()
+def score(
+    input: Annotated[str, typer.Option("--input", help="Parquet or JSONL file, folder or glob.")],
+    output: Output,
+    model: Annotated[str, typer.Option("--model", help="Model folder or hub id.")],
+    config: Config = None,
+    credentials: Credentials = None,
+) -> None:
+    """Score the choices of every row as a flow; the file may say what else is scored."""
+    from flows.generate import generate as flow
+    from flows.parameters import JobForm
+    from pipeline.cli.options import choices_unless_said
+    from pipeline.settings_file import read_config
+
+    said = choices_unless_said({} if config is None else read_config(config))
+    form = JobForm.model_validate({"model": model, "config": config and config.absolute(), **said})
     flow(Location(input).absolute, Location(output).absolute, form, credentials)
 
 

@@ -14,6 +14,7 @@ from pipeline import errors
 _NEVER_RETRIED = (
     errors.UsageError,
     errors.TooManyFailedRows,
+    errors.TooManyDegenerate,
     errors.AuditFailed,
     errors.DocumentsDisagree,
     errors.TimeBudgetReached,

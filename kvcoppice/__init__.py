@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvcoppice.api import audit, plan, report, run
+    from kvcoppice.api import audit, plan, report, run, score
     from kvcoppice.results import Audit, Plan, Report, Run
     from pipeline.errors import (
         CoppiceError,
@@ -27,23 +27,24 @@ if TYPE_CHECKING:
         ModelError,
         StorageError,
         TimeBudgetReached,
+        TooManyDegenerate,
         TooManyFailedRows,
         UsageError,
     )
 
 _HOMES = {
-    "kvcoppice.api": ("audit", "plan", "report", "run"),
+    "kvcoppice.api": ("audit", "plan", "report", "run", "score"),
     "kvcoppice.results": ("Audit", "Plan", "Report", "Run"),
     "pipeline.errors": (
         "CoppiceError", "EngineError", "InputError", "Interrupted", "ModelError", "StorageError",
-        "TimeBudgetReached", "TooManyFailedRows", "UsageError",
+        "TimeBudgetReached", "TooManyDegenerate", "TooManyFailedRows", "UsageError",
     ),
 }  # fmt: skip
 
 __all__ = [
     "Audit", "CoppiceError", "EngineError", "InputError", "Interrupted", "ModelError", "Plan",
-    "Report", "Run", "StorageError", "TimeBudgetReached", "TooManyFailedRows", "UsageError",
-    "audit", "plan", "report", "run",
+    "Report", "Run", "StorageError", "TimeBudgetReached", "TooManyDegenerate",
+    "TooManyFailedRows", "UsageError", "audit", "plan", "report", "run", "score",
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 from kvcoppice.frames import keep_frame
 from kvcoppice.results import Audit, Plan, Report, Run
 from pipeline.cli.logs import make_observer
-from pipeline.cli.options import merge_section, split_store
+from pipeline.cli.options import choices_unless_said, merge_section, split_store
 from pipeline.location import Location
 from pipeline.settings import AuditSettings, JobSettings, ObjectStoreSettings
 
@@ -46,6 +46,18 @@ def run(
     job, path = _job(model, settings), os.fspath(output)
     outcome = run_job(_input(prompts), path, job, make_observer(progress))
     return Run.of(outcome, Location(path, job.store))
+
+
+def score(
+    prompts: Prompts, output: FsPath, *, model: FsPath, progress: Progress = "none", **settings: Any
+) -> Run:
+    """Score given continuations of every row into `output`; nothing is generated.
+
+    As `run`, with the settings of `coppice score`: what is scored is the column `choices` unless
+    `choices_column`, `choices`, `continuation_column` or `prompt_logprobs` says otherwise.
+    """
+    asked = settings | choices_unless_said(settings)
+    return run(prompts, output, model=model, progress=progress, **asked)
 
 
 def audit(run: Run | FsPath, *, progress: Progress = "none", **settings: Any) -> Audit:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from pipeline.cli import recycle, segments
+from pipeline.cli import recycle, segments, stateful
 from pipeline.cli.arguments import (
     Config,
     Input,
@@ -24,7 +24,14 @@ from pipeline.cli.arguments import (
 )
 from pipeline.cli.logs import log_error, log_to_stderr, make_observer
 from pipeline.cli.night import app as night_app
-from pipeline.cli.options import merge, merge_section, split_store, takes_settings, to_flat
+from pipeline.cli.options import (
+    merge,
+    merge_scores,
+    merge_section,
+    split_store,
+    takes_settings,
+    to_flat,
+)
 from pipeline.cli.streams import prepare_streams, result_is_kept, say, write_result
 from pipeline.errors import CoppiceError, OutputLost, UsageError, place_of
 from pipeline.location import Location, is_url
@@ -45,7 +52,14 @@ app = typer.Typer(
 app.add_typer(night_app)
 app.add_typer(recycle.app, name="recycle")
 app.add_typer(segments.app, name="segments")
-_JOB = ("model", "read", "tokens", "store", "sampling", "plan", "engine", "reuse", "recycle")
+app.add_typer(stateful.app, name="stateful")
+_JOB = (
+    "model", "read", "tokens", "store", "sampling", "plan", "engine", "reuse", "conversations",
+    "scoring", "recycle",
+)  # fmt: skip
+
+
+_SCORED = ("model", "read", "tokens", "store", "plan", "engine", "scoring", "recycle")
 
 
 @app.callback()
@@ -99,20 +113,54 @@ def run(
     flags: dict[str, Any],
 ) -> None:
     """Do the job; the same command again resumes it."""
-    if print_config:
+    call = _Call(input, output, dry_run, print_config)
+    _do(call, merge(flags, config), make_observer(progress, log_format))
+
+
+@app.command()
+@takes_settings(*_SCORED, "write", "fleet", "monitor")
+def score(
+    input: Input,
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="Run directory, or s3:// URL of one.")
+    ],
+    config: Config = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Show settings.")] = False,
+    progress: Progress = "auto",
+    log_format: LogFormat = "text",
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """How likely are given continuations? Nothing is generated; the same command again resumes."""
+    call = _Call(input, output, dry_run, print_config)
+    _do(call, merge_scores(flags, config), make_observer(progress, log_format))
+
+
+class _Call(NamedTuple):
+    """A job as the command line names it."""
+
+    input: str
+    output: str
+    dry_run: bool
+    print_config: bool
+
+
+def _do(call: _Call, settings: JobSettings, observer: Observer) -> None:
+    """Do a job, or only show what it would be."""
+    if call.print_config:
         import yaml
 
-        shown = to_flat(merge(flags, config))
-        write_result(yaml.safe_dump(shown, sort_keys=False).rstrip("\n"))
-    elif dry_run:
-        _show_plan(input, _plan(input, merge(flags, config), make_observer(progress, log_format)))
+        write_result(yaml.safe_dump(to_flat(settings), sort_keys=False).rstrip("\n"))
+    elif call.dry_run:
+        _show_plan(call.input, _plan(call.input, settings, observer))
     else:
         from pipeline.cli.tables import counter_table, print_table
         from pipeline.run import run_job
 
-        outcome = run_job(input, output, merge(flags, config), make_observer(progress, log_format))
-        with result_is_kept(output):
-            print_table(output, counter_table(outcome.counters, outcome.reasons))
+        outcome = run_job(call.input, call.output, settings, observer)
+        with result_is_kept(call.output):
+            print_table(call.output, counter_table(outcome.counters, outcome.reasons))
 
 
 @app.command()
@@ -218,13 +266,18 @@ def demo(
     segments: Annotated[
         bool, typer.Option("--segments", help="Documents at any position, beside prefixes.")
     ] = False,
+    conversations: Annotated[
+        bool, typer.Option("--conversations", help="Conversations that outgrow their window.")
+    ] = False,
     progress: Progress = "auto",
     log_format: LogFormat = "text",
 ) -> None:
     """Plan, run, audit and report on the embedded model and prompts."""
-    from pipeline.cli.demo import run_demo, run_segments_demo
+    from pipeline.cli.demo import run_conversations_demo, run_demo, run_segments_demo
 
-    run = run_segments_demo if segments else run_demo
+    if segments and conversations:
+        raise UsageError("--segments and --conversations are two demos; leave one of them out")
+    run = run_segments_demo if segments else run_conversations_demo if conversations else run_demo
     run(_local(output), progress, log_format)
 
 
@@ -241,7 +294,8 @@ def _plan(input: str, settings: JobSettings, observer: Observer) -> PlannedJob:
 
 
 def _show_plan(input: str, planned: PlannedJob, json: bool = False) -> None:
-    from pipeline.cli.tables import plan_table, print_found
+    from pipeline.cli.plan_table import plan_table
+    from pipeline.cli.tables import print_found
 
     print_found(f"Plan of {input}", planned.summary.to_json(), json, plan_table)
 

@@ -95,5 +95,50 @@ def run_segments_demo(output: Path, progress: str, log_format: str) -> None:
         )
 
 
+def run_conversations_demo(output: Path, progress: str, log_format: str) -> None:
+    """Conversations of three windows by two evictors. Raises AuditFailed and its kin."""
+    folder = demo_folder()
+    prompts = str(folder / "conversation_prompts.parquet")
+    rows = pl.read_parquet(prompts).select("id", "answer", "kind")
+    counters, right = {}, {}
+    for evictor, first in (("sink-recent", {}), ("gist-recent", {"gist_tokens": 40})):
+        run, observer = output / evictor, make_observer(progress, log_format)
+        flat = {"model": str(folder / "stateful_model"), "dtype": "float32", "max_new_tokens": 2}
+        flat |= {"conversation_column": "conversation_id", "turn_column": "turn", "evict": evictor}
+        settings = JobSettings.from_flat(flat | first | {"budget_tokens": 192})
+        counters[evictor] = run_job(prompts, run, settings, observer).counters
+        verdict = audit_run(Location(run), settings.audit, make_observer(progress, log_format))
+        verdict.check(run)
+        answers = pl.read_parquet(run / "data" / "*.parquet").select("id", "generated_text")
+        found = rows.join(answers, on="id").select("kind", right=_starts_right("generated_text"))
+        right[evictor] = dict(found.group_by("kind").mean().iter_rows())
+    one = counters["sink-recent"]
+    shares = {
+        kind: " / ".join(f"{right[evictor][kind]:.1%}" for evictor in right)
+        for kind in ("gist", "mid", "recent")
+    }
+    with result_is_kept(output):
+        print_table(
+            f"{len(rows)} turns, 192 tokens kept: the last ones / the first and the last",
+            [
+                ("prompt tokens", f"{one['prompt_tokens']:,}, each turn with its history"),
+                ("computed", f"{one['prefilled_tokens']:,}"),
+                ("seconds", " / ".join(f"{each['wall_s']:.1f}" for each in counters.values())),
+                ("right, first turn", shares["gist"]),
+                ("right, between", shares["mid"]),
+                ("right, last two", shares["recent"]),
+                ("audits", "both passed: each evictor is computed as it says"),
+                ("answers", f"{output}/sink-recent/data, {output}/gist-recent/data"),
+            ],
+        )
+
+
+def _starts_right(column: str) -> pl.Expr:
+    return (
+        pl.col(column).str.strip_chars().str.split(" ").list.first()
+        == pl.col("answer").str.strip_chars()
+    )
+
+
 def _is_right(column: str) -> pl.Expr:
     return pl.col(column).str.strip_chars() == pl.col("answer").str.strip_chars()

@@ -21,7 +21,6 @@ from pipeline.visible import visible, visible_json
 
 Rows = Sequence[tuple[str, str]]
 _SHOWN_IDS = 64
-_SHOWN_GROUPS = 3
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -87,95 +86,6 @@ def _make_table(title: str, rows: Rows) -> Table:
     return table
 
 
-def plan_table(summary: Mapping[str, Any]) -> Rows:
-    """`plan/summary.json` as a table."""
-    peak = summary["peak_kv_bytes"]
-    budget = format_bytes(summary["kv_budget_bytes"] or 0)
-    order = summary["saving_in_given_order"]
-    cache = f"{order['cache_tokens']:,}"
-    blocks = ", ".join(f"{x:.1%} at {size}" for size, x in summary["saving_by_blocks"].items())
-    rejected = f", {summary['rows_rejected']:,} cannot run" if summary["rows_rejected"] else ""
-    rows = [
-        ("rows", f"{summary['rows']:,}{rejected}"),
-        *(_rejections(summary["rejections"]) if summary["rejections"] else ()),
-        ("distinct prompts", f"{summary['distinct_prompts']:,}"),
-        ("sequences to run", f"{summary['sequences']:,}"),
-        ("prompt tokens T", f"{summary['prompt_tokens']:,}"),
-        ("unique tokens U", f"{summary['unique_tokens']:,}"),
-        ("prefill saved", f"{summary['saving']:.1%}  (1 - U/T)"),
-        ("  by blocks", f"{blocks} tokens  (a prefix cache without limit)"),
-        ("  in given order", f"{order['saving']:.1%}  (an LRU cache of {cache} tokens)"),
-        ("new tokens D", f"at most {summary['max_new_tokens']:,}"),
-        ("upper bound on gain", f"{summary['gain_bound']:.2f}x  ((T + D) / (U + D))"),
-        ("prefix groups", f"{summary['groups']:,}, and {summary['singletons']:,} rows in none"),
-        ("peak KV", "unknown (no model)" if peak is None else format_bytes(peak)),
-    ]
-    if summary["rows_at_once"] is not None:
-        rows.append(("rows at once", f"{summary['rows_at_once']:,} within {budget}"))
-    if summary["estimate"]:
-        prefill, decode = (summary["estimate"][name] for name in ("prefill_s", "decode_s"))
-        split = f"prefill {format_duration(prefill)}, decode {format_duration(decode)} at most"
-        measured = f"at the rates of {summary['estimate']['measured_on']}"
-        total = format_duration(prefill + decode)
-        rows.append(("estimated time", f"{total}  ({split}, {measured})"))
-    if summary["store"]:
-        least = summary["store"]["break_even_tokens"]
-        when = "loading never pays here" if least is None else f"loading pays from {least:,} on"
-        rows.append(("in the KV store", f"{summary['store']['tokens']:,} of U  ({when})"))
-    if summary.get("documents"):
-        rows += _document_rows(summary["documents"])
-    if summary["fields"]:
-        rows.append(("fields", summary["fields"]["text"]))
-    if summary.get("warning"):
-        rows.append(("warning", summary["warning"]))
-    if summary["advice"]:
-        rows.append(("advice", summary["advice"]["text"]))
-    for group in summary["largest_groups"][:_SHOWN_GROUPS]:
-        examples = ", ".join(group["example_ids"])
-        what = f"{group['rows']:,} rows share {group['prefix_tokens']:,} tokens, such as {examples}"
-        rows.append((f"group {group['group_id']}", what))
-    if summary["depth_histogram"]:
-        rows.append(("rows by reuse depth", histogram(summary["depth_histogram"])))
-    return rows
-
-
-def _document_rows(documents: Mapping[str, Any]) -> Rows:
-    """What `summary["documents"]` says."""
-    size = documents["kv_bytes"]
-    held = "" if size is None else f", {format_bytes(size)} of KV"
-    asked = (
-        ("in given order", documents["in_given_order"]),
-        ("in best order", documents["in_best_order"]),
-        ("at any position", documents["at_any_position"]),
-        (f"by {documents['mode']}", documents["by_this_mode"]),
-    )
-    total = documents["prompt_tokens"]
-    return [
-        ("documents", f"{documents['distinct']:,} distinct, {documents['uses']:,} uses"),
-        ("  each once", f"{documents['tokens']:,} tokens{held}"),
-        *(
-            (f"  {how}", f"{tokens:,} tokens to compute, {1 - tokens / max(1, total):.1%} saved")
-            for how, tokens in asked
-            if tokens is not None
-        ),
-        *((("  advice", documents["text"]),) if documents["text"] else ()),
-    ]
-
-
-def histogram(bins: Sequence[Mapping[str, int]]) -> str:
-    """One line per bin: range of tokens, rows, and a bar."""
-    most = max(b["rows"] for b in bins)
-    ranges = [
-        str(b["from"]) if b["to"] - b["from"] == 1 else f"{b['from']}-{b['to'] - 1}" for b in bins
-    ]
-    width = max(map(len, ranges))
-    return "\n".join(
-        f"{name:>{width}}  {b['rows']:>9,}  {'█' * round(24 * b['rows'] / most)}".rstrip()
-        for name, b in zip(ranges, bins, strict=True)
-        if b["rows"]
-    )
-
-
 def counter_table(counters: Mapping[str, float], reasons: Mapping[str, int]) -> Rows:
     """The counters of `run.json` as a table, and why rows failed."""
     whole = {name: f"{int(value):,}" for name, value in counters.items()}
@@ -190,6 +100,8 @@ def counter_table(counters: Mapping[str, float], reasons: Mapping[str, int]) -> 
     ]
     if counters["span_s"] > 0:
         rows.append(("device busy", f"{counters['busy_s'] / counters['span_s']:.0%}"))
+    if "rows_degenerate" in counters:
+        rows.append(("turns that repeat", f"{whole['rows_degenerate']} of {whole['rows_ok']}"))
     if counters["peak_kv_bytes"]:
         rows.append(("peak KV", format_bytes(int(counters["peak_kv_bytes"]))))
     return rows
@@ -216,6 +128,10 @@ def audit_table(summary: Mapping[str, Any]) -> Rows:
         ("tokens checked", f"{summary['tokens_checked']:,}"),
         *_evidence_rows(summary),
     ]
+    if scores := summary.get("scores"):
+        said = f"{scores['same_choice']:,} of {scores['rows_with_a_choice']:,}"
+        worst, mean = _nats(scores["delta_max"]), _nats(scores["delta_mean"])
+        rows += [("same choice", said), ("off by", f"at most {worst}, on average {mean}")]
     return rows + [("because", reason) for reason in summary["reasons"]]
 
 
@@ -277,7 +193,7 @@ def status_table(state: Mapping[str, Any]) -> Rows:
     return rows
 
 
-def _rejections(found: Mapping[str, Any]) -> Rows:
+def rejections(found: Mapping[str, Any]) -> Rows:
     """Why rows cannot run: reasons with counts, and examples."""
     return [
         *((f"  {reason}", f"{count:,}") for reason, count in found["reasons"].items()),
@@ -288,19 +204,29 @@ def _rejections(found: Mapping[str, Any]) -> Rows:
 def validation_table(found: Mapping[str, Any]) -> Rows:
     """What `validate_input` found as a table."""
     rows = [("rows", f"{found['rows']:,}"), ("cannot run", f"{found['rows_rejected']:,}")]
-    rows += _rejections(found)
+    rows += rejections(found)
     rows += [("note", note) for note in found["notes"]]
     if changed := found.get("rows_changed_by_joining"):
         said = "rows would be other tokens in one piece; let segments end where words do"
         rows.append(("tokens at borders", f"{changed:,} {said}"))
     if found["warning"] is not None:
         rows.append(("warning", found["warning"]))
+    for piece in found.get("first_conversation") or ():
+        shown = f"{len(piece['token_ids']):,} token ids  {_shown_ids(piece['token_ids'])}"
+        rows += [(f"turn {piece['turn']}, adds", piece["added"]), (f"  {piece['id']}", shown)]
     if found["first"] is not None:
         ids = found["first"]["token_ids"]
-        shown = " ".join(map(str, ids[:_SHOWN_IDS])) + (" ..." if len(ids) > _SHOWN_IDS else "")
         rows += [
             ("first prompt", found["first"]["id"]),
             ("rendered", found["first"]["rendered"]),
-            (f"{len(ids):,} token ids", shown),
+            (f"{len(ids):,} token ids", _shown_ids(ids)),
+        ]
+        rows += [
+            (f"  {piece['text']!r}", _shown_ids(piece["token_ids"]))
+            for piece in found["first"].get("continuations", ())
         ]
     return rows
+
+
+def _shown_ids(ids: Sequence[int]) -> str:
+    return " ".join(map(str, ids[:_SHOWN_IDS])) + (" ..." if len(ids) > _SHOWN_IDS else "")

@@ -18,6 +18,7 @@ from pipeline.errors import (
     Interrupted,
     NoInput,
     TimeBudgetReached,
+    TooManyDegenerate,
     TooManyFailedRows,
 )
 from pipeline.job.observer import Observer
@@ -120,7 +121,7 @@ def _generate_and_audit(
     try:
         call("generate", night, generate)
         call("audit", night, lambda: audit_night(opened, observer))
-    except (TooManyFailedRows, AuditFailed, DocumentsDisagree):
+    except (TooManyFailedRows, TooManyDegenerate, AuditFailed, DocumentsDisagree):
         call("report", night, lambda: report_night(night))
         raise
 

@@ -68,7 +68,8 @@ def generate_night(
 ) -> dict[str, Any]:
     """Answer what is left; returns the run's counters. `time_budget_s` None: no limit.
 
-    Raises as `run_job`: TooManyFailedRows with the run complete, TimeBudgetReached, FolderInUse.
+    Raises as `run_job`: TooManyFailedRows or TooManyDegenerate with the run complete,
+    TimeBudgetReached, FolderInUse.
     """
     if time_budget_s is not None and time_budget_s <= 0:
         raise TimeBudgetReached(

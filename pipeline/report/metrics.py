@@ -8,8 +8,10 @@ from typing import Any, Final
 
 import polars as pl
 
+from pipeline.report.conversations import ConversationHealth, measure_conversations
 from pipeline.report.documents import DocumentTokens, measure_documents
 from pipeline.report.groups import GroupTable, measure_groups
+from pipeline.report.scores import ScoreHealth, measure_scores
 from pipeline.report.trend import Night, night_before, ratio
 
 _DEPTH_EDGES: Final = (1, 16, 64, 256, 1024, 4096, 16384)
@@ -110,6 +112,8 @@ class RunMetrics:
     groups: GroupTable = GroupTable()
     trend: tuple[Night, ...] = ()
     documents: DocumentTokens | None = None
+    conversations: ConversationHealth | None = None
+    scores: ScoreHealth | None = None
 
     def counter(self, name: str) -> float:
         """A counter of run.json; 0 before the first session has ended."""
@@ -192,6 +196,8 @@ def measure(
         groups=measure_groups(output, tree, audited),
         trend=trend,
         documents=measure_documents(output) if plan and plan.get("documents") else None,
+        conversations=measure_conversations(output, manifest.get("settings", {})),
+        scores=measure_scores(output, manifest.get("settings", {})),
         differences=() if audited is None else list_differences(audited),
     )
 

@@ -62,6 +62,7 @@ def render_html(metrics: RunMetrics, tree: TreePicture | None = None) -> str:
         tree_svg=Markup(tree.svg if tree else ""),
         pictures=[(title, note, Markup(svg)) for title, note, svg in _draw(metrics)],
         proofs=[(title, note, Markup(svg)) for title, note, svg in _draw_audit(metrics)],
+        turn_pictures=[(title, note, Markup(svg)) for title, note, svg in _draw_turns(metrics)],
         trend=draw_trend(metrics.trend),
     )
 
@@ -84,6 +85,25 @@ def _draw(metrics: RunMetrics) -> Iterator[tuple[str, str, str]]:
             "Group sizes",
             "Answered rows by how many rows share their prefix group; 1 is a row on its own.",
             plots.draw_group_sizes(metrics),
+        )
+
+
+def _draw_turns(metrics: RunMetrics) -> Iterator[tuple[str, str, str]]:
+    """As `_draw`, for the section on conversations."""
+    health = metrics.conversations
+    if health is not None and health.by_window:
+        yield (
+            "How far turns reach into the model's window",
+            "Answered turns by the distance from the first kept token to the newest, as a share "
+            "of the window; the worst moment of each.",
+            plots.draw_window(health.by_window),
+        )
+    if health is not None and health.by_turn:
+        yield (
+            "Answers that repeat themselves",
+            "By the place of the turn in its conversation: the share that says the same over and "
+            "over, or what the answer before said.",
+            plots.draw_degenerate(health),
         )
 
 

@@ -5,9 +5,10 @@ What a picture shows is said in its alternative text as well, in words and numbe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.report.conversations import ConversationHealth
 from pipeline.report.formats import count, decimal
 from pipeline.report.metrics import RunMetrics
 from pipeline.report.svg import BAD, BARK, LEAF, STONE, to_svg
@@ -65,6 +66,38 @@ def draw_group_sizes(metrics: RunMetrics) -> str:
 
     said = (f"{b.label}: {count(b.rows)}" for b in metrics.group_sizes)
     return to_svg("groups", "Rows by the size of their prefix group. " + "; ".join(said), draw)
+
+
+def draw_window(by_window: Sequence[tuple[str, int]]) -> str:
+    """Turns by the share of the model's window that they reach; what is an alarm stands out."""
+
+    def draw(figure: Figure) -> None:
+        axes = _axes(figure, "of the model's window", "turns")
+        labels = [label for label, _ in by_window]
+        colours = [LEAF if place < 4 else BAD for place in range(len(labels))]
+        bars = axes.bar(labels, [turns for _, turns in by_window], width=0.62, color=colours)
+        axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=7.5)
+
+    said = (f"{label}: {count(turns)}" for label, turns in by_window)
+    return to_svg("window", "Turns by the share of the window. " + "; ".join(said), draw)
+
+
+def draw_degenerate(health: ConversationHealth) -> str:
+    """Share of turns that repeat themselves, by their place in the conversation; the bar, where
+    there is one, as a line."""
+
+    def draw(figure: Figure) -> None:
+        axes = _axes(figure, "turn of the conversation", "turns that repeat themselves (%)")
+        labels = [b.label for b in health.by_turn]
+        shares = [100 * b.share for b in health.by_turn]
+        bars = axes.bar(labels, shares, width=0.62, color=BARK)
+        axes.bar_label(bars, fmt="{:.3g}", padding=2, fontsize=7.5)
+        if health.max_degenerate is not None:
+            axes.axhline(100 * health.max_degenerate, color=BAD, lw=1.2, ls="--")
+        axes.set_ylim(0, max(1.0, 1.15 * max(shares)))
+
+    said = (f"{b.label}: {count(b.degenerate)} of {count(b.turns)}" for b in health.by_turn)
+    return to_svg("degenerate", "Turns that repeat themselves, by place. " + "; ".join(said), draw)
 
 
 def draw_arms(audit: Mapping[str, Any]) -> str:

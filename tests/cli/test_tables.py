@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli.tables import plan_table, status_table
+from pipeline.cli.plan_table import plan_table
+from pipeline.cli.tables import status_table
 
 PLAN: dict[str, Any] = {
     "rows": 1200, "rows_rejected": 0, "rejections": None, "distinct_prompts": 1000,

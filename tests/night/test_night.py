@@ -30,6 +30,7 @@ from pipeline.errors import (
     NoInput,
     StorageError,
     TimeBudgetReached,
+    TooManyDegenerate,
     TooManyFailedRows,
 )
 from pipeline.inputs import parquet_input
@@ -51,6 +52,7 @@ from pipeline.run import run_opened
 from pipeline.settings import JobSettings
 from pipeline.storage.lock import FolderLock
 from pipeline.storage.run_directory import RunDirectory
+from tests.conversation_job import Turn, write_turns
 from tests.job.preparing import watch_prepared
 from tests.night.job import DAY, PROMPTS, NightlyJob, before
 from tests.tiny_job import answers
@@ -234,6 +236,25 @@ def test_failed_rows_are_said_below_the_bar_and_fail_the_night_above_it(
     assert job.days_published() == [] and not (job.run_directory() / "audit").exists()
     job.say(fail_on_error="0.3")  # a person has looked at the rows: the same night goes on
     assert outcome(job.sit()[0]).published
+
+
+def test_a_night_of_conversations_is_published_unless_too_many_turns_repeat(
+    job: NightlyJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report is there to see which."""
+    job.take_input()
+    folder = job.folder / "in" / "2026-11-22"
+    folder.mkdir(parents=True)
+    turns: list[Turn] = [("a", n, "say it again") for n in range(4)]
+    write_turns(folder / "p.parquet", [*turns, ("b", 0, "once")])
+    job.say(conversation_column="conversation_id", max_degenerate="30%")
+    monkeypatch.setattr("pipeline.engine.resent.is_degenerate", lambda answer, before: bool(before))
+    (ending,) = job.sit()
+    assert isinstance(error_of(ending), TooManyDegenerate) and error_of(ending).exit_code == 4
+    assert "turns repeat themselves" in (job.run_directory() / "report.md").read_text()
+    assert job.days_published() == []
+    job.say(max_degenerate=None)  # a person has looked at them: the same night goes on
+    assert outcome(job.sit()[0]).published and job.days_published() == ["2026-11-22"]
 
 
 @pytest.mark.fault(
