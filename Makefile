@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= coppice-demo
 
-.PHONY: demo test test-fast trust test-slow attacks test-vllm torture fuzz faults check format format-check lint types docs bench bench-peers paper segments-study demo-model segment-model wheel clean
+.PHONY: demo test test-fast trust test-slow attacks test-vllm torture fuzz faults check format format-check lint types docs bench bench-peers paper segments-study stateful-study demo-model segment-model stateful-model wheel clean
 
 demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts, audit it, report
 	$(BIN)/coppice demo -o $(DEMO)
@@ -87,8 +87,15 @@ STUDY ?= segments-study
 segments-study: $(VENV)/.installed  ## every mode of reused documents on the study's model; an hour, nothing else running
 	$(BIN)/coppice segments study -o $(STUDY) $(FLAGS)
 
+STREAMS ?= stateful-study
+stateful-study: $(VENV)/.installed  ## every evictor under every policy of positions; half an hour, nothing else running
+	$(BIN)/coppice stateful study -o $(STREAMS) $(FLAGS)
+
 segment-model: $(VENV)/.installed  ## train the study's model again, from scratch; half an hour
 	$(BIN)/python data/train_segment_model.py
+
+stateful-model: $(VENV)/.installed  ## train the model of the study of conversations again; half an hour
+	$(BIN)/python data/train_stateful_model.py
 
 demo-model: $(VENV)/.installed  ## train the embedded model again, from scratch
 	$(BIN)/python data/train_tokenizer.py

@@ -85,9 +85,9 @@ def build_model(layers: int) -> LlamaForCausalLM:
     return model
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One word a token, between spaces."""
-    model = models.WordLevel({word: i for i, word in enumerate(vocabulary())}, WORDS[UNKNOWN])
+def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """One word a token, between spaces; those of the study."""
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, WORDS[UNKNOWN])
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -228,7 +228,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, object]:
             print(json.dumps(log), flush=True)
     seconds = math.ceil(time.monotonic() - start)
     model.save_pretrained(out)
-    build_tokenizer().save_pretrained(out)
+    build_tokenizer(vocabulary()).save_pretrained(out)
     return {
         **asdict(settings),
         "tokens": tokens,
