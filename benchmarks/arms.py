@@ -19,12 +19,14 @@ _EXPORT_LIMIT_S = 1800
 
 @dataclass(frozen=True)
 class Arm:
-    """`environment`: of a peer, None for ours; `ordered`: the order of rows may matter to it."""
+    """`environment`: of a peer, None for ours; `ordered`: the order of rows may matter to it;
+    `carries`: it is given all turns of conversations at once."""
 
     label: str
     environment: str | None = None
     ordered: bool = False
     all_cores: bool = False
+    carries: bool = False
 
     def command(self, name: str) -> list[str]:
         """The start of the command line; the job and the answer follow."""
@@ -43,11 +45,16 @@ class Arm:
 
     def fit(self, job: Job) -> Job:
         """The job with the model in the form that this arm reads."""
+        if self.carries:
+            every = [prompt for prompts in job.batches for prompt in prompts]
+            count = len(job.batches[0])
+            return replace(job, batches=[every], conversations=count, is_conversation=False)
         return replace(job, model=_export(job.model)) if self.environment == "openvino" else job
 
 
 ARMS = {
     "prefix": Arm("coppice", ordered=True),
+    "carry": Arm("coppice, conversations carried", carries=True),
     "unshared": Arm("coppice, nothing shared"),
     "naive": Arm("transformers `generate`, one row at a time"),
     "generate": Arm("transformers `generate`, 32 rows of like length"),

@@ -29,6 +29,13 @@ class Job:
     `model`: folder; `batches`: [batch][row] token ids; `rows_at_once`: for engines that are given
     rows batch by batch; `cache_gib`: KV room for engines that must be told; `kv_budget`: bytes;
     `warm_up`: a prompt of its own, two new tokens; `asked_at`: seconds since the epoch.
+    `is_conversation`: a batch is the next turn of all conversations, given without the earlier ones
+    and their answers, which an engine takes from itself; caches are cold for the first alone. Of
+    what it sends, all but the last `most_tokens` is cut; 0: nothing.
+
+    For an engine that carries conversations: `conversations`, of a batch that holds all turns, one
+    turn after another; `eviction`, the fields of one; `spill_memory`, bytes of the host that it may
+    use for those that give way, None: as it likes.
     """
 
     model: str
@@ -40,6 +47,11 @@ class Job:
     kv_budget: int | None = None
     warm_up: tuple[int, ...] = (11, 12, 13, 14, 15, 16, 17, 18)
     asked_at: float = 0.0
+    is_conversation: bool = False
+    conversations: int = 0
+    most_tokens: int = 0
+    eviction: dict[str, Any] | None = None
+    spill_memory: int | None = None
 
     def write(self, path: Path) -> None:
         """As JSON; the process starts now."""

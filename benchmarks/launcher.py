@@ -44,7 +44,7 @@ def run_arm(name: str, job: Job, limit_s: float) -> Outcome:
             cwd=ROOT, env=os.environ | _own_caches() | variables,
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
-        failure = _wait(process, limit_s, Path(log.name))
+        failure = wait_for(process, limit_s, Path(log.name))
         answers = read_answers(answered)
     if failure is None and len(answers) < len(job.batches):
         failure = "ended without an answer"
@@ -71,7 +71,7 @@ def _own_caches() -> dict[str, str]:
     return {"VLLM_CACHE_ROOT": str(scratch("vllm-cache"))}
 
 
-def _wait(process: subprocess.Popen[bytes], limit_s: float, log: Path) -> str | None:
+def wait_for(process: subprocess.Popen[bytes], limit_s: float, log: Path) -> str | None:
     """Why it failed, None if it did not. Ends the process with all that it started."""
     begin = time.perf_counter()
     try:

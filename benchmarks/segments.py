@@ -2,7 +2,8 @@
 
 The table is questions over squad_passages, each with its best passages by BM25, in random order
 (`benchmarks.rag`). Ways take turns in one process, encoding included; tokens computed stand beside
-the plan's. Then a table in which no document comes twice.
+the plan's. Then a table in which no document comes twice, and with `--beside` others on the whole
+prompts of the first one, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.job import Job
+from benchmarks.launcher import must_run
 from benchmarks.rag import Rows, plan_table, squad_table
-from benchmarks.setup import add_options, setup_of
+from benchmarks.setup import Setup, add_options, setup_of
 from benchmarks.shapes import load_random
 from benchmarks.strict import seconds
 from pipeline.engine.prefix_engine import PrefixEngine
@@ -92,6 +95,18 @@ def measure(engine: PrefixEngine, ways: list[Way], repeats: int) -> dict[str, An
     return report
 
 
+def beside(names: list[str], rows: Rows, setup: Setup) -> dict[str, dict[str, float]]:
+    """Seconds of other engines, which know no documents."""
+    prompts = [[token_id for part in row for token_id in part] for row in rows]
+    job = Job(setup.model(), setup.dtype, setup.new_tokens, [prompts])
+    report = {}
+    for name in names:
+        taken = must_run(name, job, setup.time_limit_s)["seconds"]
+        print(f"{name:12} {taken:27.2f} s", flush=True)
+        report[name] = {"seconds": taken, "rows_per_s": len(rows) / taken}
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser)
@@ -101,6 +116,7 @@ def main() -> None:
     parser.add_argument(
         "--ways", nargs="+", help="of the first table: prefix best concat epic packet"
     )
+    parser.add_argument("--beside", nargs="*", default=[], help="engines: vllm vllm_all_cores")
     setup = setup_of(args := parser.parse_args())
     size, new = setup.vocabulary_size, setup.new_tokens
     loaded = load_random(setup.shape, setup.dtype)
@@ -127,6 +143,7 @@ def main() -> None:
     chosen = [way for way in table if not args.ways or way.name in args.ways]
     report["table"] = measure(engine, chosen, setup.repeats)
     report["nothing repeats"] = measure(engine, apart, setup.repeats)
+    report["beside"] = beside(args.beside, rows, setup)
     print(json.dumps(report))
 
 

@@ -47,8 +47,7 @@ def main() -> None:
     answer_batches(
         Path(sys.argv[2]),
         f"openvino-genai {openvino_genai.__version__}",
-        job["asked_at"],
-        job["batches"],
+        job,
         lambda prompts: generate(engine, prompts, job["new_tokens"]),
     )
 

@@ -15,6 +15,9 @@ from typing import Any
 
 from answering import answer_batches
 
+COUNTERS: dict[str, int] = {}
+"""Of the last call."""
+
 
 def make_engine(job: dict[str, Any]) -> Any:
     """An `LLM` with the job's weights."""
@@ -37,6 +40,8 @@ def generate(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[lis
     outputs = engine.generate(
         [TokensPrompt(prompt_token_ids=p) for p in prompts], greedy, use_tqdm=False
     )
+    COUNTERS["prompt_tokens"] = sum(map(len, prompts))
+    COUNTERS["cached_tokens"] = sum(output.num_cached_tokens or 0 for output in outputs)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
@@ -49,10 +54,10 @@ def main() -> None:
     answer_batches(
         Path(sys.argv[2]),
         f"vllm {vllm.__version__}",
-        job["asked_at"],
-        job["batches"],
+        job,
         lambda prompts: generate(engine, prompts, job["new_tokens"]),
         forget=engine.reset_prefix_cache,
+        counters=lambda: dict(COUNTERS),
     )
 
 
