@@ -47,6 +47,7 @@ CASES = (
     "a row that cannot run, at any stage", "types that polars cannot read back",
     "columns and fields named like those of a request",
     "prompts in segments",
+    "conversations",
 )  # fmt: skip
 """Every row of the list of faults that the product promises to survive, in the table's order."""
 PENDING: dict[str, str] = {}

@@ -249,7 +249,7 @@ def test_a_checkpoint_holds_no_text(
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.job.planning.build_plan", interrupt)
+    monkeypatch.setattr("pipeline.job.conversations.build_plan", interrupt)
     job = ("--model", str(model), "--engine", "echo", "-o", str(places / "out"))
     assert shell(command, str(source), *job) == 130
     kept = files_below(places / "cache")

@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from pipeline.audit.similarity import Encoder
-from pipeline.cli.demo import run_segments_demo
+from pipeline.cli.demo import run_conversations_demo, run_segments_demo
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,3 +59,20 @@ def test_the_demo_of_documents_computes_a_twentieth_and_says_the_same(
     assert counters[0]["unique_tokens"] == prefix > 10 * concat == 10 * counters[1]["unique_tokens"]
     said = dict(re.findall(r"^(\w+ answers) +(.+?) *$", capsys.readouterr().out, re.MULTILINE))
     assert said["same answers"] == "100.0%" and said["right answers"] == "99.5% / 99.5%"
+
+
+def test_the_demo_of_conversations_computes_new_tokens_alone_and_tells_what_each_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
+    run_conversations_demo(tmp_path / "demo", "none", "text")
+    for evictor in ("sink-recent", "gist-recent"):
+        counters = json.loads((tmp_path / "demo" / evictor / "run.json").read_text())["counters"]
+        assert counters["rows_ok"] == 488
+        assert counters["prompt_tokens"] > 10 * counters["prefilled_tokens"]
+    said = dict(re.findall(r"^right, ([\w ]+?)  +(.+?) *$", capsys.readouterr().out, re.MULTILINE))
+    first, recent = (
+        [float(share) for share in re.findall(r"[\d.]+", said[kind])]
+        for kind in ("first turn", "last two")
+    )
+    assert first[0] < 40 and first[1] > 95 and min(recent) > 95

@@ -20,7 +20,8 @@ FILES = sorted(
 _FIRST = {
     f"pipeline.{name}"
     for name in (
-        "records", "errors", "forms", "generation", "settings", "reuse_settings", "time_limit",
+        "records", "errors", "forms", "generation", "settings", "reuse_settings",
+        "conversation_settings", "scoring_settings", "time_limit",
         "visible", "private_folder", "confined", "unheard", "location", "binomial",
     )
 }  # fmt: skip
@@ -44,6 +45,8 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.generation": _FIRST,
     "pipeline.settings": _FIRST,
     "pipeline.reuse_settings": _FIRST,
+    "pipeline.conversation_settings": _FIRST,
+    "pipeline.scoring_settings": _FIRST,
     "pipeline.location": _FIRST,
     "pipeline.settings_file": _FIRST,
     "pipeline.plan": _FIRST,
@@ -62,6 +65,7 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.experiment": _FIRST
     | _rooms("storage", "inputs", "tokens", "model", "kvstore", "job", "audit.similarity"),
     "pipeline.segments": _FIRST | _rooms("storage", "plan", "engine"),
+    "pipeline.stateful": _FIRST | _rooms("storage", "plan", "engine"),
     "pipeline.segment_training": _FIRST | _rooms("model", "job", "segments"),
     "pipeline.status": _FIRST | _rooms("storage", "job", "audit"),
     "pipeline.early_checks": _FIRST
@@ -85,6 +89,7 @@ ROOMS: dict[str, set[str]] = {
         "status",
         "night",
         "segments",
+        "stateful",
         "segment_training",
         "model.adapter",
         "settings_file",
@@ -105,15 +110,18 @@ HOMES = {
         "kvstore",
         "experiment",
         "segments",
+        "stateful",
     ),
     "sentence_transformers": _rooms("audit.similarity", "experiment.retrieval"),
     "faiss": _rooms("audit.sample", "experiment.retrieval"),
     "matplotlib": _rooms("report", "experiment.pages"),
     "ray": _rooms("executor.ray_crew"),
-    "jinja2": _rooms("namespace", "inputs", "tokens", "report"),
+    "jinja2": _rooms("namespace", "inputs", "tokens", "report") | {"kvcoppice.evaluation.model"},
     "prometheus_client": _rooms("job.metrics_export"),
     "pythonjsonlogger": _rooms("cli.logs"),
-    "pyarrow": _rooms("storage", "inputs", "night", "plan", "job.answers", "job.document_ordering")
+    "pyarrow": _rooms(
+        "storage", "inputs", "night", "plan", "job.answer_table", "job.document_ordering"
+    )
     | {"kvcoppice.api", "kvcoppice.frames"},
 }
 STANDARD_ONLY = _FIRST

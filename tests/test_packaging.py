@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 _DEMO = (
     "demo_model/model.safetensors", "demo_model/tokenizer.json", "prompts.parquet",
     "segment_model/model.safetensors", "segment_model/tokenizer.json", "segment_prompts.parquet",
+    "stateful_model/model.safetensors", "stateful_model/tokenizer.json",
+    "conversation_prompts.parquet",
     "cache_prompts.csv", "test_prompts.csv",
 )  # fmt: skip
 
@@ -33,6 +35,7 @@ def test_the_wheel_carries_model_prompts_templates_and_all_packages(built: Path)
     assert {"pipeline/report/page.html.j2", "pipeline/cli/app.py", "flows/generate.py"} <= names
     assert {"flows/automations.yaml", "flows/prefect.yaml"} <= names
     assert {"kvcoppice/__init__.py", "kvcoppice/flows.py", "kvcoppice/py.typed"} <= names
+    assert {"kvcoppice/lm_eval.py", "kvcoppice/evaluation/model.py"} <= names
     assert not [name for name in names if name.startswith(("tests/", "data/"))]
 
 

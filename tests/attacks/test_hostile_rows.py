@@ -23,7 +23,7 @@ from pipeline.errors import InputError, UsageError
 from pipeline.generation import resolve_sampling
 from pipeline.job.job import open_job
 from pipeline.job.planning import plan_rows
-from pipeline.job.prepare import Preparation
+from pipeline.job.prepare import Preparing
 from pipeline.location import Location
 from pipeline.run import plan_job, run_job, validate_input
 from pipeline.settings import AuditSettings, JobSettings
@@ -429,7 +429,7 @@ DRAWN = settings(
 )
 
 
-def check_neighbours(source: Path, preparation: Preparation, settings: JobSettings) -> None:
+def check_neighbours(source: Path, preparation: Preparing, settings: JobSettings) -> None:
     """Rows 0 and 2 are what they are without the row between; that one is tokens or an error."""
     job = open_job(str(source), settings)
     (batch,) = job.source.iter_prompts()

@@ -31,13 +31,15 @@ class KillFigures:
 
 @dataclass(frozen=True)
 class Job:
-    """A command to kill: `rows` prompts of `source` on the model in `model`."""
+    """A command to kill: `rows` prompts of `source` on the model in `model`. `measured`: columns
+    that may differ from run to run."""
 
     base: Path
     source: Path
     model: Path
     rows: int
     rows_per_part: int
+    measured: tuple[str, ...] = MEASURED
 
     def arguments(self, output: Path) -> tuple[str, ...]:
         """Of `coppice`."""
@@ -64,7 +66,7 @@ def expected_content(job: Job, server: Server) -> tuple[Content, float]:
         victim = server.start(run_command, job.arguments(job.base / name), job.base / "log")
         victim.join(_LONGEST_S)
         assert victim.exitcode == 0, (job.base / "log").read_text()
-    return job_content(job.base / name, *MEASURED), time.monotonic() - begin
+    return job_content(job.base / name, *job.measured), time.monotonic() - begin
 
 
 def kill_until_done(
@@ -95,7 +97,7 @@ def kill_until_done(
         figures.largest_waste_parts = max(figures.largest_waste_parts, waste / job.rows_per_part)
     assert victim.exitcode == 0, (job.base / "log").read_text()
     figures.rows_lost = job.rows - len(check_run(output))
-    check_complete(output, content, figures.kills + 1, *MEASURED)
+    check_complete(output, content, figures.kills + 1, *job.measured)
     return figures
 
 
