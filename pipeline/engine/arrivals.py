@@ -67,7 +67,7 @@ class Arrivals:
         if not layout.documents:  # else its KV depends on them, and on how they were encoded
             prompt = self._plan.prompt_token_ids(sequence)
             stored_end = min(self._stored_end(above, sequence, prompt[:end]), end - 1)
-            stored_end = min(stored_end, self._first_read(sequence, layout.start))
+            stored_end = min(stored_end, self._first_read(sequence, layout.start, end))
         own = KVSpan(
             length=end - position, copied=layout.start - position, storable=stored_end - position
         )
@@ -93,7 +93,7 @@ class Arrivals:
             eviction=eviction,
             turns=turns,
             system=int(plan.system_tokens[row.sequence]),
-            most_slots=int(self._plan.most_tokens(np.array([row.sequence]))[0]),
+            most_slots=int(self._plan.most_tokens[row.sequence]),
             first_place=row.place,
             ids=ids,
             computed=len(ids),
@@ -152,9 +152,9 @@ class Arrivals:
         )
         self._residency.placed[key] = SharedPlacement(span, position, above)
 
-    def _first_read(self, sequence: int, start: int) -> int:
-        """The first position from `start` on whose logits are read: that is never loaded."""
-        plan, end = self._plan, int(self._plan.prompt_lengths[sequence])
+    def _first_read(self, sequence: int, start: int, end: int) -> int:
+        """The first of positions `[start, end)` whose logits are read: that is never loaded."""
+        plan = self._plan
         if plan.scores is None:
             return end
         path = plan.tree.path(int(plan.tree.terminal[plan.sequences.prompt[sequence]]))

@@ -118,7 +118,7 @@ class PrefixLayout:
         self.ending = np.bincount(terminal, minlength=plan.tree.num_nodes)
         position = np.where(plan.is_group, plan.anchor_end, plan.tree.start)
         spans = (plan.tree.end - position)[self.below > 1].sum()
-        rows = int(plan.most_tokens(sequences).sum())
+        rows = int(plan.most_tokens[sequences].sum())
         if plan.evicts:  # or what is given back and taken again must be moved together all the time
             rows += rows // 4
         self.most_tokens = int(spans) + rows

@@ -89,7 +89,7 @@ def count_conversations(
         return None
     prompts, ends = histories(plan, turns)
     every, eviction = np.arange(len(plan.sequences)), turns.eviction
-    state = int((plan.most_tokens(every) + 1).max(initial=0))
+    state = int((plan.most_tokens + 1).max(initial=0))
     state = min(state, eviction.most_tokens)
     return ConversationFigures(
         evictor=eviction.evictor,

@@ -51,7 +51,7 @@ def _of_prefixes(plan: Plan) -> KVNeeds:
     covered = np.where(group >= 0, plan.tree.end[group], 0)
     nodes = np.flatnonzero(plan.is_group)
     return KVNeeds(
-        np.maximum(plan.most_tokens(np.arange(len(plan.sequences))) + 1 - covered, 0),
+        np.maximum(plan.most_tokens + 1 - covered, 0),
         plan.tree.end[nodes] - plan.anchor_end[nodes],
         plan.sequence_lo[nodes],
         plan.sequence_hi[nodes],

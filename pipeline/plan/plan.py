@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import polars as pl
@@ -155,18 +156,16 @@ class Plan:
         """Whether some of a history may be given up."""
         return self.conversations is not None and self.conversations.eviction.evictor != "none"
 
-    def most_tokens(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+    @cached_property
+    def most_tokens(self) -> NDArray[np.int64]:
         """[sequences] tokens that each has KV of at its end, or at once where some must go."""
-        first: NDArray[np.int64] = (
-            self.prompt_lengths[sequences] + self.max_new_tokens[sequences] - 1
-        )
         turns = self.conversations
         if turns is None:
+            first: NDArray[np.int64] = self.prompt_lengths + self.max_new_tokens - 1
             return first
         new = self._new_tokens[turns.params]
         added = np.append(0, np.cumsum(self.table.lengths[turns.row] + new))
-        low, high = turns.bounds[sequences], turns.bounds[sequences + 1]
-        total: NDArray[np.int64] = added[high] - added[low] - 1
+        total: NDArray[np.int64] = np.diff(added[turns.bounds]) - 1
         return np.minimum(total, turns.eviction.most_tokens or total)
 
     @property
