@@ -15,7 +15,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,17 @@ LOG_STEPS = 50
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What a training run depends on, besides the tasks."""
+    """What a training run depends on, besides the tasks or streams."""
 
     seed: int
     layers: int
     steps: int
     batch_tokens: int
     learning_rate: float
+
+
+Train = Callable[[TrainSettings, Path], dict[str, Any]]
+"""Writes a model into a folder; what training.json says of it."""
 
 
 def build_model(layers: int) -> LlamaForCausalLM:
@@ -240,13 +244,13 @@ def train(settings: TrainSettings, out: Path) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    """Train the model and write training.json beside it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=MODEL_FOLDER, help="folder of the model")
+def train_by_flags(description: str | None, folder: Path, steps: int, train: Train) -> None:
+    """What the command line says is trained, and training.json written beside the model."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=folder, help="folder of the model")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args()
@@ -259,4 +263,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train_by_flags(__doc__, MODEL_FOLDER, 4000, train)

@@ -10,20 +10,19 @@ on from its last checkpoint, a file beside that folder which the end removes.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from induction import install_induction
 from train_model import build_optimizers
-from train_segment_model import Batch, build_tokenizer, learn, pad
+from train_segment_model import Batch, TrainSettings, build_tokenizer, learn, pad, train_by_flags
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.segments.tasks import Taught
@@ -47,17 +46,6 @@ SHORTEST = 96  # tokens of the first sequences
 GROWING_SHARE = 0.2
 LOG_STEPS = 50
 SAVE_STEPS = 200
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """What a training run depends on, besides the streams."""
-
-    seed: int
-    layers: int
-    steps: int
-    batch_tokens: int
-    learning_rate: float
 
 
 def build_model(layers: int) -> LlamaForCausalLM:
@@ -220,23 +208,5 @@ def train(settings: TrainSettings, out: Path) -> dict[str, object]:
     return facts
 
 
-def main() -> None:
-    """Train the model and write training.json beside it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=MODEL_FOLDER, help="folder of the model")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    args = parser.parse_args()
-    settings = TrainSettings(
-        args.seed, args.layers, args.steps, args.batch_tokens, args.learning_rate
-    )
-    facts = train(settings, args.out)
-    (args.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(json.dumps(facts["held_out"]))
-
-
 if __name__ == "__main__":
-    main()
+    train_by_flags(__doc__, MODEL_FOLDER, 3000, train)

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from make_conversation_prompts import draw_table
+from train_segment_model import TrainSettings
 from train_stateful_model import (
     Training,
-    TrainSettings,
     draw_batch,
     draw_streams,
     fingerprint,
