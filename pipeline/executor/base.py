@@ -61,15 +61,14 @@ class Failure:
 class Report:
     """What happened at a worker since its last report, in this order.
 
-    `ended`: pieces, each with the prompt tokens that its answers need. `given`: a piece and those
-    of its sequences that are given back. `has_shared`: the wish to share is dealt with. `counters`:
-    sums of this worker.
+    `ended`: pieces. `given`: a piece and those of its sequences that are given back. `has_shared`:
+    the wish to share is dealt with. `counters`: sums of this worker.
     """
 
     answers: tuple[Answers, ...] = ()
     given: tuple[tuple[int, tuple[int, ...]], ...] = ()
     has_shared: bool = False
-    ended: tuple[tuple[int, int], ...] = ()
+    ended: tuple[int, ...] = ()
     counters: EngineCounters = field(default_factory=EngineCounters)
     failure: Failure | None = None
 

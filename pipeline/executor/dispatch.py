@@ -104,11 +104,6 @@ class Dispatch:
         return self._num_open == 0
 
     @property
-    def answered(self) -> Positions:
-        """What is answered or given up."""
-        return np.flatnonzero(self._piece == _CLOSED)
-
-    @property
     def has_waiting(self) -> bool:
         """Whether `take` would find a piece."""
         return bool(self._waiting)

@@ -109,7 +109,7 @@ class _Sitting:
         self._asked: set[int] = set()
         self._counters: dict[int, EngineCounters] = {}
         self._of_the_lost = EngineCounters()
-        self._needed_tokens = 0
+        self._answered_in = np.full(len(sequences), -1)  # by position: the number of the piece
         self._losses_in_a_row = 0
 
     def completions(self) -> Iterator[Completion]:
@@ -123,9 +123,20 @@ class _Sitting:
                 self._busy.discard(worker)
                 yield from self._handle(worker, event, is_draining)
             self._staff.check()
-        once = prefill_tokens(self._whole, self._sequences[self._work.answered])
-        self._of_the_lost.replicated_tokens = max(0, self._needed_tokens - once)
+        self._of_the_lost.replicated_tokens = self._replicated_tokens()
         self._count()
+
+    def _replicated_tokens(self) -> int:
+        """Prompt tokens that answers needed in each of several pieces, but for once each.
+
+        Counted here and at the end: the last answers come home before their workers say that they
+        are through."""
+        once = self._tokens_of(self._answered_in >= 0)
+        numbers = np.unique(self._answered_in[self._answered_in >= 0])
+        return sum(self._tokens_of(self._answered_in == number) for number in numbers) - once
+
+    def _tokens_of(self, is_chosen: NDArray[np.bool_]) -> int:
+        return prefill_tokens(self._whole, self._sequences[is_chosen])
 
     def _computing(self) -> list[int]:
         return [worker for worker in self._staff.ready if self._work.held(worker)]
@@ -191,8 +202,7 @@ class _Sitting:
             self._work.give_back(worker, number, positions)
         if report.has_shared:
             self._asked.discard(worker)
-        for number, needed in report.ended:
-            self._needed_tokens += needed
+        for number in report.ended:
             del self._pieces[number]
             rest = self._work.end(worker, number)
             if len(rest) and not is_draining:
@@ -214,6 +224,7 @@ class _Sitting:
                 continue
             if self._turns.note(sequence, completion):
                 self._work.answer(worker, answers.number, position)
+                self._answered_in[position] = answers.number
             timing = _later(completion.timing, began_s)
             yield replace(completion, sequence=sequence, timing=timing)
             if completion.finish_reason == "error":

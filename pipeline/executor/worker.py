@@ -23,7 +23,6 @@ from pipeline.errors import CoppiceError, place_of
 from pipeline.executor.base import Answers, Assignment, Failure, Hello, Order, Report, summed
 from pipeline.executor.dispatch import not_worth_keeping
 from pipeline.plan.shards import Costs
-from pipeline.plan.subplan import prefill_tokens
 from pipeline.records import Completion
 
 _LONGEST_WAIT_S = 0.5
@@ -73,7 +72,7 @@ class Worker:
         self._backlog += order.assignments
         self._is_draining = order.drain
         if order.drain:
-            self._outbox.ended += [(assignment.number, 0) for assignment in self._backlog]
+            self._outbox.ended += [assignment.number for assignment in self._backlog]
             self._backlog.clear()
         if order.share is not None:
             self._begin_to_share(order.share)
@@ -90,7 +89,7 @@ class Worker:
         else:
             last = self._backlog.pop()
             self._outbox.give(last.number, range(len(last.plan.sequences)))
-            self._outbox.ended.append((last.number, 0))
+            self._outbox.ended.append(last.number)
 
     def _work(self) -> None:
         """The engine's thread."""
@@ -114,12 +113,11 @@ class Worker:
     def _compute(self, run: _Run, completions: Iterator[Completion]) -> None:
         for completion in completions:
             self._add(run, completion)
-        needed = prefill_tokens(run.plan, np.flatnonzero(run.is_answered))
         with self._changed:
             if self._share is not None:
                 self._give(run, ())
             self._past, self._running = summed([self._past, self._engine.counters]), None
-            self._outbox.ended.append((run.number, needed))
+            self._outbox.ended.append(run.number)
             self._changed.notify_all()
 
     def _control(self, run: _Run) -> RunControl:
@@ -174,7 +172,7 @@ class _Outbox:
         self.num_completions = 0
         self.given: list[tuple[int, tuple[int, ...]]] = []
         self.has_shared = False
-        self.ended: list[tuple[int, int]] = []
+        self.ended: list[int] = []
         self.failure: Failure | None = None
         self._answers: dict[int, list[Completion]] = {}
         self._start_s: dict[int, float] = {}

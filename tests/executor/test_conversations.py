@@ -5,7 +5,9 @@ from __future__ import annotations
 import pickle
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 
 from pipeline.engine.base import NO_HOOKS, Engine, EngineHooks, RunControl
 from pipeline.engine.resent import Turn
+from pipeline.executor.base import Event, Report
 from pipeline.executor.fleet import Fleet
 from pipeline.plan.plan import Plan
 from pipeline.plan.shards import cut_into_shards
@@ -84,6 +87,28 @@ def test_a_fleet_answers_turns_as_one_engine_and_counts_every_token(
     assert counted.prefilled_tokens == alone.counters.prefilled_tokens + counted.replicated_tokens
     assert counted.generated_tokens == alone.counters.generated_tokens
     assert not counted.lost_workers
+
+
+def test_tokens_computed_twice_are_counted_though_the_last_worker_has_not_said_it_is_through(
+    fleet_of: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen red: the last answers came home before their piece was told to have ended, and what it
+    needed was left out."""
+    plan, fleet, alone = some_plan(), fleet_of(2), CarryingEngine()
+    receive, late = fleet.crew.receive, defaultdict[int, tuple[int, ...]](tuple)
+
+    def late_endings(timeout_s: float) -> Iterator[tuple[int, Event]]:
+        for worker, event in receive(timeout_s):
+            if isinstance(event, Report):
+                now, late[worker] = late[worker], event.ended
+                event = replace(event, ended=now)
+            yield worker, event
+
+    monkeypatch.setattr(fleet.crew, "receive", late_endings)
+    assert told(run(fleet, plan)) == told(run(alone, plan))
+    counted = fleet.counters
+    assert counted.replicated_tokens > 0
+    assert counted.prefilled_tokens == alone.counters.prefilled_tokens + counted.replicated_tokens
 
 
 def test_what_a_shard_costs_counts_all_turns() -> None:
