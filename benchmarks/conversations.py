@@ -32,7 +32,8 @@ from benchmarks.turns import draw_turns
 from pipeline.plan.conversations import join_ids
 
 PARTS = ("within", "past", "spill")
-OTHERS = ("vllm", "vllm_all_cores")
+OTHERS = ("prefix", "vllm", "vllm_all_cores")
+"""`prefix`: ourselves, without carrying."""
 _TO_SHARE = 0.9  # of the window, that a conversation may keep
 
 
@@ -91,9 +92,7 @@ def make_cases(part: str, setup: Setup, args: argparse.Namespace) -> list[Case]:
         few = replace(job, batches=[one[: args.one_by_one] for one in rounds])
         naive = [Case("naive, a few", "naive", few)] if args.one_by_one else []
         again = [Case(f"{arm}, again", arm, job) for arm in args.others]
-        return [
-            Case("carry", "carry", job, True), Case("prefix, again", "prefix", job), *again, *naive
-        ]  # fmt: skip
+        return [Case("carry", "carry", job, True), *again, *naive]
     if part == "spill":
         tight = replace(job, kv_budget=tight_budget(setup, args))
         return [
@@ -108,7 +107,7 @@ def make_cases(part: str, setup: Setup, args: argparse.Namespace) -> list[Case]:
         )
         for evictor in ("sink-recent", "window")
     ]
-    return [*kept, *(Case(f"{arm}, cut", arm, cut) for arm in ("prefix", *args.others))]
+    return [*kept, *(Case(f"{arm}, cut", arm, cut) for arm in args.others)]
 
 
 def tight_budget(setup: Setup, args: argparse.Namespace) -> int:

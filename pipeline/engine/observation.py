@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from torch import Tensor
 from pipeline.engine.kernels.rules import AttentionRules
 from pipeline.engine.rotary import Rotary
 
-_MOST_SCORES = 1 << 24  # float32 numbers at once
+_MOST_NUMBERS = 1 << 24  # float32 numbers at once
 _NO_SCORE = float("-inf")
 
 
@@ -79,61 +78,79 @@ class Observed:
         keys = sum(slots.high - slots.low for slots in self.seen)
         return len(self.observer.layers), self.arena.shape[2], len(self.which), keys
 
-    def weights(self, layer: int) -> Iterator[tuple[int, Tensor]]:
-        """(number of the first query, weights [kv_heads, queries, keys]), a part of the queries at
-        a time."""
-        query, rules = self.observer.layers[layer]
-        step = max(1, _MOST_SCORES // max(1, query.shape[1] * self.shape[3]))
-        keys = self.arena[layer, 0][:, self._slots].float()
+    def alike(self) -> Iterator[range]:
+        """Layers side by side that are weighed in the same way, as many together as is cheap: for
+        one query they take less time than the calls that compute them."""
+        _, kv_heads, queries, keys = self.shape
+        heads, head_dim = self.observer.layers[0][0].shape[1:]
+        of_one = keys * (kv_heads * head_dim + heads * queries)
+        at_once = max(1, _MOST_NUMBERS // max(1, of_one))
+        kinds = [
+            (rules.scale, rules.window, rules.softcap, rules.sinks is None, key)
+            for (_, rules), key in zip(self.observer.layers, self.rotary.keys, strict=True)
+        ]
+        low = 0
+        for _, same in groupby(kinds):
+            high = low + len(list(same))
+            for first in range(low, high, at_once):
+                yield range(first, min(first + at_once, high))
+            low = high
+
+    def weights(self, layers: range) -> Iterator[tuple[int, Tensor]]:
+        """(number of the first query, weights [layers, kv_heads, queries, keys]), a part of the
+        queries at a time; `layers` are alike."""
+        rules = self.observer.layers[layers[0]][1]
+        heads = self.observer.layers[layers[0]][0].shape[1]
+        step = max(1, _MOST_NUMBERS // max(1, len(layers) * heads * self.shape[3]))
         for low in range(0, len(self.which), step):
-            chosen = torch.from_numpy(self.which[low : low + step]).to(query.device)
-            scores = self._scores(layer, query[chosen], keys)
+            chosen = torch.from_numpy(self.which[low : low + step]).to(self.arena.device)
+            query = torch.stack([self.observer.layers[layer][0][chosen] for layer in layers])
+            scores = self._scores(layers, query.float()) * rules.scale
             if rules.softcap:
                 scores = rules.softcap * torch.tanh(scores / rules.softcap)
-            hidden = self._hidden(layer, slice(low, low + step))
+            hidden = self._hidden(layers, slice(low, low + step))
             if hidden is not None:
                 scores = scores.masked_fill(hidden, _NO_SCORE)
             if rules.sinks is not None:
-                sinks = rules.sinks.float().view(len(keys), -1, 1, 1).expand(*scores.shape[:3], 1)
-                scores = torch.cat([scores, sinks], -1)
-            weights = torch.softmax(scores, -1)[..., : keys.shape[1]].mean(1)
+                column = self._sinks(layers).view(*scores.shape[:3], 1, 1)
+                scores = torch.cat([scores, column.expand(*scores.shape[:4], 1)], -1)
+            weights = torch.softmax(scores, -1)[..., : self.shape[3]].mean(2)
             yield low, weights.nan_to_num(0.0)  # of a query that sees nothing
 
-    def _scores(self, layer: int, query: Tensor, keys: Tensor) -> Tensor:
-        """[kv_heads, query heads of each, queries, keys]."""
-        query = query.float()
-        parts, low = [], 0
-        for shift, count in self._shifts:
-            heads = query
-            if shift:
-                back = torch.full((len(query),), -shift, device=query.device)
-                heads = self.rotary.turn(layer, query, back)
-            grouped = heads.transpose(0, 1).reshape(len(keys), -1, *heads.shape[::2])
-            parts.append(grouped @ keys[:, None, low : low + count].mT)
-            low += count
-        scores = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        return scores * self.observer.layers[layer][1].scale
+    def _sinks(self, layers: range) -> Tensor:
+        own = [self.observer.layers[layer][1].sinks for layer in layers]
+        return torch.stack([sinks for sinks in own if sinks is not None]).float()
 
-    @cached_property
-    def _slots(self) -> Tensor:
-        slots = [np.zeros(0, np.int64), *(np.arange(s.low, s.high) for s in self.seen)]
-        return torch.from_numpy(np.concatenate(slots)).to(self.arena.device)
+    def _scores(self, layers: range, query: Tensor) -> Tensor:
+        """query [layers, queries, Hq, d] -> [layers, kv_heads, query heads of each, queries, keys];
+        all turn as the first of `layers` does."""
+        arena = self.arena[layers[0] : layers[-1] + 1, 0]
+        count, heads = query.shape[1], query.shape[2] // arena.shape[1]
+        parts = [query.new_zeros(*arena.shape[:2], 0, heads * count)]
+        for shift, alike in groupby(self.seen, key=attrgetter("shift")):
+            grouped = self._grouped(layers[0], query, shift)
+            for slots in alike:
+                parts.append(arena[:, :, slots.low : slots.high].float() @ grouped)
+        return torch.cat(parts, 2).mT.reshape(*arena.shape[:2], heads, count, self.shape[3])
 
-    @cached_property
-    def _shifts(self) -> list[tuple[int, int]]:
-        """(shift, keys) of neighbours that are seen alike."""
-        return [
-            (shift, sum(slots.high - slots.low for slots in alike))
-            for shift, alike in groupby(self.seen, key=attrgetter("shift"))
-        ]
+    def _grouped(self, layer: int, query: Tensor, shift: int) -> Tensor:
+        """[layers, kv_heads, d, query heads of each * queries], as keys see them that stand `shift`
+        positions before."""
+        if shift:
+            flat = query.flatten(0, 1)
+            back = torch.full((len(flat),), -shift, device=query.device)
+            query = self.rotary.turn(layer, flat, back).view(query.shape)
+        by_head = query.transpose(1, 2).flatten(1, 2)
+        shape = (len(query), self.arena.shape[2], -1, query.shape[-1])
+        return by_head.reshape(shape).mT
 
-    def _hidden(self, layer: int, part: slice) -> Tensor | None:
-        """What a part of the queries does not see, [queries, keys] or [kv_heads, 1, queries,
-        keys]."""
-        window = self.observer.layers[layer][1].window
+    def _hidden(self, layers: range, part: slice) -> Tensor | None:
+        """What a part of the queries does not see, [queries, keys] or [layers, kv_heads, 1,
+        queries, keys]."""
+        window = self.observer.layers[layers[0]][1].window
         hidden = None if self.ahead is None else self.ahead[..., part, :]
         if hidden is not None and hidden.ndim > 2:
-            hidden = hidden[layer][:, None]
+            hidden = hidden[layers[0] : layers[-1] + 1][:, :, None]
         if window and self.age is not None:
             beyond = self.age[part] >= window
             hidden = beyond if hidden is None else hidden | beyond
@@ -146,9 +163,9 @@ def attention_weights(observed: Observed) -> Tensor:
     For a few queries: of a whole prefill, `Sums.add` holds one layer's at a time.
     """
     weights = torch.empty(observed.shape, device=observed.arena.device)
-    for layer in range(len(weights)):
-        for low, part in observed.weights(layer):
-            weights[layer, :, low : low + part.shape[1]] = part
+    for layers in observed.alike():
+        for low, part in observed.weights(layers):
+            weights[layers[0] : layers[-1] + 1, :, low : low + part.shape[2]] = part
     return weights
 
 
@@ -186,11 +203,11 @@ class Sums:
 
     def add(self, observed: Observed) -> None:
         """Of queries that were not counted before."""
-        layers, _, queries, keys = observed.shape
+        _, _, queries, keys = observed.shape
         self._grow(keys)
-        for layer in range(layers):
-            for _, part in observed.weights(layer):
-                self._sums[layer] += part.sum(1)
+        for layers in observed.alike():
+            for _, part in observed.weights(layers):
+                self._sums[layers[0] : layers[-1] + 1] += part.sum(2)
         ahead = np.zeros((queries, keys), bool) if observed.ahead is None else observed.ahead
         could_see = queries - ahead.sum(-2)
         self._queries += torch.from_numpy(could_see).to(self._queries)

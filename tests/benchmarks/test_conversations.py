@@ -123,7 +123,13 @@ def test_tokens_that_were_computed_twice_fail_the_benchmark(
 def test_every_part_has_its_cases_and_its_limit(job: Job, tmp_path: Path) -> None:
     setup = Setup("tiny", "float32", 5, 1, 60.0, tmp_path, tmp_path)
     args = argparse.Namespace(
-        conversations=8, turns=4, new=9, window=40, cache_gib=1, one_by_one=2, others=["vllm"]
+        conversations=8,
+        turns=4,
+        new=9,
+        window=40,
+        cache_gib=1,
+        one_by_one=2,
+        others=["prefix", "vllm"],
     )
     names = [case.name for part in ("within", "past", "spill")
              for case in make_cases(part, setup, args)]  # fmt: skip
