@@ -1,0 +1,205 @@
+"""The next token of live rows, and which of them end by it. Knows no scheduler and no cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.engine import guides
+from pipeline.engine.base import EngineHooks, RunControl
+from pipeline.engine.ends import ends_by_text, ends_by_token
+from pipeline.engine.guides import NO_TOKEN, Guide, allows
+from pipeline.engine.live import LiveRow
+from pipeline.engine.logprobs import read_logprobs
+from pipeline.engine.request_logits import Context, TokenCounts
+from pipeline.engine.sampler import Sampler, has_rules
+from pipeline.engine.sampling import Sampled
+from pipeline.plan.plan import Plan
+from pipeline.records import FinishReason
+
+LEAST_RUN: Final = 2
+"""Forced tokens that are worth a forward of their own: one alone may as well be decoded."""
+Ended = list[tuple[LiveRow, FinishReason]]
+
+
+class Answering:
+    """Grows the answers of one plan's rows."""
+
+    def __init__(
+        self, plan: Plan, control: RunControl, hooks: EngineHooks, sampler: Sampler
+    ) -> None:
+        self._plan: Final = plan
+        self._control: Final = control
+        self._hooks: Final = hooks
+        self._sampler: Final = sampler
+        self._has_guides: Final = hooks.force_tokens is None and any(
+            p.is_guided for p in plan.params
+        )
+        self._may_run: Final = plan.conversations is None
+
+    def append(
+        self, rows: list[LiveRow], logits: Tensor, greedy: Sampled | None = None
+    ) -> list[tuple[LiveRow, FinishReason]]:
+        """Give each row the token that its logits choose, and those that must follow it; returns
+        the rows that end, and why. A row whose forced tokens wait for a forward has a `run`.
+
+        logits [rows, V]; `greedy`: the likeliest tokens, where the device has found them already.
+        """
+        positions = np.array([len(r.params.opening) + len(r.token_ids) for r in rows], np.int64)
+        sequences = [r.sequence for r in rows]
+        numbers = [r.num_answered + len(r.token_ids) for r in rows]
+        keys = np.array([r.noise_key for r in rows], np.uint64)
+        if self._hooks.on_logits is not None:
+            self._hooks.on_logits(sequences, numbers, logits)
+        asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+        raw = logits[asked] if asked else None  # a copy: tokens may be ruled out in place
+        params = [r.params for r in rows]
+        sound = np.ones(len(rows), bool)
+        if self._has_guides:
+            self._begin(rows, logits.shape[1])
+            greedy, sound = self._masked(rows, logits, greedy)
+        chosen = self._sampler.sample(
+            logits, params, keys, positions, lambda i: self._context(rows[i]), greedy
+        )
+        ids, finite = chosen.token_ids.tolist(), chosen.is_finite.tolist()
+        if self._hooks.force_tokens is not None:
+            ids = self._hooks.force_tokens(sequences, numbers)
+        if raw is not None:
+            _note_logprobs([rows[i] for i in asked], raw, [ids[i] for i in asked])
+        ended: Ended = []
+        for i, (row, token_id, is_finite) in enumerate(zip(rows, ids, finite, strict=True)):
+            row.token_ids.append(token_id)
+            reason = self._take(row, token_id) if is_finite else self._fail(row, bool(sound[i]))
+            if reason:
+                ended.append((row, reason))
+        if self._has_guides:
+            ended += self._look_ahead([r for r in rows if r.guide is not None], ended, logits)
+        return ended
+
+    def _begin(self, rows: Sequence[LiveRow], vocabulary: int) -> None:
+        """Guides of rows that say their first token."""
+        grammars = self._control.grammars
+        assert grammars is not None, "a plan with constraints needs grammars"
+        new = [row for row in rows if row.params.is_guided and row.guide is None]
+        for row in new:
+            row.guide = Guide(grammars, row.params, self._prompt(row), self._sampler.eos)
+        guides.prepare(grammars, [row.guide for row in new if row.guide is not None], vocabulary)
+
+    def _masked(
+        self, rows: Sequence[LiveRow], logits: Tensor, greedy: Sampled | None
+    ) -> tuple[Sampled | None, NDArray[np.bool_]]:
+        """Rule out in place what guided rows may not say; the likeliest tokens of all rows, and
+        which rows had any before.
+
+        Of most greedy rows the likeliest token is allowed, and then all others may stay.
+        """
+        masks = {i: r.guide.mask for i, r in enumerate(rows) if r.guide is not None}
+        masked = {i: mask for i, mask in masks.items() if mask is not None}
+        if not masked:
+            return greedy, np.zeros(len(rows), bool)
+        greedy = greedy or self._sampler.likeliest(logits)
+        ids, finite = greedy.token_ids.copy(), greedy.is_finite.copy()
+        wrong = [
+            i for i, mask in masked.items()
+            if not (rows[i].params.is_greedy and finite[i] and allows(mask, int(ids[i])))
+            or has_rules(rows[i].params)
+        ]  # fmt: skip
+        if wrong:
+            guides.apply(logits, wrong, [masked[i] for i in wrong])
+            again = self._sampler.likeliest(logits)
+            ids[wrong] = again.token_ids[wrong]
+            finite[wrong] &= again.is_finite[wrong]
+        return Sampled(ids, finite), greedy.is_finite
+
+    def _take(self, row: LiveRow, token_id: int) -> FinishReason | None:
+        """The row has said a token: whether it ends by it, or by one that must follow."""
+        guide = row.guide
+        if guide is not None:
+            guide.accept(token_id)
+        reason = self._finish_reason(row)
+        # Where each token's own logits are asked for, each has a forward of its own.
+        reads_each = row.params.logprobs is not None
+        if reason or guide is None or not self._may_run or reads_each:
+            return reason
+        while reason is None and len(forced := guide.forced()) >= (1 if row.run else LEAST_RUN):
+            for following in forced:
+                row.token_ids.append(following)
+                row.run += 1
+                guide.accept(following)
+                reason = self._finish_reason(row)
+                if reason:
+                    break
+        row.forced_tokens += row.run
+        return reason
+
+    def _look_ahead(self, rows: Sequence[LiveRow], ended: Ended, logits: Tensor) -> Ended:
+        """Masks of the next step, made together; rows that have nothing more to say end."""
+        over = {id(row) for row, _ in ended}
+        going = [(r, r.guide) for r in rows if id(r) not in over and r.guide is not None]
+        grammars = self._control.grammars
+        assert grammars is not None
+        guides.prepare(grammars, [guide for _, guide in going], logits.shape[1])
+        return [(row, "stop") for row, guide in going if guide.is_over]
+
+    def _fail(self, row: LiveRow, is_sound: bool) -> FinishReason:
+        """No token can be chosen; `is_sound`: before something was ruled out one could."""
+        if row.guide is not None and is_sound:
+            row.fault = NO_TOKEN
+        return "error"
+
+    def _finish_reason(self, row: LiveRow) -> FinishReason | None:
+        params, guide = row.params, row.guide
+        if guide is not None and guide.fault is not None:
+            row.fault = guide.fault
+            return "error"
+        if ends_by_token(row.token_ids[-1], params, self._sampler.eos):
+            return "stop"
+        if guide is not None and guide.is_over:
+            return "stop"
+        if params.stop:
+            stops = self._control.is_stopped
+            if ends_by_text(stops, row.token_ids, params, self._question(row)):
+                return "stop"
+        if len(row.token_ids) < params.max_new_tokens:
+            return None
+        return "stop" if guide is not None and self._is_complete(guide) else "length"
+
+    def _is_complete(self, guide: Guide) -> bool:
+        """Of an answer that has no room left, by the mask of the token that it has no room for."""
+        grammars = self._control.grammars
+        assert grammars is not None
+        guides.prepare(grammars, [guide], grammars.vocabulary_size)
+        return guide.is_over
+
+    def _context(self, row: LiveRow) -> Context:
+        """As if the opening had been decoded."""
+        if row.counts is None:
+            row.counts = TokenCounts()
+        prompt, opening = self._prompt(row), row.params.opening
+        if not opening:
+            return Context(prompt, row.token_ids, row.counts)
+        return Context(prompt[: -len(opening)], [*opening, *row.token_ids], row.counts)
+
+    def _prompt(self, row: LiveRow) -> NDArray[np.unsignedinteger]:
+        """What its answer follows, the history of a conversation included."""
+        if row.conversation is None:
+            return self._plan.prompt_token_ids(row.sequence)
+        return np.array(row.conversation.ids[: row.conversation.question_end], np.uint32)
+
+    def _question(self, row: LiveRow) -> NDArray[np.unsignedinteger]:
+        """What its answer follows right away: of a conversation, this turn's alone."""
+        conversation = row.conversation
+        if conversation is None:
+            return self._plan.prompt_token_ids(row.sequence)
+        first, end = conversation.turn_starts[-1], conversation.question_end
+        return np.array(conversation.ids[first:end], np.uint32)
+
+
+def _note_logprobs(rows: list[LiveRow], logits: Tensor, token_ids: list[int]) -> None:
+    found = read_logprobs(logits, token_ids, [row.params.logprobs or 0 for row in rows])
+    for row, logprobs in zip(rows, found, strict=True):
+        row.logprobs.append(logprobs)
