@@ -1,0 +1,161 @@
+"""Answers that fit schemas: `python -m benchmarks.structured`. Last line: one JSON document.
+
+Random weights, so that these are counts and times and say nothing of quality: what a model of that
+size says within a schema is as good as any. Three turns of the same rows by our engine: with
+openings as prefill and forced runs packed; every token decoded under its mask; and nothing masked
+at all, each row with as many tokens as it had before. What a mask costs is the second beside the
+third. Every answer must fit its schema or say that it was cut, or this fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.setup import Setup, add_options, setup_of
+from benchmarks.structured_tasks import TASKS, Task
+from pipeline.audit.answer_schemas import fits
+from pipeline.engine import answering
+from pipeline.engine.base import Engine, RunControl
+from pipeline.engine.load import make_engine
+from pipeline.job.planning import PlannedJob
+from pipeline.plan.plan import Plan
+from pipeline.records import Completion
+from pipeline.run import plan_job
+from pipeline.settings import JobSettings
+
+_DOCUMENT = "The quick brown fox met a lazy dog near old mill number {0}. " * 4
+_HEAD = ("task", "rows", "fit", "cut", "tokens a row", "steps a row", "fewer steps", "ours s",
+         "one by one s", "free s", "cost of masks")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_options(parser)
+    parser.set_defaults(new_tokens=160)
+    parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--max-rows", type=int, default=64, help="that decode together")
+    parser.add_argument("--tasks", nargs="+", default=[task.name for task in TASKS])
+    args = parser.parse_args()
+    setup = setup_of(args)
+    engine = make_engine(settings_of(setup, args.max_rows, "prefix"))
+    found = {
+        task.name: measure(task, args.rows, engine, setup, args.max_rows)
+        for task in TASKS if task.name in args.tasks
+    }  # fmt: skip
+    print(table(found))
+    print(json.dumps({"shape": setup.shape, "dtype": setup.dtype, "tasks": found}))
+
+
+def settings_of(setup: Setup, max_rows: int, engine: str) -> JobSettings:
+    """Of a job by this engine; plans of the naive one have no openings."""
+    return JobSettings.from_flat({
+        "model": setup.model(), "dtype": setup.dtype, "device": "cpu", "engine": engine,
+        "max_rows": max_rows, "max_new_tokens": setup.new_tokens, "json_schema_column": "form",
+        "busy_device": "share",
+    })  # fmt: skip
+
+
+def measure(task: Task, rows: int, engine: Engine, setup: Setup, max_rows: int) -> dict[str, float]:
+    """Counts of one turn, medians of the seconds of all. Raises AssertionError where an answer fits
+    no schema and was not cut."""
+    documents = [_DOCUMENT.format(i) for i in range(97)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.parquet"
+        task.frame(rows, documents).write_parquet(path)
+        ours = plan_job(str(path), settings_of(setup, max_rows, "prefix"))
+        plain = plan_job(str(path), settings_of(setup, max_rows, "naive"))
+        seconds: dict[str, list[float]] = {"ours": [], "one by one": [], "free": []}
+        for _ in range(setup.repeats):
+            took, done = answer(engine, ours.plan, ours)
+            seconds["ours"].append(took)
+            with decoding_each():
+                took, said = answer(engine, plain.plan, plain)
+            seconds["one by one"].append(took)
+            took, _ = answer(engine, as_many_free(plain.plan, said), plain)
+            seconds["free"].append(took)
+        return counts(ours, done) | timings(seconds)
+
+
+def answer(engine: Engine, plan: Plan, planned: PlannedJob) -> tuple[float, list[Completion]]:
+    """Seconds and what was said; caches are cold."""
+    control = RunControl(grammars=planned.job.tokenizer.grammars)
+    begin = time.perf_counter()
+    done = list(engine.generate(plan, np.arange(len(plan.sequences)), control))
+    return time.perf_counter() - begin, done
+
+
+@contextmanager
+def decoding_each() -> Iterator[None]:
+    """Forced tokens are decoded as all others."""
+    before = answering.LEAST_RUN
+    answering.LEAST_RUN = 1 << 30  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        answering.LEAST_RUN = before  # type: ignore[misc]
+
+
+def as_many_free(plan: Plan, said: list[Completion]) -> Plan:
+    """The same rows without constraints, each with as many tokens as it said."""
+    lengths = np.zeros(len(plan.sequences), np.int64)
+    for completion in said:
+        lengths[completion.sequence] = max(1, len(completion.token_ids))
+    distinct, chosen = np.unique(lengths, return_inverse=True)
+    params = tuple(
+        replace(plan.params[0], constraint="", ignore_eos=True, max_new_tokens=int(length))
+        for length in distinct
+    )
+    return replace(plan, params=params, sequences=replace(plan.sequences, params=chosen))
+
+
+def counts(planned: PlannedJob, done: list[Completion]) -> dict[str, float]:
+    """Of whole answers, their openings among them."""
+    tokens = steps = fit = cut = 0
+    for completion in done:
+        assert completion.finish_reason != "error", completion
+        params = planned.plan.params_of(completion.sequence)
+        said = (*params.opening, *completion.token_ids)
+        tokens += len(said)
+        steps += len(completion.token_ids) - completion.forced_tokens
+        if completion.finish_reason == "length":
+            cut += 1
+            continue
+        text = planned.job.tokenizer.decode_batch([said])[0]
+        assert fits(text, params.constraint), text
+        fit += 1
+    rows = len(done)
+    return {"rows": rows, "fit": fit, "cut": cut, "tokens_a_row": tokens / rows,
+            "steps_a_row": steps / rows, "fewer_steps": 1 - steps / tokens}  # fmt: skip
+
+
+def timings(seconds: dict[str, list[float]]) -> dict[str, float]:
+    medians = {f"{name}_s": statistics.median(some) for name, some in seconds.items()}
+    pairs = zip(seconds["one by one"], seconds["free"], strict=True)
+    return medians | {"mask_cost": statistics.median(a / b - 1 for a, b in pairs)}
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """As Markdown."""
+    lines = [_HEAD, ("---", *("---:",) * (len(_HEAD) - 1))]
+    for name, one in found.items():
+        lines.append((
+            name, f"{one['rows']:,}", f"{one['fit']:,}", f"{one['cut']:,}",
+            f"{one['tokens_a_row']:.1f}", f"{one['steps_a_row']:.1f}",
+            f"{one['fewer_steps']:.0%}", f"{one['ours_s']:.1f}", f"{one['one by one_s']:.1f}",
+            f"{one['free_s']:.1f}", f"{one['mask_cost']:+.1%}",
+        ))  # fmt: skip
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Rows that say what their answers must be: whether that can be kept, and what is forced by it.
+
+```
+ parameters ─► compiled apart ─► refused, or ─► what every answer begins with ─► ends the prompt
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.plan.openings import append_openings, is_left_open, opened
+from pipeline.records import Rejected, SamplingParams
+from pipeline.tokens.constraint_check import ConstraintChecker
+from pipeline.tokens.tokenizer import PromptTokenizer
+
+Openings = Mapping[str, tuple[int, ...]]
+"""By constraint, what every answer under it begins with."""
+
+
+class Forms:
+    """Of one tokenizer."""
+
+    def __init__(self, tokenizer: PromptTokenizer, checker: ConstraintChecker) -> None:
+        self._tokenizer = tokenizer
+        self._checker = checker
+
+    def check(
+        self, row_start: int, params: list[SamplingParams], rejected: dict[int, Rejected]
+    ) -> Openings:
+        """Refuses rows that ask for what cannot be kept; empty where no row asks for anything."""
+        distinct = {id(p): p for p in params}.values()  # of a million rows, which say the same
+        if not any(p.is_guided for p in distinct):
+            return {}
+        checked = self._checker.check(p.constraint for p in distinct)
+        has_tags = self._tokenizer.grammars.tags is not None
+        for row, chosen in enumerate(params, row_start):
+            reason = checked[chosen.constraint].reason
+            if reason is not None:
+                rejected.setdefault(row, Rejected(row, "BadConstraint", reason))
+            elif chosen.thinking_budget is not None and not has_tags:
+                message = "thinking_budget means nothing to a model without tags of thinking"
+                rejected.setdefault(row, Rejected(row, "BadSamplingParams", message))
+        return {constraint: found.opening for constraint, found in checked.items()}
+
+    def open(
+        self,
+        prompts: tuple[NDArray[np.uint32], NDArray[np.int64]],
+        params: list[SamplingParams],
+        openings: Openings,
+        segments: dict[int, list[int]],
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """(flat, lengths) of prompts that end with the openings of their answers; what `params` and
+        `segments` say of them goes by that.
+
+        No prompt that nothing is left of, and none after which the model thinks, or may stop in the
+        middle.
+        """
+        flat, lengths = prompts
+        tags, ends = self._tokenizer.grammars.tags, np.cumsum(lengths)
+        known: dict[SamplingParams, SamplingParams] = {}
+        for index, chosen in enumerate(params):
+            if not openings[chosen.constraint] or not lengths[index] or not _opens(chosen):
+                continue
+            prompt = flat[ends[index] - lengths[index] : ends[index]]
+            if tags is not None and is_left_open(prompt, tags.begin_ids, tags.end_ids):
+                continue
+            if chosen not in known:
+                known[chosen] = opened(chosen, openings[chosen.constraint])
+            params[index] = known[chosen]
+            if index in segments:
+                segments[index][-1] += len(params[index].opening)
+        return append_openings(flat, lengths, params)
+
+
+def _opens(params: SamplingParams) -> bool:
+    """Whether nothing else asks to see the first tokens of the answer one by one."""
+    logprobs = getattr(params, "logprobs", None)
+    return not params.stop and params.thinking_budget is None and logprobs is None
