@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.records import GREEDY_BELOW, MOST_NEW_TOKENS, SamplingParams
+from pipeline.request_rules import REQUEST_RULES, read_asked, write_asked
 
 if TYPE_CHECKING:
     from pipeline.settings import SamplingSettings
@@ -32,6 +33,10 @@ _WITH_FLAGS: Final = {
     "top_k": "--top-k",
     "max_new_tokens": "--max-new-tokens",
     "stop_strings": "--stop",
+    "presence_penalty": "--presence-penalty",
+    "frequency_penalty": "--frequency-penalty",
+    "logprobs": "--logprobs",
+    "n": "--n",
 }
 REFUSED: Final[dict[str, tuple[Any, ...]]] = {
     "num_beams": (None, 1),
@@ -53,6 +58,11 @@ ROW_RULES: Final = (
 """Rules that a single row may ask for: those that name no token ids."""
 VLLM_RULES: Final = ("repetition_penalty", "min_p", "min_new_tokens")
 """Rules that vLLM has as well, with the same meaning."""
+_AGAINST_CONSTRAINTS: Final = {
+    "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty",
+    "remove_invalid_values",
+}  # fmt: skip
+"""Rules that give a token back which was ruled out."""
 _TRANSFORMERS_TOP_K: Final = 50  # where a model samples and does not say how many tokens it keeps
 
 TokenId = int
@@ -95,7 +105,7 @@ _NEUTRAL: Final = GenerationRules().model_dump(mode="json")
 
 def read_generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """`--generation-options` with their values as JSON means them. Raises ValueError."""
-    known = {*RULES, *REFUSED, *PLAIN} - _WITH_FLAGS.keys()
+    known = {*RULES, *REFUSED, *PLAIN, *REQUEST_RULES} - _WITH_FLAGS.keys()
     found = {}
     for written, value in options.items():
         name = str(written).strip().replace("-", "_")
@@ -107,6 +117,7 @@ def read_generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
             )
         found[name] = _read_json(value)
     _parse(found)
+    write_asked({name: found[name] for name in REQUEST_RULES if name in found})
     return found
 
 
@@ -119,10 +130,17 @@ def resolve_sampling(
     """
     model = generation_config | settings.generation_options
     chosen = _defaults_of(model)
-    said = settings.model_dump(exclude_none=True, exclude={"generation_options"})
+    said = settings.model_dump(
+        exclude_none=True, exclude={"generation_options", "json_schema", "regex", "grammar"}
+    )
+    said["constraint"] = settings.constraint
     if not settings.stop:
         del said["stop"]
+    chosen |= {n: model[n] for n in REQUEST_RULES if n in settings.generation_options}
     chosen |= said | {k: v for k, v in override.items() if v is not None}
+    if chosen.get("logprobs") is False:  # as a request says "none"
+        chosen["logprobs"] = None
+    asked = write_asked({n: chosen.pop(n) for n in REQUEST_RULES if n in chosen})
     of_row = {name: chosen.pop(name) for name in ROW_RULES if name in chosen}
     chosen["stop"] = _read_stop(chosen.get("stop", ()))
     if model.get("do_sample") and chosen["temperature"] >= GREEDY_BELOW:
@@ -133,10 +151,28 @@ def resolve_sampling(
         model["max_length"] = None
     elif model.get("max_length"):
         chosen["max_new_tokens"] = model["max_length"]  # less the prompt, see `job/prepare.py`
-    unknown = chosen.keys() - SamplingParams.__dataclass_fields__.keys() | chosen.keys() & {"rules"}
+    unknown = chosen.keys() - SamplingParams.__dataclass_fields__.keys()
+    unknown |= chosen.keys() & {"rules", "asked"}
     if unknown:
         raise ValueError(f"unknown sampling field {sorted(unknown)[0]!r}")
-    return SamplingParams(**chosen, rules=_rules(generation_config, model | of_row))
+    rules = _rules(generation_config, model | of_row)
+    return _checked(SamplingParams(**chosen, rules=rules, asked=asked))
+
+
+def _checked(params: SamplingParams) -> SamplingParams:
+    """Raises ValueError where one field asks for what another one rules out."""
+    least = read_asked(params.asked).min_tokens if params.asked else 0
+    if least > params.max_new_tokens:
+        raise ValueError(
+            f"min_tokens is {least}, and max_new_tokens {params.max_new_tokens}; change one of them"
+        )
+    bad = sorted(active_rules(params.rules) & _AGAINST_CONSTRAINTS) if params.constraint else []
+    if bad:
+        raise ValueError(
+            f"{bad[0]} and what the answer must be may ask for two tokens at once; run without it "
+            f"by --generation-options {bad[0]}=null"
+        )
+    return params
 
 
 def _read_stop(said: object) -> tuple[str, ...]:
@@ -229,6 +265,11 @@ def ids_of(rules: str) -> set[TokenId]:
 
 def why_not_by_vllm(params: SamplingParams) -> str | None:
     """One clause that names what vLLM would leave out of these parameters, or None."""
+    if params.is_guided:
+        return (
+            "what the answer must be, and a budget of thinking, are for --engine prefix or naive: "
+            "vLLM ends such answers at another token"
+        )
     missing = sorted(active_rules(params.rules).difference(VLLM_RULES))
     if not missing:
         return None

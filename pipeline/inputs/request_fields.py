@@ -1,10 +1,16 @@
 """The fields of a request, with the meaning that OpenAI and vLLM give them. Knows no rows' cells.
 
 ```
- obeyed    temperature, min_p, ...           become fields of SamplingParams, or its rules
- refused   n, tools, response_format, ...    change the answer: refused, but for a neutral value
- beside    user, metadata, store, ...        change no answer: left out
+obeyed    temperature, n, logit_bias, ...     become fields of SamplingParams, or its rules
+          response_format, ...                become what the answer must be
+refused   suffix, echo, prompt_logprobs, ...  change the answer: refused, but for a neutral value
+beside    user, metadata, store, ...          change no answer: left out
 ```
+
+What goes to a chat template (`tools` and the like, see `chat_fields.py`) is refused by its name
+here, and read before it is.
+
+`tests/inputs/test_request_fields.py` holds OpenAI's and vLLM's fields against these.
 """
 
 from __future__ import annotations
@@ -12,51 +18,62 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
+from pipeline.constraints import REQUEST_FIELDS
 from pipeline.generation import ROW_RULES
+from pipeline.request_rules import REQUEST_RULES
 
 LIMITS = ("max_new_tokens", "max_completion_tokens", "max_tokens", "max_output_tokens")
 """All of them mean `max_new_tokens`."""
-_SAME = ("temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", *ROW_RULES)
-OBEYED: Mapping[str, str] = dict.fromkeys(LIMITS, "max_new_tokens") | {n: n for n in _SAME}
-"""Field of a request -> what `resolve_sampling` takes."""
+_SAME = (
+    "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "n", "best_of", "logprobs",
+    "top_logprobs", *ROW_RULES, *REQUEST_RULES,
+)  # fmt: skip
+OBEYED: Mapping[str, str] = (
+    dict.fromkeys(LIMITS, "max_new_tokens")
+    | {n: n for n in _SAME}
+    | dict.fromkeys(REQUEST_FIELDS, "constraint")
+    | dict.fromkeys(("thinking_budget", "thinking_token_budget"), "thinking_budget")
+)
+"""Field of a request -> what `cells.read_fields` makes of it; two say how others
+are meant, `top_logprobs` and `best_of`."""
 BESIDE = frozenset(
     (
         "metadata", "user", "store", "service_tier", "safety_identifier", "prompt_cache_key",
         "prompt_cache_retention", "parallel_tool_calls", "priority", "request_id", "cache_salt",
         "stream_options", "timeout", "detokenize", "return_token_ids",
-        "return_tokens_as_token_ids",
+        "return_tokens_as_token_ids", "return_token_offsets", "return_mm_kwargs",
+        "return_prompt_text", "routed_experts_prompt_start", "session_id", "stream_interval",
+        "output_kind", "flat_logprobs", "skip_clone", "skip_reading_prefix_cache",
+        "output_text_buffer_length", "kv_transfer_params", "ec_transfer_params",
     )
 )  # fmt: skip
-"""Change no answer. (`parallel_tool_calls` says how tools are called, and tools are refused.)"""
+"""Change no answer. (`chat_fields.py` refuses `parallel_tool_calls` where it forbids something.)"""
 _EMPTY: tuple[object, ...] = ([], {}, "")
 _USUAL: tuple[tuple[tuple[object, ...], tuple[str, ...]], ...] = (
     ((True,), (
-        "add_generation_prompt", "add_special_tokens", "skip_special_tokens",
+        "add_generation_prompt", "add_special_tokens", "include_reasoning",
         "spaces_between_special_tokens",
     )),
     ((False,), (
-        "continue_final_message", "early_stopping", "echo", "include_stop_str_in_output", "stream",
-        "use_beam_search",
+        "continue_final_message", "early_stopping", "echo", "stream", "use_beam_search",
+        "watermarking",
     )),
-    ((0,), (
-        "frequency_penalty", "min_length", "min_tokens", "presence_penalty", "prompt_logprobs",
-        "top_logprobs",
-    )),
-    ((1,), (
-        "beam_width", "best_of", "length_penalty", "n", "num_beams", "num_return_sequences",
-    )),
+    ((0,), ("min_length", "prompt_logprob_start")),
+    ((1,), ("beam_width", "length_penalty", "num_beams", "num_return_sequences")),
     (_EMPTY, (
-        "allowed_token_ids", "audio", "bad_words", "chat_template", "chat_template_kwargs",
-        "documents", "extra_body", "functions", "guided_choice", "guided_grammar", "guided_json",
-        "guided_regex", "logit_bias", "logits_processors", "prediction", "stop_sequences",
-        "stop_token_ids", "structured_outputs", "suffix", "system", "system_prompt", "tools",
+        "audio", "chat_template", "chat_template_kwargs", "documents", "extra_args", "extra_body",
+        "functions", "logits_processors", "logprob_token_ids", "media_io_kwargs",
+        "mm_processor_kwargs", "prediction", "prompt_logprob_token_ids", "stop_sequences",
+        "suffix", "system", "system_prompt", "tools", "trace_decode_token_ids", "vllm_xargs",
     )),
-    ((), ("do_sample", "max_length", "truncate_prompt_tokens", "web_search_options")),
+    ((), (
+        "do_sample", "max_length", "prompt_embeds", "prompt_logprobs", "repetition_detection",
+        "truncate_prompt_tokens", "web_search_options",
+    )),
+    (("left", "right"), ("truncation_side",)),
     (("none", "auto"), ("function_call", "tool_choice")),
-    ((False, 0), ("logprobs",)),
     ((["text"],), ("modalities",)),
     (("none",), ("reasoning_effort",)),
-    (({"type": "text"}, *_EMPTY), ("response_format",)),
     (({"type": "disabled"}, *_EMPTY), ("thinking",)),
     (("medium",), ("verbosity",)),
 )  # fmt: skip

@@ -13,8 +13,9 @@ from transformers import GenerationConfig
 from pipeline.engine.base import RunControl
 from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.prefix_engine import PrefixEngine
+from pipeline.engine.request_logits import Context
 from pipeline.engine.sampler import Sampler
-from pipeline.engine.sampling import _invert_cdf, sample_next_token, truncated_cdf
+from pipeline.engine.sampling import draw_tokens, sample_next_token, truncated_cdf
 from pipeline.generation import resolve_sampling
 from pipeline.records import SamplingParams
 from pipeline.settings import EngineSettings, SamplingSettings
@@ -115,7 +116,7 @@ def test_a_sampled_row_keeps_the_tokens_that_transformers_keeps(rules: dict[str,
     params = params_of(rules, temperature=0.9, top_p=0.95, top_k=40)
     logits = torch.randn(3, tiny.VOCABULARY, generator=torch.Generator().manual_seed(1)) * 2
     scores, left = Sampler(loaded).apply_rules(
-        logits, [params] * 3, lambda i: (PROMPTS[i], [4, 5][:i])
+        logits, [params] * 3, lambda i: Context(PROMPTS[i], [4, 5][:i])
     )
     config = GenerationConfig(do_sample=True, temperature=0.9, top_p=0.95, top_k=40, **rules)
     for i in range(3):
@@ -164,7 +165,7 @@ def test_probabilities_that_are_no_numbers_are_no_choice() -> None:
 def test_noise_next_to_one_chooses_the_last_token_that_is_kept() -> None:
     logits = torch.zeros(1, 1000)
     params = SamplingParams(temperature=1.0, top_k=3)
-    chosen, _ = _invert_cdf(logits.double(), [params], np.array([1.0]))
+    chosen, _ = draw_tokens(logits, [params], np.array([1.0]))
     assert chosen.tolist() == [2]
 
 

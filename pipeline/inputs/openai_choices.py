@@ -1,0 +1,93 @@
+"""The choices of a response, with their log-probabilities, from a row of a run's output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.storage.schema import LOGPROBS, sample_type
+
+CHOICE_TYPES: Mapping[str, tuple[pa.DataType, ...]] = {
+    "completion_token_ids": (pa.list_(pa.int32()),),
+    "logprobs": (LOGPROBS,),
+    "samples": (sample_type(with_logprobs=False), sample_type(with_logprobs=True)),
+}
+"""Columns that choices are made of. One of another type is the input's own."""
+
+
+def is_ours(field: pa.Field) -> bool:
+    """Whether a column of the output says something of its choices."""
+    return any(field.type == kind for kind in CHOICE_TYPES.get(field.name, ()))
+
+
+def choices_of(row: Mapping[str, Any], is_chat: bool, name: str) -> list[dict[str, Any]]:
+    """One for each sample, or the only one; `name`: of the response, which calls of tools are named
+    by. What is known of the first sample alone, as of a row, its choice says alone."""
+    samples: Sequence[Mapping[str, Any]] = row.get("samples") or [row]
+    choices = [_choice(index, sample, is_chat) for index, sample in enumerate(samples)]
+    if is_chat:
+        _say_further(choices[0], row, name)
+    return choices
+
+
+def _say_further(choice: dict[str, Any], row: Mapping[str, Any], name: str) -> None:
+    """What was thought, and the calls of tools, in the message of a choice."""
+    message, calls = choice["message"], row.get("tool_calls")
+    if row.get("reasoning") is not None:
+        message["reasoning_content"] = row["reasoning"]
+    if not calls:
+        return
+    message["tool_calls"] = [
+        {"id": f"call_{name}-{number}", "type": "function", "function": dict(call)}
+        for number, call in enumerate(calls)
+    ]
+    if choice["finish_reason"] == "stop":
+        choice["finish_reason"], message["content"] = "tool_calls", message["content"] or None
+
+
+def count_tokens(row: Mapping[str, Any]) -> int:
+    """Of all choices together, as a response's usage has it."""
+    samples = row.get("samples")
+    if not samples:
+        return int(row["completion_tokens"])
+    return sum(len(sample["completion_token_ids"]) for sample in samples)
+
+
+def _choice(index: int, answer: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
+    text, logprobs = answer["generated_text"], answer.get("logprobs")
+    said = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+    described = None
+    if logprobs is not None:
+        described = _of_chat(logprobs) if is_chat else _of_text(logprobs)
+    choice = {"index": index, "logprobs": described, "finish_reason": answer["finish_reason"]}
+    return choice | said
+
+
+def _of_chat(logprobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    content = [
+        _token(position) | {"top_logprobs": [_token(top) for top in position["top"]]}
+        for position in logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _token(said: Mapping[str, Any]) -> dict[str, Any]:
+    token = said["token"]
+    return {"token": token, "logprob": said["logprob"], "bytes": list(token.encode())}
+
+
+def _of_text(logprobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    tokens = [position["token"] for position in logprobs]
+    offsets = [0]
+    for token in tokens[:-1]:
+        offsets.append(offsets[-1] + len(token))
+    return {
+        "tokens": tokens,
+        "token_logprobs": [position["logprob"] for position in logprobs],
+        "top_logprobs": [
+            {top["token"]: top["logprob"] for top in position["top"]} for position in logprobs
+        ],
+        "text_offset": offsets[: len(tokens)],
+    }
