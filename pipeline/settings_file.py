@@ -19,7 +19,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except UnicodeError:
         raise UsageError(f"{path} is not YAML: it is not UTF-8; write it anew") from None
     except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {_describe_fault(error)}") from None
+        raise UsageError(f"{path} is not YAML: {describe_fault(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -27,8 +27,21 @@ def read_config(path: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
-def _describe_fault(error: Exception) -> str:
+def describe_fault(error: Exception) -> str:
     """What is wrong and in which line; the error's own words quote it, and it may be a prompt."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     where = "" if mark is None else f" in line {mark.line + 1}"
     return f"{problem or 'it cannot be read'}{where}; correct it"
+
+
+def write_config(path: Path, text: str, overwrite: bool) -> None:
+    """Write a file of settings; one that is there only to `overwrite` it. Raises UsageError."""
+    try:
+        with path.open("w" if overwrite else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError(
+            f"{path} is there already; choose another name, or add --overwrite"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; choose another name") from None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import polars as pl
 
+from pipeline.costs import NO_COSTS, Cost, CostSettings, cost_of_run, price_of
 from pipeline.errors import TooManyDegenerate, TooManyFailedRows
 from pipeline.settings import JobSettings, WriteSettings
 from pipeline.storage.run_directory import RunDirectory
@@ -23,11 +25,31 @@ class RunOutcome:
     counters: dict[str, float]
     was_complete: bool = False
     reasons: dict[str, int] = field(default_factory=dict)
+    price: CostSettings = NO_COSTS
 
     @property
     def rows_failed(self) -> int:
         """Rows written with `status = error`."""
         return int(self.counters["rows_error"])
+
+    @property
+    def cost(self) -> Cost | None:
+        """Of all its sessions; None where nobody said what an hour costs."""
+        return cost_of_run(self.price, self.counters)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `coppice run --json` says it."""
+        counters = self.counters
+        return {
+            "directory": self.directory,
+            "was_complete": self.was_complete,
+            "rows": int(counters["rows_in"]),
+            "rows_ok": int(counters["rows_ok"]),
+            "rows_failed": self.rows_failed,
+            "reasons": self.reasons,
+            "counters": counters,
+            **({} if self.cost is None else {"cost": self.cost.to_json()}),
+        }
 
     def check(self, settings: JobSettings) -> None:
         """Raises TooManyFailedRows or TooManyDegenerate where more rows failed, or answers repeat
@@ -42,12 +64,15 @@ class RunOutcome:
         )
 
     @classmethod
-    def of_sealed(cls, directory: RunDirectory) -> RunOutcome:
-        """What a complete run directory has to say."""
+    def of_sealed(cls, directory: RunDirectory, price: CostSettings = NO_COSTS) -> RunOutcome:
+        """What a complete run directory has to say; `price`: over the one that it recorded."""
         answered, failed = directory.count_rows()  # what is there, whatever run.json says
         rows = {"rows_ok": answered, "rows_error": failed, "rows_in": answered + failed}
-        counters = directory.read_manifest()["counters"] | rows
-        return cls(directory.name, counters, True, count_reasons(directory))
+        manifest = directory.read_manifest()
+        counters = manifest["counters"] | rows
+        return cls(
+            directory.name, counters, True, count_reasons(directory), price_of(manifest, price)
+        )
 
 
 def check_failures(
