@@ -8,7 +8,11 @@ from pathlib import Path
 
 from pipeline.settings import ObjectStoreSettings
 
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "gs": ("STORAGE_EMULATOR_HOST",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
 
 
 def is_url(argument: object) -> bool:
@@ -35,6 +39,12 @@ class Location:
         return is_url(self.path)
 
     @property
+    def scheme(self) -> str:
+        """What a URL begins with; empty for a path of this machine."""
+        scheme, mark, _ = str(self.path).partition("://")
+        return scheme if mark else ""
+
+    @property
     def local(self) -> Path:
         """The path on this machine, of what is not remote."""
         return Path(self.path)
@@ -51,8 +61,9 @@ class Location:
 
     @property
     def endpoint(self) -> str | None:
-        """Where a store other than AWS is, by option or by AWS's variables."""
-        named = (os.environ.get(name) for name in _ENDPOINTS)
+        """Where a store is that is not where its scheme says, by option or by variables."""
+        variables = _ENDPOINTS.get(self.scheme, ())
+        named = (os.environ.get(name) for name in variables)
         return self.store.storage_options.get("endpoint_url") or next(filter(None, named), None)
 
     def overlaps(self, other: Location) -> bool:

@@ -1,7 +1,7 @@
-"""JSON lines to Parquet, a batch of lines at a time. What a request means is `openai_batch`'s.
+"""JSON lines and JSON lists as tables of a batch each. What a request means is `openai_batch`'s.
 
 ```
- lines ─► types of all lines, merged (plain objects only) ─► lines again ─► row groups of a batch
+ lines ─► types of all lines, merged (plain objects only) ─► lines again ─► tables of a batch
 ```
 
 Plain objects are read twice, since the last line may widen the type of the first. What is no JSON
@@ -11,28 +11,26 @@ as a row with the reason in `REFUSED_COLUMN`: one row shall not stop a job. None
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
 from pipeline.inputs.columns import REFUSED_COLUMN
-from pipeline.inputs.input_files import InputFile, damage_named
+from pipeline.inputs.input_files import InputFile
 from pipeline.inputs.line_reader import check_fields, read_batches, read_lines
 from pipeline.inputs.openai_batch import TEXT_URL, BadRequest, is_request, row_of_request
 from pipeline.inputs.refused_lines import (
     MISFITS,
     Line,
-    RefusedLines,
     is_text_value,
+    place_of,
     with_json_text,
     without_fields,
     without_misfits,
 )
 
-_ENDINGS = (".jsonl", ".jsonl.gz")
 _DEEPEST = 30  # lists in lists; each is three levels of a Parquet schema
 _TEXT = "prompt"
 _REQUEST_SCHEMA = pa.schema(
@@ -48,46 +46,21 @@ _REQUEST_SCHEMA = pa.schema(
 )
 
 
-def is_json_lines(name: str) -> bool:
-    """Whether a file of this name is read as JSON lines."""
-    return name.endswith(_ENDINGS)
+Tables = tuple[pa.Schema, Iterator[pa.Table]]
+"""The schema of a file, and its rows in batches."""
+_MakeTable = Callable[[list[Line]], pa.Table]
 
 
-def write_rows(
-    source: InputFile,
-    sink: BinaryIO,
-    metadata: Mapping[str, str] | None = None,
-    keeps_refused: bool = False,
-) -> int:
-    """Write a row for each line of `source` as Parquet, and `metadata` into its footer.
-
-    `keeps_refused`: whether lines that no row can say are rows with a reason, unless all of them
-    are so. Returns the rows. Raises InputError naming line or field, and where the file changes
-    meanwhile.
-    """
-    with damage_named(source.name):
-        stamp = source.stamp()
+def read_json(source: InputFile, keeps_refused: bool) -> Tables:
+    """A row for each line or item of `source`; `keeps_refused`: whether those that no row can say
+    are rows with a reason. Raises InputError naming line or field."""
     first = next(read_lines(source), None)
     if first is None:
         raise InputError(f"{source.name} holds no line; check how it was written")
     read = _requests if is_request(first[1]) else _plain
     schema, make_table = read(source, first[1], keeps_refused)
-    rows, refused = 0, RefusedLines()
-    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
-        for batch in read_batches(source, _count_fields(pa.struct(list(schema)))):
-            table = make_table(batch)
-            writer.write_table(table)
-            rows += len(batch)
-            refused.count(table)
-        writer.add_key_value_metadata(metadata or {})
-    with damage_named(source.name):
-        if source.stamp() != stamp:
-            raise InputError(f"{source.name} changed while it was being read; start again")
-    refused.check(rows)
-    return rows
-
-
-_MakeTable = Callable[[list[Line]], pa.Table]
+    batches = read_batches(source, _count_fields(pa.struct(list(schema))))
+    return schema, map(make_table, batches)
 
 
 def _requests(
@@ -120,10 +93,10 @@ def _row(source: InputFile, number: int, line: dict[str, Any], content: str) -> 
     try:
         row = row_of_request(line)
     except BadRequest as error:
-        raise InputError(f"line {number} of {source.name}: {error}") from None
+        raise InputError(f"{place_of(source.name, number)}: {error}") from None
     if content not in row:
         raise InputError(
-            f"line {number} of {source.name} is of another kind than the first; "
+            f"{place_of(source.name, number)} is of another kind than the first; "
             "put chat and text completions into two files"
         )
     return row
@@ -243,7 +216,7 @@ def _blame(
                 take(name, value)
             except MISFITS as error:
                 return InputError(
-                    f"the field {name!r} of line {number} of {source.name} does not fit into a "
+                    f"the field {name!r} of {place_of(source.name, number)} does not fit into a "
                     f"column ({type(error).__name__}); give it one type in all lines"
                 )
     return InputError(

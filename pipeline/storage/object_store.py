@@ -1,53 +1,31 @@
-"""What a URL below `s3://` names, and what it means when its store refuses.
-
-Every call of a store ends within about 30 seconds: one that does not answer is an error, not a job
-that hangs.
-"""
+"""What a URL of an object store names, and which options its store takes. Asks nobody."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Final
 
-SCHEME = "s3"
-CONNECT_S = 4
-ANSWER_S = 8
-ATTEMPTS = 3
+from pipeline.errors import UsageError
+from pipeline.location import Location
 
-# What is in a message of AWS's C++ or Python library -> what it means for a person.
-_FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (
-        ("NO_SUCH_BUCKET", "NoSuchBucket"),
-        "there is no such bucket; check its name and --storage-options endpoint_url",
-    ),
-    (
-        ("PermanentRedirect", "HTTP status 301", "(301)", "AuthorizationHeaderMalformed"),
-        "the bucket is in another region; name it by --storage-options region=...",
-    ),
-    (
-        (
-            "ACCESS_DENIED", "AccessDenied", "INVALID_ACCESS_KEY_ID", "InvalidAccessKeyId",
-            "SIGNATURE_DOES_NOT_MATCH", "SignatureDoesNotMatch", "ExpiredToken", "EXPIRED_TOKEN",
-            "InvalidToken", "INVALID_CLIENT_TOKEN_ID", "HTTP status 403", "(403)",
-            "Unable to locate credentials", "config profile", "Forbidden",
-        ),
-        "the store refuses the credentials; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or "
-        "AWS_PROFILE, and what they may do",
-    ),
-    (
-        (
-            "NETWORK_CONNECTION", "Could not connect", "Connect timeout", "Read timeout",
-            "Connection was closed", "IncompleteRead", "Connection broken",
-        ),
-        "the store cannot be reached; check the network and --storage-options endpoint_url",
-    ),
-)  # fmt: skip
+BUCKETS: Final = ("s3", "gs", "az")
+"""Schemes of stores that have folders, and that can be written to."""
+WEB: Final = ("https", "http")
+_OPTIONS: Final = {
+    "s3": {"region", "anonymous", "access_key_id", "secret_access_key", "session_token"},
+    "gs": {"anonymous", "service_account"},
+    "az": {"anonymous", "account_name", "account_key", "sas_token"},
+    "hf": {"token"},
+}
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectUrl:
-    """`s3://bucket/key`; the key may be empty, end in a slash or hold wildcards."""
+    """`s3://bucket/key`, `gs://` or `az://`; the key may be empty, end in a slash or hold
+    wildcards. What Azure calls a container is a bucket here."""
 
+    scheme: str
     bucket: str
     key: str
 
@@ -55,29 +33,30 @@ class ObjectUrl:
     def parse(cls, text: str) -> ObjectUrl:
         """Raises ValueError with a sentence that does not quote what may be a password."""
         scheme, _, rest = text.partition("://")
-        if scheme != SCHEME:
-            raise ValueError(f"{scheme}:// is not supported; use a folder or s3://")
+        if scheme not in BUCKETS:
+            known = ", ".join(f"{name}://" for name in BUCKETS[:-1])
+            raise ValueError(f"{scheme}:// is not supported; use a folder, {known} or az://")
         bucket, _, key = rest.partition("/")
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", bucket):
+        if not re.fullmatch(r"[A-Za-z0-9._$-]+", bucket):
             raise ValueError(
-                "a URL must look like s3://bucket/name; credentials belong to the environment or "
-                "to --storage-options"
+                f"a URL must look like {scheme}://bucket/name; credentials belong to the "
+                "environment or to --storage-options"
             )
-        return cls(bucket, key)
+        return cls(scheme, bucket, key)
 
     @property
-    def path(self) -> str:
-        """As pyarrow wants it."""
-        return f"{self.bucket}/{self.key}".rstrip("/")
+    def root(self) -> str:
+        """The URL of the bucket."""
+        return f"{self.scheme}://{self.bucket}"
 
 
-def explain_fault(error: BaseException) -> str | None:
-    """What is wrong with the store and the remedy; None where only its own words can say it."""
-    message = str(error)
-    found = (said for tokens, said in _FAULTS if any(token in message for token in tokens))
-    return next(found, None)
-
-
-def explain_read_fault(error: BaseException) -> str | None:
-    """As `explain_fault`; None also if what pyarrow read, and not the store, is at fault."""
-    return explain_fault(error) if "AWS Error" in str(error) else None
+def check_options(*locations: Location) -> None:
+    """Raises UsageError for an option that no store of these takes, where there is a store."""
+    schemes = sorted({location.scheme for location in locations if location.is_remote})
+    known = {name for scheme in schemes for name in _OPTIONS.get(scheme, set())}
+    known |= {"endpoint_url"} if known else set()
+    for location in locations:
+        strange = sorted(location.store.storage_options.keys() - known)
+        if schemes and strange:
+            named = " and ".join(f"{scheme}://" for scheme in schemes)
+            raise UsageError(f"--storage-options {strange[0]} says nothing of {named}; drop it")

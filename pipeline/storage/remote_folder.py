@@ -1,38 +1,37 @@
-"""The objects below one `s3://` prefix, as the files of a folder. Knows nothing about runs.
+"""The objects below one prefix of a bucket, as the files of a folder. Knows nothing about runs.
 
 A PUT is whole or not there, and nothing can be renamed; what takes a rename's place is the
-conditional PUT, which succeeds only while an object is the one that was seen last. Reading alone is
-`object_store`'s, by pyarrow, which cannot do that.
+conditional PUT, which succeeds only while an object is the one that was seen last. Amazon's and
+Azure's stores know an object by its ETag then, Google's by its generation.
 """
 
 from __future__ import annotations
 
-import base64
 import copy
-import functools
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader
-from pathlib import Path
-from typing import Any, BinaryIO
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Final
 
-from pipeline.errors import RunDirectoryError, StorageError, UsageError, install_extra
+from pipeline.errors import RunDirectoryError, StorageError, UsageError
 from pipeline.location import Location
 from pipeline.storage.durable import write_errors, write_whole
-from pipeline.storage.object_store import (
-    ANSWER_S,
-    ATTEMPTS,
-    CONNECT_S,
-    SCHEME,
-    ObjectUrl,
-    explain_fault,
-)
+from pipeline.storage.object_store import ObjectUrl
+from pipeline.storage.store_client import ATTEMPTS, UPLOAD_S, connect
+from pipeline.storage.store_faults import explain_fault, is_missing
 
 _AT_A_TIME = 4 << 20
+# An upload in several parts becomes an object when all are there. They share the line, and each
+# has its time.
+_IN_PARTS: Final[Mapping[str, Any]] = {"chunk_size": 8 << 20, "max_concurrency": 2}
 _PROBE = ".conditional-writes"
-_NOT_MET = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey")
+_NOT_MET: Final = ("PreconditionError", "AlreadyExistsError", "FileNotFoundError")
+_NOBODY: Final = {
+    "s3": '"00000000000000000000000000000000"',
+    "az": '"0x8D00000000000000"',
+    "gs": "1",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,28 +54,31 @@ class RemoteFolder:
     """Files by relative names like `data/x.parquet`. Every method raises StorageError."""
 
     def __init__(self, location: Location) -> None:
-        """Raises UsageError if the URL, an option or the library is not there; asks nobody."""
+        """Raises UsageError if the URL or an option cannot be; asks nobody."""
         try:
             url = ObjectUrl.parse(str(location))
+            self._store = connect(location, url)
+            self._patient = connect(location, url, UPLOAD_S)
         except ValueError as error:
             raise UsageError(f"cannot use this as the output: {error}") from None
         key = url.key.strip("/")
-        self.url = f"{SCHEME}://{url.bucket}/{key}".rstrip("/")
+        self.url = f"{url.root}/{key}".rstrip("/")
         self.endpoint = location.endpoint
-        self._bucket = url.bucket
+        self._scheme = url.scheme
         self._prefix = f"{key}/" if key else ""
-        self._client = _connect(location, self.url)
 
     def names(self, below: str = "") -> dict[str, int]:
-        """Every file whose name begins so, with its size in bytes."""
-        found: dict[str, int] = {}
-        with _store_errors(f"cannot list {self.url}"):
-            pages = self._client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + below):
-                for entry in page.get("Contents", []):
-                    found[entry["Key"].removeprefix(self._prefix)] = entry["Size"]
+        """Every file below this folder of it, with its size in bytes."""
+        prefix = f"{self._prefix}{below}"
+        found = self._ask(f"list {self.url}", "list", prefix, read=_sizes)
         # A console marks a folder by an empty object of its name.
-        return {name: size for name, size in found.items() if name and not name.endswith("/")}
+        folders = {str(folder) for name in found for folder in PurePosixPath(name).parents}
+        folders.add(prefix.rstrip("/"))
+        return {
+            name.removeprefix(self._prefix): size
+            for name, size in found.items()
+            if size or name not in folders
+        }
 
     @property
     def name(self) -> str:
@@ -92,51 +94,53 @@ class RemoteFolder:
 
     def names_beside(self) -> list[str]:
         """The names of all folders that lie where this one lies, its own among them."""
-        return [name[:-1] for name in self._list_level(self._parent) if name.endswith("/")]
+        found = self._list_level(self._parent)["common_prefixes"]
+        return [str(path).rstrip("/").removeprefix(self._parent) for path in found]
 
     def names_inside(self) -> list[str]:
         """The names of the files that lie in the folder itself, not in folders of it."""
-        return [name for name in self._list_level(self._prefix) if not name.endswith("/")]
+        paths = [entry["path"] for entry in self._list_level(self._prefix)["objects"]]
+        own = self._prefix.rstrip("/")
+        return [path.removeprefix(self._prefix) for path in paths if path != own]
 
     @property
     def _parent(self) -> str:
         parent = self._prefix.rstrip("/").rpartition("/")[0]
         return f"{parent}/" if parent else ""
 
-    def _list_level(self, prefix: str) -> Iterator[str]:
-        """Names of files, and of folders with a slash at the end, directly below `prefix`."""
-        with _store_errors(f"cannot list {self.url}"):
-            pages = self._client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self._bucket, Prefix=prefix, Delimiter="/"):
-                found = [entry["Prefix"] for entry in page.get("CommonPrefixes", [])]
-                found += [entry["Key"] for entry in page.get("Contents", [])]
-                yield from (key.removeprefix(prefix) for key in found if key != prefix)
+    def _list_level(self, prefix: str) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self._ask(
+            f"list {self.url}", "list_with_delimiter", prefix or None
+        )
+        return found
 
     def read(self, name: str) -> Stored | None:
         """A small file in memory; None if it is not there."""
-        with _store_errors(f"cannot read {self.url}/{name}"):
-            try:
-                answer = self._client.get_object(**self._at(name))
-            except self._client.exceptions.NoSuchKey:
-                return None
-            return Stored(answer["Body"].read(), answer["ETag"])
+        try:
+            held: Stored = self._ask(
+                f"read {self.url}/{name}", "get", self._at(name), read=self._stored
+            )
+            return held
+        except FileNotFoundError:
+            return None
 
     def fetch(self, name: str, path: Path) -> None:
         """Copy a file to this machine, old or new but never half."""
 
         def download(file: BinaryIO) -> int:
-            with _store_errors(f"cannot read {self.url}/{name}"):
-                body = self._client.get_object(**self._at(name))["Body"]
-                return sum(map(file.write, body.iter_chunks(_AT_A_TIME)))
+            def write(answer: Any) -> int:
+                return sum(file.write(bytes(piece)) for piece in answer.stream(_AT_A_TIME))
+
+            size: int = self._ask(f"read {self.url}/{name}", "get", self._at(name), read=write)
+            return size
 
         write_whole(path, download)
 
     def put(self, name: str, path: Path) -> None:
-        """Copy a file of this machine to the store, which checks its hash."""
+        """Copy a file of this machine to the store; TLS, or its signature, guards the bytes."""
         with write_errors(path), path.open("rb") as file:
-            digest = _md5(file)
-            with _store_errors(f"cannot write {self.url}/{name}"):
-                self._client.put_object(**self._at(name), Body=file, ContentMD5=digest)
+            what = f"write {self.url}/{name}"
+            self._ask(what, "put", self._at(name), file, is_upload=True, **_IN_PARTS)
 
     def put_if(self, name: str, content: bytes, etag: str | None) -> str:
         """Replace the file that has this ETag (None: there is no file); returns the new one's.
@@ -144,16 +148,11 @@ class RemoteFolder:
         Raises SupersededError if another one is there. An answer that was lost on its way makes
         the second try meet the first, so what is there is compared before anybody is blamed.
         """
-        condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
         for _ in range(ATTEMPTS):
-            with _store_errors(f"cannot write {self.url}/{name}"):
-                try:
-                    answer = self._client.put_object(**self._at(name), Body=content, **condition)
-                    return str(answer["ETag"])
-                except self._client.exceptions.ClientError as error:
-                    if error.response["Error"]["Code"] not in _NOT_MET:
-                        raise
-            now = self.read(name)
+            try:
+                return self._put_if(name, content, etag)
+            except _NotMet:
+                now = self.read(name)
             if now is not None and now.content == content:
                 return now.etag
             if (None if now is None else now.etag) != etag:
@@ -163,92 +162,74 @@ class RemoteFolder:
     def delete(self, names: Iterable[str]) -> None:
         """Remove these files; one that is not there is no fault."""
         for name in names:
-            with _store_errors(f"cannot remove {self.url}/{name}"):
-                self._client.delete_object(**self._at(name))
+            try:
+                self._ask(f"remove {self.url}/{name}", "delete", self._at(name))
+            except FileNotFoundError:
+                continue
 
     def check_conditions(self) -> None:
         """Raises RunDirectoryError if the store ignores conditions: it would lose writes silently.
 
         Asks it to replace what is not there, which leaves nothing behind where it is refused.
         """
-        nobody = '"00000000000000000000000000000000"'
-        with _store_errors(f"cannot write {self.url}/{_PROBE}"):
-            try:
-                self._client.put_object(**self._at(_PROBE), Body=b"", IfMatch=nobody)
-            except self._client.exceptions.ClientError as error:
-                if error.response["Error"]["Code"] not in _NOT_MET:
-                    raise
-                return
+        try:
+            self._put_if(_PROBE, b"", _NOBODY[self._scheme])
+        except _NotMet:
+            return
         self.delete([_PROBE])
         raise RunDirectoryError(
             f"the store of {self.url} ignores conditional writes, so two writers could not be told "
             "apart; write to a folder and copy it"
         )
 
-    def _at(self, name: str) -> dict[str, str]:
-        return {"Bucket": self._bucket, "Key": self._prefix + name}
+    def _put_if(self, name: str, content: bytes, etag: str | None) -> str:
+        """Raises _NotMet."""
+        mode = "create" if etag is None else {self._tag: etag}
+        what = f"write {self.url}/{name}"
+        try:
+            return str(self._ask(what, "put", self._at(name), content, mode=mode)[self._tag])
+        except FileNotFoundError:
+            raise _NotMet from None
+
+    @property
+    def _tag(self) -> str:
+        """By what the store knows an object in a condition."""
+        return "version" if self._scheme == "gs" else "e_tag"
+
+    def _stored(self, answer: Any) -> Stored:
+        return Stored(bytes(answer.bytes()), str(answer.meta[self._tag]))
+
+    def _at(self, name: str) -> str:
+        return self._prefix + name
+
+    def _ask(
+        self, what: str, operation: str, *arguments: Any, read: Callable[[Any], Any] = lambda a: a,
+        is_upload: bool = False, **options: Any,
+    ) -> Any:  # fmt: skip
+        """What `read` makes of the store's answer. Raises FileNotFoundError for an object that is
+        not there, _NotMet, StorageError."""
+        with _store_errors(f"cannot {what}", self._scheme):
+            store = self._patient if is_upload else self._store
+            return read(getattr(store, operation)(*arguments, **options))
 
 
-def _connect(location: Location, url: str) -> Any:
-    try:
-        import botocore.session  # of boto3, which adds nothing that is needed here
-        from botocore import UNSIGNED
-        from botocore.config import Config
-    except ImportError:
-        raise UsageError(f"{url} needs boto3; {install_extra('s3')}") from None
-    options, endpoint = location.store.storage_options, location.endpoint
-    config = Config(
-        connect_timeout=CONNECT_S,
-        read_timeout=ANSWER_S,
-        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-        s3={"addressing_style": "path" if endpoint else "auto"},
-        signature_version=UNSIGNED if options.get("anonymous") == "true" else None,
-        # Stores other than AWS's may not know its newer checksums; all know Content-MD5.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    try:
-        with _store_errors(f"cannot use {url}"):
-            session = botocore.session.Session()
-            loader = _service_descriptions(session.get_config_variable("data_path"))
-            session.register_component("data_loader", loader)
-            return session.create_client(
-                "s3",
-                endpoint_url=endpoint,
-                region_name=options.get("region"),
-                aws_access_key_id=options.get("access_key_id"),
-                aws_secret_access_key=options.get("secret_access_key"),
-                aws_session_token=options.get("session_token"),
-                config=config,
-            )
-    except ValueError as error:
-        raise UsageError(f"cannot use {url}: {error}; check AWS_ENDPOINT_URL") from None
+class _NotMet(Exception):
+    """The condition of a PUT does not hold."""
 
 
-@functools.cache
-def _service_descriptions(data_path: str | None) -> Any:
-    """What botocore reads of each service before there is a client, for all sessions once.
-
-    That is most of the time that a client takes, and a job makes half a dozen of them.
-    """
-    from botocore.loaders import create_loader
-
-    return create_loader(data_path)
-
-
-def _md5(file: BufferedReader) -> str:
-    digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).digest()
-    file.seek(0)
-    return base64.b64encode(digest).decode()
+def _sizes(pages: Iterable[Iterable[Mapping[str, Any]]]) -> dict[str, int]:
+    return {str(entry["path"]): int(entry["size"]) for page in pages for entry in page}
 
 
 @contextmanager
-def _store_errors(what: str) -> Iterator[None]:
-    """Turn what boto3 raises into a StorageError: what, why and the remedy."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
+def _store_errors(what: str, scheme: str) -> Iterator[None]:
+    """Turn what obstore raises into a StorageError: what, why and the remedy."""
     try:
         yield
-    except (BotoCoreError, ClientError) as error:
-        reason = explain_fault(error) or str(error).splitlines()[0][:200]
+    except Exception as error:
+        if is_missing(error):
+            raise
+        if type(error).__name__ in _NOT_MET and not isinstance(error, FileNotFoundError):
+            raise _NotMet from None
+        reason = explain_fault(error, scheme)
         raise StorageError(f"{what}: {reason}; then run the same command again") from error

@@ -1,4 +1,4 @@
-"""A run below `s3://`: a run directory on this machine, and every commit repeated in the store.
+"""A run in a bucket: a run directory on this machine, and every commit repeated in the store.
 
 ```
  part ─► working copy ─► PUT data/part-… ─► PUT run.json that names it, if it is still ours = commit
@@ -41,10 +41,16 @@ from pipeline.storage.manifest import (
 )
 from pipeline.storage.metrics_log import METRICS_NAME
 from pipeline.storage.nights import NightFiles, read_remote_nights
-from pipeline.storage.part_file import PART_NAME
+from pipeline.storage.part_file import PART_NAME, PartFooter
 from pipeline.storage.part_list import describe_parts, is_stored, named_parts, part_file
 from pipeline.storage.remote_folder import RemoteFolder, Stored, SupersededError
-from pipeline.storage.run_directory import AUDIT_NAMES, PLAN_NAME, SYSTEM_PROMPT_NAME, RunDirectory
+from pipeline.storage.run_directory import (
+    AUDIT_NAMES,
+    PLAN_NAME,
+    RETRIED_NAME,
+    SYSTEM_PROMPT_NAME,
+    RunDirectory,
+)
 
 _TREE_NAME: Final = "plan/tree.parquet"
 _PLAN_NAMES: Final = (PLAN_NAME, _TREE_NAME, "plan/summary.json")  # the last one last
@@ -79,8 +85,10 @@ class RemoteRun(RunDirectory):
         copies: Path,
         fingerprint: dict[str, Any],
         description: dict[str, Any],
+        with_parts: bool = False,
     ) -> RemoteRun:
-        """As `RunDirectory.create_or_resume`, with a working copy below `copies`.
+        """As `RunDirectory.create_or_resume`, with a working copy below `copies`; of a run that is
+        complete it has parts only `with_parts`.
 
         Raises RunDirectoryError if somebody else takes it meanwhile, StorageError.
         """
@@ -108,7 +116,7 @@ class RemoteRun(RunDirectory):
             raise type(error)(str(error).replace(str(root), folder.url)) from error
         run = cls(root, local._lock, folder)
         try:
-            run._agree_with(held)
+            run._agree_with(held, with_parts)
         except BaseException:
             local.close()
             raise
@@ -193,6 +201,16 @@ class RemoteRun(RunDirectory):
             raise
         return path
 
+    def replace_part(self, footer: PartFooter, table: pa.Table) -> None:
+        """As of a run directory; in the store one run.json names the new part and not the old."""
+        super().replace_part(footer, table)
+        parts = {n: part for n, part in self._parts().items() if n != footer.path.name}
+        made = [own for own in self.footers() if own.path.name not in parts]
+        for own in made:
+            self._put(part_file(own.path.name))
+        self.update_manifest(parts=parts | describe_parts(*made))
+        self._call(lambda: self._folder.delete([part_file(footer.path.name)]))
+
     def update_manifest(self, **fields: Any) -> None:
         """Replace these fields of run.json, in the store only if it is still ours."""
         super().update_manifest(**fields)
@@ -233,7 +251,7 @@ class RemoteRun(RunDirectory):
         finally:
             super().close()
 
-    def _agree_with(self, held: Stored | None) -> None:
+    def _agree_with(self, held: Stored | None, with_parts: bool) -> None:
         """Make copy and store the same, both ahead of where either was; then the run is ours."""
         present = self._folder.names()
         parts = {} if held is None else self._adopt(held, present)
@@ -242,9 +260,12 @@ class RemoteRun(RunDirectory):
             replace_file(self.root / SUCCESS_NAME, b"")
         else:
             (self.root / SUCCESS_NAME).unlink(missing_ok=True)
-        if self.is_sealed and stored == parts and set(_PLAN_NAMES) <= present.keys():
+        is_whole = stored == parts and set(_PLAN_NAMES) <= present.keys()
+        if self.is_sealed and is_whole and not with_parts:
             self._has_whole_copy = True  # of nothing but names: enough to say that all is done
             return
+        if RETRIED_NAME in present:  # the newest says how often rows have failed
+            self._folder.fetch(RETRIED_NAME, self.root / RETRIED_NAME)
         for name in (*_PLAN_NAMES, METRICS_NAME):
             if name in present and not (self.root / name).exists():
                 self._folder.fetch(name, self.root / name)

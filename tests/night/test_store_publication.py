@@ -14,7 +14,7 @@ from pipeline.night.calendar import forget_due, mark_due, unfinished_before
 from pipeline.night.ending import NightFailure
 from pipeline.night.publication import publish_run
 from pipeline.night.published import Content
-from pipeline.night.s3_target import S3Target
+from pipeline.night.store_target import StoreTarget
 from pipeline.storage.remote_folder import RemoteFolder
 from tests.night.job import DAY, NightlyJob, before
 from tests.night.publisher import content
@@ -25,7 +25,7 @@ DATE = DAY.isoformat()
 
 def publish(bucket: str, found: Content) -> None:
     """A target of its own each time; making one takes a while."""
-    S3Target(Location(f"s3://{bucket}/published")).publish(DATE, found)
+    StoreTarget(Location(f"s3://{bucket}/published")).publish(DATE, found)
 
 
 def marker(store: Store, bucket: str) -> dict[str, Any] | None:
@@ -50,7 +50,7 @@ def test_readers_go_by_the_marker(store: Store, bucket: str, tmp_path: Path) -> 
     found = content(tmp_path)
     publish(bucket, found)
     check_whole(store, bucket, found)
-    held = S3Target(Location(f"s3://{bucket}/published/")).read(DATE)
+    held = StoreTarget(Location(f"s3://{bucket}/published/")).read(DATE)
     assert held == marker(store, bucket)
     later = content(tmp_path, held, state=2)
     publish(bucket, later)
@@ -81,7 +81,7 @@ def test_every_call_to_the_store_fails(
 ) -> None:
     """Seen red: the marker first; files removed though the marker was there, its answer lost."""
     bucket, first = store.new_bucket(), content(tmp_path)
-    target = S3Target(Location(f"s3://{bucket}/published"))
+    target = StoreTarget(Location(f"s3://{bucket}/published"))
 
     def prepare() -> Content:
         for key in store.keys(bucket):

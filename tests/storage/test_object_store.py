@@ -18,6 +18,7 @@ from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
 from pipeline.settings import ObjectStoreSettings, ReadSettings
+from pipeline.storage.remote_folder import RemoteFolder
 from tests.storage.buckets import KEY_ID, SECRET, Store
 from tests.tiny_job import write_prompts
 
@@ -147,10 +148,9 @@ def test_options_go_before_the_environment(
         ("s3://no-such-bucket", "no such bucket"),
         ("s3://{}/two.parquet", "no object, prefix or match"),
         ("s3://{}/in/z-*.parquet", "no object, prefix or match"),
-        ("s3://{}/out/", r"no \*.parquet or \*.jsonl object below"),
+        ("s3://{}/out/", "no file of rows below"),
         ("s3://{}/in/notes.txt", "neither a Parquet file nor named"),
         ("abfs://{}/one.parquet", "abfs:// is not supported; use a folder"),
-        ("http://{}/one.parquet", "http:// is not supported; use a folder"),
         ("s3:///one.parquet", "must look like s3://bucket/name"),
     ],
 )
@@ -189,6 +189,17 @@ def silent_port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
+def test_a_large_file_goes_there_in_parts_and_back(
+    store: Store, bucket: str, tmp_path: Path
+) -> None:
+    (tmp_path / "large").write_bytes(bytes(range(256)) * (20 << 12))
+    folder = RemoteFolder(Location(f"s3://{bucket}/out"))
+    folder.put("large", tmp_path / "large")
+    folder.fetch("large", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == (tmp_path / "large").read_bytes()
+    assert folder.names() == {"large": 20 << 20}
+
+
 def test_a_store_that_is_not_there_is_an_error_at_once(filled: str) -> None:
     away = ObjectStoreSettings(storage_options={"endpoint_url": "http://127.0.0.1:9"})
     started = time.monotonic()
@@ -200,7 +211,7 @@ def test_a_store_that_is_not_there_is_an_error_at_once(filled: str) -> None:
 def test_a_store_that_never_answers_is_an_error_in_time(
     filled: str, silent_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.inputs.input_objects.ANSWER_S", 1)
+    monkeypatch.setattr("pipeline.storage.store_client.ANSWER_S", 1)
     silent = ObjectStoreSettings(
         storage_options={"endpoint_url": f"http://127.0.0.1:{silent_port}"}
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from typing import Any
 
 import polars as pl
 import pytest
-from botocore.client import BaseClient
 
 from pipeline.engine.base import Engine
 from pipeline.errors import RunDirectoryError, StorageError, UsageError
@@ -154,7 +152,7 @@ def test_a_sealed_run_has_nothing_left_to_do_and_its_parts_stay_where_they_are(
     idle = FailingEngine(0, lambda: pytest.fail("nothing is left to compute"))
     asked = FailingStore(monkeypatch)
     assert run_job(prompts, out, settings, make_engine=on(idle)).was_complete
-    assert not [call for call in asked.calls if "data/" in call or call.startswith("Put")]
+    assert not [call for call in asked.calls if "data/" in call or call.startswith("put")]
     assert not any(cache.iterdir())
 
 
@@ -273,14 +271,7 @@ def test_credentials_that_are_revoked_in_the_middle_lose_no_work(
 # Every operation of the store fails once.
 
 
-@pytest.fixture
-def one_client(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """boto3 takes longer to make a client than a session here takes altogether."""
-    monkeypatch.setattr("pipeline.storage.remote_folder._connect", lambda *_: store.client)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_client")
 @pytest.mark.parametrize("answered", [False, True])
 def test_whichever_operation_fails_the_same_command_makes_it_good(
     store: Store, bucket: str, cache: Path, monkeypatch: pytest.MonkeyPatch, answered: bool
@@ -415,15 +406,15 @@ def test_a_part_whose_successor_knows_it_is_not_taken_back(
 def test_a_commit_whose_answer_was_lost_is_not_taken_for_anothers(
     store: Store, out: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """boto3 asks again when an answer is lost, and meets what it wrote itself."""
-    real = BaseClient._make_api_call
+    """obstore asks again when an answer is lost, and meets what it wrote itself."""
+    real = RemoteFolder._ask
 
-    def ask_twice(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
-        if arguments.get("Key", "").endswith("run.json") and operation == "PutObject":
-            real(client, operation, dict(arguments))
-        return real(client, operation, arguments)
+    def ask_twice(folder: RemoteFolder, what: str, operation: str, *about: Any, **how: Any) -> Any:
+        if operation == "put" and about[0].endswith("run.json"):
+            real(folder, what, operation, *about, **how)
+        return real(folder, what, operation, *about, **how)
 
-    monkeypatch.setattr(BaseClient, "_make_api_call", ask_twice)
+    monkeypatch.setattr(RemoteFolder, "_ask", ask_twice)
     finish(out, cache)
     assert_whole(store, out)
 
@@ -436,13 +427,14 @@ def test_a_second_process_of_this_machine_is_refused_with_the_url(out: str, cach
 def test_a_store_that_ignores_conditions_is_refused(
     store: Store, out: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = BaseClient._make_api_call
+    real = RemoteFolder._ask
 
-    def careless(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
-        kept = {k: v for k, v in arguments.items() if k not in ("IfMatch", "IfNoneMatch")}
-        return real(client, operation, kept)
+    def careless(folder: RemoteFolder, what: str, operation: str, *about: Any, **how: Any) -> Any:
+        return real(
+            folder, what, operation, *about, **{n: v for n, v in how.items() if n != "mode"}
+        )
 
-    monkeypatch.setattr(BaseClient, "_make_api_call", careless)
+    monkeypatch.setattr(RemoteFolder, "_ask", careless)
     with pytest.raises(RunDirectoryError, match="ignores conditional writes.*; write to a folder"):
         take(out, cache)
     assert names_in(store, out) == []
@@ -559,23 +551,10 @@ def test_a_run_directory_may_be_copied_there_and_back(
     assert not {"parts", "writer"} & held.keys()
 
 
-@pytest.mark.parametrize("command", ["run", "status"])
-def test_a_missing_library_says_what_to_install(
-    out: str,
-    prompts: str,
-    settings: JobSettings,
-    monkeypatch: pytest.MonkeyPatch,
-    command: str,
-) -> None:
-    monkeypatch.setitem(sys.modules, "botocore", None)
-    with pytest.raises(UsageError, match=r"needs boto3; .*pip install -e '\.\[s3\]'"):
-        run_job(prompts, out, settings) if command == "run" else read_status(Location(out))
-
-
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("gs://bucket/out", "gs:// is not supported; use a folder or s3://"),
+        ("ftp://bucket/out", "ftp:// is not supported; use a folder, s3://, gs:// or az://"),
         (f"s3://{KEY_ID}:{SECRET}@bucket/out", "credentials belong to"),
     ],
 )

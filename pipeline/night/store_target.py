@@ -1,4 +1,4 @@
-"""Publications below `s3://`, each committed by its marker. Knows nothing about runs and audits.
+"""Publications in a bucket, each committed by its marker. Knows nothing about runs and audits.
 
 ```
  TARGET/<date>/<edition>-<number>/   report.html  report.md  data/part-…
@@ -22,7 +22,7 @@ from pipeline.night.published import MARKER, Content, describe_file, marker
 from pipeline.storage.remote_folder import RemoteFolder, SupersededError
 
 
-class S3Target:
+class StoreTarget:
     """See `night.publication.Target`."""
 
     def __init__(self, target: Location) -> None:

@@ -1,0 +1,165 @@
+"""CSV files as tables: cells get the types that all cells of a column agree on. Knows no prompts.
+
+A CSV file says no types, so a column is text unless nothing is lost by another one: whole numbers
+and decimals in their shortest form, which read back as they are written (`7`, `0.5`; not `007`, not
+`0.50`). What coppice takes for text is text (`prompt`, `id`, ...), and what it takes for a number
+is one however it is written (`temperature`, ...). An empty cell is null.
+
+The file is read twice: the last row may be the one that is no number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import InputError
+from pipeline.generation import ROW_RULES
+from pipeline.inputs.columns import REFUSED_COLUMN
+from pipeline.inputs.csv_rows import BadRow, CsvRows
+from pipeline.inputs.input_files import InputFile
+from pipeline.inputs.request_fields import LIMITS
+
+CSV_ENDINGS: Final = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+_ROWS_AT_A_TIME = 4096
+_CHARACTERS_AT_A_TIME = 8 << 20
+_TEXTS: Final = frozenset(
+    (
+        "prompt", "messages", "segments", "documents", "id", "custom_id", "sampling_params",
+        "tenant", "conversation_id", "stop", "choices", "continuation", "regex", "grammar",
+        "json_schema", "response_format", "bad_words", REFUSED_COLUMN,
+    )
+)  # fmt: skip
+NUMBERS: Final = frozenset(
+    (
+        *LIMITS, *ROW_RULES, "temperature", "top_p", "top_k", "seed", "presence_penalty",
+        "frequency_penalty", "min_tokens", "logprobs", "top_logprobs", "turn",
+    )
+)  # fmt: skip
+"""Columns that are numbers however they are written."""
+_SWITCHES: Final = frozenset(("ignore_eos",))
+_WHOLE = r"^(0|-?[1-9][0-9]{0,17})$"  # of at most 64 bits, in its shortest form
+_DECIMAL = r"^-?[0-9]{1,15}\.[0-9]{1,15}$"
+_NUMBER = r"^-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
+_SWITCH = r"^(?i:true|false)$"
+
+
+def read_csv(
+    source: InputFile, keeps_refused: bool, as_text: Collection[str]
+) -> tuple[pa.Schema, Iterator[pa.Table]]:
+    """The schema of a file, and its rows in batches; see `text_files.write_rows`.
+
+    Raises InputError, also for a bad row unless `keeps_refused`.
+    """
+    rows = CsvRows(source)
+    columns: list[_Column] = []
+    has_bad = False
+    for batch in _batches(rows):
+        if not columns:
+            columns = [_Column.of(name, as_text) for name in rows.names]
+        has_bad |= any(isinstance(row, BadRow) for row in batch)
+        for column, cells in zip(columns, _transposed(batch), strict=False):
+            column.look_at(cells)
+    if not columns:
+        columns = [_Column.of(name, as_text) for name in rows.names]
+    schema = pa.schema([(column.name, column.kind) for column in columns])
+    if has_bad and REFUSED_COLUMN not in schema.names:
+        schema = schema.append(pa.field(REFUSED_COLUMN, pa.large_string()))
+    return schema, (_table(schema, batch, keeps_refused) for batch in _batches(CsvRows(source)))
+
+
+_Batch = list[list[str] | BadRow]
+
+
+def _batches(rows: CsvRows) -> Iterator[_Batch]:
+    batch: _Batch = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += 0 if isinstance(row, BadRow) else sum(map(len, row))
+        if len(batch) >= _ROWS_AT_A_TIME or size >= _CHARACTERS_AT_A_TIME:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _transposed(batch: _Batch) -> Iterator[tuple[str, ...]]:
+    """The cells of each column, without those of bad rows."""
+    return zip(*(row for row in batch if not isinstance(row, BadRow)), strict=True)
+
+
+@dataclass
+class _Column:
+    """What the cells so far leave open: the first of `_open` is what the column will be, and text
+    where none is left."""
+
+    name: str
+    _open: list[tuple[str, pa.DataType]]
+    _is_empty: bool = True
+
+    @classmethod
+    def of(cls, name: str, as_text: Collection[str]) -> _Column:
+        if name in _SWITCHES:
+            return cls(name, [(_SWITCH, pa.bool_())])
+        if name in _TEXTS or name in as_text:
+            return cls(name, [])
+        if name in NUMBERS:
+            return cls(name, [(_WHOLE, pa.int64()), (_NUMBER, pa.float64())])
+        return cls(name, [(_WHOLE, pa.int64()), (_DECIMAL, pa.float64())])
+
+    @property
+    def kind(self) -> pa.DataType:
+        """Null where there is no value, and nobody takes it for text."""
+        if not self._open:
+            return pa.large_string()
+        return pa.null() if self._is_empty else self._open[0][1]
+
+    def look_at(self, cells: tuple[str, ...]) -> None:
+        """Drop what one of the cells is not."""
+        said = pa.array([cell for cell in cells if cell], pa.large_string()) if self._open else []
+        if len(said):
+            self._is_empty = False
+            self._open = [(p, kind) for p, kind in self._open if _are_all(said, p)]
+
+
+def _are_all(cells: pa.Array, pattern: str) -> bool:
+    is_all = bool(pc.all(pc.match_substring_regex(cells, pattern)).as_py())
+    return is_all and (pattern != _DECIMAL or _are_shortest(cells))
+
+
+def _are_shortest(cells: pa.Array) -> bool:
+    """Whether decimals are written as both Python and Arrow write them."""
+    if not cells.cast(pa.float64()).cast(pa.large_string()).equals(cells):
+        return False
+    return all(repr(float(cell)) == cell for cell in cells.to_pylist())
+
+
+def _table(schema: pa.Schema, batch: _Batch, keeps_refused: bool) -> pa.Table:
+    bad = {at: row.message for at, row in enumerate(batch) if isinstance(row, BadRow)}
+    if bad and not keeps_refused:
+        raise InputError(next(iter(bad.values())))
+    named = [name for name in schema.names if name != REFUSED_COLUMN or not bad]
+    width = len(named)
+    rows = [[""] * width if isinstance(row, BadRow) else row for row in batch]
+    columns = [
+        _values(cells, schema.field(name).type)
+        for name, cells in zip(named, zip(*rows, strict=True), strict=False)
+    ]
+    if len(columns) < len(schema):
+        reasons = [bad.get(at) for at in range(len(batch))]
+        columns.append(pa.array(reasons, pa.large_string()))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _values(cells: tuple[str, ...], kind: pa.DataType) -> pa.Array:
+    if pa.types.is_null(kind):
+        return pa.nulls(len(cells))
+    texts = pa.array([cell or None for cell in cells], pa.large_string())
+    if pa.types.is_boolean(kind):
+        return pc.equal(pc.utf8_lower(texts), "true")
+    return texts.cast(kind)
