@@ -7,43 +7,25 @@ and the examples before it once for each document.
          "… words that are the same| question two| A"        each piece becomes tokens once
 ```
 
-A tokenizer that splits texts into words goes through them from the left and makes tokens of each
-word by itself, so pieces cut before the blank between two words give the tokens of the whole. For
-other tokenizers nothing is cut; and some of the texts are tokenised in one piece as well, to see
-that it is so.
+For tokenizers that do not make tokens of words (`pipeline/tokens/words.py`) nothing is cut; and
+some of the texts are tokenised in one piece as well, to see that it is so.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import models
+
+from pipeline.tokens.words import last_between_words
 
 Tokens = NDArray[np.uint32]
 Encode = Callable[[list[str]], list[Tokens]]
 """Ids of each text, without special tokens."""
 
-_BETWEEN_WORDS = re.compile(r"[A-Za-z] (?=[A-Za-z])")
-_LOOKED_BACK = 400  # letters, for a place between two words
 _LEAST_PIECE = 40  # letters; less is not worth a cut
-_OF_WORDS = (models.BPE, models.WordLevel, models.WordPiece)
 _ALL_COMPARED, _THEN_EVERY = 20, 100
-
-
-def makes_tokens_of_words(backend: Any) -> bool:
-    """Whether a tokenizer splits texts into words from the left, and no token of its own reaches
-    from one word to the next."""
-    splitter = backend.pre_tokenizer
-    if splitter is None or not isinstance(backend.model, _OF_WORDS):
-        return False
-    added = backend.get_added_tokens_decoder().values()
-    if any(t.lstrip or t.rstrip or _BETWEEN_WORDS.search(t.content) for t in added):
-        return False
-    return len(splitter.pre_tokenize_str("one two three")) >= 3
 
 
 class DifferentTokens(Exception):
@@ -75,7 +57,7 @@ def _cut_all(texts: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         same = _common(before, text)
         while cuts and cuts[-1] >= same:
             cuts.pop()
-        place = _last_between_words(text, same)
+        place = last_between_words(text, same)
         if place - (cuts[-1] if cuts else 0) >= _LEAST_PIECE:
             cuts.append(place)
         edges = [0, *cuts, len(text)]
@@ -93,10 +75,3 @@ def _common(left: str, right: str) -> int:
         else:
             high = middle - 1
     return low
-
-
-def _last_between_words(text: str, end: int) -> int:
-    """Where the last blank between two words lies of which all is before `end`; 0: there is none
-    that is near."""
-    found = _BETWEEN_WORDS.finditer(text, max(0, end - _LOOKED_BACK), end)
-    return max((place.start() + 1 for place in found), default=0)

@@ -12,13 +12,10 @@ import numpy as np
 from lm_eval.models.utils import has_bos_prefix
 
 from kvcoppice.evaluation.evaluator import Tokens
-from kvcoppice.evaluation.shared_texts import (
-    DifferentTokens,
-    encode_shared,
-    makes_tokens_of_words,
-)
+from kvcoppice.evaluation.shared_texts import DifferentTokens, encode_shared
 from pipeline.errors import UsageError
 from pipeline.tokens.text_encoder import TextEncoder
+from pipeline.tokens.words import makes_tokens_of_words
 
 _NO_TOKENS = np.zeros(0, np.uint32)
 _LETTERS_AT_A_TIME = 4_000_000

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -39,10 +40,21 @@ SCORE_BARS: Final[dict[Tier, Bars]] = {
 half a nat from what it says in float32, measured, and more where a token is very unlikely."""
 
 
+class Part(NamedTuple):
+    """Continuations `[low, high)` of a row, one of which was chosen: its choices, or the labels of
+    the question `name`. `chosen`: its place among them; -1: what was written of them does not
+    follow from the row's own numbers."""
+
+    name: str
+    low: int
+    high: int
+    chosen: int
+
+
 @dataclass(frozen=True)
 class ScoredInput:
     """A written row: `requests` as they are made anew from the input, and what was written.
-    `is_one`: they are windows of one prompt, of which one sum was written."""
+    `is_one`: they are windows of one prompt, of which one sum was written; `asked`: questions."""
 
     row_index: int
     requests: Sequence[Request]
@@ -53,15 +65,35 @@ class ScoredInput:
     normalize: str = "none"
     num_bytes: Sequence[int] = ()
     is_one: bool = False
+    asked: Sequence[Part] = ()
+
+    @cached_property
+    def parts(self) -> Sequence[Part]:
+        """All that was chosen."""
+        if self.choice_index is None:
+            return self.asked
+        return (Part("", 0, len(self.loglikelihoods), self.choice_index),)
+
+    def scores(self, part: Part, values: Sequence[float]) -> RowScores:
+        """Of a part of the row, with `values` for all its continuations."""
+        some = slice(part.low, part.high)
+        return RowScores(
+            list(values[some]),
+            [],
+            list(self.token_counts[some]),
+            list(self.num_bytes[some]),
+            [ids[-1] for _, ids in self.requests[some]],
+        )
 
 
 class ScoreAudit(NamedTuple):
     """`deltas`: of each continuation that was written, nats; `same_choice`: None where there is
-    nothing to choose from."""
+    nothing to choose from; `parts`: of each what was found, (whether it is the same, deltas)."""
 
     audit: RowAudit
     deltas: tuple[float, ...]
     same_choice: bool | None
+    parts: tuple[tuple[str, bool, tuple[float, ...]], ...] = ()
 
 
 def joined(row: ScoredInput, found: Sequence[Likelihood]) -> list[Likelihood]:
@@ -83,14 +115,18 @@ def audit_scores(row: ScoredInput, expected: Sequence[Likelihood], bars: Bars) -
     errors = [delta / math.sqrt(n) for delta, n in zip(deltas, counts, strict=True)]
     worst = max(range(len(errors)), key=lambda i: -math.inf if errors[i] <= 0 else errors[i])
     deficit = math.nan if any(map(math.isnan, errors)) else errors[worst]
-    same_choice, margin = _same_choice(row, expected)
+    found = [(part, *_same_choice(row, expected, part)) for part in row.parts]
+    same_choice = all(same for _, same, _ in found) if found else None
+    margin = max((by for _, _, by in found), default=None)
     greedy_by = max(map(_greedy_distance, row.greedy, expected), default=0.0)
     row_class = _classify(deficit, bars)
     if row_class == "identical" and (same_choice is False or greedy_by > 0):
         unexplained = max(margin or 0.0, greedy_by)
         row_class = "near_tie" if unexplained <= _tie(bars) else "corrupt"
     divergence = None if row_class == "identical" else worst
-    return _result(row, row_class, divergence, margin, deficit, deltas, same_choice)
+    result = _result(row, row_class, divergence, margin, deficit, deltas, same_choice)
+    parts = tuple((part.name, same, deltas[part.low : part.high]) for part, same, _ in found)
+    return result._replace(parts=parts)
 
 
 def _tie(bars: Bars) -> float:
@@ -109,20 +145,15 @@ def _classify(error: float, bars: Bars) -> RowClass:
 
 
 def _same_choice(
-    row: ScoredInput, expected: Sequence[Likelihood]
-) -> tuple[bool | None, float | None]:
+    row: ScoredInput, expected: Sequence[Likelihood], part: Part
+) -> tuple[bool, float]:
     """Whether the baseline chooses as the row does; by how much, in nats as they are compared, it
     finds the row's choice less likely than its own. What was written must follow from the row's own
     numbers."""
-    if row.choice_index is None:
-        return None, None
-    empty: list[bool] = []
-    ours, theirs = (
-        RowScores(list(values), empty, list(row.token_counts), list(row.num_bytes), [])
-        for values in (row.loglikelihoods, [reference.loglikelihood for reference in expected])
-    )
-    chosen, best = compare(ours, row.normalize), compare(theirs, row.normalize)
-    if chosen is None or best is None or chosen.best != row.choice_index:
+    theirs = row.scores(part, [reference.loglikelihood for reference in expected])
+    chosen = compare(row.scores(part, row.loglikelihoods), row.normalize)
+    best = compare(theirs, row.normalize)
+    if chosen is None or best is None or chosen.best != part.chosen:
         return False, math.inf
     return chosen.best == best.best, math.log(
         best.probabilities[best.best] / max(best.probabilities[chosen.best], 1e-300)
@@ -168,4 +199,24 @@ def describe_scores(audits: Sequence[ScoreAudit]) -> Mapping[str, Any]:
         "delta_mean": float(deltas.mean()) if len(deltas) else None,
         "rows_with_a_choice": len(choices),
         "same_choice": sum(choices),
+        **_describe_questions(audits),
     }
+
+
+def _describe_questions(audits: Sequence[ScoreAudit]) -> dict[str, Any]:
+    """By question; nothing where none were asked."""
+    found: dict[str, list[tuple[bool, tuple[float, ...]]]] = {}
+    for audit in audits:
+        for name, same, deltas in audit.parts:
+            if name:
+                found.setdefault(name, []).append((same, deltas))
+    by_name = {}
+    for name, rows in found.items():
+        values = np.array([delta for _, deltas in rows for delta in deltas])
+        by_name[name] = {
+            "rows": len(rows),
+            "same_answer": sum(same for same, _ in rows),
+            "delta_max": float(values.max()),
+            "delta_mean": float(values.mean()),
+        }
+    return {"questions": by_name} if by_name else {}

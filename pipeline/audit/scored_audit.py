@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -13,6 +15,7 @@ from pipeline.audit.evidence import Evidence, PlantedFault
 from pipeline.audit.replay import Tier
 from pipeline.audit.score_rows import (
     SCORE_BARS,
+    Part,
     Request,
     ScoreAudit,
     ScoredInput,
@@ -23,6 +26,9 @@ from pipeline.job.job import Job
 from pipeline.job.observer import Observer
 from pipeline.job.planning import select_rows
 from pipeline.job.prepare import PreparedBatch
+from pipeline.job.question_answers import answer_columns
+from pipeline.job.row_scores import compare
+from pipeline.questions import Question
 
 if TYPE_CHECKING:
     from pipeline.engine.naive_engine import NaiveEngine
@@ -42,8 +48,8 @@ def scored_inputs(job: Job, chosen: pl.DataFrame) -> list[ScoredInput]:
     requests: list[list[Request]] = []
     for part in preparation.parts(batch):
         requests += _requests(preparation.prepare(part))
-    settings = job.settings.scoring
-    return [
+    settings, questions = job.settings.scoring, job.source.columns.questions
+    found = [
         ScoredInput(
             row_index=row["row_index"],
             requests=asked,
@@ -57,17 +63,46 @@ def scored_inputs(job: Job, chosen: pl.DataFrame) -> list[ScoredInput]:
         )
         for row, asked in zip(chosen.iter_rows(named=True), requests, strict=True)
     ]
+    if not questions:
+        return found
+    written = chosen.iter_rows(named=True)
+    return [
+        replace(row, asked=_parts(row, cells, questions))
+        for row, cells in zip(found, written, strict=True)
+    ]
+
+
+def _parts(row: ScoredInput, cells: Mapping[str, Any], questions: Sequence[Question]) -> list[Part]:
+    """Of a row that was asked questions, what `cells` say that it answered."""
+    found, low = list[Part](), 0
+    for question in questions:
+        part = Part(question.name, low, low + len(question.labels), -1)
+        low = part.high
+        if part.high <= min(len(row.loglikelihoods), len(row.requests)):
+            said = compare(row.scores(part, row.loglikelihoods), row.normalize)
+            if said is not None and _is_written(answer_columns(question, said), cells):
+                part = part._replace(chosen=said.best)
+        found.append(part)
+    return found
+
+
+def _is_written(expected: Mapping[str, object], cells: Mapping[str, Any]) -> bool:
+    return all(
+        math.isclose(value, cells[name], rel_tol=1e-9)
+        if isinstance(value, float) and isinstance(cells[name], float)
+        else value == cells[name]
+        for name, value in expected.items()
+    )
 
 
 def _requests(prepared: PreparedBatch) -> list[list[Request]]:
     asked = prepared.requests
     assert asked is not None
-    prompts = np.split(prepared.flat, np.cumsum(prepared.lengths)[:-1])
     bounds = np.append(0, np.cumsum(asked.counts)).tolist()
-    lasts, contexts = asked.last.tolist(), asked.contexts.tolist()
+    contexts, behind = asked.pieces[::2], asked.pieces[1::2]
     pairs: list[Request] = [
-        (ids[:context].tolist(), [*ids[context:].tolist(), last])
-        for ids, context, last in zip(prompts, contexts, lasts, strict=True)
+        (context.tolist(), [*ids.tolist(), last])
+        for context, ids, last in zip(contexts, behind, asked.last.tolist(), strict=True)
     ]
     return [pairs[low:high] for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
 

@@ -18,8 +18,12 @@ from pipeline.plan.scores import ScorePlan
 from pipeline.records import Scored
 
 MOST_ROWS = 1024
-"""Of logits at once: each is as wide as the vocabulary."""
-_ROWS_AT_ONCE = 128  # in float32, so few that they stay in a cache
+_MOST_BYTES = 128 << 20  # of a host's memory
+ROWS_AT_ONCE = 64
+"""In float32, and of forwards that give logits in pieces: so few that they stay in a cache."""
+
+_Found = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""(positions, points) of a chunk."""
 
 
 class Scorer:
@@ -30,8 +34,9 @@ class Scorer:
         self._scores = scores
         self._logprobs = np.full(len(scores.target_id), np.nan, np.float32)
         self._likeliest = np.full(scores.num_points, -1, np.int64)
+        self._counted: dict[tuple[int, int, int], _Found] = {}
 
-    def points(self, chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def points(self, chunk: Chunk) -> _Found:
         """(positions, points) of a chunk that are read."""
         job, low, high = chunk
         target = job.target
@@ -46,25 +51,27 @@ class Scorer:
         return self._scores.point_position[found], found
 
     def count(self, chunks: list[Chunk]) -> int:
-        """Rows of logits that a forward over them gives."""
-        return sum(len(self.points(chunk)[1]) for chunk in chunks)
+        """Rows of logits that a forward over them gives; what was found is there for `read`."""
+        self._counted = {_key(chunk): self.points(chunk) for chunk in chunks}
+        return sum(len(points) for _, points in self._counted.values())
 
     def read(self, chunks: list[Chunk]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(packed tokens of a forward over `chunks` whose logits are read, their points)."""
         at, points, first = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
         for chunk in chunks:
             _, low, high = chunk
-            positions, found = self.points(chunk)
+            positions, found = self._counted.get(_key(chunk)) or self.points(chunk)
             at.append(first + positions - low)
             points.append(found)
             first += high - low
+        self._counted = {}
         return np.concatenate(at), np.concatenate(points)
 
     def note(self, points: NDArray[np.int64], logits: Tensor) -> None:
         """`logits` [points, V] in any float dtype; rows that are not finite stay NaN."""
-        for low in range(0, len(points), _ROWS_AT_ONCE):
-            some = points[low : low + _ROWS_AT_ONCE]
-            rows = logits[low : low + _ROWS_AT_ONCE].float()
+        for low in range(0, len(points), ROWS_AT_ONCE):
+            some = points[low : low + ROWS_AT_ONCE]
+            rows = logits[low : low + ROWS_AT_ONCE].float()
             self._likeliest[some] = rows.argmax(-1).cpu().numpy()
             targets, row = self._scores.targets_at(some)
             at = torch.from_numpy(row), torch.from_numpy(self._scores.target_id[targets])
@@ -81,3 +88,13 @@ class Scorer:
             is_greedy = bool((likeliest == scores.target_id[targets]).all())
             found.append(Scored(tuple(self._logprobs[targets].tolist()), is_greedy))
         return tuple(found)
+
+
+def most_rows(row_bytes: int, is_on_host: bool) -> int:
+    """Of logits, each as wide as the vocabulary, where a forward gives them all together."""
+    return min(MOST_ROWS, max(ROWS_AT_ONCE, _MOST_BYTES // row_bytes)) if is_on_host else MOST_ROWS
+
+
+def _key(chunk: Chunk) -> tuple[int, int, int]:
+    job, low, high = chunk
+    return id(job), low, high

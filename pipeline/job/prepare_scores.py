@@ -13,7 +13,14 @@ import numpy as np
 
 from pipeline.job.prepare import Limits, PreparedBatch, PreparedRequests
 from pipeline.job.row_faults import call_by_halves, sentence
-from pipeline.records import PromptBatch, Rejected, SamplingParams, ScoredPrompt
+from pipeline.records import (
+    AskedPrompt,
+    Content,
+    PromptBatch,
+    Rejected,
+    SamplingParams,
+    ScoredPrompt,
+)
 from pipeline.tokens.pairs import EncodedPairs, Pair, PairFault
 from pipeline.tokens.tokenizer import PromptTokenizer
 
@@ -32,7 +39,7 @@ class ScorePreparation:
         """The same rows, so many at a time that their requests fit memory."""
         start = letters = 0
         for stop, content in enumerate(batch.contents):
-            size = _letters(content) if isinstance(content, ScoredPrompt) else 0
+            size = sum(map(_letters, _prompts(content)))
             if stop > start and letters + size > _LETTERS_AT_A_TIME:
                 yield _slice(batch, start, stop)
                 start, letters = stop, 0
@@ -81,18 +88,24 @@ class ScorePreparation:
     ) -> EncodedPairs:
         """The requests of all rows; one that a library fails on is told from the others."""
         found, encode = EncodedPairs(), self._tokenizer.encode_pairs
-        contents = [
-            None if row in rejected else content
-            for row, content in enumerate(batch.contents, batch.row_start)
+        asked = [
+            (index, prompt, question)
+            for index, content in enumerate(batch.contents)
+            if batch.row_start + index not in rejected
+            for prompt, question in zip(_prompts(content), _questions(content), strict=True)
         ]
-        for start, encoded in call_by_halves(lambda some: encode(some, most), contents):
+        prompts = [prompt for _, prompt, _ in asked]
+        for start, encoded in call_by_halves(lambda some: encode(some, most), prompts):
             if isinstance(encoded, BaseException):
                 reason = sentence("the prompt or a choice cannot be tokenised", encoded)
-                found.faults[start] = PairFault(reason)
-                continue
-            found.pairs |= {start + index: pairs for index, pairs in encoded.pairs.items()}
-            found.faults |= {start + index: fault for index, fault in encoded.faults.items()}
-            found.overlong |= {start + index: least for index, least in encoded.overlong.items()}
+                encoded = EncodedPairs(faults={0: PairFault(reason)})
+            for place, pairs in encoded.pairs.items():
+                found.pairs.setdefault(asked[start + place][0], []).extend(pairs)
+            for place, fault in encoded.faults.items():
+                index, _, question = asked[start + place]
+                found.faults.setdefault(index, fault.about(question))
+            for place, least in encoded.overlong.items():
+                found.overlong.setdefault(asked[start + place][0], least)
         return found
 
     def _fit(self, row: int, pairs: Sequence[Pair]) -> tuple[list[Pair], int] | Rejected:
@@ -143,22 +156,35 @@ def _prepared(
 ) -> PreparedBatch:
     nothing = Pair(np.zeros(0, np.uint32), np.zeros(1, np.uint32), 0)
     pairs = [pair for some in rows for pair in some or [nothing]]
-    arrays = [part for pair in pairs for part in (pair.context, pair.continuation[:-1])]
     requests = PreparedRequests(
         counts=np.array([max(1, len(some)) for some in rows], np.int64),
         contexts=np.array([len(pair.context) for pair in pairs], np.int64),
         last=np.array([pair.continuation[-1] for pair in pairs], np.int64),
         num_bytes=np.array([pair.num_bytes for pair in pairs], np.int64),
         cut=cut,
+        pieces=[part for pair in pairs for part in (pair.context, pair.continuation[:-1])],
     )
     lengths = np.array([len(p.context) + len(p.continuation) - 1 for p in pairs], np.int64)
-    flat = np.concatenate([np.zeros(0, np.uint32), *arrays])
     params = [SCORED] * len(rows)
-    return PreparedBatch(flat, lengths, params, rejected, {}, {}, requests)
+    return PreparedBatch(np.zeros(0, np.uint32), lengths, params, rejected, {}, {}, requests)
 
 
 SCORED = SamplingParams(max_new_tokens=1)
 """Nothing is generated, so no row has parameters of its own."""
+
+
+def _prompts(content: Content | None) -> list[ScoredPrompt]:
+    """What is asked of a row, in order."""
+    if isinstance(content, AskedPrompt):
+        return content.prompts
+    return [content] if isinstance(content, ScoredPrompt) else []
+
+
+def _questions(content: Content | None) -> list[str]:
+    """By prompt of a row the question that it asks; no name where there are no questions."""
+    if isinstance(content, AskedPrompt):
+        return [question.name for question in content.sheet.questions]
+    return [""] * len(_prompts(content))
 
 
 def _letters(prompt: ScoredPrompt) -> int:

@@ -145,6 +145,10 @@ def _joined(before: Timing | None, now: Timing) -> Timing:
     )
 
 
+class NoLikelyChoice(ValueError):
+    """Every choice has the probability 0."""
+
+
 class Compared(NamedTuple):
     """What a row's scores say. `label_mass`: total probability of the choices where each is one
     token; None: some are longer."""
@@ -173,9 +177,9 @@ def compare(scores: RowScores, normalize: str) -> Compared | None:
 
 def score_columns(
     scores: RowScores, texts: Sequence[str], cut: int, asked: ScoringSettings
-) -> dict[str, object] | None:
+) -> dict[str, object]:
     """The columns `SCORE_FIELDS` of a row with these choices; of prompts that are scored themselves
-    (no texts) their perplexity. None: see `compare`."""
+    (no texts) their perplexity. Raises NoLikelyChoice."""
     columns: dict[str, object] = {"cut_tokens": cut}
     if not texts:
         total, tokens = math.fsum(scores.loglikelihoods), sum(scores.token_counts)
@@ -189,7 +193,9 @@ def score_columns(
         }
     found = compare(scores, asked.normalize)
     if found is None:
-        return None
+        raise NoLikelyChoice(
+            "the model gives every choice the probability 0, so none of them is the likeliest"
+        )
     return columns | {
         "choice": texts[found.best],
         "choice_index": found.best,

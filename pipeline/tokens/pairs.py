@@ -14,7 +14,6 @@ choice follows what a generated answer would follow.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -27,12 +26,11 @@ from pipeline.tokens.chat_template import TemplateFault
 from pipeline.tokens.control_tokens import ControlTokens
 from pipeline.tokens.segments import Chat
 from pipeline.tokens.text_encoder import Overlong, TextEncoder
+from pipeline.tokens.words import last_between_words
 
 Ids = NDArray[np.uint32]
 _LETTERS_AT_A_TIME = 4_000_000
-_LONG_LETTERS = 400
 _END_LETTERS = 64
-_BETWEEN_WORDS = re.compile(r"[A-Za-z] (?=[A-Za-z])")
 
 
 class Pair(NamedTuple):
@@ -50,6 +48,12 @@ class PairFault(ValueError):
     def __init__(self, message: str, error_type: str = "BadPrompt") -> None:
         super().__init__(message)
         self.error_type = error_type
+
+    def about(self, question: str) -> PairFault:
+        """The same, where one of several questions is at fault."""
+        if not question:
+            return self
+        return PairFault(f"the question {question!r}: {self}", self.error_type)
 
 
 @dataclass
@@ -161,7 +165,8 @@ class PairEncoder:
         text, before = self._end_of(text, context) or (text, before)
         said = [blanks + continuation for continuation in prompt.continuations]
         sizes = [len(text.encode()) for text in said]
-        tails = [ids[before:] for ids in self._wholes(text, said)]
+        # Copies: a view would keep the context once for each choice.
+        tails = [ids[before:].copy() for ids in self._wholes(text, said)]
         for number, tail in enumerate(tails):
             if not len(tail):
                 which = f"choice {number}" if len(tails) > 1 else "the continuation"
@@ -175,20 +180,14 @@ class PairEncoder:
     def _end_of(self, text: _Text, context: Ids) -> tuple[_Text, int] | None:
         """The end of a long context from between two words on, and its tokens, where these are the
         last ones of the context: then what follows is tokenised behind it as behind the whole, and
-        the rest of the context is not tokenised again with every choice.
-
-        A tokenizer that splits texts into words goes through them from the left, so where a word
-        begins depends on nothing that comes later. None: the whole is needed.
+        the rest of the context is not tokenised again with every choice. None: the whole is needed.
         """
         last = text.pieces[-1] if text.pieces else 0
         if isinstance(last, int):
             return None
         start = 0  # pieces are tokenised apart
         if len(text.pieces) == 1:
-            found = _BETWEEN_WORDS.finditer(
-                last, max(0, len(last) - _LONG_LETTERS), max(0, len(last) - _END_LETTERS)
-            )
-            start = max((place.start() + 1 for place in found), default=0)
+            start = last_between_words(last, len(last) - _END_LETTERS)
             if not start or not self._splits:
                 return None
         end = _Text([last[start:]], text.parses, begins=False)

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.engine.base import Engine
 from pipeline.engine.load import make_engine
-from pipeline.errors import InputError
+from pipeline.errors import InputError, ModelError
 from pipeline.job.job import open_job
 from pipeline.records import Scored
 from pipeline.run import plan_job, run_job
@@ -104,6 +104,18 @@ def test_a_column_of_another_type_is_refused_by_name(
     pq.write_table(table, tmp_path / "in.parquet")
     with pytest.raises(InputError, match=said):
         open_job(str(tmp_path / "in.parquet"), settings_of(model, **flat))
+
+
+def test_a_last_token_that_the_model_does_not_know_is_seen_before_it_runs(tmp_path: Path) -> None:
+    """Seen red: it is fed nowhere, so nobody looked at it, and reading its logits failed."""
+    model = write_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps(config | {"vocab_size": config["vocab_size"] - 1})
+    )
+    pq.write_table(of_choices(["a", "a\n"]), tmp_path / "in.parquet")
+    with pytest.raises(ModelError, match="tokenizer and model do not belong together"):
+        plan_job(str(tmp_path / "in.parquet"), settings_of(model, choices_column="choices"))
 
 
 def test_contexts_that_are_null_or_empty(model: Path, tmp_path: Path) -> None:

@@ -122,6 +122,14 @@ def test_a_run_of_scores_passes_and_planted_faults_are_caught(
         assert current_verdict(directory, AuditSettings(audit_sample="100%")) == "pass"
 
 
+def test_choices_of_one_token_are_audited(model: Path, tmp_path: Path) -> None:
+    """Seen red: their total probability asked for tokens that an audit did not know."""
+    source = write_prompts(tmp_path / "in.parquet", ["is it?", "was it?"])
+    run_job(str(source), tmp_path / "out", settings_of(model, choices="y,n"))
+    verdict = audit_run(Location(tmp_path / "out"), AuditSettings(audit_sample="100%"))
+    assert verdict.passed, verdict.reasons
+
+
 def test_perplexities_are_audited_over_all_their_windows(model: Path, tmp_path: Path) -> None:
     source = write_prompts(tmp_path / "in.parquet", ["hello " * 40, "good day", "a" * 300])
     run_job(str(source), tmp_path / "out", settings_of(model, prompt_logprobs=True))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from pipeline.engine.base import RunControl
+from pipeline.engine.forward import PiecewiseForward
 from pipeline.engine.prefix_engine import PrefixEngine
+from pipeline.engine.scorer import Scorer
 from pipeline.model.model import use_own_attention
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.scores import plan_scores
@@ -115,10 +118,28 @@ def test_they_are_the_same_where_spans_give_way() -> None:
         assert found[number].logprobs == pytest.approx(plenty[number].logprobs, abs=1e-4)
 
 
-def test_few_rows_of_logits_are_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.engine.prefix_engine.MOST_ROWS", 3)
-    monkeypatch.setattr("pipeline.engine.scorer._ROWS_AT_ONCE", 2)
-    check(engine_of(), random_requests(random.Random(7)))
+@pytest.mark.parametrize("is_native", [False, True])
+def test_few_rows_of_logits_are_there_at_once(
+    monkeypatch: pytest.MonkeyPatch, is_native: bool
+) -> None:
+    monkeypatch.setattr("pipeline.engine.scorer.MOST_ROWS", 3)
+    monkeypatch.setattr("pipeline.engine.scorer.ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("pipeline.engine.prefix_engine.ROWS_AT_ONCE", 2)
+    engine, most = engine_of(), list[int]()
+    if is_native:
+        llama = next(family for family in FAMILIES if family.id == "llama, grouped heads")
+        engine = PrefixEngine(families.load(llama, torch.float32), EngineSettings())
+        if not isinstance(engine.backend.forward, PiecewiseForward):
+            pytest.skip("the compiled kernels are not there")
+    note = Scorer.note
+
+    def noted(self: Scorer, points: Any, logits: torch.Tensor) -> None:
+        most.append(len(logits))
+        note(self, points, logits)
+
+    monkeypatch.setattr(Scorer, "note", noted)
+    check(engine, random_requests(random.Random(7)), 1e-3)
+    assert max(most) <= 3
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.id)

@@ -47,18 +47,18 @@ def test_rows_are_counted_by_choice_mass_and_margin() -> None:
         row(1.0),
         {"status": "error"},
     ]
-    found = measure_scores(output_of(rows), {"scoring": {"choices": ["yes", "no"]}})
+    found = measure_scores(output_of(rows), {"settings": {"scoring": {"choices": ["yes", "no"]}}})
     assert found is not None
-    assert (found.rows, found.with_choices, found.scored_tokens, found.cut) == (4, 4, 7, 1)
-    assert found.by_choice == (("1: 'yes'", 3), ("2: 'no'", 1))
-    assert dict(found.by_mass)["90–99 %"] == dict(found.by_mass)["1–10 %"] == 1
-    assert (found.low_mass, found.low_margin, found.perplexity) == (1, 1, None)
-    assert found.closest[0][0] == "r1" and len(found.closest) == 3
-    assert (
-        found.alarms[0].startswith("1 of 3 rows give all their choices") and len(found.alarms) == 2
-    )
+    (one,) = found.chosen
+    assert (found.rows, one.with_choices, found.scored_tokens, found.cut) == (4, 4, 7, 1)
+    assert one.by_choice == (("1: 'yes'", 3), ("2: 'no'", 1))
+    assert dict(one.by_mass)["90–99 %"] == dict(one.by_mass)["1–10 %"] == 1
+    assert (one.low_mass, one.low_margin, found.perplexity) == (1, 1, None)
+    assert one.closest[0][0] == "r1" and len(one.closest) == 3
+    assert found.alarms[0].startswith("1 of 3 rows give all their choices")
+    assert len(found.alarms) == 2
     unnamed = measure_scores(output_of(rows), {})
-    assert unnamed is not None and unnamed.by_choice == (("1", 3), ("2", 1))
+    assert unnamed is not None and unnamed.chosen[0].by_choice == (("1", 3), ("2", 1))
 
 
 def test_other_runs_have_no_scores() -> None:
