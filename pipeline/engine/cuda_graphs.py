@@ -11,8 +11,9 @@ what pads it does nothing: no work items, and KV written to a slot that nobody r
  host                                                     one synchronisation: reading the result
 ```
 
-Only the host side of this has been run, by tests on a CPU with a stand-in for the graph. Nobody has
-recorded or replayed a graph of it on a card yet.
+An engine keeps what it has recorded, and the KV memory that it points at, from one job to the next
+(`recordings.py`). Only the host side has been run, by tests on a CPU with a stand-in for
+the graph. Nobody has recorded or replayed a graph of it on a card yet.
 """
 
 from __future__ import annotations
@@ -26,16 +27,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.backend import Backend
 from pipeline.engine.kernels.rules import KVSpans
 from pipeline.engine.kernels.triton_kernel import DeviceWork, TritonKernel
-from pipeline.engine.kernels.work_items import WorkItems, WorkShape
-from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.kernels.work_items import SMALL_ROWS, WorkItems, WorkShape
+from pipeline.engine.memory import is_exhausted
 from pipeline.engine.packing import PackedBatch
 from pipeline.engine.sampling import Sampled
 
 _logger = logging.getLogger("coppice")
-_FEWEST = WorkShape(tokens=8, large=16, small=64, partials=256)
+_FEWEST_TOKENS = 8
 
 Replay = Callable[[], None]
 """Starts the recorded kernels on what the same memory now holds."""
@@ -51,8 +51,8 @@ class DecodeStep(NamedTuple):
 
 
 class NextTokens(NamedTuple):
-    """`greedy` tokens of the rows; `logits` [rows, V] float32, on the device, are overwritten by
-    the next step."""
+    """`greedy` tokens of the rows; `logits` [rows, V] in the model's dtype, on the device, are
+    overwritten by the next step."""
 
     greedy: Sampled
     logits: Tensor
@@ -63,25 +63,12 @@ Recorder = Callable[[Callable[[], None]], Replay]
 or may not run meanwhile. Raises RuntimeError if it cannot."""
 
 
-class CudaRecorder:
-    """Records CUDA graphs; all share one pool of memory, since only one runs at a time."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, work: Callable[[], None]) -> Replay:
-        """Nothing runs while it is recorded."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            work()
-        return graph.replay
-
-
 class DecodeRunner:
     """Decodes by recorded steps where there is a recorder, else by plain calls of exact size.
 
     A bucket's first step is a plain call, which loads what is loaded lazily; the second one is
-    recorded. Where recording fails the runner warns and goes on with plain calls.
+    recorded. Where that cannot be done the runner says so and goes on with plain calls; where it is
+    memory that ends, the error is the caller's, as in a plain call.
     """
 
     def __init__(
@@ -90,12 +77,15 @@ class DecodeRunner:
         kernel: TritonKernel,
         scratch_slot: int,
         record: Recorder | None,
+        notes: list[str] | None = None,
     ) -> None:
-        """`forward` gives logits [N, V]; `scratch_slot` of the arena belongs to no range."""
+        """`forward` gives logits [N, V]; `scratch_slot` of the arena belongs to no range. `notes`
+        gets a sentence where recording fails."""
         self._forward = forward
         self._kernel = kernel
         self._scratch_slot = scratch_slot
         self._record = record
+        self._notes = [] if notes is None else notes
         self._buckets: dict[WorkShape, _Bucket] = {}
         self._logits: Tensor | None = None
 
@@ -103,6 +93,15 @@ class DecodeRunner:
     def is_recording(self) -> bool:
         """False where there is no recorder, or where recording failed."""
         return self._record is not None
+
+    def describe(self) -> dict[str, int]:
+        """How many sizes of steps are known, and how many of them are recorded."""
+        return {"sizes": len(self._buckets), "recorded": len(self.replays())}
+
+    def replays(self) -> list[Replay]:
+        """What starts each recorded size again, on what was last loaded into it."""
+        found = (bucket.replay for bucket in self._buckets.values())
+        return [replay for replay in found if replay is not None]
 
     @torch.inference_mode()
     def __call__(self, step: DecodeStep) -> NextTokens:
@@ -119,7 +118,7 @@ class DecodeRunner:
     def _bucket_of(self, shape: WorkShape) -> _Bucket:
         if self._record is None:
             return _Bucket(shape, self._kernel)
-        shape = round_up(shape)
+        shape = round_up(shape, self._kernel)
         if shape not in self._buckets:
             self._buckets[shape] = _Bucket(shape, self._kernel)
         return self._buckets[shape]
@@ -129,7 +128,11 @@ class DecodeRunner:
             try:
                 bucket.replay = self._record(lambda: self._compute(bucket))
             except RuntimeError as error:  # a model that waits for the device within its forward
-                _logger.warning("decoding without CUDA graphs: %s", str(error).splitlines()[0])
+                if is_exhausted(error):
+                    raise
+                note = f"decoding without CUDA graphs: {str(error).splitlines()[0]}"
+                _logger.warning(note)
+                self._notes.append(note)
                 self._record = None
         if bucket.replay is None:
             self._compute(bucket)
@@ -149,7 +152,7 @@ class DecodeRunner:
     def _room_for(self, logits: Tensor) -> Tensor:
         """Memory shared by the buckets; one that outgrows it leaves the others what they have."""
         if self._logits is None or len(self._logits) < len(logits):
-            self._logits = torch.empty_like(logits, dtype=torch.float32)
+            self._logits = torch.empty_like(logits)
         return self._logits[: len(logits)]
 
 
@@ -193,39 +196,24 @@ class _Bucket:
         self._device.copy_(self._host, non_blocking=True)
 
 
-def decode_runner(backend: Backend, cache: KVCache, device: torch.device) -> DecodeRunner | None:
-    """A runner where the kernel's work can be recorded; None: decode by plain forwards."""
-    kernel = backend.recordable
-    if kernel is None:
-        return None
+def round_up(shape: WorkShape, kernel: TritonKernel) -> WorkShape:
+    """The bucket of a shape: as a rule one for each number of tokens, with little padding.
 
-    def forward(batch: PackedBatch) -> Tensor:
-        every = torch.arange(len(batch.slots), device=device)
-        return backend.forward(batch, cache, every)
-
-    return DecodeRunner(forward, kernel, cache.capacity, choose_recorder(device))
-
-
-def choose_recorder(device: torch.device) -> Recorder | None:
-    """CUDA graphs on a CUDA device, else none."""
-    return CudaRecorder() if device.type == "cuda" else None
-
-
-def round_up(shape: WorkShape) -> WorkShape:
-    """The bucket of a shape: few buckets, little padding.
-
-    Tokens cost a step of the model each, so they are rounded to 2^k or 1.5 x 2^k; empty items cost
-    next to nothing. No large items stay none: that saves a launch a layer.
+    Tokens cost a step of the model each, so they are rounded to 2^k or 1.5 x 2^k. Items follow from
+    them: as many of both sizes as the kernel aims at, and a small one more for each token; where a
+    step has more, the next power of two. Partials follow from items. An empty item costs next to
+    nothing, and no large items stay none: that saves a launch a layer.
     """
-    tokens = max(shape.tokens, _FEWEST.tokens)
+    tokens = max(shape.tokens, _FEWEST_TOKENS)
     power = _power_of_two(tokens)
-    return WorkShape(
-        tokens=power * 3 // 4 if tokens <= power * 3 // 4 else power,
-        large=_power_of_two(max(shape.large, _FEWEST.large)) if shape.large else 0,
-        small=_power_of_two(max(shape.small, _FEWEST.small)),
-        partials=_power_of_two(max(shape.partials, _FEWEST.partials)),
-        views=shape.views,
-    )
+    tokens = power * 3 // 4 if tokens <= power * 3 // 4 else power
+    large, small = 0, tokens + kernel.items_aimed_at
+    if shape.large:
+        large = _power_of_two(max(shape.large, kernel.items_aimed_at))
+    if shape.small > small:
+        small = _power_of_two(shape.small)
+    of_large, of_small = (max(1, rows // kernel.rep) for rows in (kernel.block_m, SMALL_ROWS))
+    return WorkShape(tokens, large, small, large * of_large + small * of_small, shape.views)
 
 
 def _power_of_two(count: int) -> int:

@@ -3,7 +3,7 @@
 ```
  row 0   span A | span B | blocks[0] | blocks[1] | blocks[2] .. slot of the new token
  row 1   span A | span B | blocks[0] .. slot of the new token
-         |-------- before(): kept -------------|--- own_slots(): one more each step
+         |-------- before(): kept -------------|--- own(): one more each step
 ```
 """
 
@@ -22,6 +22,9 @@ from pipeline.engine.packing import DocumentSpans, document_spans, shared_spans
 Seen = tuple[KVSpans, DocumentSpans | None]
 """Spans of the rows themselves, and what they see of documents."""
 
+Slots = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""(first, last + 1) of each row: [rows] int64 both."""
+
 
 class DecodeView:
     """What the rows of a step see. All rows neighbours in depth-first order."""
@@ -29,16 +32,14 @@ class DecodeView:
     def __init__(self) -> None:
         self._changes = -1
         self._before: dict[tuple[int, int], Seen] = {}
+        self._own: dict[tuple[int, int], NDArray[np.int64]] = {}
 
     def before(self, rows: list[LiveRow], changes: int) -> Seen:
         """All that lies before each row's last block; `changes` is the scheduler's count of them.
 
         Rows may be decoded in several parts, which the first one's sequence and the number tell.
         """
-        if changes != self._changes:
-            self._changes = changes
-            self._before.clear()
-        part = rows[0].sequence, len(rows)
+        part = self._part(rows, changes)
         if part not in self._before:
             at = [(row, row + 1) for row in range(len(rows))]
             documents = document_spans([row.place.documents for row in rows], at)
@@ -46,11 +47,29 @@ class DecodeView:
             self._before[part] = spans, documents
         return self._before[part]
 
+    def own(self, rows: list[LiveRow], changes: int) -> tuple[NDArray[np.int64], Slots]:
+        """Positions of the rows' new tokens, and the slots of each row's last block up to them.
 
-def own_slots(rows: list[LiveRow]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(first, last slot + 1) of each row's last block up to its new token: [rows] int64 both."""
-    low = np.array([row.open_slot for row in rows], np.int64)
-    return low, np.array([row.next_slot for row in rows], np.int64) + 1
+        While nothing moves, a row's slots are its positions and a constant: then all that is asked
+        of 256 rows in a step is how many tokens they have.
+        """
+        part = self._part(rows, changes)
+        if part not in self._own:
+            columns = [
+                (row.end - 1, row.open_slot, row.next_slot - row.next_position) for row in rows
+            ]
+            self._own[part] = np.array(columns, np.int64).T
+        before, low, shift = self._own[part]
+        positions = before + np.array([len(row.token_ids) for row in rows], np.int64)
+        return positions, (low, positions + shift + 1)
+
+    def _part(self, rows: list[LiveRow], changes: int) -> tuple[int, int]:
+        """What tells these rows from others, as long as nothing changes; forgets all that did."""
+        if changes != self._changes:
+            self._changes = changes
+            self._before.clear()
+            self._own.clear()
+        return rows[0].sequence, len(rows)
 
 
 def _shared(rows: list[LiveRow]) -> KVSpans:

@@ -9,7 +9,11 @@ import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _LARGEST_KEPT = 2**25  # the most that glibc takes; larger blocks are mapped and unmapped
-_CPU_MESSAGES = ("can't allocate memory", "not enough memory", "std::bad_alloc")
+_MESSAGES = (
+    "can't allocate memory", "not enough memory", "std::bad_alloc",  # of a CPU
+    "out of memory",  # of CUDA's driver, by torch or Triton
+    "_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED",  # of cuBLAS and its kin, at first use
+)  # fmt: skip
 
 
 def free_memory(device: torch.device) -> int:
@@ -19,11 +23,18 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes that `device` has."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return int(psutil.virtual_memory().total)
+
+
 def is_exhausted(error: BaseException) -> bool:
     """Whether `error` says that an allocation failed: less work may succeed where this did not."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(m in str(error) for m in _CPU_MESSAGES)
+    return isinstance(error, RuntimeError) and any(m in str(error) for m in _MESSAGES)
 
 
 def release_cached(device: torch.device) -> None:

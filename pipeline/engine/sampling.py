@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.engine.candidates import Law, draw, total_weights, widths
 from pipeline.records import SamplingParams
 
 
@@ -51,7 +52,8 @@ def sample_next_token(
     sampled = [i for i, p in enumerate(params) if not p.is_greedy]
     if sampled:
         noise = uniform_noise(keys[sampled], positions[sampled])
-        chosen, total = _invert_cdf(logits[sampled].double(), [params[i] for i in sampled], noise)
+        of_sampled = logits if len(sampled) == len(params) else logits[sampled]
+        chosen, total = draw_tokens(of_sampled, [params[i] for i in sampled], noise)
         token_ids, is_finite = token_ids.copy(), is_finite.copy()
         token_ids[sampled] = chosen.cpu().numpy()
         is_finite[sampled] &= total.isfinite().cpu().numpy()
@@ -64,17 +66,39 @@ def likeliest_token(logits: Tensor) -> Sampled:
     return Sampled(token_ids.cpu().numpy(), best.isfinite().cpu().numpy())
 
 
-def _invert_cdf(
+def draw_tokens(
     logits: Tensor, params: Sequence[SamplingParams], noise: NDArray[np.float64]
 ) -> tuple[Tensor, Tensor]:
     """First token, by falling probability, at which the kept mass exceeds the noise, and that mass.
 
-    Both [rows]. A mass that is no number gives some token that means nothing.
+    Both [rows]. A mass that is no number gives some token that means nothing; one that was not
+    added up is said to be 1. Rows whose likeliest tokens do not settle it are sorted whole.
     """
-    order, cumulative = truncated_cdf(logits, params)
+    rows, vocabulary = logits.shape
+    law = Law.of(params, vocabulary, logits.device)
+    drawn = torch.from_numpy(noise).to(logits.device)
+    token_ids = torch.zeros(rows, dtype=torch.int64, device=logits.device)
+    mass = torch.ones(rows, dtype=torch.float64, device=logits.device)
+    left, total = torch.arange(rows, device=logits.device), mass
+    tries = widths(vocabulary)
+    if tries and any((p.top_k or vocabulary) >= vocabulary for p in params):
+        total = total_weights(logits, law)
+    for width in tries:
+        few = logits if len(left) == rows else logits[left]
+        found = draw(few, law[left], total[left], drawn[left], width)
+        token_ids[left] = found.token_ids
+        left = left[~found.is_settled]
+        if not len(left):
+            return token_ids, mass
+    token_ids[left], mass[left] = _invert_cdf(logits[left].double(), law[left], drawn[left])
+    return token_ids, mass
+
+
+def _invert_cdf(logits: Tensor, law: Law, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """As `draw_tokens`, by all tokens. logits [rows, V], noise [rows]: float64."""
+    order, cumulative = _truncated_cdf(logits, law)
     total = cumulative[:, -1:].contiguous()
-    threshold = torch.from_numpy(noise).to(logits.device).unsqueeze(1) * total
-    rank = torch.searchsorted(cumulative, threshold, right=True)
+    rank = torch.searchsorted(cumulative, noise.unsqueeze(1) * total, right=True)
     last = torch.searchsorted(cumulative, total)  # of those kept: rounding may lead beyond it
     rank = torch.minimum(rank, last).clamp_(max=logits.shape[1] - 1)
     return order.gather(1, rank).squeeze(1), total.squeeze(1)
@@ -86,15 +110,15 @@ def truncated_cdf(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Ten
     logits [rows, V] float64 -> (order [rows, V] int64, cumulative [rows, V] float64). The sort is
     stable, so equal logits keep the order of their ids.
     """
-    device = logits.device
-    temperature = torch.tensor([p.temperature for p in params], device=device, dtype=logits.dtype)
-    top_p = torch.tensor([p.top_p for p in params], device=device, dtype=logits.dtype)
-    top_k = torch.tensor([p.top_k or logits.shape[1] for p in params], device=device)
-    probs = torch.softmax(logits / temperature.unsqueeze(1), -1)
+    return _truncated_cdf(logits, Law.of(params, logits.shape[1], logits.device))
+
+
+def _truncated_cdf(logits: Tensor, law: Law) -> tuple[Tensor, Tensor]:
+    probs = torch.softmax(logits / law.temperature.unsqueeze(1), -1)
     probs, order = torch.sort(probs, dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[1], device=device)
-    probs = probs.masked_fill(rank >= top_k.unsqueeze(1), 0.0)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    probs = probs.masked_fill(rank >= law.top_k.unsqueeze(1), 0.0)
     probs = probs / probs.sum(-1, keepdim=True)
     before = probs.cumsum(-1) - probs
-    probs = probs.masked_fill(before >= top_p.unsqueeze(1), 0.0)
+    probs = probs.masked_fill(before >= law.top_p.unsqueeze(1), 0.0)
     return order, probs.cumsum(-1)

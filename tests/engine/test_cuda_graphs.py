@@ -17,13 +17,13 @@ from pipeline.engine.cuda_graphs import (
     DecodeStep,
     NextTokens,
     Recorder,
-    choose_recorder,
     round_up,
 )
 from pipeline.engine.kernels.rules import AttentionRules, attend_reference
 from pipeline.engine.kernels.triton_kernel import TritonKernel
 from pipeline.engine.kernels.work_items import WorkShape
 from pipeline.engine.packing import PackedBatch
+from pipeline.engine.recordings import choose_recorder
 
 ROWS, SHARED, STEPS, VOCABULARY, HEAD_DIM = 11, 30, 9, 23, 4
 SCRATCH = SHARED + ROWS * STEPS
@@ -148,12 +148,62 @@ def test_logits_that_are_no_numbers_are_told(bad: float) -> None:
     assert runner(fed).greedy.is_finite.tolist() == [True, False, True]
 
 
-@given(st.tuples(*[st.integers(0, 3000)] * 4))
-def test_a_bucket_holds_the_shape_with_little_padding(sizes: tuple[int, int, int, int]) -> None:
-    shape = WorkShape(*sizes)
-    bucket = round_up(shape)
-    assert round_up(bucket) == bucket
+class EndsInMemory:
+    """As CUDA does when no more can be allocated while a step is recorded."""
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_memory_that_ends_in_a_recording_is_the_callers_to_mend() -> None:
+    """Seen red: taken for a step that cannot be recorded, and nothing was recorded any more."""
+    with pytest.raises(torch.OutOfMemoryError):
+        decode(ToyModel(), EndsInMemory())
+
+
+def test_a_failed_recording_is_among_the_engines_notes() -> None:
+    notes: list[str] = []
+    kernel = TritonKernel(2, 2, torch.device("cpu"))
+    runner = DecodeRunner(ToyModel(), kernel, SCRATCH, RefusesToRecord(), notes)
+    rows = np.arange(3)
+    low = SHARED + rows * STEPS
+    own = np.stack([rows, rows + 1, low, low + 1, rows * 0], 1)
+    for _ in range(3):
+        runner(DecodeStep(rows, rows * 0, low, own))
+    assert notes == [
+        "decoding without CUDA graphs: operation not permitted when stream is capturing"
+    ]
+
+
+CARD = TritonKernel(32, 8, torch.device("cpu"))
+CARD._programs, CARD.items_aimed_at = 528, 66  # as on an H100
+
+
+@given(st.tuples(*[st.integers(0, 3000)] * 3))
+def test_a_bucket_holds_the_shape_with_little_padding(sizes: tuple[int, int, int]) -> None:
+    tokens, large, small = sizes
+    partials = large * 16 + small * 4  # the most that so many items can give
+    shape = WorkShape(tokens, large, small, partials)
+    bucket = round_up(shape, CARD)
+    assert round_up(bucket, CARD) == bucket
     assert (bucket.large == 0) == (shape.large == 0)
     for name in ("tokens", "large", "small", "partials"):
         assert getattr(shape, name) <= getattr(bucket, name)
     assert bucket.tokens <= max(8, shape.tokens * 3 // 2)
+
+
+@pytest.mark.parametrize("shared", [1000, 16_000])
+def test_a_job_whose_rows_end_one_by_one_is_recorded_once_a_number_of_tokens(shared: int) -> None:
+    """Seen red: 20 sizes, since items and partials were rounded for themselves."""
+    seen = set()
+    for live in range(256, 0, -1):
+        rows = np.arange(live)
+        length = 128 + (256 - live) // 2
+        low = shared + rows * 400
+        own = np.stack([rows, rows + 1, low, low + length, rows * 0 + shared], 1)
+        spans = np.concatenate([[[0, live, 0, shared, 0]], own])
+        work = CARD.plan(spans, rows * 0 + shared + length - 1)
+        seen.add(round_up(work.shape, CARD))
+    tokens = {shape.tokens for shape in seen}
+    assert len(tokens) == 11
+    assert len(seen) <= len(tokens) + 1  # four rows and fewer have no large tile

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ _TILE_ROWS = 64
 _PROGRAMS_A_PROCESSOR = 4  # so that none waits long for the last one
 _KEY_BLOCK_BYTES = 1 << 14  # K and V of two blocks in flight fit every card's shared memory
 _WARP_TILE_BYTES = 1 << 14  # queries of a tile above which four warps run out of registers
+_FLOAT32_WARP_BYTES = 1 << 11  # queries for each warp, by which no variant spills
 _MERGED_AT_ONCE = 8
 
 
@@ -74,6 +76,7 @@ class TritonKernel:
         self.block_m = max(_TILE_ROWS, 1 << (self.rep - 1).bit_length())
         self._num_kv_heads = num_kv_heads
         self._programs = _PROGRAMS_A_PROCESSOR * _num_processors(device)
+        self.items_aimed_at = -(-self._programs // num_kv_heads)
 
     def plan(
         self,
@@ -113,39 +116,108 @@ def attend(
     Any strides where the numbers of one head lie side by side. Partial results live only in this
     call: torch's allocator gives the same memory to the next layer.
     """
-    from pipeline.engine.kernels import triton_programs
+    return Launches.of(query, (keys, values), work, rules).run()
 
-    queries, heads, head_dim = query.shape
-    tokens, kv_heads = work.shape.tokens, keys.shape[0]
-    assert queries == work.shape.queries, f"{queries} queries, {work.shape.queries} planned"
-    assert heads == kv_heads * work.rep, f"{heads} of {kv_heads} heads, {work.rep} a group planned"
-    assert query.stride(2) == keys.stride(2) == values.stride(2) == 1, "a head is not contiguous"
-    part_out = query.new_empty((work.shape.partials, heads, head_dim), dtype=torch.float32)
-    part_lse = query.new_empty((work.shape.partials, heads), dtype=torch.float32)
-    out = query.new_empty((tokens, heads, head_dim))
-    block_d = max(16, 1 << (head_dim - 1).bit_length())
-    row_bytes = block_d * query.element_size()
-    for items, block_m in ((work.large, work.block_m), (work.small, SMALL_ROWS)):
+
+@dataclass(frozen=True, slots=True)
+class Launches:
+    """What is started for one layer, one program after another; and where each leaves its part."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    work: DeviceWork
+    rules: AttentionRules
+    part_out: Tensor
+    part_lse: Tensor
+    out: Tensor
+
+    @classmethod
+    def of(
+        cls, query: Tensor, kv: tuple[Tensor, Tensor], work: DeviceWork, rules: AttentionRules
+    ) -> Launches:
+        keys, values = kv
+        queries, heads, head_dim = query.shape
+        kv_heads, shape = keys.shape[0], work.shape
+        assert queries == shape.queries, f"{queries} queries, {shape.queries} planned"
+        assert heads == kv_heads * work.rep, f"{heads} of {kv_heads}, {work.rep} a group planned"
+        assert query.stride(2) == keys.stride(2) == values.stride(2) == 1, "a head is in pieces"
+        assert rules.scale > 0, "the program scales after it has taken the maximum"
+        part_out = query.new_empty((shape.partials, heads, head_dim), dtype=torch.float32)
+        part_lse = query.new_empty((shape.partials, heads), dtype=torch.float32)
+        out = query.new_empty((shape.tokens, heads, head_dim))
+        return cls(query, keys, values, work, rules, part_out, part_lse, out)
+
+    def run(self) -> Tensor:
+        """[N, Hq, d]"""
+        self.attend_large()
+        self.attend_small()
+        return self.merge()
+
+    def attend_large(self) -> None:
+        """Shared spans, for tiles of rows."""
+        self._attend(self.work.large, self.work.block_m)
+
+    def attend_small(self) -> None:
+        """Spans of a few rows."""
+        self._attend(self.work.small, SMALL_ROWS)
+
+    def _attend(self, items: Tensor, block_m: int) -> None:
+        from pipeline.engine.kernels import triton_programs
+
         if not len(items):
-            continue
-        triton_programs.attend_items[(len(items), kv_heads)](
-            query, keys, values, work.positions, items, part_out, part_lse,
+            return
+        query, keys, values, rules = self.query, self.keys, self.values, self.rules
+        head_dim = query.shape[2]
+        tiling = choose_tiling(head_dim, query.element_size(), block_m)
+        triton_programs.attend_items[(len(items), keys.shape[0])](
+            query, keys, values, self.work.positions, items, self.part_out, self.part_lse,
             query.stride(0), query.stride(1),
             keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
             rules.scale, rules.softcap, rules.window,
             HAS_SOFTCAP=bool(rules.softcap), HAS_WINDOW=bool(rules.window),
-            REP=work.rep, HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_D=block_d,
-            BLOCK_N=max(16, min(128, _KEY_BLOCK_BYTES // row_bytes)),
-            num_warps=8 if block_m * row_bytes > _WARP_TILE_BYTES else 4,
-            num_stages=2, enable_fp_fusion=True,
+            REP=self.work.rep, HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=tiling.keys,
+            BLOCK_D=tiling.width, num_warps=tiling.warps, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
-    triton_programs.merge_partials[(tokens, heads)](
-        part_out, part_lse, work.offsets, work.partials,
-        part_lse if rules.sinks is None else rules.sinks, out,
-        HAS_SINKS=rules.sinks is not None, HEAD_DIM=head_dim,
-        BLOCK_P=_MERGED_AT_ONCE, BLOCK_D=block_d, num_warps=2, enable_fp_fusion=True,
-    )  # fmt: skip
-    return out
+
+    def merge(self) -> Tensor:
+        """Join the parts of each token."""
+        from pipeline.engine.kernels import triton_programs
+
+        tokens, heads, head_dim = self.out.shape
+        sinks = self.rules.sinks
+        triton_programs.merge_partials[(tokens, heads)](
+            self.part_out, self.part_lse, self.work.offsets, self.work.partials,
+            self.part_lse if sinks is None else sinks, self.out,
+            HAS_SINKS=sinks is not None, HEAD_DIM=head_dim,
+            BLOCK_P=_MERGED_AT_ONCE, BLOCK_D=_width(head_dim), num_warps=2,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        return self.out
+
+
+class Tiling(NamedTuple):
+    """How a program cuts its item: `keys` of a block, `width` of a head rounded up, `warps`."""
+
+    keys: int
+    width: int
+    warps: int
+
+
+def choose_tiling(head_dim: int, number_bytes: int, block_m: int) -> Tiling:
+    """For tiles of `block_m` rows of heads of that size."""
+    width = _width(head_dim)
+    row_bytes = width * number_bytes
+    tile_bytes = block_m * row_bytes
+    if number_bytes == 4:  # no tensor core: a thread holds its rows of both factors in registers
+        return Tiling(16, width, min(16, max(4, tile_bytes // _FLOAT32_WARP_BYTES)))
+    keys = max(16, min(128, _KEY_BLOCK_BYTES // row_bytes))
+    return Tiling(keys, width, 8 if tile_bytes > _WARP_TILE_BYTES else 4)
+
+
+def _width(head_dim: int) -> int:
+    """A head rounded up to a power of two: the least that a tensor core takes is 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _num_processors(device: torch.device) -> int:

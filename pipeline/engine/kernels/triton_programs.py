@@ -39,7 +39,10 @@ def attend_items(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,  # HEAD_DIM rounded up to a power of two
 ):
-    """Program (item, KV head): its queries against its keys, online softmax in base 2, float32."""
+    """Program (item, KV head): its queries against its keys, online softmax in base 2, float32.
+
+    Blocks of keys that all of its queries see, nearly all of a prefix, pass without masks.
+    """
     item = items + tl.program_id(0) * 6
     kv_head = tl.program_id(1)
     q_lo = tl.load(item).to(tl.int32)
@@ -61,45 +64,42 @@ def attend_items(
     is_cell = is_row[:, None] & is_column[None, :]
     at = nth.to(tl.int64) * query_stride_n + head.to(tl.int64) * query_stride_h
     q = tl.load(query + at[:, None] + column[None, :], mask=is_cell, other=0.0)
-    row_position = tl.load(positions + nth, mask=is_row, other=0).to(tl.int32)
 
-    # Key j of the item stands at `position + j`; only [low, high) can be seen by any of the rows.
-    latest = tl.max(tl.where(is_row, row_position, 0))
-    high = tl.minimum(num_keys, latest - position + 1)
+    # Key j of the item stands at `position + j`: a row sees those of (last - window, last].
+    last = tl.load(positions + nth, mask=is_row, other=0).to(tl.int32) - position
+    latest = tl.max(tl.where(is_row, last, -position))
+    earliest = tl.min(tl.where(is_row, last, latest))
+    high = tl.minimum(num_keys, latest + 1)
     low = 0
+    first_whole = 0  # [first_whole, end_whole) are seen by all rows
     if HAS_WINDOW:
-        earliest = tl.min(tl.where(is_row, row_position, latest))
-        low = tl.maximum(0, earliest - window + 1 - position)
+        low = tl.maximum(0, earliest - window + 1)
+        before = tl.maximum(low, latest - window + 1)
+        first_whole = tl.minimum(high, low + tl.cdiv(before - low, BLOCK_N) * BLOCK_N)
+    whole = tl.maximum(0, tl.minimum(high, earliest + 1) - first_whole)
+    end_whole = first_whole + whole // BLOCK_N * BLOCK_N
 
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    keys += kv_head.to(tl.int64) * keys_stride_h
-    values += kv_head.to(tl.int64) * values_stride_h
-    for start in range(low, high, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        slot = kv_lo + j
-        is_key = (j < high)[:, None] & is_column[None, :]
-        k = tl.load(keys + slot[:, None] * keys_stride_n + column[None, :], mask=is_key, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if HAS_SOFTCAP:  # tanh(x) = 2 sigmoid(2 x) - 1
-            scores = softcap * (2.0 * tl.sigmoid(scores * (2.0 / softcap)) - 1.0)
-        age = row_position[:, None] - (position + j)[None, :]
-        is_seen = (age >= 0) & (j < high)[None, :]
-        if HAS_WINDOW:
-            is_seen = is_seen & (age < window)
-        scores = tl.where(is_seen, scores * _LOG2_E, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        base = tl.where(new_best == float("-inf"), 0.0, new_best)
-        weights = tl.exp2(scores - base[:, None])
-        decay = tl.exp2(best - base)
-        v = tl.load(
-            values + slot[:, None] * values_stride_n + column[None, :], mask=is_key, other=0.0
-        )
-        total = total * decay + tl.sum(weights, 1)
-        acc = acc * decay[:, None]
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-        best = new_best
+    keys += kv_head.to(tl.int64) * keys_stride_h + kv_lo * keys_stride_n
+    values += kv_head.to(tl.int64) * values_stride_h + kv_lo * values_stride_n
+    if HAS_WINDOW:
+        best, total, acc = _attend_keys(
+            best, total, acc, q, last, keys, values, keys_stride_n, values_stride_n,
+            scale, softcap, window, low, first_whole,
+            True, HAS_SOFTCAP, HAS_WINDOW, HEAD_DIM, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    best, total, acc = _attend_keys(
+        best, total, acc, q, last, keys, values, keys_stride_n, values_stride_n,
+        scale, softcap, window, first_whole, end_whole,
+        False, HAS_SOFTCAP, HAS_WINDOW, HEAD_DIM, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    best, total, acc = _attend_keys(
+        best, total, acc, q, last, keys, values, keys_stride_n, values_stride_n,
+        scale, softcap, window, end_whole, high,
+        True, HAS_SOFTCAP, HAS_WINDOW, HEAD_DIM, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
 
     seen_any = total > 0.0
     acc = acc / tl.where(seen_any, total, 1.0)[:, None]
@@ -108,6 +108,74 @@ def attend_items(
     to = (part_lo + row // REP) * num_heads + head
     tl.store(part_out + to[:, None] * HEAD_DIM + column[None, :], acc, mask=is_cell)
     tl.store(part_lse + to, lse, mask=is_row)
+
+
+@triton.jit
+def _attend_keys(
+    best,  # [BLOCK_M] base 2
+    total,  # [BLOCK_M]
+    acc,  # [BLOCK_M, BLOCK_D]
+    q,
+    last,  # [BLOCK_M] the last key that a row sees
+    keys,
+    values,
+    keys_stride_n,
+    values_stride_n,
+    scale,
+    softcap,
+    window,
+    low,
+    high,
+    IS_MASKED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Go on with the softmax over keys `[low, high)`; without masks they are whole blocks, and
+    every row sees all of them."""
+    column = tl.arange(0, BLOCK_D)
+    is_column = (column < HEAD_DIM)[None, :]
+    to_base_2 = scale * _LOG2_E
+    for start in range(low, high, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        is_key = (j < high)[:, None] & is_column
+        k_at = keys + j[:, None] * keys_stride_n + column[None, :]
+        v_at = values + j[:, None] * values_stride_n + column[None, :]
+        if IS_MASKED:
+            k = tl.load(k_at, mask=is_key, other=0.0)
+        elif HEAD_DIM == BLOCK_D:
+            k = tl.load(k_at)
+        else:
+            k = tl.load(k_at, mask=is_column, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if HAS_SOFTCAP:  # tanh(x) = 2 sigmoid(2 x) - 1
+            scores = 2.0 * tl.sigmoid(scores * (2.0 * scale / softcap)) - 1.0
+            to_base_2 = softcap * _LOG2_E
+        if IS_MASKED:
+            age = last[:, None] - j[None, :]
+            is_seen = (age >= 0) & (j < high)[None, :]
+            if HAS_WINDOW:
+                is_seen = is_seen & (age < window)
+            scores = tl.where(is_seen, scores * to_base_2, float("-inf"))
+            new_best = tl.maximum(best, tl.max(scores, 1))
+            base = tl.where(new_best == float("-inf"), 0.0, new_best)
+            weights = tl.exp2(scores - base[:, None])
+            decay = tl.exp2(best - base)
+            v = tl.load(v_at, mask=is_key, other=0.0)
+        else:  # the greatest first, so that scaling and subtracting are one instruction
+            new_best = tl.maximum(best, tl.max(scores, 1) * to_base_2)
+            weights = tl.exp2(scores * to_base_2 - new_best[:, None])
+            decay = tl.exp2(best - new_best)
+            if HEAD_DIM == BLOCK_D:
+                v = tl.load(v_at)
+            else:
+                v = tl.load(v_at, mask=is_column, other=0.0)
+        total = total * decay + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        best = new_best
+    return best, total, acc
 
 
 @triton.jit
