@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= coppice-demo
 
-.PHONY: demo test test-fast trust test-slow attacks test-vllm torture fuzz faults check format format-check lint types docs bench bench-peers paper segments-study stateful-study demo-model segment-model stateful-model wheel clean
+.PHONY: demo test test-fast trust test-slow attacks test-vllm torture fuzz faults check format format-check lint types docs bench bench-peers gpu-rehearsal paper segments-study stateful-study demo-model segment-model stateful-model push-data wheel clean
 
 demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts, audit it, report
 	$(BIN)/coppice demo -o $(DEMO)
@@ -77,6 +77,31 @@ bench-peers: $(VENV)/.installed  ## vLLM, OpenVINO, transformers; hours, nothing
 	$(BIN)/python -m benchmarks.compare
 	$(BIN)/python -m benchmarks.grid
 
+# An environment like the card's machine (benchmarks/gpu/card.txt; Python 3.12), in it the script for
+# the card and the engine's tests on a CPU, then what is to be carried there. There:
+#   python3 -m pip install --no-index --no-deps --target /tmp/site gpu-carried/wheels/*.whl
+#   tar -xf gpu-carried/triton.tar.xz -C /tmp
+#   TRITON_CACHE_DIR=/tmp/coppice-triton PYTHONPATH=/tmp/site python3 -m benchmarks.gpu --out FOLDER
+# Triton keeps absolute paths in its cache, so that its folder must be the same here and there.
+GPU_VENV   ?= .venv-gpu
+GPU_PYTHON ?= python3.12
+CARRIED    ?= gpu-carried
+gpu-rehearsal: $(GPU_VENV)/.installed  ## rehearse the script for a card on its versions, on a CPU; gather what it needs
+	$(GPU_VENV)/bin/python -m benchmarks.gpu --dry --out $(CARRIED)/rehearsal
+	$(GPU_VENV)/bin/python -m pytest tests/engine/test_parts.py tests/engine/test_families.py tests/engine/test_cuda_graphs.py tests/engine/test_triton_kernel.py
+	rm -rf /tmp/coppice-triton
+	TRITON_CACHE_DIR=/tmp/coppice-triton $(GPU_VENV)/bin/python -m benchmarks.gpu.prewarm
+	tar -cJf $(CARRIED)/triton.tar.xz -C /tmp coppice-triton
+	$(GPU_VENV)/bin/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		--dest $(CARRIED)/wheels -r benchmarks/gpu/brought.txt
+	$(GPU_VENV)/bin/python -m benchmarks.gpu.carried $(CARRIED)
+
+$(GPU_VENV)/.installed: benchmarks/gpu/card.txt benchmarks/gpu/brought.txt
+	$(GPU_PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/gpu/card.txt -r benchmarks/gpu/brought.txt
+	touch $@
+
 WORKLOADS ?= ../shared/workloads
 PAPER     ?= results
 paper: $(VENV)/.installed  ## the paper's experiment, tables and plots into results/; 45 minutes, nothing else running
@@ -102,6 +127,9 @@ demo-model: $(VENV)/.installed  ## train the embedded model again, from scratch
 	$(BIN)/python data/train_model.py
 	$(BIN)/python data/evaluate_model.py
 	$(BIN)/python data/make_prompts.py
+
+push-data: $(VENV)/.installed  ## put data/ on the Hugging Face hub: REPO=owner/name [FLAGS=--dry-run]
+	$(BIN)/python data/publish.py $(REPO) $(FLAGS)
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

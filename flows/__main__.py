@@ -17,7 +17,7 @@ from pipeline.night.dates import parse_date
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-Output = Annotated[str, typer.Option("--output", help="Run directory, or s3:// URL of one.")]
+Output = Annotated[str, typer.Option("--output", help="Run directory, or its URL in a bucket.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of other settings.")]
 NightFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of the night.")]
 Timezone = Annotated[str, typer.Option("--timezone", help="Of the schedule and the dates.")]

@@ -93,11 +93,19 @@ class PrefectObserver(Observer):
             prefect.update_progress_artifact(self._progress, share, said)
 
 
+_CONSOLES = {
+    "s3": "https://console.aws.amazon.com/s3/object/{bucket}?prefix={key}",
+    "gs": "https://console.cloud.google.com/storage/browser/_details/{bucket}/{key}",
+}
+
+
 def _address(run: Location, page: str) -> str | None:
-    """Where a browser finds the page; None for a file, which it does not open from a site."""
+    """Where a browser finds the page; None for a file, which it does not open from a site, and for
+    Azure's, whose console goes by numbers of its own."""
     if not run.is_remote:
         return None
     url = ObjectUrl.parse(page)
     if run.endpoint is not None:
         return f"{run.endpoint.rstrip('/')}/{url.bucket}/{quote(url.key)}"
-    return f"https://console.aws.amazon.com/s3/object/{url.bucket}?prefix={quote(url.key)}"
+    console = _CONSOLES.get(url.scheme)
+    return console and console.format(bucket=url.bucket, key=quote(url.key))

@@ -8,7 +8,8 @@ assert result.audit().passed
 answers = result.answers().collect()  # polars; result.report().page is a page to look at
 ```
 
-Instead of a path it may be a polars frame or a pyarrow table. Every setting of `coppice run` is an
+Instead of a path it may be a polars frame or a pyarrow table; `kvcoppice.frame` gives the answered
+frame at once, and `kvcoppice.relation` a relation of DuckDB. Every setting of `coppice run` is an
 argument, with `_` for `-`. The same call again resumes. Nothing heavy is imported before a call.
 """
 
@@ -17,7 +18,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvcoppice.api import audit, plan, report, run, score
+    from kvcoppice.api import audit, plan, report, retry, run, score
+    from kvcoppice.notebooks import frame, relation
     from kvcoppice.results import Audit, Plan, Report, Run
     from pipeline.errors import (
         CoppiceError,
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "kvcoppice.api": ("audit", "plan", "report", "run", "score"),
+    "kvcoppice.api": ("audit", "plan", "report", "retry", "run", "score"),
+    "kvcoppice.notebooks": ("frame", "relation"),
     "kvcoppice.results": ("Audit", "Plan", "Report", "Run"),
     "pipeline.errors": (
         "CoppiceError", "EngineError", "InputError", "Interrupted", "ModelError", "StorageError",
@@ -44,7 +47,8 @@ _HOMES = {
 __all__ = [
     "Audit", "CoppiceError", "EngineError", "InputError", "Interrupted", "ModelError", "Plan",
     "Report", "Run", "StorageError", "TimeBudgetReached", "TooManyDegenerate",
-    "TooManyFailedRows", "UsageError", "audit", "plan", "report", "run", "score",
+    "TooManyFailedRows", "UsageError", "audit", "frame", "plan", "relation", "report", "retry",
+    "run", "score",
 ]  # fmt: skip
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import polars as pl
 import pyarrow as pa
+from pydantic import BaseModel
 
-from kvcoppice.frames import keep_frame
+from kvcoppice.frames import keep_frame, keep_questions
 from kvcoppice.results import Audit, Plan, Report, Run
 from pipeline.cli.logs import make_observer
 from pipeline.cli.options import choices_unless_said, merge_section, split_store
+from pipeline.errors import UsageError
 from pipeline.location import Location
 from pipeline.settings import AuditSettings, JobSettings, ObjectStoreSettings
 
@@ -33,17 +36,25 @@ def plan(prompts: Prompts, *, model: FsPath, **settings: Any) -> Plan:
 
 
 def run(
-    prompts: Prompts, output: FsPath, *, model: FsPath, progress: Progress = "none", **settings: Any
+    prompts: Prompts,
+    output: FsPath,
+    *,
+    model: FsPath,
+    progress: Progress = "none",
+    schema: type[BaseModel] | Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Run:
     """Answer every row into the run directory `output`; the same call again resumes.
 
-    `settings` are those of `coppice run`, with `_` for `-`. Raises UsageError and its kin before
-    anything ran; TooManyFailedRows when the run is complete; TimeBudgetReached, Interrupted,
-    EngineError or StorageError with every committed row intact.
+    `settings` are those of `coppice run`, with `_` for `-`. `schema`: a model of pydantic, or a
+    JSON schema, that every answer fits; the column `parsed` holds them as values.
+
+    Raises UsageError and its kin before anything ran; TooManyFailedRows when the run is complete;
+    TimeBudgetReached, Interrupted, EngineError or StorageError with every committed row intact.
     """
     from pipeline.run import run_job
 
-    job, path = _job(model, settings), os.fspath(output)
+    job, path = _job(model, settings | _with_schema(schema, settings)), os.fspath(output)
     outcome = run_job(_input(prompts), path, job, make_observer(progress))
     return Run.of(outcome, Location(path, job.store))
 
@@ -54,10 +65,23 @@ def score(
     """Score given continuations of every row into `output`; nothing is generated.
 
     As `run`, with the settings of `coppice score`: what is scored is the column `choices` unless
-    `choices_column`, `choices`, `continuation_column` or `prompt_logprobs` says otherwise.
+    `choices_column`, `choices`, `continuation_column`, `prompt_logprobs` or `questions` says
+    otherwise; the last is a file, or a mapping of what stands in it.
     """
     asked = settings | choices_unless_said(settings)
     return run(prompts, output, model=model, progress=progress, **asked)
+
+
+def retry(run: Run | FsPath, *, progress: Progress = "none", **settings: Any) -> Run:
+    """Answer rows of a complete run again that failed while they ran, into the same directory.
+
+    `settings` are those of `coppice retry`, with `_` for `-`. Raises as `run`.
+    """
+    from pipeline.run import retry_job
+
+    others, store = split_store(settings)
+    location = _location(run, store)
+    return Run.of(retry_job(location, others, make_observer(progress)), location)
 
 
 def audit(run: Run | FsPath, *, progress: Progress = "none", **settings: Any) -> Audit:
@@ -85,7 +109,24 @@ def report(run: Run | FsPath, **settings: Any) -> Report:
 
 def _job(model: FsPath, settings: dict[str, Any]) -> JobSettings:
     """Raises UsageError naming the field."""
+    if isinstance(asked := settings.get("questions"), Mapping):
+        settings = settings | {"questions": keep_questions(asked)}
     return JobSettings.from_flat({**settings, "model": os.fspath(model)})
+
+
+def _with_schema(
+    schema: type[BaseModel] | Mapping[str, Any] | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Raises UsageError."""
+    if schema is None:
+        return {}
+    if settings.get("json_schema") is not None:
+        raise UsageError("schema and json_schema exclude each other; leave one of the two out")
+    if isinstance(schema, Mapping):
+        return {"json_schema": dict(schema)}
+    if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
+        raise UsageError("schema is a model of pydantic or a JSON schema as a mapping")
+    return {"json_schema": schema.model_json_schema()}
 
 
 def _input(prompts: Prompts) -> str:

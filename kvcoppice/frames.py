@@ -11,11 +11,14 @@ when nobody has used it for thirty days. After that, call `run` with the frame b
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -34,11 +37,28 @@ def keep_frame(frame: pl.DataFrame | pl.LazyFrame | pa.Table) -> str:
 
     What a lazy frame means is computed here, once a call.
     """
-    frames = cache_folder() / "frames"
-    _drop_stale(frames)
     content = memoryview(encode_parquet(_table(frame).combine_chunks()))
-    folder = frames / hashlib.sha256(content).hexdigest()[:_DIGITS]
-    path = folder / "prompts.parquet"
+    return _keep("frames", "prompts.parquet", content)
+
+
+def keep_questions(questions: Mapping[str, Any]) -> str:
+    """The path of a file that says what `questions` does. Raises UsageError, StorageError."""
+    try:
+        text = json.dumps(dict(questions), ensure_ascii=False, allow_nan=False)
+        content = text.encode()
+    except (TypeError, ValueError, RecursionError):
+        raise UsageError(
+            "questions are a path or a mapping of texts and lists, like {'questions': [...]}"
+        ) from None
+    return _keep("questions", "questions.json", memoryview(content))
+
+
+def _keep(kind: str, name: str, content: memoryview) -> str:
+    """The path of a file with this content."""
+    kept = cache_folder() / kind
+    _drop_stale(kept)
+    folder = kept / hashlib.sha256(content).hexdigest()[:_DIGITS]
+    path = folder / name
     with write_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.exists():
@@ -61,8 +81,8 @@ def _table(frame: object) -> pa.Table:
     )
 
 
-def _drop_stale(frames: Path) -> None:
-    for folder in frames.glob("*"):
+def _drop_stale(kept: Path) -> None:
+    for folder in kept.glob("*"):
         with suppress(OSError):
             if time.time() - folder.stat().st_mtime > _STALE_S:
                 shutil.rmtree(folder, ignore_errors=True)

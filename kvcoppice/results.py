@@ -73,12 +73,14 @@ class Run:
         )  # fmt: skip
 
     def answers(self) -> pl.LazyFrame:
-        """A row for each input row, in their order: your columns, the answer, what was reused.
+        """A row for each input row, in their order: your columns, the answer, what was reused. With
+        `explode` a row for each sample.
 
         Raises StorageError if parts of a run in a bucket cannot be fetched.
         """
         with reading_run(self.location) as directory:
-            rows = directory.scan().sort("row_index")
+            order = ["row_index", *(["sample_index"] if directory.is_exploded else [])]
+            rows = directory.scan_samples().sort(order)
             return rows.collect().lazy() if self.location.is_remote else rows
 
     def audit(self, **settings: Any) -> Audit:
@@ -86,6 +88,12 @@ class Run:
         from kvcoppice.api import audit
 
         return audit(self, **settings)
+
+    def retry(self, **settings: Any) -> Run:
+        """As `kvcoppice.retry` of this run."""
+        from kvcoppice.api import retry
+
+        return retry(self, **settings)
 
     def report(self) -> Report:
         """As `kvcoppice.report` of this run."""

@@ -119,6 +119,8 @@ def check_conversations(job: JobSettings) -> None:
         "--documents-column": job.read.documents_column is not None,
         "--reorder-fields": job.read.reorder_fields,
         f"--on-overlong {job.plan.on_overlong}": job.plan.on_overlong != "error",
+        f"--n {job.sampling.n}": (job.sampling.n or 1) > 1,
+        "--explode": job.write.explode,
     }
     evicting = {
         f"--engine {job.model.engine}": job.model.engine != "prefix",

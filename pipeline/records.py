@@ -26,12 +26,23 @@ How tokens are counted, for every row:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, NamedTuple
+
+from pipeline.questions import Questionnaire
 
 FinishReason = Literal["stop", "length", "error"]
 Message = dict[str, str]
-"""One turn of a conversation: `{"role": ..., "content": ...}`."""
+"""One turn of a conversation: `{"role": ..., "content": ...}`; `tool_calls` of it are JSON text."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation, or the one message of a user, and what its template is given besides, as a
+    JSON object: `tools`, `enable_thinking`, and the like."""
+
+    content: str | list[Message]
+    given: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +71,35 @@ class ScoredPrompt:
     continuations: tuple[str, ...]
 
 
-Content = str | list[Message] | SegmentedPrompt | TurnPrompt | ScoredPrompt
+@dataclass(frozen=True, slots=True)
+class AskedPrompt:
+    """A row's text, and each question of the `sheet` as it is asked about it."""
+
+    content: str | list[Message]
+    questions: tuple[str, ...]
+    sheet: Questionnaire
+
+    @property
+    def prompts(self) -> list[ScoredPrompt]:
+        """A context with its labels for each question."""
+        pairs = zip(self.questions, self.sheet.questions, strict=True)
+        return [
+            ScoredPrompt(self.sheet.compose(self.content, text), question.labels)
+            for text, question in pairs
+        ]
+
+
+Content = (
+    str | list[Message] | ChatPrompt | SegmentedPrompt | TurnPrompt | ScoredPrompt | AskedPrompt
+)
 """A prompt as the input has it."""
 MOST_NEW_TOKENS: Final = 2**31 - 1
 """Numbers of tokens are kept in 32 bits here and in every engine."""
 GREEDY_BELOW: Final = 1e-5
 """A temperature below this one lets no second token have a chance, but numbers overflow."""
+MOST_LOGPROBS: Final = 20
+MOST_SAMPLES: Final = 16_384
+"""As many as vLLM allows."""
 
 PRIOR_TURN_FAILED: Final = "PriorTurnFailed"
 
@@ -76,6 +110,9 @@ _NUMBERS: Final[dict[str, tuple[type, ...]]] = {
     "top_p": (int, float),
     "top_k": (int, type(None)),
     "seed": (int,),
+    "thinking_budget": (int, type(None)),
+    "logprobs": (int, type(None)),
+    "n": (int,),
 }
 
 
@@ -84,6 +121,12 @@ class SamplingParams:
     """How one row is continued. A temperature of (almost) 0 means greedy; then no seed matters.
 
     `rules`: what else its logits go through, as JSON; see `pipeline/generation.py`.
+    `constraint`: what the answer must be, as JSON; see `pipeline/constraints.py`. `opening`: ids
+    that every answer under it begins with; they end the prompt of the plan, and `max_new_tokens`
+    counts them no more. `thinking_budget`: most tokens before the end of thinking is forced.
+    `logprobs`: of each chosen token and so many likeliest ones, None: none. `n`: answers to the
+    prompt, each drawn with noise of its own; of a plan's sequences it is 1. `asked`: what a request
+    asks besides, as JSON; see `pipeline/request_rules.py`.
     """
 
     max_new_tokens: int = 128
@@ -94,6 +137,12 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     rules: str = ""
+    constraint: str = ""
+    opening: tuple[int, ...] = ()
+    thinking_budget: int | None = None
+    logprobs: int | None = None
+    n: int = 1
+    asked: str = ""
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -109,9 +158,23 @@ class SamplingParams:
             raise ValueError(
                 f"top_k must lie in [1, {MOST_NEW_TOKENS}] or be absent, got {self.top_k}"
             )
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise ValueError(f"logprobs must lie in [0, {MOST_LOGPROBS}], got {self.logprobs}")
+        self._check_samples()
         if "" in self.stop:
             raise ValueError(
                 "stop must not hold an empty string: it would end every answer at once"
+            )
+        if self.thinking_budget is not None and self.thinking_budget < 0:
+            raise ValueError(f"thinking_budget must be at least 0, got {self.thinking_budget}")
+
+    def _check_samples(self) -> None:
+        if not 1 <= self.n <= MOST_SAMPLES:
+            raise ValueError(f"n must lie in [1, {MOST_SAMPLES}], got {self.n}")
+        if self.n > 1 and self.is_greedy:
+            raise ValueError(
+                f"n is {self.n}, but a temperature of 0 gives the same answer each time; leave n "
+                "out, or choose a temperature"
             )
 
     def _check_types(self) -> None:
@@ -127,6 +190,10 @@ class SamplingParams:
             )
         if not all(isinstance(text, str) for text in self.stop):
             raise ValueError("stop must be a text or a list of texts")
+        if not isinstance(self.constraint, str):
+            raise ValueError(f"constraint must be a text, not {type(self.constraint).__name__}")
+        if not isinstance(self.opening, tuple):
+            raise ValueError(f"opening must be ids, not {type(self.opening).__name__}")
         if any("\ud800" <= character <= "\udfff" for text in self.stop for character in text):
             raise ValueError("stop holds half a surrogate pair, which is not text")
 
@@ -134,6 +201,17 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether two rows with the same prompt and these parameters must get the same answer."""
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether some tokens are ruled out, or forced, by what was said before."""
+        return bool(self.constraint) or self.thinking_budget is not None
+
+    def without_opening(self) -> SamplingParams:
+        """The same for a prompt that does not end with the opening."""
+        if not self.opening:
+            return self
+        return replace(self, opening=(), max_new_tokens=self.max_new_tokens + len(self.opening))
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +294,14 @@ class TurnState:
     eviction_log: tuple[EvictionEvent, ...] = ()
 
 
+class TokenLogprobs(NamedTuple):
+    """Of a chosen token its log-probability, in nats; and the likeliest tokens with theirs."""
+
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
 class Scored(NamedTuple):
     """Of a continuation: the log-probability of each of its tokens, in nats, and whether it is what
     greedy decoding would say."""
@@ -236,6 +322,9 @@ class Completion:
     `prompt_tokens`, the history counted (0: those of the plan); `state` of its cache at the end.
 
     Where a plan has scores nothing is generated, and `scores` are those of the sequence's requests.
+
+    `forced_tokens` of the answer were known before they were decoded, so they never were.
+    `logprobs`: of each of `token_ids`, where the row asks for them.
     """
 
     sequence: int
@@ -250,6 +339,8 @@ class Completion:
     prompt_tokens: int = 0
     state: TurnState | None = None
     scores: tuple[Scored, ...] = ()
+    forced_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
     @classmethod
     def after_failed(cls, sequence: int, turn: int) -> Completion:

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from pipeline.costs import NO_COSTS, CostSettings
 from pipeline.early_checks import check_early
 from pipeline.engine.base import Engine, EngineFactory
 from pipeline.engine.load import make_engine
 from pipeline.engine_loading import loading_engine
-from pipeline.errors import UsageError
+from pipeline.errors import RunDirectoryError, UsageError
 from pipeline.job.advised_plan import plan_for_a_person, sample_prompts
 from pipeline.job.job import Job, open_job
 from pipeline.job.metrics_export import exporting
@@ -29,7 +32,14 @@ from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.outcome import RunOutcome
 from pipeline.job.planning import PlannedJob, plan_rows
 from pipeline.job.planning_watch import PlanningWatch
-from pipeline.job.recorded import describe_job, keep_system_prompt, with_recorded_clock
+from pipeline.job.recorded import (
+    describe_job,
+    keep_system_prompt,
+    recall_settings,
+    with_changes,
+    with_recorded_clock,
+)
+from pipeline.job.recorded_plan import check_plan
 from pipeline.job.recycling import expected_hits
 from pipeline.job.session import Session
 from pipeline.job.shown_prompts import show_first
@@ -40,7 +50,9 @@ from pipeline.model.machine import cache_folder
 from pipeline.plan.frames import largest_nodes, tree_frame
 from pipeline.settings import JobSettings
 from pipeline.storage.durable import replace_file
+from pipeline.storage.object_store import check_options
 from pipeline.storage.part_file import encode_parquet
+from pipeline.storage.retried_rows import begin_retry, failed_in_run, is_retry, take_back
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import holds_run, reading_run, take_run
 from pipeline.storage.targets import check_apart, check_replaceable, folder_to_write
@@ -60,6 +72,7 @@ def open_to_run(input: str, run: Location, settings: JobSettings) -> Job:
 
 def plan_job(input: str, settings: JobSettings, observer: Observer | None = None) -> PlannedJob:
     """Plan a job and do nothing else; of the model only tokenizer and config are read."""
+    check_options(Location(input, settings.store))
     return plan_opened(open_job(input, with_absolute_paths(settings)), observer)
 
 
@@ -118,6 +131,7 @@ def validate_input(
 
     Raises InputError for what no job could start with: columns, types, damaged pages, double ids.
     """
+    check_options(Location(input, settings.store))
     watch = (observer or SilentObserver()).show_planning
     planned = plan_rows(open_job(input, settings), watch=watch)
     rejections = planned.summary.rejections or {"reasons": {}, "examples": []}
@@ -162,7 +176,7 @@ def _surrounding(
     make_engine: EngineFactory,
 ) -> Iterator[_Surroundings]:
     with (
-        exporting(observer or SilentObserver(), settings.monitor, run) as watched,
+        exporting(observer or SilentObserver(), settings, run) as watched,
         Watchdog(settings.write.stall_timeout, watched).watching() as watchdog,
     ):
         watch, stop = PlanningWatch(watched, run), StopRequest(time_budget_s)
@@ -180,7 +194,7 @@ def run_job(
 ) -> RunOutcome:
     """Do the job, or what is left of it; the same call again resumes.
 
-    `input` and `output` may lie below `s3://`; `settings.store` says how to get there. Workers on a
+    `input` and `output` may lie in a bucket; `settings.store` says how to get there. Workers on a
     cluster get `make_engine` by its name.
 
     Raises UsageError and its kin before anything ran; EngineError, StorageError, Interrupted,
@@ -190,6 +204,7 @@ def run_job(
     who must live on sets it to 0.
     """
     run, budget_s = Location(output, settings.store), settings.write.time_budget
+    check_options(Location(input, settings.store), run)
     with _surrounding(run, settings, budget_s, observer, make_engine) as around:
         return _run_or_resume(open_to_run(input, run, settings), run, around)
 
@@ -207,7 +222,10 @@ def run_opened(
         return _run_or_resume(job, run, around)
 
 
-def _run_or_resume(job: Job, run: Location, around: _Surroundings) -> RunOutcome:
+def _run_or_resume(
+    job: Job, run: Location, around: _Surroundings, retries: bool = False
+) -> RunOutcome:
+    """`retries`: rows of a complete run that failed while they ran are answered again."""
     observer, watch, settings = around.watch.observer, around.watch, job.settings
     if job.source.summary:
         observer.say(job.source.summary)
@@ -219,25 +237,11 @@ def _run_or_resume(job: Job, run: Location, around: _Surroundings) -> RunOutcome
     # a model that is repaired afterwards does not meet the job of the broken one.
     def take() -> RunDirectory:
         copies = cache_folder() / "runs"
-        return take_run(run, copies, job.fingerprint, description)
+        return take_run(run, copies, job.fingerprint, description, with_parts=retries)
 
     if holds_run(run):
         with take() as directory:
-            if directory.is_sealed:
-                if directory.is_whole:
-                    observer.say(f"{run} is complete; nothing to do")
-                    outcome = RunOutcome.of_sealed(directory)
-                    outcome.check(settings)
-                    return outcome
-                observer.say(f"{run} was complete, but files are missing; they are made again")
-                rows = directory.planned_rows()
-                counted = directory.read_manifest()["counters"].get("rows_in")
-                expected = counted if rows is None else len(rows)
-                directory.unseal(with_audit=len(directory.done_rows()) != expected)
-            keep_system_prompt(directory, settings)
-            with engine as loading:
-                planned = plan_rows(job, watch=watch.until_failure(loading))
-                return _sit(planned, directory, loading, around)
+            return _go_on(job, directory, around, engine, retries)
     with engine as loading:
         planned = plan_rows(job, watch=watch.until_failure(loading))
         with around.watchdog.excused():
@@ -245,6 +249,51 @@ def _run_or_resume(job: Job, run: Location, around: _Surroundings) -> RunOutcome
         with take() as directory:
             keep_system_prompt(directory, settings)
             return _sit(planned, directory, loading, around)
+
+
+def _go_on(
+    job: Job,
+    directory: RunDirectory,
+    around: _Surroundings,
+    engine: AbstractContextManager[Future[Engine]],
+    retries: bool,
+) -> RunOutcome:
+    """A run that has begun: complete, or to be completed."""
+    observer, is_sealed = around.watch.observer, directory.is_sealed
+    if not is_sealed and retries and not is_retry(directory):
+        directory.check_complete()
+    is_whole = is_sealed and directory.is_whole
+    if is_whole and not (retries and len(failed_in_run(directory))):
+        return _find_complete(directory, around, job.settings)
+    if is_sealed and not is_whole:
+        observer.say(f"{directory.name} was complete, but files are missing; they are made again")
+        rows = directory.planned_rows()
+        counted = directory.read_manifest()["counters"].get("rows_in")
+        expected = counted if rows is None else len(rows)
+        directory.unseal(with_audit=len(directory.done_rows()) != expected)
+    keep_system_prompt(directory, job.settings)
+    with engine as loading:
+        planned = plan_rows(job, watch=around.watch.until_failure(loading))
+        if is_sealed and retries:
+            check_plan(planned, directory)
+            with around.watchdog.excused():
+                loading.result()  # a model that cannot be loaded leaves the run complete
+            left = begin_retry(directory, planned.rejected)
+            if is_whole and not left:
+                return _find_complete(directory, around, job.settings)
+            refused = len(np.intersect1d(list(planned.rejected), planned.rows))
+            observer.say(f"{left} failed rows are computed again; {refused} stay refused")
+        take_back(directory)
+        return _sit(planned, directory, loading, around)
+
+
+def _find_complete(
+    directory: RunDirectory, around: _Surroundings, settings: JobSettings
+) -> RunOutcome:
+    around.watch.observer.say(f"{directory.name} is complete; nothing to do")
+    outcome = RunOutcome.of_sealed(directory, settings.cost)
+    outcome.check(settings)
+    return outcome
 
 
 def _sit(
@@ -255,12 +304,45 @@ def _sit(
     return session.run(loading)
 
 
-def write_report(run: Location) -> dict[str, str]:
-    """Write `report.html` and `report.md`; returns `page`, its path or URL, and `summary`, text."""
+@interruptible()
+def retry_job(
+    run: Location,
+    changes: Mapping[str, Any],
+    observer: Observer | None = None,
+    make_engine: EngineFactory = make_engine,
+) -> RunOutcome:
+    """Answer the rows of a complete run again that failed while they ran, into the same directory;
+    the same call again goes on with a retry that was stopped.
+
+    The job is the one that the run recorded; `changes`: settings that decide no answer, flat.
+    Raises as `run_job`, RunDirectoryError where there is no run or one that is not complete.
+    """
+    with reading_run(run, parts=False) as directory:
+        settings = with_changes(recall_settings(directory), changes, run.store)
+        named = directory.read_manifest().get("input", {})
+    if "argument" not in named:
+        raise RunDirectoryError(f"{run} does not say how it was made; run the job again")
+    budget_s = settings.write.time_budget
+    with _surrounding(run, settings, budget_s, observer, make_engine) as around:
+        job = open_to_run(named["argument"], run, settings)
+        return _run_or_resume(job, run, around, retries=True)
+
+
+def read_outcome(run: Location) -> RunOutcome:
+    """What became of a job that is complete. Raises RunDirectoryError, StorageError."""
+    with reading_run(run) as directory:
+        return RunOutcome.of_sealed(directory)
+
+
+def write_report(run: Location, price: CostSettings = NO_COSTS) -> dict[str, str]:
+    """Write `report.html` and `report.md`; returns `page`, its path or URL, and `summary`, text.
+
+    `price`: over the one that the run recorded.
+    """
     from pipeline.report.page import render
 
     with reading_run(run) as directory:
-        render(directory)
+        render(directory, price)
         summary = (directory.root / "report.md").read_text(encoding="utf-8")
         return {"page": f"{directory.name}/report.html", "summary": summary}
 
@@ -268,7 +350,7 @@ def write_report(run: Location) -> dict[str, str]:
 def with_absolute_paths(settings: JobSettings) -> JobSettings:
     """Settings that mean the same from any working directory: they are recorded and read again."""
     model, tokens, read = settings.model, settings.tokens, settings.read
-    reuse = settings.reuse
+    reuse, scoring = settings.reuse, settings.scoring
     if Path(model.model).is_dir():
         model = model.model_copy(update={"model": os.path.abspath(model.model)})
     if tokens.chat_template is not None:
@@ -277,5 +359,7 @@ def with_absolute_paths(settings: JobSettings) -> JobSettings:
         read = read.model_copy(update={"template": read.template.absolute()})
     if reuse.adapter is not None:
         reuse = reuse.model_copy(update={"adapter": reuse.adapter.absolute()})
-    changed = {"model": model, "tokens": tokens, "read": read, "reuse": reuse}
+    if scoring.questions is not None:
+        scoring = scoring.model_copy(update={"questions": scoring.questions.absolute()})
+    changed = {"model": model, "tokens": tokens, "read": read, "reuse": reuse, "scoring": scoring}
     return settings.model_copy(update=changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
@@ -15,10 +16,12 @@ _ENGINES = ("prefix", "naive")
 
 
 class ScoringSettings(BaseModel):
-    """Rows are scored, and no answer is generated, where one of four is said.
+    """Rows are scored, and no answer is generated, where one of five is said.
 
     `choices_column`: a list of texts; `choices`: the same for every row, in one text with commas or
-    as several; `continuation_column`: one text; `prompt_logprobs`: the prompts themselves.
+    as several; `continuation_column`: one text; `prompt_logprobs`: the prompts themselves;
+    `questions`: a file of them, see `questions.py`, which stand before or behind a row's text by
+    `question_order`, "auto": whichever shares more.
     `normalize`: what the log-probability of a choice is divided by before choices are compared.
     """
 
@@ -28,6 +31,8 @@ class ScoringSettings(BaseModel):
     choices: tuple[str, ...] = ()
     continuation_column: str | None = None
     prompt_logprobs: bool = False
+    questions: Path | None = None
+    question_order: Literal["auto", "first", "last"] = "auto"
     normalize: Literal["none", "tokens", "bytes"] = "none"
 
     @field_validator("choices", mode="before")
@@ -58,6 +63,7 @@ class ScoringSettings(BaseModel):
             "--choices": bool(self.choices),
             "--continuation-column": self.continuation_column is not None,
             "--prompt-logprobs": self.prompt_logprobs,
+            "--questions": self.questions is not None,
         }
         return [flag for flag, is_there in said.items() if is_there]
 
@@ -66,9 +72,14 @@ class ScoringSettings(BaseModel):
         if len(self.sources) > 1:
             first, second = self.sources[:2]
             raise ValueError(f"{first} and {second} exclude each other; leave one of the two out")
-        if self.normalize != "none" and not (self.choices or self.choices_column):
+        if self.normalize != "none" and not (self.choices or self.choices_column or self.questions):
             raise ValueError(
-                f"normalize {self.normalize} compares choices; give --choices or --choices-column"
+                f"normalize {self.normalize} compares choices; give --choices, --choices-column or "
+                "--questions"
+            )
+        if self.question_order != "auto" and self.questions is None:
+            raise ValueError(
+                f"question-order {self.question_order} is about --questions; give these too"
             )
         return self
 
@@ -89,9 +100,11 @@ def check_scoring(job: JobSettings) -> None:
         f"--reuse {job.reuse.reuse}": job.reuse.moves_documents,
         "--document-order best": job.reuse.document_order == "best",
         "--segments-column": job.read.segments_column is not None,
+        "--json-schema-column": job.read.json_schema_column is not None,
         "--documents-column": job.read.documents_column is not None,
         "--conversation-column": job.conversations.conversation_column is not None,
         "--turn-column": job.conversations.turn_column is not None,
+        "--explode": job.write.explode,
         f"--engine {job.model.engine}": job.model.engine not in _ENGINES,
     }
     flag = asked.sources[0]

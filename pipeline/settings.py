@@ -23,7 +23,10 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline import constraints
+from pipeline.constraint_settings import check_constraints, read_grammar, read_schema
 from pipeline.conversation_settings import ConversationSettings, check_conversations
+from pipeline.costs import CostSettings
 from pipeline.errors import UsageError
 from pipeline.forms import (
     Duration,
@@ -36,12 +39,18 @@ from pipeline.forms import (
     unknown_name,
 )
 from pipeline.generation import read_generation_options
-from pipeline.records import MOST_NEW_TOKENS
+from pipeline.records import MOST_LOGPROBS, MOST_NEW_TOKENS, MOST_SAMPLES
 from pipeline.reuse_settings import ReuseSettings, check_reuse
 from pipeline.scoring_settings import ScoringSettings, check_scoring
+from pipeline.template_arguments import read_template_arguments
 
-STORAGE_SECRETS = ("access_key_id", "secret_access_key", "session_token")
-STORAGE_OPTIONS = ("endpoint_url", "region", "anonymous", *STORAGE_SECRETS)
+STORAGE_SECRETS = (
+    "access_key_id", "secret_access_key", "session_token", "account_key", "sas_token", "token",
+)  # fmt: skip
+STORAGE_OPTIONS = (
+    "endpoint_url", "region", "anonymous", "service_account", "account_name", *STORAGE_SECRETS,
+)  # fmt: skip
+_PREFIXES = ("aws_", "azure_storage_", "google_")
 
 
 def parse_storage_options(value: object) -> dict[str, str]:
@@ -52,7 +61,8 @@ def parse_storage_options(value: object) -> dict[str, str]:
     """
     options: dict[str, str] = {}
     for key, content in _named_values(value):
-        name = str(key).strip().lower().replace("-", "_").removeprefix("aws_")
+        name = str(key).strip().lower().replace("-", "_")
+        name = next((name.removeprefix(p) for p in _PREFIXES if name.startswith(p)), name)
         if name not in STORAGE_OPTIONS:
             raise ValueError(f"there is no option {key!r}; known are {', '.join(STORAGE_OPTIONS)}")
         options[name] = str(content).lower() if isinstance(content, bool) else str(content)
@@ -82,6 +92,7 @@ class ReadSettings(_Section):
     `template`: a Jinja file that makes the prompt of a row's columns, instead of a ready one.
     `reorder_fields`: list its `fields(...)` in each row in the order in which rows share most.
     `segments_column`: a prompt in parts; `documents_column`: what stands before the prompt.
+    `json_schema_column`: what the answer of each row must be.
     """
 
     prompt_column: str | None = None
@@ -89,6 +100,7 @@ class ReadSettings(_Section):
     segments_column: str | None = None
     documents_column: str | None = None
     template: Path | None = None
+    json_schema_column: str | None = None
     reorder_fields: bool = False
     id_column: str | None = None
     limit: int | None = Field(default=None, ge=1)
@@ -98,7 +110,10 @@ class TokenSettings(_Section):
     """How a row becomes text, and text token ids.
 
     `clock`: what a chat template that prints the date or time takes for now, on the wall; None:
-    the beginning of the day on which the job begins.
+    the beginning of the day on which the job begins. `chat_template_kwargs`: what a chat template
+    is given besides messages, like `{"enable_thinking": false}`. `reasoning_tags`: around what a
+    model thinks before it answers: "auto" (those of its chat template), "none", or two, with a
+    comma between.
     """
 
     system_prompt: str | None = None
@@ -106,6 +121,27 @@ class TokenSettings(_Section):
     clock: datetime | None = None
     apply_chat_template: bool = False
     parse_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    reasoning_tags: str = "auto"
+
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _arguments(cls, value: object) -> dict[str, Any]:
+        return read_template_arguments(dict(_named_values(value)))
+
+    @field_validator("reasoning_tags")
+    @classmethod
+    def _tags(cls, value: str) -> str:
+        begin, _, end = value.partition(",")
+        if value not in ("auto", "none") and (not begin or not end or "," in end):
+            raise ValueError("write it as auto, none, or two tags like <think>,</think>")
+        return value
+
+    @property
+    def named_tags(self) -> tuple[str, str] | None:
+        """The tags around reasoning, where a person names them."""
+        begin, comma, end = self.reasoning_tags.partition(",")
+        return (begin, end) if comma else None
 
     @field_validator("clock")
     @classmethod
@@ -150,7 +186,10 @@ class SamplingSettings(_Section):
     """Defaults for rows without sampling fields; None means: as the model's repository says.
 
     `top_k` 0 or -1: all tokens. `generation_options`: fields of transformers' `GenerationConfig`
-    instead of the model's own, like `{"repetition_penalty": 1.0}`.
+    instead of the model's own, like `{"repetition_penalty": 1.0}`, or of `RequestRules`.
+    `json_schema`, `regex`, `grammar`: what each answer must be, as text; the first and the last may
+    be files. `thinking_budget`: most tokens of thinking. `logprobs`: of each chosen token and so
+    many likeliest ones. `n`: samples of each row.
     """
 
     max_new_tokens: int | None = Field(default=None, ge=1, le=MOST_NEW_TOKENS)
@@ -160,7 +199,15 @@ class SamplingSettings(_Section):
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    n: int | None = Field(default=None, ge=1, le=MOST_SAMPLES)
+    logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
+    frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
     generation_options: dict[str, Any] = {}
+    json_schema: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    thinking_budget: int | None = Field(default=None, ge=0, le=MOST_NEW_TOKENS)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -174,6 +221,30 @@ class SamplingSettings(_Section):
     @classmethod
     def _options(cls, value: object) -> dict[str, Any]:
         return read_generation_options(dict(_named_values(value)))
+
+    @field_validator("json_schema", mode="before")
+    @classmethod
+    def _schema(cls, value: object) -> str | None:
+        return None if value is None else read_schema(value)
+
+    @field_validator("grammar", mode="before")
+    @classmethod
+    def _grammar(cls, value: object) -> str | None:
+        return None if value is None else read_grammar(value)
+
+    @field_validator("regex")
+    @classmethod
+    def _regex(cls, value: str | None) -> str | None:
+        return value if value is None or constraints.of_regex(value) else None
+
+    @property
+    def constraint(self) -> str:
+        """What each answer must be, as one text; empty: anything."""
+        if self.json_schema is not None:
+            return constraints.of_schema(self.json_schema)
+        if self.regex is not None:
+            return constraints.of_regex(self.regex)
+        return "" if self.grammar is None else constraints.of_grammar(self.grammar)
 
 
 class ModelSettings(_Section):
@@ -231,11 +302,13 @@ class EngineSettings(_Section):
 class WriteSettings(_Section):
     """How the output is cut into parts and when the job counts as failed or stops by itself.
 
-    `stall_timeout`: seconds in which nothing moves after which it is ended; 0: never.
+    `explode`: a row of several samples is as many rows. `stall_timeout`: seconds in which nothing
+    moves after which it is ended; 0: never.
     """
 
     rows_per_part: int = Field(default=1000, ge=1)
     preserve_order: bool = False
+    explode: bool = False
     fail_on_error: RowLimit = "1%"
     time_budget: Duration | None = None
     stall_timeout: Duration = 1800.0
@@ -314,7 +387,7 @@ class ObjectStoreSettings(_Section):
     """How an object store is reached, to read and to write; decides no answer.
 
     Secrets are in no dump and no repr: run.json and `--print-config` never hold them. What is
-    not given is taken from the environment variables and files that AWS's own tools use.
+    not given is taken from the environment variables and files that each store's own tools use.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -326,10 +399,12 @@ class ObjectStoreSettings(_Section):
     def _options(cls, value: object) -> dict[str, str]:
         options = parse_storage_options(value)
         endpoint = options.get("endpoint_url")
-        if endpoint is not None and not re.fullmatch(r"https?://[^/@\s]+/?", endpoint):
+        if endpoint is not None and not re.fullmatch(r"https?://[^/@\s]+(/[^@\s?#]*)?", endpoint):
             raise ValueError("endpoint_url must look like https://host:port, without a password")
         if options.get("anonymous", "true") not in ("true", "false"):
             raise ValueError("anonymous is true or false")
+        if "account_key" in options and "sas_token" in options:
+            raise ValueError("account_key and sas_token exclude each other; drop one")
         if ("access_key_id" in options) != ("secret_access_key" in options):
             raise ValueError("access_key_id and secret_access_key belong together; give both")
         return options
@@ -361,12 +436,14 @@ class JobSettings(_Section):
     monitor: MonitorSettings = MonitorSettings()
     audit: AuditSettings = AuditSettings()
     store: ObjectStoreSettings = ObjectStoreSettings()
+    cost: CostSettings = CostSettings()
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         check_reuse(self)
         check_conversations(self)
         check_scoring(self)
+        check_constraints(self)
         return self
 
     @classmethod
@@ -386,9 +463,11 @@ class JobSettings(_Section):
         try:
             return cls.model_validate(sections)
         except ValidationError as error:
-            raise UsageError(say_fault(error, ("store", "system_prompt"), SECTIONS)) from None
+            raise UsageError(say_fault(error, _PRIVATE, SECTIONS)) from None
 
 
+_PRIVATE = ("store", "system_prompt", "json_schema", "grammar", "regex")
+"""Never quoted: secrets, texts of prompts, and what fills a screen."""
 SECTIONS: dict[str, Any] = {n: field.annotation for n, field in JobSettings.model_fields.items()}
 _HOMES = {key: name for name, section in SECTIONS.items() for key in section.model_fields}
 

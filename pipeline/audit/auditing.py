@@ -12,21 +12,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from pipeline.audit.answer_schemas import hold_to_schemas
 from pipeline.audit.baselines import load_baseline, make_arms, mode_baselines, tier_of, way_of
+from pipeline.audit.constraint_faults import plant_constraint_faults
 from pipeline.audit.document_order import in_order_of_run
 from pipeline.audit.evidence import NO_EVIDENCE, Evidence
 from pipeline.audit.gate import seed_of_output
 from pipeline.audit.histories import Histories
+from pipeline.audit.logprobs import check_logprobs
 from pipeline.audit.reopened_job import check_same, reopen_job
 from pipeline.audit.replay import BARS, AuditInput, RowAudit, Tier, audit_row
 from pipeline.audit.sample import candidate_rows, choose_rows
+from pipeline.audit.samples import read_answers
 from pipeline.audit.score_rows import SCORE_BARS, describe_scores
 from pipeline.audit.scored_audit import SCORE_COLUMNS, audit_scored, plant_faults, scored_inputs
 from pipeline.audit.similarity import Encoder
@@ -50,7 +54,6 @@ if TYPE_CHECKING:
     from pipeline.engine.verify.arms import ModeBaselines
     from pipeline.model.model import LoadedModel
 
-_ANSWER_COLUMNS = ("row_index", "generated_text", "completion_token_ids")
 _SAY_EVERY_S = 30.0
 _EMBEDDED_CHARACTERS = 400
 
@@ -99,7 +102,13 @@ def _audit(
         )
     encoder = Encoder.load(settings.audit_encoder)
     seed = seed_of_output(directory)
-    chosen = _with_answers(directory, _choose(job, candidates, settings, seed, encoder))
+    further = (*SCORE_COLUMNS, *(n for one in job.source.columns.questions for n in one.columns))
+    chosen = read_answers(
+        directory,
+        _choose(job, candidates, settings, seed, encoder),
+        (further, ("parsed", "forced_tokens")),
+        seed,
+    )
     asked = _Asked(job, directory, settings, ran, seed, encoder, observer)
     has_scores = job.source.columns.has_scores
     way = "plain full prefill" if has_scores else way_of(job, directory)
@@ -108,10 +117,10 @@ def _audit(
         found = _look_at_scores(asked, chosen) if has_scores else _look_at_answers(asked, chosen)
     groups = GroupCoverage.of(candidates, found.chosen)
     verdict = judge(found.audits, groups, found.tier, settings, found.evidence)
-    directory.write_frame(
-        "audit/audit.parquet",
-        audit_frame(found.chosen, found.audits, found.similarity, found.kl, found.attention),
-    )
+    frame = audit_frame(found.chosen, found.audits, found.similarity, found.kl, found.attention)
+    if found.chosen["sample"].sum():  # else each row's first one, or its only one, was looked at
+        frame = frame.join(found.chosen.select("row_index", audit_sample="sample"), on="row_index")
+    directory.write_frame("audit/audit.parquet", frame)
     described = describe_similarity(
         None if encoder is None else encoder.name, list(found.similarity.values())
     )
@@ -165,6 +174,7 @@ def _look_at_answers(asked: _Asked, chosen: pl.DataFrame) -> _Found:
     free = _free_rows(inputs, settings, seed)
     audits = _replay(baseline, modes, inputs, tier, free, observer)
     seconds = time.monotonic() - replay_started
+    audits = hold_to_schemas(job, chosen, inputs, audits)
     similarity = _similarity(job, encoder, chosen, inputs, audits)
     evidence, kl, attention = NO_EVIDENCE, dict[int, float](), dict[int, Deviation]()
     if settings.audit_arms and inputs and ran.computes_once:
@@ -173,6 +183,11 @@ def _look_at_answers(asked: _Asked, chosen: pl.DataFrame) -> _Found:
         some = np.random.default_rng(seed).permutation(len(inputs))[: settings.audit_arms]
         evidence = arms.gather(inputs, chosen["group_id"].to_list(), some.tolist())
         kl, attention = arms.kl, arms.attention
+        planted = plant_constraint_faults(job, loaded, baseline, inputs, tier)
+        evidence = replace(evidence, faults=[*evidence.faults, *planted])
+    if modes is None and "logprobs" in chosen.columns:
+        said = zip(inputs, chosen["logprobs"].to_list(), strict=True)
+        evidence = replace(evidence, logprobs=check_logprobs(baseline, list(said)))
     return _Found(chosen, audits, tier, evidence, seconds, similarity, kl, attention)
 
 
@@ -217,21 +232,13 @@ def _choose(
     return choose_rows(candidates, size, seed, None if encoder is None else embed)
 
 
-def _with_answers(directory: RunDirectory, chosen: pl.DataFrame) -> pl.DataFrame:
-    """The chosen rows, by `row_index`, and what the committed parts say to them."""
-    wanted = pl.col("row_index").is_in(chosen["row_index"].to_list())
-    rows = directory.scan().filter(wanted)
-    names = set(rows.collect_schema().names())
-    scores = SCORE_COLUMNS if names.issuperset(SCORE_COLUMNS) else ()
-    answers = rows.select(*_ANSWER_COLUMNS, *scores).collect()
-    return chosen.join(answers, on="row_index").sort("row_index")
-
-
 def _audit_inputs(
     job: Job, directory: RunDirectory, chosen: pl.DataFrame, loaded: LoadedModel
 ) -> list[AuditInput]:
     """Row by row; prompt ids are made anew from the input, those of turns with what was said
     before them."""
+    from pipeline.engine.guides import over_at  # brings torch
+
     histories = Histories(job, directory, chosen["row_index"].to_list())
     batch = select_rows(job, histories.rows)
     prepared = job.preparation().prepare(batch)
@@ -242,22 +249,27 @@ def _audit_inputs(
     added = dict(zip(histories.rows, prompts, strict=True))
     params_of = dict(zip(histories.rows, prepared.params, strict=True))
     system_tokens = {histories.rows[at]: count for at, count in prepared.system_tokens.items()}
+    eos = frozenset(loaded.shape.eos_token_ids)
     inputs: list[AuditInput] = []
     for answer in chosen.iter_rows(named=True):
         at = place[answer["row_index"]]
         name = noise_name(job.source.columns, batch.ids[at], answer["row_index"], prompts[at])
         prompt = histories.prompt(answer["row_index"], added)
         params = histories.fit(prepared.params[at], answer["row_index"], len(prompt))
+        prompt = prompt[: len(prompt) - len(params.opening)]
+        lengths = _without_opening(prepared.segments.get(at, ()), len(params.opening))
+        params = params.without_opening()
+        output = answer["completion_token_ids"]
         row = AuditInput(
             row_index=answer["row_index"],
             prompt=prompt.tolist(),
-            output=answer["completion_token_ids"],
+            output=output,
             params=params,
             finish_reason=answer["finish_reason"],
-            noise_key=0 if params.is_greedy else noise_key(params.seed, name),
-            eos_token_ids=frozenset(loaded.shape.eos_token_ids),
+            noise_key=0 if params.is_greedy else noise_key(params.seed, name, answer["sample"]),
+            eos_token_ids=eos,
             is_stopped=job.tokenizer.answers.is_stopped,
-            lengths=tuple(prepared.segments.get(at, ())),
+            lengths=lengths,
             story=histories.story(
                 answer["row_index"],
                 answer["completion_token_ids"],
@@ -265,9 +277,15 @@ def _audit_inputs(
                 params_of,
                 system_tokens,
             ),
+            over_at=over_at(job.tokenizer.grammars, params, prompt.tolist(), output, eos),
         )
         inputs.append(row)
     return inputs
+
+
+def _without_opening(lengths: Sequence[int], opening: int) -> tuple[int, ...]:
+    """Of segments, the last of which ends with the forced opening of the answer."""
+    return (*lengths[:-1], lengths[-1] - opening) if lengths else ()
 
 
 def _replayable(
@@ -326,9 +344,8 @@ def _similarity(
     if encoder is None or not audits:
         return {}
     said = [a.baseline_ids if a.free_run is None else a.free_run.token_ids for a in audits]
-    texts = job.tokenizer.answers.decode(
-        [row.prompt for row in inputs], said, [row.params.stop for row in inputs]
-    )
+    prompts, stops = [row.prompt for row in inputs], [row.params.stop for row in inputs]
+    texts = [parts.text for parts in job.decode(prompts, said, stops)]
     cosines = encoder.cosine(chosen["generated_text"].to_list(), texts)
     return {a.row_index: float(c) for a, c in zip(audits, cosines, strict=True)}
 

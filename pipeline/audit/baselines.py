@@ -42,7 +42,8 @@ def load_baseline(job: Job) -> tuple[LoadedModel, NaiveEngine]:
 
     use_threads(job.settings.engine)
     loaded = load_model(job.settings.model)
-    return loaded, NaiveEngine(loaded, settings=job.settings.engine)
+    grammars = job.tokenizer.grammars
+    return loaded, NaiveEngine(loaded, settings=job.settings.engine, grammars=grammars)
 
 
 def mode_baselines(job: Job, directory: RunDirectory, naive: NaiveEngine) -> ModeBaselines | None:

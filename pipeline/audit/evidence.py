@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from pipeline.audit.logprobs import LogprobCheck
 from pipeline.audit.replay import Tier
 from pipeline.engine.base import Deviation
 
@@ -82,7 +83,7 @@ class Evidence:
     against the one that was saved; `attention`: where documents are reused at any position or
     conversations give up tokens, that against full attention. The user asked for both, so they are
     told and never judged. `by_age`: the second of these by how many turns ago the newest token was
-    that went.
+    that went. `logprobs`: where rows ask for them.
     """
 
     arms: Mapping[str, ArmSummary] = field(default_factory=dict)
@@ -91,6 +92,7 @@ class Evidence:
     weights: ArmSummary | None = None
     attention: ArmSummary | None = None
     by_age: Mapping[int, ArmSummary] = field(default_factory=dict)
+    logprobs: LogprobCheck | None = None
 
     @property
     def faults_changed(self) -> int:
@@ -107,6 +109,9 @@ class Evidence:
         found = []
         if "again" in self.arms and any(self.arms["again"].differing):
             found.append("the baseline does not agree with itself, so nothing can be judged by it")
+        wrong = None if self.logprobs is None else self.logprobs.failure(tier)
+        if wrong is not None:
+            found.append(wrong)
         if not all(self.same_bits):
             found.append(
                 f"reuse or batching changed the bits of {self.same_bits.count(False)} of "
@@ -139,6 +144,7 @@ class Evidence:
             "arms": {name: arm.to_json() for name, arm in self.arms.items()},
             "weights": self.weights and self.weights.to_json(),
             "attention": self.attention and self.attention.to_json(),
+            "logprobs": self.logprobs and self.logprobs.to_json(),
             "attention_by_age": [
                 {"turns_ago": age} | arm.to_json() for age, arm in sorted(self.by_age.items())
             ],

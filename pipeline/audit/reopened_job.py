@@ -33,11 +33,13 @@ def check_same(job: Job, directory: RunDirectory) -> Job:
     # An audit computes both sides of every comparison itself, with the threads that it has.
     names = [*now, *(name for name in before if name not in now)]
     changed = [n for n in names if n != THREADS and now.get(n) != before.get(n)]
-    if "template" in changed:
-        raise InputError(
-            f"the template {job.settings.read.template} has changed since the run in "
-            f"{directory.name}; bring the old one back"
-        )
+    files = {"template": job.settings.read.template, "questions": job.settings.scoring.questions}
+    for what, path in files.items():
+        if what in changed:
+            raise InputError(
+                f"the {what} in {path} changed since the run in {directory.name}; bring the old "
+                "file back"
+            )
     if changed:
         raise ModelError(
             f"{job.settings.model.model} is not the model of the run in {directory.name} any more: "

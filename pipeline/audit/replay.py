@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import numpy as np
 
 from pipeline.engine.base import Baseline, Replay, RunControl, StopCheck
+from pipeline.engine.ends import ends_by_text, ends_by_token
 from pipeline.records import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class AuditInput:
 
     `is_stopped` says whether the text of some generated ids holds one of `params.stop`; `lengths`
     are those of the prompt's segments, where it has any; `story` of the conversation up to this
-    turn, where some of it was given up.
+    turn, where some of it was given up; `over_at`: after so many tokens the answer is complete by
+    its constraint.
     """
 
     row_index: int
@@ -82,6 +84,7 @@ class AuditInput:
     is_stopped: StopCheck = field(default=RunControl.is_stopped, repr=False)
     lengths: tuple[int, ...] = ()
     story: Story | None = None
+    over_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,19 +157,20 @@ def audit_row(baseline: Baseline, row: AuditInput, bars: Bars, free_run: bool = 
 def find_wrong_end(row: AuditInput) -> int | None:
     """The output position where the row should have ended or gone on, None if its end is right.
 
-    An answer ends after its first EOS (unless ignored), with the token that completes a stop
-    string, or at `max_new_tokens`; the first two are called "stop", the third "length".
+    An answer ends after its first EOS (unless ignored) or stop token, with the token that completes
+    a stop string or what it must be, or at `max_new_tokens`; that is called "length", all else
+    "stop".
     """
     length, params = len(row.output), row.params
-    eos = () if params.ignore_eos else row.eos_token_ids
-    after_eos = next((i + 1 for i, token in enumerate(row.output) if token in eos), None)
-    ends = [params.max_new_tokens] if after_eos is None else [params.max_new_tokens, after_eos]
+    lasts = (ends_by_token(token, params, row.eos_token_ids) for token in row.output)
+    after_eos = next((i + 1 for i, is_last in enumerate(lasts) if is_last), None)
+    ends = [end for end in (params.max_new_tokens, after_eos, row.over_at) if end is not None]
     if min(ends) < length:
         return min(ends)
-    if params.stop and row.is_stopped(row.output[:-1], params.stop, row.prompt):
+    if ends_by_text(row.is_stopped, row.output[:-1], params, row.prompt):
         return length - 1
-    stopped = after_eos == length or (
-        bool(params.stop) and row.is_stopped(row.output, params.stop, row.prompt)
+    stopped = length in (after_eos, row.over_at) or ends_by_text(
+        row.is_stopped, row.output, params, row.prompt
     )
     if row.finish_reason == "stop":
         return None if stopped else length

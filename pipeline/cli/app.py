@@ -6,12 +6,13 @@ Results go to stdout; progress, headers and errors go to stderr.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from pipeline.cli import recycle, segments, stateful
+from pipeline.cli import recycle, retry, segments, settings_file, stateful
 from pipeline.cli.arguments import (
     Config,
     Input,
@@ -21,6 +22,7 @@ from pipeline.cli.arguments import (
     RunFolder,
     check_arguments,
     describe_wrong_call,
+    show_version,
 )
 from pipeline.cli.logs import log_error, log_to_stderr, make_observer
 from pipeline.cli.night import app as night_app
@@ -30,9 +32,10 @@ from pipeline.cli.options import (
     merge_section,
     split_store,
     takes_settings,
-    to_flat,
 )
+from pipeline.cli.settings_file import show_settings
 from pipeline.cli.streams import prepare_streams, result_is_kept, say, write_result
+from pipeline.costs import CostSettings
 from pipeline.errors import CoppiceError, OutputLost, UsageError, place_of
 from pipeline.location import Location, is_url
 from pipeline.settings import AuditSettings, JobSettings, ObjectStoreSettings
@@ -45,26 +48,31 @@ app = typer.Typer(
     name="coppice",
     help="Bulk text generation from Parquet that computes shared prompt prefixes once.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(retry.app)
+app.add_typer(settings_file.app)
 app.add_typer(night_app)
 app.add_typer(recycle.app, name="recycle")
 app.add_typer(segments.app, name="segments")
 app.add_typer(stateful.app, name="stateful")
 _JOB = (
     "model", "read", "tokens", "store", "sampling", "plan", "engine", "reuse", "conversations",
-    "scoring", "recycle",
+    "scoring", "recycle", "cost",
 )  # fmt: skip
 
 
-_SCORED = ("model", "read", "tokens", "store", "plan", "engine", "scoring", "recycle")
+_SCORED = ("model", "read", "tokens", "store", "plan", "engine", "scoring", "recycle", "cost")
 
 
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=show_version, is_eager=True),
+    ] = False,
 ) -> None:
     """Bulk text generation from Parquet that computes shared prompt prefixes once."""
 
@@ -102,18 +110,19 @@ def plan(
 def run(
     input: Input,
     output: Annotated[
-        str, typer.Option("-o", "--output", help="Run directory, or s3:// URL of one.")
+        str, typer.Option("-o", "--output", help="Run directory, or its URL in a bucket.")
     ],
     config: Config = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Show settings.")] = False,
+    json: Json = False,
     progress: Progress = "auto",
     log_format: LogFormat = "text",
     *,
     flags: dict[str, Any],
 ) -> None:
     """Do the job; the same command again resumes it."""
-    call = _Call(input, output, dry_run, print_config)
+    call = _Call(input, output, dry_run, print_config, json)
     _do(call, merge(flags, config), make_observer(progress, log_format))
 
 
@@ -122,18 +131,19 @@ def run(
 def score(
     input: Input,
     output: Annotated[
-        str, typer.Option("-o", "--output", help="Run directory, or s3:// URL of one.")
+        str, typer.Option("-o", "--output", help="Run directory, or its URL in a bucket.")
     ],
     config: Config = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Show settings.")] = False,
+    json: Json = False,
     progress: Progress = "auto",
     log_format: LogFormat = "text",
     *,
     flags: dict[str, Any],
 ) -> None:
     """How likely are given continuations? Nothing is generated; the same command again resumes."""
-    call = _Call(input, output, dry_run, print_config)
+    call = _Call(input, output, dry_run, print_config, json)
     _do(call, merge_scores(flags, config), make_observer(progress, log_format))
 
 
@@ -144,23 +154,22 @@ class _Call(NamedTuple):
     output: str
     dry_run: bool
     print_config: bool
+    json: bool
 
 
 def _do(call: _Call, settings: JobSettings, observer: Observer) -> None:
     """Do a job, or only show what it would be."""
     if call.print_config:
-        import yaml
-
-        write_result(yaml.safe_dump(to_flat(settings), sort_keys=False).rstrip("\n"))
+        show_settings(settings, call.json)
     elif call.dry_run:
-        _show_plan(call.input, _plan(call.input, settings, observer))
+        _show_plan(call.input, _plan(call.input, settings, observer), call.json)
     else:
-        from pipeline.cli.tables import counter_table, print_table
+        from pipeline.cli.outcome import show_outcome
         from pipeline.run import run_job
 
-        outcome = run_job(call.input, call.output, settings, observer)
-        with result_is_kept(call.output):
-            print_table(call.output, counter_table(outcome.counters, outcome.reasons))
+        run = Location(call.output, settings.store)
+        job = partial(run_job, call.input, call.output, settings, observer)
+        show_outcome(run, call.json, job)
 
 
 @app.command()
@@ -208,14 +217,19 @@ def audit(
 
 
 @app.command()
-@takes_settings("store")
-def report(directory: RunFolder, *, flags: dict[str, Any]) -> None:
+@takes_settings("store", "cost")
+def report(directory: RunFolder, json: Json = False, *, flags: dict[str, Any]) -> None:
     """Write report.html and report.md."""
+    from pipeline.cli.tables import print_json
     from pipeline.run import write_report
 
-    page = write_report(Location(directory, merge_section(ObjectStoreSettings, flags)))["page"]
-    with result_is_kept(page):
-        write_result(page)
+    others, store = split_store(flags)
+    written = write_report(Location(directory, store), merge_section(CostSettings, others))
+    with result_is_kept(written["page"]):
+        if json:
+            print_json(written)
+        else:
+            write_result(written["page"])
 
 
 @app.command()

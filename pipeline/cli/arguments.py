@@ -9,12 +9,15 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.cli.logs import log_to_stderr
+from pipeline.cli.streams import write_result
 from pipeline.errors import UsageError
 
 Input = Annotated[
-    str, typer.Argument(metavar="IN", help="Parquet or JSONL file, folder, glob or s3:// URL.")
+    str, typer.Argument(metavar="IN", help="Parquet, JSON or CSV file, folder, glob or URL.")
 ]
-RunFolder = Annotated[str, typer.Argument(metavar="DIR", help="Run directory or s3:// URL.")]
+RunFolder = Annotated[
+    str, typer.Argument(metavar="DIR", help="Run directory, or its URL in a bucket.")
+]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of these settings.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Progress = Annotated[
@@ -40,6 +43,15 @@ def check_arguments(arguments: list[str]) -> None:
             )
         if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise UsageError(f"{text} is not a name in UTF-8; rename it")
+
+
+def show_version(is_asked: bool) -> None:
+    """The version on stdout, and the end, where it is asked for."""
+    if is_asked:
+        from importlib.metadata import version
+
+        write_result(f"coppice {version('kvcoppice')}")
+        raise typer.Exit
 
 
 def describe_wrong_call(error: Exception) -> UsageError | None:

@@ -23,7 +23,7 @@ NightFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of a 
 @takes_settings("store")
 def publish(
     directory: RunFolder,
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="Folder or s3:// URL.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="Folder or URL in a bucket.")],
     date: Annotated[
         str | None, typer.Option("--date", help="Publish as this day (else DIR's own name).")
     ] = None,

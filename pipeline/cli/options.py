@@ -39,6 +39,7 @@ PANELS = {
     "monitor": "Monitoring",
     "audit": "Audit",
     "store": "Object store",
+    "cost": "Costs",
 }
 """What the flags of each section of the settings are listed under."""
 
@@ -55,6 +56,7 @@ HELP = {
     "segments_column": "Column of prompts in segments (found: segments).",
     "documents_column": "Column of documents before the prompt (found: documents).",
     "template": "A Jinja file that makes prompts of the columns.",
+    "json_schema_column": "Column of JSON schemas, one a row.",
     "reorder_fields": "Reorder the template's fields so that rows share more.",
     "id_column": "Column of row ids (found: id, custom_id).",
     "limit": "Only the first N rows.",
@@ -63,6 +65,8 @@ HELP = {
     "clock": "What a template that prints the date takes for now (today).",
     "apply_chat_template": "Treat each prompt as one user message.",
     "parse_special_tokens": "Let control tokens in the text be control tokens.",
+    "chat_template_kwargs": "For the template: enable_thinking=false; may be repeated.",
+    "reasoning_tags": "Around reasoning: auto, none, or two like <think>,</think>.",
     "max_new_tokens": "Most tokens of an answer.",
     "temperature": "0 is greedy.",
     "top_p": "Keep the likeliest tokens of this total probability.",
@@ -70,7 +74,15 @@ HELP = {
     "seed": "Of the sampling's random numbers.",
     "stop": "End an answer before this text; may be repeated.",
     "ignore_eos": "Do not end at the end-of-sequence token.",
+    "n": "Samples of each row, in the column samples.",
+    "logprobs": "Log-probabilities, and of so many likeliest tokens: 0 to 20.",
+    "presence_penalty": "Against tokens that the answer has: -2 to 2.",
+    "frequency_penalty": "The same, for each time that it has them.",
     "generation_options": "Instead of the model's: min_p=0.1; may be repeated.",
+    "json_schema": "A file: each answer is JSON of this schema.",
+    "regex": "Each answer matches this expression as a whole.",
+    "grammar": "A file in Lark's notation: each answer is a start of it.",
+    "thinking_budget": "Most tokens of thinking; then its end is forced.",
     "min_prefix_tokens": "Shortest prefix that gets KV of its own.",
     "plan_memory": "Memory for planning; token ids lie on disk.",
     "num_shards": "Cut the job into N parts; say which one by --shard.",
@@ -109,9 +121,12 @@ HELP = {
     "choices": "The same choices for every row: yes,no; or repeat it.",
     "continuation_column": "Column of one text to be scored.",
     "prompt_logprobs": "Score the prompts themselves: their perplexity.",
+    "questions": "YAML file of questions to ask of every row.",
+    "question_order": "Questions before or behind a row's text; auto: what shares more.",
     "normalize": "Compare choices by their mean: none, a token's, a byte's.",
     "rows_per_part": "Rows of one output file; a part is a checkpoint.",
     "preserve_order": "Parts in input order (answers wait in memory).",
+    "explode": "A row of the output for each sample, with sample_index.",
     "fail_on_error": "Rows that may fail: a share (1%, 0.01) or a count (50).",
     "time_budget": "Stop by then, resumable: 4h30m, 90s.",
     "stall_timeout": "End, resumable, if nothing moves so long; 0: never.",
@@ -127,7 +142,8 @@ HELP = {
     "audit_free_running": "Rows that the baseline also generates freely.",
     "audit_arms": "Rows that are also batched, shared and spoilt; 0: none.",
     "audit_encoder": "Sentence encoder for the similarity column.",
-    "storage_options": "Of s3://, like region=eu-west-1; may be repeated.",
+    "storage_options": "Of a store, like region=eu-west-1; may be repeated.",
+    "price_per_hour": "What an hour of all machines costs, in any currency.",
 }
 """What each setting means, in a sentence."""
 # Fields that a person writes with a unit, or in one of two ways: the settings parse the text.
@@ -138,7 +154,9 @@ WRITTEN_AS = {
     "fail_on_error": "rows", "audit_sample": "rows", "audit_min_exact": "share",
     "blend_share": "share", "min_agreement": "share",
     "evict_to": "share", "max_degenerate": "share", "spill_memory": "size",
+    "json_schema": "path", "grammar": "path",
     "engine_options": "name=value", "storage_options": "name=value",
+    "chat_template_kwargs": "name=value", "reasoning_tags": "tags",
 }  # fmt: skip
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -179,6 +197,7 @@ def _parameters(section: str, name: str) -> list[inspect.Parameter]:
         rich_help_panel=PANELS[section],
         metavar=_metavar(name, asked),
         show_default=False,
+        autocompletion=_completion(asked),
     )
     added = [_keyword(name, None, Annotated[kind | None, option])]
     if kind is bool:
@@ -193,8 +212,27 @@ def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:
     )
 
 
+def describe_setting(section: str, name: str) -> str:
+    """What a setting means, its choices, and how it is written; not its default."""
+    asked = _plain(SECTIONS[section].model_fields[name].annotation)
+    kind = "" if asked is bool else f" {_metavar(name, asked)}"
+    return f"{HELP[name]}{_choices(name, asked)}{kind.replace(' <choice>', '')}"
+
+
+def _completion(asked: Any) -> Callable[[str], list[str]] | None:
+    """What a shell completes the value with; None: as it thinks fit."""
+    words = _words(asked)
+    if not words:
+        return None
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
+def _words(asked: Any) -> tuple[str, ...]:
+    return get_args(asked) if get_origin(asked) is Literal else ()
+
+
 def _choices(name: str, asked: Any) -> str:
-    words = get_args(asked) if get_origin(asked) is Literal else ()
+    words = _words(asked)
     return "" if all(word in HELP[name] for word in words) else f" One of: {', '.join(words)}."
 
 
@@ -229,7 +267,7 @@ def _plain(annotation: Any) -> Any:
 
 def merge(flags: dict[str, Any], config: Path | None) -> JobSettings:
     """Flags over the YAML file over the defaults. Raises UsageError naming field or file."""
-    said = {name: value for name, value in flags.items() if value not in (None, [])}
+    said = _said(flags)
     written = {} if config is None else read_config(config)
     merged = written | said
     if "storage_options" in written.keys() & said.keys():
@@ -246,13 +284,17 @@ def merge(flags: dict[str, Any], config: Path | None) -> JobSettings:
 def merge_scores(flags: dict[str, Any], config: Path | None) -> JobSettings:
     """As `merge`; where nothing says what is scored, it is the column of choices."""
     written = {} if config is None else read_config(config)
-    return merge(flags | choices_unless_said(written | flags), config)
+    return merge(flags | choices_unless_said(written | _said(flags)), config)
+
+
+def _said(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value not in (None, [])}
 
 
 def choices_unless_said(said: Mapping[str, Any]) -> dict[str, str]:
     """The column of choices, where settings do not say what is scored."""
-    names = {name.replace("-", "_") for name, value in said.items() if value not in (None, [])}
-    asked = {"choices_column", "choices", "continuation_column", "prompt_logprobs"}
+    names = {name.replace("-", "_") for name, value in _said(said).items() if value is not False}
+    asked = {"choices_column", "choices", "continuation_column", "prompt_logprobs", "questions"}
     return {} if names & asked else {"choices_column": CHOICES_COLUMN}
 
 
@@ -266,8 +308,8 @@ def split_store(flags: dict[str, Any]) -> tuple[dict[str, Any], ObjectStoreSetti
 def merge_section(section: type[Section], flags: dict[str, Any]) -> Section:
     """One section of the settings from its flags alone. Raises UsageError."""
     try:
-        said = {name: value for name, value in flags.items() if value not in (None, [])}
-        return section(**{name.replace("-", "_"): value for name, value in said.items()})
+        said = {name.replace("-", "_"): value for name, value in _said(flags).items()}
+        return section(**said)
     except ValidationError as error:
         raise UsageError(say_fault(error, ("storage_options",))) from None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.cli.progress import format_bytes, format_duration
 from pipeline.cli.tables import Rows, rejections
+from pipeline.costs import Cost
 
 _SHOWN_GROUPS = 3
 
@@ -45,6 +46,9 @@ def plan_table(summary: Mapping[str, Any]) -> Rows:
         measured = f"at the rates of {summary['estimate']['measured_on']}"
         total = format_duration(prefill + decode)
         rows.append(("estimated time", f"{total}  ({split}, {measured})"))
+    if summary.get("cost"):
+        cost = Cost(**summary["cost"])
+        rows.append(("cost", "at most " * (cost.total is not None) + cost.sentence()))
     if summary["store"]:
         least = summary["store"]["break_even_tokens"]
         when = "loading never pays here" if least is None else f"loading pays from {least:,} on"
@@ -126,6 +130,11 @@ def _score_rows(scores: Mapping[str, Any], unique: int) -> Rows:
 
     cut = scores["rows_cut"]
     return [
+        *(
+            [("questions", f"{scores['questions']:,} {scores['text'].removeprefix('questions ')}")]
+            if "text" in scores
+            else []
+        ),
         ("requests", f"{scores['requests']:,}, {scores['scored_tokens']:,} tokens scored"),
         ("  head computed", f"at {scores['scored_positions']:,} positions"),
         ("  one by one", times(scores["resent_tokens"])),

@@ -16,6 +16,7 @@ from rich.text import Text
 from pipeline.audit.gate import WHY_NOT
 from pipeline.cli.progress import format_bytes, format_duration
 from pipeline.cli.streams import writing
+from pipeline.costs import Cost
 from pipeline.job.agreement import describe_calibration
 from pipeline.visible import visible, visible_json
 
@@ -86,8 +87,10 @@ def _make_table(title: str, rows: Rows) -> Table:
     return table
 
 
-def counter_table(counters: Mapping[str, float], reasons: Mapping[str, int]) -> Rows:
-    """The counters of `run.json` as a table, and why rows failed."""
+def counter_table(
+    counters: Mapping[str, float], reasons: Mapping[str, int], cost: Cost | None = None
+) -> Rows:
+    """The counters of `run.json` as a table, why rows failed, and what it cost."""
     whole = {name: f"{int(value):,}" for name, value in counters.items()}
     rows = [
         ("rows", f"{whole['rows_ok']} ok, {whole['rows_error']} failed"),
@@ -104,6 +107,8 @@ def counter_table(counters: Mapping[str, float], reasons: Mapping[str, int]) -> 
         rows.append(("turns that repeat", f"{whole['rows_degenerate']} of {whole['rows_ok']}"))
     if counters["peak_kv_bytes"]:
         rows.append(("peak KV", format_bytes(int(counters["peak_kv_bytes"]))))
+    if cost is not None:
+        rows.append(("cost", cost.sentence()))
     return rows
 
 
@@ -132,6 +137,9 @@ def audit_table(summary: Mapping[str, Any]) -> Rows:
         said = f"{scores['same_choice']:,} of {scores['rows_with_a_choice']:,}"
         worst, mean = _nats(scores["delta_max"]), _nats(scores["delta_mean"])
         rows += [("same choice", said), ("off by", f"at most {worst}, on average {mean}")]
+        for name, one in scores.get("questions", {}).items():
+            said = f"{one['same_answer']:,} of {one['rows']:,} the same"
+            rows.append((f"  {name}", f"{said}, off by at most {_nats(one['delta_max'])}"))
     return rows + [("because", reason) for reason in summary["reasons"]]
 
 
@@ -221,10 +229,9 @@ def validation_table(found: Mapping[str, Any]) -> Rows:
             ("rendered", found["first"]["rendered"]),
             (f"{len(ids):,} token ids", _shown_ids(ids)),
         ]
-        rows += [
-            (f"  {piece['text']!r}", _shown_ids(piece["token_ids"]))
-            for piece in found["first"].get("continuations", ())
-        ]
+        for piece in found["first"].get("continuations", ()):
+            about = f"{piece['question']}: " if "question" in piece else ""
+            rows.append((f"  {about}{piece['text']!r}", _shown_ids(piece["token_ids"])))
     return rows
 
 

@@ -34,6 +34,7 @@ class EngineCounters:
     `memory_retries`: steps that ran out of memory and were done again in halves.
     `prefilled_tokens` counts each prompt token the first time that it is computed;
     `recomputed_tokens`: prompt and generated tokens whose KV had to give way and came back.
+    `forced_tokens`: of the generated ones, those that were known before they were decoded.
     `loaded_tokens`: prompt tokens whose KV came from an earlier run; `load_s`: what that took, in
     no other time.
     `kv_faults`: times that the KV of a shared prefix was found changed, and computed again.
@@ -49,6 +50,7 @@ class EngineCounters:
     loaded_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    forced_tokens: int = 0
     peak_kv_bytes: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -70,6 +72,53 @@ class StopCheck(Protocol):
     ) -> bool: ...
 
 
+class Matcher(Protocol):
+    """How far an answer is in its grammar."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is complete, and nothing may follow."""
+
+    @property
+    def may_end(self) -> bool:
+        """Whether it is complete as it is."""
+
+    def accept(self, token_id: int) -> str | None:
+        """The answer goes on with this token. Returns why it may not, or None."""
+
+    def forced(self) -> list[int]:
+        """The only tokens that may follow, one after the other."""
+
+
+class Tags(Protocol):
+    """The tokens between which a model thinks."""
+
+    @property
+    def begin_ids(self) -> Sequence[int]: ...
+
+    @property
+    def end_ids(self) -> Sequence[int]: ...
+
+
+class Grammars(Protocol):
+    """What constraints mean in token ids. Can be sent to another process."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Token ids that it knows."""
+
+    @property
+    def tags(self) -> Tags | None:
+        """Of thinking; None: the model has none."""
+
+    def matcher(self, constraint: str) -> Matcher:
+        """At the beginning of an answer. Raises ValueError where it cannot be compiled."""
+
+    def fill(self, matchers: Sequence[Any]) -> NDArray[np.int32]:
+        """[matchers, words] which tokens may follow: a bit each, the first id lowest. Matchers are
+        its own."""
+
+
 @dataclass(frozen=True)
 class RunControl:
     """How the caller steers a running engine without knowing it."""
@@ -79,6 +128,8 @@ class RunControl:
     should_abort: Callable[[], bool] = lambda: False
     """True: return at once."""
     is_stopped: StopCheck = lambda token_ids, stop, prompt: False
+    grammars: Grammars | None = None
+    """Needed where a plan has constraints."""
     wants_back: Callable[[], bool] = lambda: False
     """True: `take_back` has something to ask. An engine need not look."""
     take_back: Callable[[Sequence[int]], int] = lambda waiting: 0
@@ -170,6 +221,10 @@ class EngineCapabilities:
     """It keeps conversations within `Eviction.budget_tokens`; others send them again in full."""
     reads_scores: bool = False
     """It gives a plan's scores instead of answers."""
+    guides: bool = False
+    """It holds answers to `SamplingParams.constraint`."""
+    gives_logprobs: bool = False
+    """It gives log-probabilities of what it says, where rows ask for them."""
     kv: KVFormat | None = None
     """The form of what it exchanges with `kv_connector`; None: it exchanges none."""
 
@@ -182,11 +237,18 @@ class EngineCapabilities:
             )
         if plan.scores is not None and not self.reads_scores:
             raise EngineError("this engine reads no scores; choose --engine prefix")
+        if not self.gives_logprobs and any(p.logprobs is not None for p in plan.params):
+            raise EngineError("this engine gives no logprobs; choose --engine prefix")
         turns = plan.conversations
         if turns is not None and not self.carries_conversations:
             raise EngineError("this engine answers no conversations; choose --engine prefix")
         if turns is not None and turns.eviction.evictor != "none" and not self.evicts:
             raise EngineError("this engine evicts nothing; choose --engine prefix or --evict none")
+        if not self.guides and any(params.is_guided for params in plan.params):
+            raise EngineError(
+                "this engine does not hold answers to a schema, an expression or a grammar; choose "
+                "--engine prefix"
+            )
         unknown = {
             "on_logits": hooks.on_logits is not None and not self.shows_logits,
             "force_tokens": hooks.force_tokens is not None and not self.shows_logits,

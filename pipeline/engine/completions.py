@@ -14,16 +14,20 @@ from pipeline.records import PRIOR_TURN_FAILED, Completion, FinishReason, Scored
 def complete(row: LiveRow, reason: FinishReason, now_s: float) -> Completion:
     """A row that ended `now_s` seconds after the engine started; its logits failed for "error"."""
     failed = reason == "error"
-    message = f"the model gave no finite logits at output token {len(row.token_ids)}"
+    error_type = "NonFiniteLogits" if row.fault is None else "ConstraintFault"
+    message = row.fault or "the model gave no finite logits"
+    message = f"{message} at output token {len(row.token_ids)}"
     return Completion(
         sequence=row.sequence,
         token_ids=() if failed else tuple(row.token_ids),
         finish_reason=reason,
         cached_tokens=row.cached_tokens,
         timing=_timing(row, now_s),
-        error_type="NonFiniteLogits" if failed else None,
+        error_type=error_type if failed else None,
         error_message=message if failed else None,
         stored_tokens=sum(span.stored_tokens for span in (row.place.span, *_first_needed(row))),
+        forced_tokens=0 if failed else row.forced_tokens,
+        logprobs=() if failed else tuple(row.logprobs),
     )
 
 

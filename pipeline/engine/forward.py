@@ -6,8 +6,8 @@ families it knows layer by layer with fused kernels. The engine cannot tell them
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -32,6 +32,16 @@ class Forward(Protocol):
 
     def __call__(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
         """Logits [len(keep), V], in the model's dtype, of the packed positions `keep`."""
+
+
+@runtime_checkable
+class PiecewiseForward(Protocol):
+    """One whose output layer is apart from the others."""
+
+    def in_pieces(
+        self, batch: PackedBatch, cache: KVCache, keep: Tensor, size: int
+    ) -> Iterator[Tensor]:
+        """The same logits, at most `size` positions at a time: all of them need never be there."""
 
 
 class TransformersForward:

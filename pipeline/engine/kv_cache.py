@@ -38,14 +38,22 @@ class KVCache:
     The slot `capacity` belongs to no range: what pads a recorded step may write there.
     """
 
-    def __init__(self, shape: tuple[int, int, int], capacity: int, like: Tensor) -> None:
-        """`shape` is (layers, kv_heads, head_dim); dtype and device are those of `like`."""
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        capacity: int,
+        like: Tensor,
+        arena: Tensor | None = None,
+    ) -> None:
+        """`shape` is (layers, kv_heads, head_dim); dtype and device are those of `like`. `arena`:
+        memory of an earlier cache, all of which is free again; its size is the capacity then."""
         layers, kv_heads, head_dim = shape
-        self.capacity = capacity
+        if arena is None:
+            slots = (layers, 2, kv_heads, capacity + 1, head_dim)
+            arena = torch.empty(slots, dtype=like.dtype, device=like.device)
+        self.arena = arena
+        self.capacity = capacity = arena.shape[3] - 1
         self.bytes_per_token = 2 * layers * kv_heads * head_dim * like.element_size()
-        self.arena = torch.empty(
-            layers, 2, kv_heads, capacity + 1, head_dim, dtype=like.dtype, device=like.device
-        )
         self.used_tokens = 0
         self.peak_tokens = 0
         self._free: list[tuple[int, int]] = [(0, capacity)] if capacity else []  # half open, rising

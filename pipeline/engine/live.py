@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.conversation import Conversation
+from pipeline.engine.guides import Guide
 from pipeline.engine.packing import PlacedSlots
+from pipeline.engine.request_logits import TokenCounts
 from pipeline.engine.spans import Block, Placement, SharedPlacement
 from pipeline.plan.token_table import Ids
-from pipeline.records import SamplingParams
+from pipeline.records import SamplingParams, TokenLogprobs
 
 FIRST_NEW_TOKENS = 32
 """New tokens that a row's first block has room for."""
@@ -41,6 +43,12 @@ class LiveRow:
     Of a conversation all of this is its current turn's, but the blocks, which hold what is kept;
     `is_waiting`: that turn has been answered, and the next one has not begun; `num_answered`:
     tokens of earlier answers.
+
+    `guide`: what its answer may say next, where not everything. The last `run` of `token_ids` had
+    to follow what was chosen before them, and wait with it for a forward; `forced_tokens`: all
+    such.
+    `fault`: why no token can be chosen any more.
+    `logprobs` of the answer, where it asks for them; `counts` of its tokens, where a rule does.
     """
 
     sequence: int
@@ -56,9 +64,15 @@ class LiveRow:
     blocks: list[Block] = field(default_factory=list)
     first_token_s: float = 0.0
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    counts: TokenCounts | None = None
     num_answered: int = 0
     is_waiting: bool = False
     has_ended: bool = False
+    guide: Guide | None = None
+    run: int = 0
+    forced_tokens: int = 0
+    fault: str | None = None
 
     @property
     def next_position(self) -> int:
@@ -133,7 +147,8 @@ class PrefillJob:
     """Positions `[done, end)` of a shared span or of a row's own one, that wait for a forward.
 
     `token_ids` begin at `place.start`. `is_repeat`: all of this was computed before, and evicted.
-    `loaded`: KV from an earlier run of positions `[place.position, done)`.
+    `loaded`: KV from an earlier run of positions `[place.position, done)`. `run`: where forced
+    tokens of a row stand, if it is for them.
     """
 
     target: SharedPlacement | LiveRow
@@ -141,9 +156,12 @@ class PrefillJob:
     done: int
     is_repeat: bool
     loaded: Tensor | None = None
+    run: Placement | None = None
 
     @property
     def place(self) -> Placement:
+        if self.run is not None:
+            return self.run
         return self.target.place if isinstance(self.target, LiveRow) else self.target
 
     @property

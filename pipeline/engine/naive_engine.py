@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Final
+from dataclasses import replace
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -16,62 +17,61 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from pipeline.engine import guides
 from pipeline.engine.base import (
     EngineCapabilities,
     EngineHooks,
+    Grammars,
     Indices,
     LocalEngine,
     Replay,
     RunControl,
 )
 from pipeline.engine.completions import with_scores
+from pipeline.engine.ends import ends_by_text, ends_by_token
+from pipeline.engine.guides import NO_TOKEN, GreedyWriter, mask_answer
+from pipeline.engine.logprobs import read_logprobs
 from pipeline.engine.naive_scores import score_sequence
+from pipeline.engine.processors import (
+    AskedLogits,
+    ConstraintError,
+    FiniteLogits,
+    NoTokenError,
+)
+from pipeline.engine.request_logits import Context, TokenCounts, asks, without_repetition
 from pipeline.engine.resent import RESENT_NOTE, Turn, answer_in_order
 from pipeline.engine.sampler import Sampler, configured
 from pipeline.engine.sampling import truncated_cdf, uniform_noise
 from pipeline.engine.threads import Threads
 from pipeline.model.model import LoadedModel, use_own_attention
 from pipeline.plan.plan import Plan
-from pipeline.records import Completion, FinishReason, SamplingParams, Timing
+from pipeline.records import Completion, FinishReason, SamplingParams, Timing, TokenLogprobs
 from pipeline.settings import EngineSettings
-
-
-class NonFiniteError(Exception):
-    """The model gave no finite logits for this output token, counted from 1."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"the model gave no finite logits at output token {number}")
-
-
-class _FiniteLogits:
-    """A logits processor that ends `generate` where a token would mean nothing."""
-
-    def __init__(self, prompt_length: int) -> None:
-        self._prompt_length = prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores as they are. Raises NonFiniteError."""
-        if not scores.max().isfinite():
-            raise NonFiniteError(input_ids.shape[1] - self._prompt_length + 1)
-        return scores
 
 
 class NaiveEngine(LocalEngine):
     """`Engine` and `Baseline` at once, with transformers' own attention and cache."""
 
     name = "naive"
-    capabilities = EngineCapabilities(carries_conversations=True, reads_scores=True)
+    capabilities = EngineCapabilities(
+        carries_conversations=True, reads_scores=True, guides=True, gives_logprobs=True
+    )
 
     def __init__(
-        self, loaded: LoadedModel, notes: Sequence[str] = (), settings: EngineSettings | None = None
+        self,
+        loaded: LoadedModel,
+        notes: Sequence[str] = (),
+        settings: EngineSettings | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         """`notes`: why this engine runs, where another one was asked for. `settings` None: with as
-        many threads as there are."""
+        many threads as there are. `grammars`: for what is asked of it as a baseline."""
         super().__init__(notes)
         self._threads = None if settings is None else Threads.chosen(settings, loaded.device)
         self.loaded: Final = loaded
         self._eos = frozenset(loaded.shape.eos_token_ids)
         self._sampler = Sampler(loaded)
+        self._grammars = grammars
 
     def _completions(
         self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks
@@ -92,11 +92,13 @@ class NaiveEngine(LocalEngine):
         counters, prompt = self.counters, turn.prompt
         begin = time.perf_counter()
         error_type = message = None
+        logprobs: tuple[TokenLogprobs, ...] = ()
         try:
             token_ids, reason = self._answer(prompt, turn.params, turn.noise_key, control)
-        except NonFiniteError as error:
+            logprobs = self._logprobs(prompt, token_ids, turn.params)
+        except NoTokenError as error:
             token_ids, reason = (), "error"
-            error_type, message = "NonFiniteLogits", str(error)
+            error_type, message = error.error_type, str(error)
         end = time.perf_counter()
         counters.prefilled_tokens += len(prompt)
         counters.generated_tokens += len(token_ids)
@@ -110,7 +112,18 @@ class NaiveEngine(LocalEngine):
         timing = Timing(
             queue_s=begin - start, decode_s=end - begin, ttft_s=end - start, latency_s=end - start
         )
-        return Completion(turn.sequence, token_ids, reason, 0, timing, error_type, message)
+        return Completion(
+            turn.sequence, token_ids, reason, 0, timing, error_type, message, logprobs=logprobs
+        )
+
+    def _logprobs(
+        self, prompt: list[int], token_ids: Sequence[int], params: SamplingParams
+    ) -> tuple[TokenLogprobs, ...]:
+        """Of an answer, by one more prefill of all of it."""
+        if params.logprobs is None:
+            return ()
+        logits = self.forced_logits(prompt, token_ids)
+        return tuple(read_logprobs(logits, token_ids, [params.logprobs] * len(token_ids)))
 
     def _score(self, plan: Plan, turn: Turn, start: float) -> Completion:
         begin = time.perf_counter()
@@ -127,12 +140,22 @@ class NaiveEngine(LocalEngine):
         return with_scores(Completion(turn.sequence, (), "length", 0, timing), scores)
 
     def generate_one(self, prompt: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
-        return self._generate(prompt, params, LogitsProcessorList())
+        if params.is_guided:
+            blind = replace(params, stop=())
+            return self._step_by_step([*prompt], blind, 0, RunControl(grammars=self._grammars))[0]
+        return self._generate(prompt, params, [])
+
+    def writer(self, prompt: Sequence[int], params: SamplingParams) -> GreedyWriter:
+        """Of a baseline that makes its logits otherwise."""
+        return GreedyWriter(self._grammars, params, prompt, self._eos)
 
     def _generate(
-        self, prompt: Sequence[int], params: SamplingParams, processors: LogitsProcessorList
+        self, prompt: Sequence[int], params: SamplingParams, processors: Sequence[Any]
     ) -> tuple[int, ...]:
         self._make_ready()
+        if asks(params):
+            processors = [AskedLogits(params, prompt, self._eos), *processors]
+            params = without_repetition(params)
         model, ids = self.loaded.model, torch.tensor([prompt], device=self.loaded.device)
         own = model.generation_config
         # Whatever the parameters do not speak of stays the model's own: a field of it that we
@@ -144,7 +167,9 @@ class NaiveEngine(LocalEngine):
             with torch.inference_mode(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a least length beyond the most, and the like
                 output: Tensor = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), logits_processor=processors
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    logits_processor=LogitsProcessorList(processors),
                 )
         finally:
             model.generation_config = own
@@ -167,8 +192,13 @@ class NaiveEngine(LocalEngine):
         positions = np.arange(len(output))
         keys = np.full(len(output), noise_key, np.uint64)
         rows = [params] * len(output)
-        logits, rows = self._sampler.apply_rules(logits, rows, lambda i: (prompt, output[:i]))
-        predicted = self._sampler.sample(logits, rows, keys, positions, lambda i: (prompt, ()))
+        logits = mask_answer(logits, self._grammars, params, (prompt, output), self._eos)
+        logits, rows = self._sampler.apply_rules(
+            logits, rows, lambda i: Context(prompt, output[:i])
+        )
+        predicted = self._sampler.sample(
+            logits, rows, keys, positions, lambda i: Context(prompt, ())
+        )
         params = rows[0] if rows else params
         if params.is_greedy:
             return _greedy_replay(logits.double(), output, predicted.token_ids)
@@ -186,43 +216,59 @@ class NaiveEngine(LocalEngine):
     def _answer(
         self, prompt: list[int], params: SamplingParams, noise_key: int, control: RunControl
     ) -> tuple[tuple[int, ...], FinishReason]:
-        if params.is_greedy and not params.stop:
-            check = LogitsProcessorList([_FiniteLogits(len(prompt))])
-            token_ids = self._generate(prompt, params, check)
+        is_over = False
+        if params.is_greedy and not params.stop and not params.is_guided:
+            token_ids = self._generate(prompt, params, [FiniteLogits(len(prompt))])
         else:
-            token_ids = self._step_by_step(prompt, params, noise_key, control)
-        ended = token_ids[-1] in self._eos and not params.ignore_eos
-        stopped = ended or (
-            bool(params.stop) and control.is_stopped(token_ids, params.stop, prompt)
-        )
+            token_ids, is_over = self._step_by_step(prompt, params, noise_key, control)
+        ended = is_over or ends_by_token(token_ids[-1], params, self._eos)
+        stopped = ended or ends_by_text(control.is_stopped, token_ids, params, prompt)
         return token_ids, "stop" if stopped else "length"
 
     @torch.inference_mode()
     def _step_by_step(
         self, prompt: list[int], params: SamplingParams, noise_key: int, control: RunControl
-    ) -> tuple[int, ...]:
-        """Sampling with our noise, or stop strings: `generate`'s loop with transformers' cache."""
-        key = np.array([noise_key], np.uint64)
+    ) -> tuple[tuple[int, ...], bool]:
+        """Sampling with our noise, stop strings or constraints: `generate`'s loop with its own
+        cache. The tokens, and whether they are a complete answer by their constraint."""
+        key, opening = np.array([noise_key], np.uint64), params.opening
         token_ids: list[int] = []
-        fed, cache = prompt, None
+        fed, cache, counts = prompt, None, TokenCounts()
+        own = prompt[: len(prompt) - len(opening)]
+        guide = guides.open(control.grammars, params, prompt, self._eos)
         while len(token_ids) < params.max_new_tokens:
             self._make_ready()
             ids = torch.tensor([fed], device=self.loaded.device)
             step = self.loaded.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, position = step.past_key_values, np.array([len(token_ids)])
+            cache, position = step.past_key_values, np.array([len(opening) + len(token_ids)])
             logits = step.logits[0].float()
+            is_sound = bool(logits.max().isfinite())
+            if guide is not None and guide.mask is not None:
+                guides.apply(logits, [0], [guide.mask])
             chosen = self._sampler.sample(
-                logits, [params], key, position, lambda _: (prompt, token_ids)
+                logits,
+                [params],
+                key,
+                position,
+                lambda _: Context(own, [*opening, *token_ids], counts),
             )
+            if not chosen.is_finite[0] and guide is not None and is_sound:
+                raise ConstraintError(len(token_ids) + 1, NO_TOKEN)
             if not chosen.is_finite[0]:
-                raise NonFiniteError(len(token_ids) + 1)
+                raise NoTokenError(len(token_ids) + 1)
             token_ids.append(int(chosen.token_ids[0]))
             fed = token_ids[-1:]
-            if token_ids[-1] in self._eos and not params.ignore_eos:
+            if guide is not None:
+                guides.advance(control.grammars, guide, fed[0])
+                if guide.fault is not None:
+                    raise ConstraintError(len(token_ids), guide.fault)
+            if ends_by_token(token_ids[-1], params, self._eos):
                 break
-            if params.stop and control.is_stopped(token_ids, params.stop, prompt):
+            if guide is not None and guide.is_over:
+                return tuple(token_ids), True
+            if ends_by_text(control.is_stopped, token_ids, params, prompt):
                 break
-        return tuple(token_ids)
+        return tuple(token_ids), False
 
     def _make_ready(self) -> None:
         """Before a forward: the model object may have served the prefix engine before."""

@@ -9,6 +9,7 @@ epilogues of the GEMMs. The self-test compares it with the model's own forward a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,12 +128,22 @@ class NativeForward:
         self._head = TiledLinear(head, head_sizes) if head_sizes else head
 
     def __call__(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
+        return self._head(self._states(batch, cache, keep))
+
+    def in_pieces(
+        self, batch: PackedBatch, cache: KVCache, keep: Tensor, size: int
+    ) -> Iterator[Tensor]:
+        """See `PiecewiseForward`."""
+        yield from map(self._head, torch.split(self._states(batch, cache, keep), size))
+
+    def _states(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
+        """What the output layer takes."""
         x = self._embedding(batch.input_ids)
         cos, sin = (r[0] for r in self._rotary(x, batch.position_ids))
         x = x[0]
         for layer, kv in zip(self._layers, cache.arena, strict=True):
             x = layer(x, (cos, sin), batch, kv)
-        return self._head(self._norm(x[keep]))
+        return self._norm(x[keep])
 
 
 def knows(config: Any) -> bool:

@@ -62,10 +62,11 @@ def pack_chunks(chunks: list[Chunk], packer: Packer) -> PackedBatch:
 
 
 def needs_logits(chunk: Chunk) -> bool:
-    """Whether a first output token is sampled from the chunk's last position."""
+    """Whether an output token is sampled from the chunk's last position: a row's first, or the one
+    behind forced ones."""
     job, _, high = chunk
     if high < job.end:
         return False
     if isinstance(job.target, LiveRow):
-        return not job.target.token_ids
+        return job.run is not None or not job.target.token_ids
     return job.target.span.unread > 0

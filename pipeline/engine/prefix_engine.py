@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.answered import Answered
+from pipeline.engine.answering import Answering
 from pipeline.engine.arrivals import History
 from pipeline.engine.backend import Backend, choose_backend
 from pipeline.engine.base import (
@@ -30,11 +31,12 @@ from pipeline.engine.base import (
 )
 from pipeline.engine.blend import Blend
 from pipeline.engine.completions import complete, complete_scored, fail, refuse
-from pipeline.engine.cuda_graphs import DecodeStep, NextTokens, decode_runner
-from pipeline.engine.decode_view import DecodeView, own_slots
+from pipeline.engine.cuda_graphs import DecodeRunner, DecodeStep, NextTokens
+from pipeline.engine.decode_view import DecodeView
+from pipeline.engine.forward import PiecewiseForward
 from pipeline.engine.host_states import HostStates
 from pipeline.engine.kept_kv import KeptKV
-from pipeline.engine.kv_cache import kv_capacity, reserve_kv
+from pipeline.engine.kv_cache import KVCache, kv_capacity, reserve_kv
 from pipeline.engine.kv_guard import CorruptKVError, KVGuard
 from pipeline.engine.layout import layout_of
 from pipeline.engine.live import LiveRow, PrefillJob
@@ -42,12 +44,14 @@ from pipeline.engine.memory import is_exhausted, keep_freed_pages, release_cache
 from pipeline.engine.packing import PackedBatch, Packer, decode_spans, pack_decode
 from pipeline.engine.policy import DepthFirstPolicy
 from pipeline.engine.prefill import Chunk, needs_logits, pack_chunks, split_chunks, take_chunks
+from pipeline.engine.recordings import Recordings
 from pipeline.engine.residency import Residency
 from pipeline.engine.rotary import Rotary
-from pipeline.engine.sampler import Context, Sampler
+from pipeline.engine.runs import take_runs
+from pipeline.engine.sampler import Sampler
 from pipeline.engine.sampling import Sampled
 from pipeline.engine.scheduler import Scheduler
-from pipeline.engine.scorer import MOST_ROWS, Scorer
+from pipeline.engine.scorer import ROWS_AT_ONCE, Scorer, most_rows
 from pipeline.engine.spans import AssembledPlacement, Placement, SharedPlacement
 from pipeline.engine.strict_backend import choose_strict_backend
 from pipeline.engine.threads import Threads
@@ -56,7 +60,7 @@ from pipeline.errors import EngineError, ModelError
 from pipeline.model.families import why_unsupported
 from pipeline.model.model import LoadedModel
 from pipeline.plan.plan import Plan, cut_by_cost
-from pipeline.records import Completion, FinishReason
+from pipeline.records import Completion
 from pipeline.settings import EngineSettings
 
 _MOST_KV_FAULTS = 3
@@ -100,9 +104,12 @@ class PrefixEngine(LocalEngine):
             carries_conversations=True,
             evicts=True,
             reads_scores=True,
+            guides=True,
+            gives_logprobs=True,
             kv=KVFormat(dtype, loaded.shape.kv_bytes_per_token(dtype)),
         )
         super().__init__([*([self.backend.note] if self.backend.note else []), *notes])
+        self.recordings: Final = Recordings.of(self.backend, loaded.device, self.notes)
 
     def _completions(
         self, plan: Plan, sequences: Indices, control: RunControl, hooks: EngineHooks
@@ -156,7 +163,7 @@ class _Run:
         self.packer = Packer(engine.backend.kernel, loaded.device, self.rotary)
         self.device = loaded.device
         self.hooks = work.hooks
-        self.sampler = engine.sampler
+        self.answering = Answering(work.plan, work.control, work.hooks, engine.sampler)
         self.counters = engine.counters
         self.plan = work.plan
         self.control = work.control
@@ -167,12 +174,7 @@ class _Run:
         if documents is not None and self.rotary is not None and documents.reuse.blend_share:
             choose = Blend(loaded.model, self.rotary, documents.reuse).choose
         layout = layout_of(self.plan, sequences, choose)
-        weight = next(loaded.model.parameters())
-        shape = (loaded.shape.num_layers, loaded.shape.num_kv_heads, loaded.shape.head_dim)
-        bytes_per_token = loaded.shape.kv_bytes_per_token(str(weight.dtype).removeprefix("torch."))
-        capacity = kv_capacity(settings.kv_budget, bytes_per_token, layout.most_tokens, self.device)
-        self.cache = reserve_kv(shape, capacity, like=weight)
-        self.runner = decode_runner(engine.backend, self.cache, self.device)
+        self.cache, self.runner = _reserve(engine, layout.most_tokens)
         self.guard = KVGuard(self.cache)
         self.policy = DepthFirstPolicy(settings.max_rows)
         residency = Residency(self.cache, self.guard.release)
@@ -181,10 +183,11 @@ class _Run:
         self.scheduler = Scheduler(self.plan, layout, residency, self.policy, history, states)
         scores = self.plan.scores
         self.scorer = None if scores is None else Scorer(self.plan, scores)
+        row_bytes = loaded.shape.vocabulary_size * self.cache.arena.element_size()
+        self.most_read = most_rows(row_bytes, self.device.type == "cpu")
         self.turns = None
         if self.plan.conversations is not None:
             self.turns = Turns(self.plan, self.scheduler, kept, history.begun)
-        self.eos = frozenset(loaded.shape.eos_token_ids)
         self.start_s = time.perf_counter()
         self.first_step_s: float | None = None
         self.view = DecodeView()
@@ -200,6 +203,7 @@ class _Run:
                 self._admit()
                 if self.turns is not None:
                     self._begin_turns(self.turns)
+                self._prefill(take_runs(self.scheduler)[::-1])
                 self._decode_one_step()
                 is_last = self.control.should_drain() or not self.scheduler.waiting
                 is_over = is_last and not self.scheduler.has_begun
@@ -247,7 +251,8 @@ class _Run:
     def _prefill_few(self, taken: list[Chunk]) -> None:
         """As many tokens at once as there is room for what is read of them."""
         tokens = sum(high - low for _, low, high in taken)
-        if self.scorer is None or tokens < 2 or self.scorer.count(taken) <= MOST_ROWS:
+        scorer, in_pieces = self.scorer, isinstance(self.backend.forward, PiecewiseForward)
+        if scorer is None or in_pieces or tokens < 2 or scorer.count(taken) <= self.most_read:
             self._prefill_or_halve(taken)
             return
         for part in split_chunks(taken, tokens // 2):
@@ -329,8 +334,7 @@ class _Run:
         lengths = np.array([high - low for _, low, high in taken])
         batch = pack_chunks(taken, self.packer)
         if self.scorer is not None:
-            at, points = self.scorer.read(taken)
-            self.scorer.note(points, self._forward(batch, at))
+            self._score(self.scorer, taken, batch)
             self._spread(taken, self._now() - begin)
             self._count_prefill(taken)
             self._end_scored([job.target for job, _, high in taken if high == job.end])
@@ -346,6 +350,9 @@ class _Run:
         for i, index in enumerate(readable):
             target = taken[index][0].target
             if isinstance(target, LiveRow):
+                if target.run:
+                    target.run = 0
+                    self.scheduler.changes += 1  # it decodes again
                 rows.append(target)
                 of_rows.append(i)
             else:
@@ -353,6 +360,22 @@ class _Run:
         self._spread(taken, self._now() - begin)
         self._append_tokens(rows, logits[of_rows])
         self._count_prefill(taken)  # here: a step may end half done
+
+    def _score(self, scorer: Scorer, taken: list[Chunk], batch: PackedBatch) -> None:
+        """One forward, whose logits are read as they come."""
+        at, points = scorer.read(taken)
+        forward = self.backend.forward
+        if not isinstance(forward, PiecewiseForward):
+            scorer.note(points, self._forward(batch, at))
+            return
+        begin = time.perf_counter()
+        self.first_step_s = self.first_step_s or begin
+        indices, low = torch.from_numpy(at).to(self.device), 0
+        for logits in forward.in_pieces(batch, self.cache, indices, ROWS_AT_ONCE):
+            scorer.note(points[low : low + len(logits)], logits)
+            low += len(logits)
+        self.counters.num_forwards += 1
+        self._count_busy(begin)
 
     def _end_scored(self, targets: Sequence[SharedPlacement | LiveRow]) -> None:
         """Rows all of whose prompt was computed, and read where it is asked for."""
@@ -364,7 +387,10 @@ class _Run:
                 self._end(row, complete_scored(row, self.scorer.scored(row.sequence), now))
 
     def _spread(self, taken: list[Chunk], seconds: float) -> None:
-        """What a forward took, over what it computed."""
+        """What a forward took, over what it computed; of forced tokens it is decoding."""
+        if taken[0][0].run is not None:
+            self.counters.decode_s += seconds
+            return
         self.counters.prefill_s += seconds
         per_token_s = seconds / sum(high - low for _, low, high in taken)
         for job, low, high in taken:
@@ -375,6 +401,8 @@ class _Run:
 
     def _count_prefill(self, taken: list[Chunk]) -> None:
         for job, low, high in taken:
+            if job.run is not None:  # tokens of an answer, which are counted as such
+                continue
             if job.is_repeat:
                 self.counters.recomputed_tokens += high - low
             else:
@@ -428,8 +456,7 @@ class _Run:
         """One forward: a token for each of `rows`, neighbours in depth-first order."""
         begin = self._now()
         token_ids = np.array([r.token_ids[-1] for r in rows], np.int64)
-        positions = np.array([r.next_position for r in rows], np.int64)
-        own = own_slots(rows)
+        positions, own = self.view.own(rows, self.scheduler.changes)
         before, documents = self.view.before(rows, self.scheduler.changes)
         if self.runner is None or documents is not None or self.turns is not None:
             batch = pack_decode(token_ids, positions, own, before, self.packer, documents)
@@ -477,55 +504,19 @@ class _Run:
         if not rows:
             return
         begin = time.perf_counter()
-        positions = np.array([len(r.token_ids) for r in rows], np.int64)
-        sequences = [r.sequence for r in rows]
-        numbers = [r.num_answered + len(r.token_ids) for r in rows]
-        keys = np.array([r.noise_key for r in rows], np.uint64)
-        if self.hooks.on_logits is not None:
-            self.hooks.on_logits(sequences, numbers, logits)
-        params = [r.params for r in rows]
-
-        def context_of(index: int) -> Context:
-            row = rows[index]
-            return self._prompt(row), row.token_ids
-
-        chosen = self.sampler.sample(logits, params, keys, positions, context_of, greedy)
+        started = [row for row in rows if not row.token_ids]
+        forced = -sum(row.forced_tokens for row in rows)
+        ended = self.answering.append(rows, logits, greedy)
+        forced += sum(row.forced_tokens for row in rows)
+        self.scheduler.changes += forced > 0  # rows with forced tokens wait
         self._count_busy(begin)
         now = self._now()
-        ids, finite = chosen.token_ids.tolist(), chosen.is_finite.tolist()
-        if self.hooks.force_tokens is not None:
-            ids = self.hooks.force_tokens(sequences, numbers)
-        for row, token_id, is_finite in zip(rows, ids, finite, strict=True):
-            if not row.token_ids:
-                row.first_token_s = now
-            row.token_ids.append(token_id)
-            reason = self._finish_reason(row) if is_finite else "error"
-            if reason:
-                self._end(row, complete(row, reason, now))
-        self.counters.generated_tokens += len(rows)
-
-    def _finish_reason(self, row: LiveRow) -> FinishReason | None:
-        params = row.params
-        if row.token_ids[-1] in self.eos and not params.ignore_eos:
-            return "stop"
-        if params.stop:
-            if self.control.is_stopped(row.token_ids, params.stop, self._question(row)):
-                return "stop"
-        return "length" if len(row.token_ids) >= params.max_new_tokens else None
-
-    def _prompt(self, row: LiveRow) -> NDArray[np.unsignedinteger]:
-        """What its answer follows, the history of a conversation included."""
-        if row.conversation is None:
-            return self.plan.prompt_token_ids(row.sequence)
-        return np.array(row.conversation.ids[: row.conversation.question_end], np.uint32)
-
-    def _question(self, row: LiveRow) -> NDArray[np.unsignedinteger]:
-        """What its answer follows right away: of a conversation, this turn's alone."""
-        conversation = row.conversation
-        if conversation is None:
-            return self.plan.prompt_token_ids(row.sequence)
-        first, end = conversation.turn_starts[-1], conversation.question_end
-        return np.array(conversation.ids[first:end], np.uint32)
+        for row in started:
+            row.first_token_s = now
+        for row, reason in ended:
+            self._end(row, complete(row, reason, now))
+        self.counters.generated_tokens += len(rows) + forced
+        self.counters.forced_tokens += forced
 
     def _end(self, row: LiveRow, completion: Completion) -> None:
         if self.turns is None:
@@ -543,3 +534,15 @@ class _Run:
         end = time.perf_counter()
         self.counters.busy_s += end - begin
         self.counters.span_s = end - (self.first_step_s or begin)
+
+
+def _reserve(engine: PrefixEngine, needed: int) -> tuple[KVCache, DecodeRunner | None]:
+    """KV memory for `needed` tokens, or what there is, and the runner that decodes over it."""
+    loaded, budget = engine.loaded, engine.settings.kv_budget
+    weight = next(loaded.model.parameters())
+    shape = (loaded.shape.num_layers, loaded.shape.num_kv_heads, loaded.shape.head_dim)
+    if engine.recordings is not None:
+        return engine.recordings.reserve(shape, needed, budget, weight)
+    bytes_per_token = loaded.shape.kv_bytes_per_token(str(weight.dtype).removeprefix("torch."))
+    capacity = kv_capacity(budget, bytes_per_token, needed, loaded.device)
+    return reserve_kv(shape, capacity, like=weight), None

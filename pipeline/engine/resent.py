@@ -76,6 +76,12 @@ class ResentSequence:
         self._turn = Turn(self._sequence, self._number, prompt, len(self._ids), params, key)
         return self._turn
 
+    @property
+    def params(self) -> SamplingParams:
+        """Of the turn that was taken last."""
+        assert self._turn is not None
+        return self._turn.params
+
     def complete(self, completion: Completion) -> Completion:
         """What became of the turn that was taken last, as an engine yields it."""
         turn = self._turn

@@ -96,8 +96,8 @@ class Scheduler:
         return admission
 
     def decoding(self) -> list[LiveRow]:
-        """Live rows but conversations between two turns."""
-        return [row for row in self.rows if not row.is_waiting]
+        """Live rows but conversations between two turns, and those whose forced tokens wait."""
+        return [row for row in self.rows if not (row.is_waiting or row.run)]
 
     def not_begun(self) -> list[int]:
         """Sequences that were never admitted, in order."""
@@ -114,7 +114,9 @@ class Scheduler:
     def grow(self) -> None:
         """Give every live row a slot for its next token; others make room where it ends."""
         for row in list(self.rows):
-            if row.is_waiting:
+            if row.is_waiting or row.run:
+                continue
+            if row.blocks and row.next_position < row.blocks[-1].end:
                 continue
             while row.next_position >= row.reserved_end and row.sequence not in self._preempted:
                 if not self._extend(row):
@@ -273,6 +275,7 @@ class Scheduler:
         if self._states is not None:
             self._states.save(victim)
         self._take_off(victim)
+        victim.run = 0  # what waits is computed with all else when it comes back
         self._preempted[victim.sequence] = victim
         self.waiting.appendleft(victim.sequence)
 

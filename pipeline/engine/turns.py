@@ -154,7 +154,8 @@ class Turns:
         row.params = params
         row.noise_key = int(self._turns.noise_key[turn])
         row.cached_tokens, row.admitted_s = conversation.computed, now_s
-        row.token_ids, row.is_waiting = [], False
+        row.token_ids, row.logprobs, row.is_waiting = [], [], False
+        row.guide, row.counts = None, None
         row.end = conversation.next_position + len(fed)
         self._place(row, conversation, fed)
         conversation.number = number

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ from pipeline.errors import EngineError, ModelError, UsageError, install_extra
 from pipeline.generation import read_rules
 from pipeline.model.shape import read_shape
 from pipeline.plan.plan import Plan
-from pipeline.records import Completion, FinishReason, SamplingParams, Timing
+from pipeline.records import Completion, FinishReason, SamplingParams, Timing, TokenLogprobs
+from pipeline.request_rules import read_asked
 from pipeline.settings import EngineSettings, ModelSettings
 
 _CPU_BLOCK = 32  # the smallest that its kernels take; its own choice of 128 shares a third less
@@ -45,7 +46,9 @@ class VllmEngine(LocalEngine):
     """`Engine` on vLLM's own scheduler, KV cache and kernels."""
 
     name = "vllm"
-    capabilities = EngineCapabilities(replays_noise=False, carries_conversations=True)
+    capabilities = EngineCapabilities(
+        replays_noise=False, carries_conversations=True, gives_logprobs=True
+    )
 
     def __init__(self, model: ModelSettings, settings: EngineSettings) -> None:
         """Load the model. Raises UsageError where vLLM is not installed, ModelError."""
@@ -79,7 +82,9 @@ class VllmEngine(LocalEngine):
                     return
                 for output in self._step(started):
                     name = output.request_id
-                    yield running[name].complete(self._completion(output, started))
+                    asked = running[name].params.logprobs
+                    done = self._completion(output, started, asked)
+                    yield running[name].complete(done)
                     if control.should_drain():
                         del running[name]
                     else:
@@ -117,12 +122,18 @@ class VllmEngine(LocalEngine):
     def _params(self, params: SamplingParams, noise_key: int) -> Any:
         from vllm import SamplingParams as VllmParams
 
-        rules = read_rules(params.rules)
+        rules, asked = read_rules(params.rules), read_asked(params.asked)
         return VllmParams(
             max_tokens=params.max_new_tokens,
             repetition_penalty=rules.get("repetition_penalty") or 1.0,
             min_p=rules.get("min_p") or 0.0,
-            min_tokens=rules.get("min_new_tokens") or 0,
+            min_tokens=max(rules.get("min_new_tokens") or 0, asked.min_tokens),
+            presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty,
+            logit_bias=dict(asked.logit_bias) or None,
+            allowed_token_ids=list(asked.allowed_token_ids) or None,
+            bad_words=list(asked.bad_words),
+            logprobs=params.logprobs,
             temperature=0.0 if params.is_greedy else params.temperature,
             top_p=params.top_p,
             top_k=params.top_k or 0,
@@ -132,7 +143,7 @@ class VllmEngine(LocalEngine):
             detokenize=bool(params.stop),
             skip_special_tokens=False,  # a stop may be one of them
             ignore_eos=True,  # the tokens that end an answer are these, and no others
-            stop_token_ids=[] if params.ignore_eos else self._eos,
+            stop_token_ids=[*([] if params.ignore_eos else self._eos), *asked.stop_token_ids],
         )
 
     def _step(self, started: float) -> list[Any]:
@@ -153,7 +164,7 @@ class VllmEngine(LocalEngine):
         counters.span_s = end - started
         return [output for output in outputs if output.finished]
 
-    def _completion(self, output: Any, started: float) -> Completion:
+    def _completion(self, output: Any, started: float, asked: int | None) -> Completion:
         answer = output.outputs[0]
         token_ids = tuple(answer.token_ids)
         cached = output.num_cached_tokens or 0
@@ -165,7 +176,18 @@ class VllmEngine(LocalEngine):
             message = f"vLLM ended it with {answer.finish_reason!r}"
             return Completion(sequence, (), "error", 0, timing, "AbortedByVllm", message)
         reason: FinishReason = answer.finish_reason
-        return Completion(sequence, token_ids, reason, cached, timing)
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if asked is not None:
+            found = zip(token_ids, answer.logprobs, strict=True)
+            logprobs = tuple(_logprobs(*each, asked) for each in found)
+        return Completion(sequence, token_ids, reason, cached, timing, logprobs=logprobs)
+
+
+def _logprobs(token_id: int, found: Mapping[int, Any], most: int) -> TokenLogprobs:
+    """Of a position: vLLM gives the chosen token and the `most` likeliest, each with its rank."""
+    best = sorted((said.rank, token, said.logprob) for token, said in found.items())[:most]
+    ids, logprobs = tuple(token for _, token, _ in best), tuple(logprob for *_, logprob in best)
+    return TokenLogprobs(found[token_id].logprob, ids, logprobs)
 
 
 def _load(model: ModelSettings, settings: EngineSettings) -> Any:

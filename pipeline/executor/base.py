@@ -11,14 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
-from pipeline.engine.base import EngineCapabilities, EngineCounters, StopCheck
+from pipeline.engine.base import EngineCapabilities, EngineCounters, Grammars, StopCheck
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, EarlierTurn
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A piece on its way: its number, its own plan, and how a stop string is seen (None: none).
+    """A piece on its way: its number, its own plan, and how a stop string is seen (None: none),
+    and what answers must be.
 
     `earlier`: by sequence of that plan, turns of its conversation that are answered already.
     """
@@ -26,6 +27,7 @@ class Assignment:
     number: int
     plan: Plan
     is_stopped: StopCheck | None = None
+    grammars: Grammars | None = None
     earlier: Mapping[int, tuple[EarlierTurn, ...]] = field(default_factory=dict)
 
 

@@ -63,6 +63,8 @@ class Fleet:
             carries_conversations=known.carries_conversations,
             evicts=known.evicts,
             reads_scores=known.reads_scores,
+            guides=known.guides,
+            gives_logprobs=known.gives_logprobs,
         )
 
     def generate(
@@ -101,6 +103,8 @@ class _Sitting:
         self._turns = TurnsOnTheWay(plan, hooks)
         self._work = Dispatch(self._plan, fleet.crew.size, fleet.decode_weight)
         self._is_stopped = control.is_stopped if any(p.stop for p in plan.params) else None
+        is_guided = any(p.is_guided for p in plan.params)
+        self._grammars = control.grammars if is_guided else None
         self._start = time.monotonic()
         self._pieces: dict[int, Piece] = {}
         self._began_s: dict[int, float] = {}  # by piece, after `_start`
@@ -174,7 +178,9 @@ class _Sitting:
             self._pieces[piece.number] = piece
             plan = carve(self._plan, piece.positions)
             earlier = self._turns.earlier(self._sequences[piece.positions])
-            assignments.append(Assignment(piece.number, plan, self._is_stopped, earlier))
+            assignments.append(
+                Assignment(piece.number, plan, self._is_stopped, self._grammars, earlier)
+            )
         self._busy.add(worker)
         is_first = worker not in self._counters
         self._counters.setdefault(worker, EngineCounters())

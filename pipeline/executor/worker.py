@@ -126,6 +126,7 @@ class Worker:
             wants_back=lambda: self._share is not None,
             take_back=lambda waiting: self._take_back(run, waiting),
         )
+        control = replace(control, grammars=run.grammars)
         return control if run.is_stopped is None else replace(control, is_stopped=run.is_stopped)
 
     def _take_back(self, run: _Run, waiting: Sequence[int]) -> int:
@@ -158,7 +159,7 @@ class _Run:
 
     def __init__(self, assignment: Assignment) -> None:
         self.number, self.plan = assignment.number, assignment.plan
-        self.is_stopped = assignment.is_stopped
+        self.is_stopped, self.grammars = assignment.is_stopped, assignment.grammars
         self.is_answered = np.zeros(len(assignment.plan.sequences), bool)
         self.start_s = time.perf_counter()
         earlier = assignment.earlier

@@ -9,16 +9,18 @@ import json
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 
+from pipeline import constraints
 from pipeline.generation import ROW_RULES
+from pipeline.inputs.chat_fields import CHAT_FIELDS, GIVEN, read_chat_fields, read_tool_calls
 from pipeline.inputs.request_fields import (
     BESIDE,
-    LIMITS,
     OBEYED,
     REFUSED,
     describe_unsupported,
     is_neutral,
 )
-from pipeline.records import Message, SegmentedPrompt
+from pipeline.records import MOST_LOGPROBS, Message, SegmentedPrompt
+from pipeline.request_rules import REQUEST_RULES
 
 
 class BadCell(ValueError):
@@ -56,6 +58,9 @@ def _read_message(number: int, turn: object) -> Message:
     if not isinstance(turn, dict):
         raise BadCell(f"message {number} is not a {{role, content}} object")
     said = {str(field): value for field, value in turn.items() if value is not None}
+    if said.get("tool_calls"):
+        said.setdefault("content", "")
+        said["tool_calls"] = _read_calls(number, said["tool_calls"])
     for field in ("role", "content"):
         if field not in said:
             raise BadCell(f"message {number} has no {field}")
@@ -69,6 +74,13 @@ def _read_message(number: int, turn: object) -> Message:
     if len(message) < len(said) and (meant := [f for f in _MEANT if _is_meant(said, f)]):
         raise BadCell(f"message {number} has {', '.join(meant)}, which coppice cannot use")
     return message
+
+
+def _read_calls(number: int, calls: object) -> str:
+    try:
+        return read_tool_calls(calls)
+    except ValueError as error:
+        raise BadCell(f"message {number}: {error}") from None
 
 
 def _is_meant(said: Mapping[str, object], field: str) -> bool:
@@ -159,34 +171,88 @@ SEGMENT_ROLES = ("system", "document", "query")
 
 def read_sampling(cell: object) -> dict[str, object]:
     """Sampling fields from a struct or a JSON object, as `read_fields` has them. Raises BadCell."""
-    fields = _read_json(cell) if isinstance(cell, str) else cell
+    fields = _read_json(cell) if isinstance(cell, str) else without_gaps(cell)
     if not isinstance(fields, dict):
         raise BadCell("sampling_params is not an object")
     return read_fields(fields)
 
 
+def read_schema(cell: object) -> str:
+    """What an answer must be, of a JSON schema as text or as a struct. Raises BadCell."""
+    try:
+        return constraints.of_schema(without_gaps(cell))
+    except ValueError as error:
+        raise BadCell(str(error)) from None
+
+
+def without_gaps(cell: object) -> object:
+    """A struct without the fields that are null: in a column all structs have all of them."""
+    if not isinstance(cell, dict):
+        return cell
+    return {name: without_gaps(inner) for name, inner in cell.items() if inner is not None}
+
+
 def read_fields(fields: Mapping[str, object]) -> dict[str, object]:
-    """Fields of a request as those of `SamplingParams`; null and neutral ones are left out.
+    """Fields of a request as those of `SamplingParams`, and `GIVEN`; null and neutral ones are left
+    out.
 
     Names and types are checked here, ranges by `SamplingParams`. Raises BadCell, which names all
     fields that cannot be done and does not quote a name that is not a known one.
     """
     said = {name: value for name, value in fields.items() if value is not None}
-    refused = [name for name in said if name in REFUSED and not is_neutral(name, said[name])]
+    refused = [
+        name for name in said
+        if name in REFUSED and name not in CHAT_FIELDS and not is_neutral(name, said[name])
+    ]  # fmt: skip
     num_unknown = len(said.keys() - OBEYED.keys() - REFUSED - BESIDE)
     if refused or num_unknown:
         raise BadCell(f"the row {describe_unsupported(refused, num_unknown)}")
     chosen: dict[str, object] = {}
     for name in filter(OBEYED.__contains__, said):
         value = _read_field(name, said[name])
+        if value is None:
+            continue
         before = chosen.setdefault(OBEYED[name], value)
         if before is not value and before != value:  # NaN differs from itself
-            both = " and ".join(limit for limit in LIMITS if limit in said)
+            both = " and ".join(n for n in OBEYED if n in said and OBEYED[n] == OBEYED[name])
             raise BadCell(f"{both} mean the same and differ; leave one of them")
-    return chosen
+    _read_samples(chosen)
+    _read_logprobs(chosen)
+    try:
+        given = read_chat_fields(said)
+    except ValueError as error:
+        raise BadCell(str(error)) from None
+    check_unicode(given)
+    return chosen | {GIVEN: given} if given else chosen
+
+
+def _read_samples(chosen: dict[str, object]) -> None:
+    """`best_of` would leave some out, the best of which nobody knows before all are there."""
+    best_of, n = chosen.pop("best_of", None), chosen.get("n", 1)
+    if best_of not in (None, n):
+        raise BadCell(
+            f"best_of is {best_of} and n {n}; coppice returns every sample, so leave best_of out, "
+            "or ask for as many"
+        )
+
+
+def _read_logprobs(chosen: dict[str, object]) -> None:
+    """Chat requests say `logprobs: true` and `top_logprobs`, others `logprobs` alone, a number."""
+    top, asked = chosen.pop("top_logprobs", None), chosen.get("logprobs")
+    if isinstance(top, int) and not 0 <= top <= MOST_LOGPROBS:
+        raise BadCell(f"top_logprobs must lie in [0, {MOST_LOGPROBS}]")
+    if asked is True:
+        chosen["logprobs"] = top or 0
+    elif isinstance(asked, bool) or asked is None:
+        if top:
+            raise BadCell("top_logprobs is nothing without logprobs; say logprobs: true as well")
+    elif top not in (None, asked):
+        raise BadCell("logprobs and top_logprobs differ; leave one of them")
 
 
 def _read_field(name: str, value: object) -> object:
+    if OBEYED[name] == "constraint":
+        return _read_constraint(name, value)
     wanted, read = _READERS[OBEYED[name]]
     try:
         return read(value)
@@ -194,6 +260,13 @@ def _read_field(name: str, value: object) -> object:
         raise
     except (TypeError, ValueError, OverflowError):
         raise BadCell(f"{name} must be {wanted}, not {type(value).__name__}") from None
+
+
+def _read_constraint(name: str, value: object) -> str | None:
+    try:
+        return constraints.of_request(name, value)
+    except ValueError as error:
+        raise BadCell(str(error)) from None
 
 
 def _number(value: object) -> float:
@@ -227,14 +300,52 @@ def _stops(value: object) -> tuple[str, ...]:
     return tuple(stops)
 
 
+def _logprobs(value: object) -> int | bool:
+    return value if isinstance(value, bool) else _integer(value)
+
+
+def _token_ids(value: object) -> list[int]:
+    if not isinstance(value, list):
+        raise TypeError
+    return [_integer(item) for item in value]
+
+
+def _biases(value: object) -> dict[int, float]:
+    """Of an object; a struct of a table has every field in every row, many of them null. Pairs:
+    what a table of maps has."""
+    said = _read_json(value) if isinstance(value, str) else value
+    if isinstance(said, list) and all(isinstance(pair, tuple) for pair in said):
+        said = dict(said)
+    if not isinstance(said, dict):
+        raise TypeError
+    return {int(token): _number(bias) for token, bias in said.items() if bias is not None}
+
+
+def _budget(value: object) -> int | None:
+    """-1: none, as vLLM's client says it."""
+    number = _integer(value)
+    return None if number == -1 else number
+
+
 _INT64 = range(-(2**63), 2**63)
-_COUNTS = ("no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "top_k", "seed")
+_COUNTS = (
+    "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "top_k", "seed", "n", "best_of",
+    "top_logprobs", "min_tokens",
+)  # fmt: skip
+_PENALTIES = ("presence_penalty", "frequency_penalty")
+_YES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
 _READERS: Mapping[str, tuple[str, Callable[[object], object]]] = {
-    **dict.fromkeys((*ROW_RULES, "temperature", "top_p"), ("a number", _number)),
+    **dict.fromkeys((*ROW_RULES, *_PENALTIES, "temperature", "top_p"), ("a number", _number)),
     **dict.fromkeys(_COUNTS, ("a whole number of 64 bits", _integer)),
+    "thinking_budget": ("a whole number of 64 bits", _budget),
     "stop": ("a text that is not empty, or a list of them", _stops),
-    "ignore_eos": ("true or false", _boolean),
+    **dict.fromkeys(_YES, ("true or false", _boolean)),
+    "bad_words": ("a list of texts that are not empty", _stops),
+    **dict.fromkeys(("allowed_token_ids", "stop_token_ids"), ("a list of token ids", _token_ids)),
+    "logit_bias": ("an object of token ids and numbers", _biases),
+    "logprobs": ("true, false or a whole number", _logprobs),
 }
+assert _READERS.keys() >= {*REQUEST_RULES}
 
 
 def _read_json(text: str) -> object:

@@ -1,4 +1,4 @@
-"""What the rows of a table are scored for: a list of choices, one continuation, or the prompt."""
+"""What the rows of a table are scored for: choices, one continuation, questions, or the prompt."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.inputs.cells import BadCell, check_unicode
+from pipeline.questions import Questionnaire
 from pipeline.storage.plain_types import python_cells
 
 
@@ -16,20 +17,30 @@ from pipeline.storage.plain_types import python_cells
 class Choices:
     """Where the continuations of a row are: the column of lists `choices`, that of texts
     `continuation`, or the same `fixed` ones for every row; in none of them: its prompt is scored.
+
+    `sheet`: questions are asked about its prompt instead, and their labels are scored; these ask
+    for the columns `asked`.
     """
 
     choices: str | None = None
     continuation: str | None = None
     fixed: tuple[str, ...] = ()
+    sheet: Questionnaire | None = None
+    asked: tuple[str, ...] = ()
 
     @property
     def column(self) -> str | None:
         return self.choices or self.continuation
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """All that it needs."""
+        return self.asked if self.column is None else (self.column,)
+
+    @property
     def are_prompts(self) -> bool:
         """Whether prompts are scored themselves."""
-        return self.column is None and not self.fixed
+        return self.column is None and not self.fixed and self.sheet is None
 
     def cells(self, table: pa.Table) -> list[Any]:
         """Of each row, what `read` takes."""

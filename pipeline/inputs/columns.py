@@ -12,6 +12,7 @@ from pipeline.errors import InputError
 from pipeline.inputs.cells import TURN_FIELDS
 from pipeline.inputs.choices import Choices
 from pipeline.inputs.request_fields import AMBIGUOUS, OBEYED, REFUSED
+from pipeline.questions import Question
 from pipeline.settings import ReadSettings
 from pipeline.storage.plain_types import is_text
 
@@ -32,7 +33,9 @@ class ColumnMap:
     that no template is given. `unasked`: documents or segments that are no part of the prompt.
     Rows are turns where `conversation` and `turn` are set; `idle_turns`: columns that look like
     these, and nobody asks for. `scored`: where nothing is generated; `idle_sampling`: columns that
-    would steer what is.
+    would steer what is. `json_schema`: what the answer of each row must be. `names_tools`: whether
+    rows may have tools. The last seven say what the output has besides, see `schema.Parts`; nobody
+    knows most of it before the rows are read.
     """
 
     prompt: str | None
@@ -45,6 +48,7 @@ class ColumnMap:
     unused: tuple[str, ...] = ()
     turn_fields: tuple[str, ...] = ()
     refused: str | None = None
+    json_schema: str | None = None
     segments: str | None = None
     documents: str | None = None
     unasked: tuple[str, ...] = ()
@@ -53,11 +57,25 @@ class ColumnMap:
     idle_turns: tuple[str, ...] = ()
     scored: Choices | None = None
     idle_sampling: tuple[str, ...] = ()
+    names_tools: bool = False
+    reasoning: bool = False
+    tool_calls: bool = False
+    is_guided: bool = False
+    parsed: pa.DataType | None = None
+    has_logprobs: bool = False
+    has_samples: bool = False
+    is_exploded: bool = False
 
     @property
     def has_scores(self) -> bool:
         """Whether continuations are scored, and nothing is generated."""
         return self.scored is not None
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """What is asked of each row; nothing where other things are scored."""
+        sheet = None if self.scored is None else self.scored.sheet
+        return () if sheet is None else sheet.questions
 
     @property
     def has_segments(self) -> bool:
@@ -69,9 +87,9 @@ class ColumnMap:
         """The columns that planning needs, each once."""
         chosen = (
             self.prompt, self.messages, self.id,
-            self.sampling_params, self.tenant, *self.template, *self.fields,
+            self.sampling_params, self.tenant, *self.template, *self.fields, self.json_schema,
             self.refused, self.segments, self.documents, self.conversation, self.turn,
-            None if self.scored is None else self.scored.column,
+            *(() if self.scored is None else self.scored.columns),
         )  # fmt: skip
         return tuple(dict.fromkeys(name for name in chosen if name is not None))
 
@@ -121,6 +139,9 @@ def find_columns(
         id=find_column(schema, settings.id_column, ("id", "custom_id"), "--id-column", name),
         sampling_params=find_column(schema, None, ("sampling_params",), "", name),
         tenant=find_column(schema, None, ("tenant",), "", name),
+        json_schema=find_column(
+            schema, settings.json_schema_column, (), "--json-schema-column", name
+        ),
         template=template or (),
         refused=find_column(schema, None, (REFUSED_COLUMN,), "", name),
     )
@@ -136,20 +157,49 @@ def find_columns(
     others = (field.name for field in asked if field.name not in (*fields, *unasked))
     unused = tuple(name for name in others if name in OBEYED.keys() | AMBIGUOUS)
     turn_fields = _turn_fields(schema, columns.messages)
-    return replace(columns, fields=fields, unused=unused, turn_fields=turn_fields, unasked=unasked)
+    return replace(
+        columns,
+        fields=fields,
+        unused=unused,
+        turn_fields=turn_fields,
+        unasked=unasked,
+        names_tools="tools" in fields or _may_name_tools(schema, columns.sampling_params),
+    )
+
+
+def _may_name_tools(schema: pa.Schema, sampling_params: str | None) -> bool:
+    """Whether a row's sampling parameters may: what JSON text says is known row by row."""
+    if sampling_params is None:
+        return False
+    kind = schema.field(sampling_params).type
+    return is_text(kind) or (pa.types.is_struct(kind) and kind.get_field_index("tools") >= 0)
 
 
 def _is_request_field(field: pa.Field) -> bool:
     """Whether a column says what a field of a request would, by its name and type."""
     kind = field.type
+    if field.name in AMBIGUOUS:
+        return False
     match OBEYED.get(field.name):
         case None:
-            return field.name in REFUSED - AMBIGUOUS
-        case "stop":
+            return field.name in REFUSED
+        case "stop" | "bad_words":
             return is_text(kind) or (pa.types.is_large_list(kind) and is_text(kind.value_type))
-        case "ignore_eos":
+        case "constraint":
+            return _is_json(kind) or is_texts(kind)
+        case "ignore_eos" | "include_stop_str_in_output" | "skip_special_tokens":
             return bool(pa.types.is_boolean(kind))
+        case "allowed_token_ids" | "stop_token_ids":
+            return bool(pa.types.is_large_list(kind) and pa.types.is_integer(kind.value_type))
+        case "logit_bias":
+            return is_text(kind) or bool(pa.types.is_struct(kind) or pa.types.is_map(kind))
+        case "logprobs":
+            return bool(pa.types.is_boolean(kind) or pa.types.is_integer(kind))
     return _is_number(kind)
+
+
+def _is_json(kind: pa.DataType) -> bool:
+    return is_text(kind) or bool(pa.types.is_struct(kind))
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -247,6 +297,7 @@ def _check_types(schema: pa.Schema, columns: ColumnMap, name: str) -> None:
         (columns.refused, is_text, "string"),
         (columns.sampling_params, lambda t: pa.types.is_struct(t) or is_text(t), "struct"),
         (columns.tenant, is_text, "string"),
+        (columns.json_schema, _is_json, "string or struct"),
     )
     for column, fits, wanted in rules:
         if column is None:

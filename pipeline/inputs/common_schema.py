@@ -4,6 +4,9 @@ A column that is null in all rows of a file says nothing about its type, nor doe
 line of a JSON lines file has: there they are null. The numbers and objects of JSON lines get the
 type that holds all of them, as within one file. Parquet files must agree in all else.
 
+A CSV file says no types, and what was found in one of them need not hold for the next: where files
+differ their column is text, which loses nothing.
+
 A field of objects that is null wherever it is becomes text: Arrow casts it to a broken one.
 """
 
@@ -14,6 +17,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from pipeline.errors import InputError
+from pipeline.inputs.csv_file import CSV_ENDINGS, NUMBERS
 from pipeline.inputs.parquet_input import ParquetInput
 from pipeline.storage.plain_types import without_inner_nulls
 
@@ -50,6 +54,8 @@ def _common_type(name: str, files: Sequence[ParquetInput], having: _Found) -> pa
             raise _differ(name, having[0], (file, "absent"))
     typed = [(file, kind) for file, kind in having if not pa.types.is_null(kind)] or having[:1]
     kind = typed[0][1]
+    if name not in NUMBERS and all(_says_no_types(file) for file, _ in typed):
+        return kind if all(other == kind for _, other in typed) else pa.large_string()
     for index, (file, other) in enumerate(typed):
         if other == kind:
             continue
@@ -61,6 +67,10 @@ def _common_type(name: str, files: Sequence[ParquetInput], having: _Found) -> pa
         except pa.ArrowException:
             raise _differ(name, typed[0], (file, other)) from None
     return without_inner_nulls(kind)
+
+
+def _says_no_types(file: ParquetInput) -> bool:
+    return file.origin.base_name.endswith(CSV_ENDINGS)
 
 
 def _differ(

@@ -1,7 +1,8 @@
-"""JSON lines to Parquet and back, streamed. Knows files; what a line means is `openai_batch`'s.
+"""Text files to Parquet, and rows to JSON lines, streamed. What a line means is `openai_batch`'s.
 
 ```
  requests.jsonl ─► rows.parquet        OpenAI batch requests, or plain objects of a row each
+ rows.json, .csv ─► rows.parquet       a list of plain objects; cells
  rows.parquet   ─► requests.jsonl      OpenAI batch requests
  run directory  ─► responses.jsonl     OpenAI batch responses, in input order
 ```
@@ -20,18 +21,23 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.errors import InputError, UsageError
+from pipeline.errors import InputError, RunDirectoryError, UsageError
+from pipeline.inputs.chat_fields import fields_of
 from pipeline.inputs.input_files import InputFile
-from pipeline.inputs.json_lines import is_json_lines, write_rows
 from pipeline.inputs.openai_batch import ANSWER_COLUMNS, request_of_row, response_of_answer
+from pipeline.inputs.openai_choices import is_ours
 from pipeline.inputs.prompt_source import open_source
+from pipeline.inputs.text_files import is_text_file, write_rows
 from pipeline.location import Location
+from pipeline.records import ChatPrompt
 from pipeline.settings import ReadSettings
 from pipeline.storage.durable import write_whole
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import holds_run, reading_run
+from pipeline.storage.schema import fields_among
 
 _ROWS_AT_A_TIME = 4096
+_FURTHER = ("reasoning", "reasoning_tokens", "tool_calls")
 
 
 def convert(source: Location, target: Location, overwrite: bool = False) -> int:
@@ -42,7 +48,7 @@ def convert(source: Location, target: Location, overwrite: bool = False) -> int:
     """
     if target.is_remote:
         raise UsageError("convert writes a file of this machine; copy it to the store afterwards")
-    path, reads_lines = target.local, is_json_lines(str(source))
+    path, reads_lines = target.local, is_text_file(str(source))
     if path.exists() and (not overwrite or target.canonical == source.canonical):
         remedy = "" if overwrite else ", or add --overwrite"
         raise UsageError(f"{path} is there already; choose another name{remedy}")
@@ -50,8 +56,8 @@ def convert(source: Location, target: Location, overwrite: bool = False) -> int:
         return write_whole(path, lambda file: write_rows(InputFile.local(source.local), file))
     if path.suffix != ".jsonl" or reads_lines:
         raise UsageError(
-            "convert from a local .jsonl to .parquet, or from a Parquet file or run directory to "
-            ".jsonl"
+            "convert from a local .jsonl, .json or .csv to .parquet, or from a Parquet file or run "
+            "directory to .jsonl"
         )
     if not holds_run(source):
         return write_whole(path, lambda file: _write_lines(_requests(source), file))
@@ -92,6 +98,9 @@ def _requests(source: Location) -> Iterator[dict[str, Any]]:
             batch.ids, batch.contents, batch.overrides, models, strict=True
         ):
             sampling = dict(override)
+            if isinstance(content, ChatPrompt):
+                sampling |= fields_of(content.given)
+                content = content.content
             row = {
                 "custom_id": name,
                 "prompt" if columns.messages is None else "messages": content,
@@ -108,6 +117,11 @@ def _write_responses(directory: RunDirectory, file: BinaryIO, folder: Path) -> i
     Raises RunDirectoryError for a run that is not complete: half an output looks like one.
     """
     directory.check_complete()
+    if directory.is_exploded:
+        raise RunDirectoryError(
+            f"{directory.name} has a row for each sample, and a response has all of them; run "
+            "without --explode"
+        )
     run_id, is_chat = directory.run_id, _is_chat(directory)
     rows, sizes = array("q"), array("q")
     with TemporaryFile(dir=folder) as waiting:
@@ -126,7 +140,11 @@ def _answers(directory: RunDirectory) -> Iterator[dict[str, Any]]:
     """What a response is made of, in the order of the parts."""
     for footer in directory.footers():
         with pq.ParquetFile(footer.path) as part:
-            names = [n for n in (*ANSWER_COLUMNS, "model") if n in part.schema_arrow.names]
+            schema = part.schema_arrow
+            ours = [f.name for f in fields_among(schema.names) if schema.field(f.name) == f]
+            names = [n for n in (*ANSWER_COLUMNS, "model") if n in schema.names]
+            names += [n for n in _FURTHER if n in ours]
+            names += [field.name for field in schema if is_ours(field)]
             for batch in part.iter_batches(_ROWS_AT_A_TIME, columns=names):
                 yield from batch.to_pylist()
 

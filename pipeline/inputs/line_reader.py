@@ -1,4 +1,4 @@
-"""The lines of a JSON lines file as objects, each of a bearable size. Knows no types of columns."""
+"""JSON lines, or items of a JSON list, as objects of a bearable size. Knows no column's type."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from itertools import count
 from typing import Any
 
 from pipeline.errors import InputError
+from pipeline.inputs.array_reader import LONGEST, MOST_VALUES, is_list, read_items
 from pipeline.inputs.input_files import InputFile, damage_named
-from pipeline.inputs.refused_lines import Line
+from pipeline.inputs.refused_lines import Line, place_of
 
 _ROWS_AT_A_TIME = 4096
 _BYTES_AT_A_TIME = 8 << 20  # of lines; parsed they take some ten times that
-_LONGEST_LINE = 256 << 20
-_MOST_VALUES = 10_000_000  # of a line; each takes some 60 bytes
+_LONGEST_LINE = LONGEST
 _MOST_FIELDS = 50_000  # of all lines together
 _MOST_CELLS = 4_000_000  # of a batch: a field that a line lacks takes room there too
 _READ_AT_A_TIME = 1 << 20
+_LISTS = (".json", ".json.gz")  # which may also be JSON lines
 
 
 def read_batches(source: InputFile, num_fields: int = 1) -> Iterator[list[Line]]:
@@ -31,12 +32,11 @@ def read_batches(source: InputFile, num_fields: int = 1) -> Iterator[list[Line]]
     batch: list[Line] = []
     names: set[str] = set()
     size = 0
-    for number, text in _read_texts(source):
-        line = _object(source, number, text)
+    for number, line, num_bytes in _read_objects(source):
         batch.append((number, line))
         names.update(line)
         check_fields(source, len(names), number)
-        size += len(text)
+        size += num_bytes
         cells = len(batch) * max(num_fields, len(names))
         if len(batch) >= _ROWS_AT_A_TIME or size >= _BYTES_AT_A_TIME or cells >= _MOST_CELLS:
             yield batch
@@ -47,50 +47,60 @@ def read_batches(source: InputFile, num_fields: int = 1) -> Iterator[list[Line]]
 
 def read_lines(source: InputFile) -> Iterator[Line]:
     """All lines. Raises InputError naming the first that is no JSON object of a bearable size."""
-    return ((number, _object(source, number, text)) for number, text in _read_texts(source))
+    return ((number, line) for number, line, _ in _read_objects(source))
 
 
-def _read_texts(source: InputFile) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes); empty lines are skipped."""
+def _read_objects(source: InputFile) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """(number from 1, object, its size as text)."""
     with damage_named(source.name), source.open_stream() as stream:
         lines = io.BufferedReader(stream, _READ_AT_A_TIME)
-        for number in count(1):
-            text = lines.readline(_LONGEST_LINE)
-            if len(text) == _LONGEST_LINE:
-                raise InputError(
-                    f"line {number} of {source.name} is longer than {_LONGEST_LINE:,} bytes; split "
-                    "it, or write the rows as Parquet"
-                )
-            if not text:
-                return
-            if text.strip():
-                yield number, text
+        if source.base_name.endswith(_LISTS) and is_list(lines):
+            yield from read_items(source.name, lines, partial(_refuse_constant, source))
+            return
+        for number, text in _read_texts(source.name, lines):
+            yield number, _object(source, number, text), len(text)
+
+
+def _read_texts(name: str, lines: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes); empty lines are skipped."""
+    for number in count(1):
+        text = lines.readline(_LONGEST_LINE)
+        if len(text) == _LONGEST_LINE:
+            raise InputError(
+                f"line {number} of {name} is longer than {_LONGEST_LINE:,} bytes; split it, or "
+                "write the rows as Parquet"
+            )
+        if not text:
+            return
+        if text.strip():
+            yield number, text
 
 
 def _object(source: InputFile, number: int, text: bytes) -> dict[str, Any]:
-    if len(text) > _MOST_VALUES and sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+    if len(text) > MOST_VALUES and sum(map(text.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise InputError(
-            f"line {number} of {source.name} holds over {_MOST_VALUES:,} values; split it"
+            f"{place_of(source.name, number)} holds over {MOST_VALUES:,} values; split it"
         )
     try:
         refuse = partial(_refuse_constant, source, number)
         value = json.loads(text.removeprefix(codecs.BOM_UTF8), parse_constant=refuse)
     except RecursionError:
         raise InputError(
-            f"line {number} of {source.name} has lists or objects too deep in one another; put "
+            f"{place_of(source.name, number)} has lists or objects too deep in one another; put "
             "them into one field as text"
         ) from None
     except ValueError:  # UnicodeDecodeError is one
         value = None
     if not isinstance(value, dict):
-        raise InputError(f"line {number} of {source.name} is not a JSON object in UTF-8")
+        raise InputError(f"{place_of(source.name, number)} is not a JSON object in UTF-8")
     return value
 
 
 def _refuse_constant(source: InputFile, number: int, name: str) -> float:
     """NaN or Infinity, which Python and JavaScript write."""
     raise InputError(
-        f"line {number} of {source.name} holds {name}, which JSON does not have; write null instead"
+        f"{place_of(source.name, number)} holds {name}, which JSON does not have; write null "
+        "instead"
     )
 
 

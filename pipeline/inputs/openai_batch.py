@@ -13,6 +13,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.constraints import as_request
+from pipeline.inputs.chat_fields import CHAT_FIELDS, calls_of_request, read_chat_fields
+from pipeline.inputs.openai_choices import choices_of, count_tokens
 from pipeline.inputs.request_fields import (
     BESIDE,
     LIMITS,
@@ -23,6 +26,7 @@ from pipeline.inputs.request_fields import (
 )
 
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
+_CHAT = (*CHAT_FIELDS, "parallel_tool_calls")
 _API_NAME = re.compile(r"[a-z][a-z_]{0,39}")
 ANSWER_COLUMNS = (
     "id", "row_index", "status", "error_type", "error_message", "generated_text", "finish_reason",
@@ -55,8 +59,10 @@ def row_of_request(line: Mapping[str, Any]) -> dict[str, Any]:
     content = "messages" if url == CHAT_URL else "prompt"
     if content not in said:
         raise BadRequest(f"body has no {content}")
+    if content == "prompt" and _is_one_text(said["prompt"]):
+        said["prompt"] = said["prompt"][0]
     if content == "prompt" and not isinstance(said["prompt"], str):
-        raise BadRequest("prompt must be one text, not a list or token ids")
+        raise BadRequest("prompt must be one text, not several or token ids")
     if not isinstance(said.get("model", ""), str):
         raise BadRequest("model must be text")
     _check_supported(said, content)
@@ -65,7 +71,12 @@ def row_of_request(line: Mapping[str, Any]) -> dict[str, Any]:
         raise BadRequest("max_tokens must be a whole number")
     if len(set(limits)) > 1:
         raise BadRequest("max_tokens and max_completion_tokens differ")
-    sampling = {name: said[name] for name in OBEYED if name in said and name not in LIMITS}
+    obeyed = (*OBEYED, *(_CHAT if content == "messages" else ()))
+    sampling = {name: said[name] for name in obeyed if name in said and name not in LIMITS}
+    try:
+        read_chat_fields(sampling)
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
     text = said[content] if content == "prompt" else _json(said[content])
     try:
         f"{custom_id}{text}{said.get('model')}{_json(sampling)}".encode()
@@ -80,9 +91,14 @@ def row_of_request(line: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _is_one_text(prompt: object) -> bool:
+    return isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str)
+
+
 def _check_supported(said: Mapping[str, Any], content: str) -> None:
     """Raises BadRequest with all fields that would change the answer, or that nobody knows."""
-    known = {content, "model", *OBEYED, *BESIDE}
+    chat = _CHAT if content == "messages" else ()
+    known = {content, "model", *OBEYED, *BESIDE, *chat}
     bad = [
         name
         for name, value in said.items()
@@ -104,39 +120,59 @@ def request_of_row(row: Mapping[str, Any]) -> dict[str, Any]:
     body: dict[str, Any] = {}
     if isinstance(said.get("model"), str):  # any table may have a column of that name
         body["model"] = said["model"]
-    body[content] = _value(said[content]) if is_chat else said[content]
+    body[content] = _messages(_value(said[content])) if is_chat else said[content]
     if "max_new_tokens" in said:
         body["max_completion_tokens" if is_chat else "max_tokens"] = said["max_new_tokens"]
-    sampling = _value(said.get("sampling_params", {}))
+    sampling: dict[str, Any] = dict(_value(said.get("sampling_params", {})))
+    constraint = sampling.pop("constraint", None)
+    body |= {} if constraint is None else as_request(constraint)
     body |= {name: value for name, value in sampling.items() if value is not None}
+    asked = body.get("logprobs")
+    if is_chat and isinstance(asked, int) and not isinstance(asked, bool):
+        body |= {"logprobs": True, "top_logprobs": asked}
     url = CHAT_URL if is_chat else TEXT_URL
     return {"custom_id": said["custom_id"], "method": "POST", "url": url, "body": body}
 
 
 def response_of_answer(row: Mapping[str, Any], run_id: str, is_chat: bool) -> dict[str, Any]:
-    """A line of a batch's output file from the `ANSWER_COLUMNS` of a row of a run's output."""
+    """A line of a batch's output file from the `ANSWER_COLUMNS` of a row of a run's output, and
+    those of its choices."""
     name = f"{run_id}-{row['row_index']}"
     line = {"id": f"batch_req_{name}", "custom_id": row["id"], "response": None, "error": None}
     if row["status"] != "ok":
         error = {"code": row["error_type"], "message": row["error_message"]}
         return line | {"error": error}
-    text, finish = row["generated_text"], row["finish_reason"]
-    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
-    choice |= {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+    completion_tokens = count_tokens(row)
     model = row.get("model")
     body = {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{name}",
         "object": "chat.completion" if is_chat else "text_completion",
         "model": model if isinstance(model, str) else None,
-        "choices": [choice],
+        "choices": choices_of(row, is_chat, name),
         "usage": {
             "prompt_tokens": row["prompt_tokens"],
-            "completion_tokens": row["completion_tokens"],
-            "total_tokens": row["prompt_tokens"] + row["completion_tokens"],
+            "completion_tokens": completion_tokens,
+            "total_tokens": row["prompt_tokens"] + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": row["cached_tokens"]},
+            **_thought_tokens(row),
         },
     }
     return line | {"response": {"status_code": 200, "request_id": name, "body": body}}
+
+
+def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a row, whose calls of tools are text."""
+    return [
+        message | {"tool_calls": calls_of_request(message["tool_calls"])}
+        if isinstance(message.get("tool_calls"), str)
+        else message
+        for message in messages
+    ]
+
+
+def _thought_tokens(row: Mapping[str, Any]) -> dict[str, Any]:
+    tokens = row.get("reasoning_tokens")
+    return {} if tokens is None else {"completion_tokens_details": {"reasoning_tokens": tokens}}
 
 
 def _json(value: object) -> str:

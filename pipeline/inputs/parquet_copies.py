@@ -1,4 +1,4 @@
-"""Parquet copies of JSON lines files, made once each and kept for some days.
+"""Parquet copies of JSON lines, JSON lists and CSV files, made once each and kept for some days.
 
 ```
  <user's cache>/coppice/inputs/<path>-<size and time>.parquet     footer: sha256 of the original
@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from pipeline.errors import InputError, StorageError
 from pipeline.inputs.input_files import InputFile, damage_named
-from pipeline.inputs.json_lines import write_rows
 from pipeline.inputs.parquet_input import ORIGIN_HASH, ParquetInput
+from pipeline.inputs.text_files import is_csv, write_rows
 from pipeline.private_folder import private_folder, stale_in
 from pipeline.storage.durable import write_whole
 
@@ -31,8 +32,14 @@ _DIGITS = 24
 class ParquetCopies:
     """The copies in one folder, which need not exist."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, as_text: Iterable[str] = ()) -> None:
+        """`as_text`: columns of CSV files that are text whatever they hold."""
         self._folder = folder
+        self._as_text = tuple(sorted(as_text))
+
+    def reading_as_text(self, names: Iterable[str]) -> ParquetCopies:
+        """The same copies, and of CSV files those with these columns as text."""
+        return ParquetCopies(self._folder, names)
 
     def open(self, original: InputFile) -> ParquetInput:
         """`original` as a Parquet file, made anew where there is no whole copy of it as it is now.
@@ -41,7 +48,8 @@ class ParquetCopies:
         """
         with damage_named(original.name):
             stamp = original.stamp()
-        key = f"{original.filesystem.type_name}:{original.path}"
+        how = self._as_text if is_csv(original.base_name) else ""
+        key = f"{original.home.root}:{original.path}{how}"
         copy = self._folder / f"{_short(key)}-{_short(f'{stamp} {_VERSION}')}.parquet"
         file = replace(InputFile.local(copy), name=f"the copy of {original.name}")
         try:
@@ -65,7 +73,9 @@ class ParquetCopies:
             for old in self._folder.glob(f"{copy.name.partition('-')[0]}-*"):
                 if old != copy:  # that one may be another process's, whole by now
                     old.unlink(missing_ok=True)
-            write_whole(copy, lambda sink: write_rows(original, sink, metadata, keeps_refused=True))
+            write_whole(
+                copy, lambda sink: write_rows(original, sink, metadata, True, self._as_text)
+            )
         except (OSError, StorageError) as error:
             raise self._refusal(original, error) from error
 

@@ -275,7 +275,8 @@ def _check_magic(file: InputFile, source: pa.NativeFile) -> None:
     tail = source.read(4)
     if head != _MAGIC:
         raise InputError(
-            f"{file.name} is neither a Parquet file nor named .jsonl; convert it to Parquet first"
+            f"{file.name} is neither a Parquet file nor named .jsonl, .json or .csv; convert it "
+            "first"
         )
     if tail != _MAGIC:
         raise InputError(f"{file.name} is a truncated Parquet file; write or copy it again")

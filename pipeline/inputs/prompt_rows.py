@@ -20,13 +20,25 @@ from pipeline.inputs.cells import (
     read_fields,
     read_messages,
     read_sampling,
+    read_schema,
     read_segments,
     read_text,
+    without_gaps,
 )
+from pipeline.inputs.chat_fields import GIVEN
 from pipeline.inputs.choices import Choices
 from pipeline.inputs.columns import ColumnMap
 from pipeline.inputs.prompt_template import PromptTemplate
-from pipeline.records import Content, PromptBatch, Rejected, ScoredPrompt, SegmentedPrompt
+from pipeline.inputs.question_texts import QuestionTexts
+from pipeline.records import (
+    AskedPrompt,
+    ChatPrompt,
+    Content,
+    PromptBatch,
+    Rejected,
+    ScoredPrompt,
+    SegmentedPrompt,
+)
 from pipeline.storage.plain_types import UNREADABLE, python_cells, text_of
 
 Value = TypeVar("Value")
@@ -45,6 +57,7 @@ class RowReader:
 
     columns: ColumnMap
     template: PromptTemplate | None = None
+    texts: QuestionTexts | None = None
 
     def read(
         self,
@@ -66,14 +79,35 @@ class RowReader:
             if reason is not None:
                 faults[row] = _Fault("BadRequest", reason)
         contents = self._contents(table, orders, faults)
-        if columns.scored is not None:
+        if self.texts is not None:
+            contents = self._asked(self.texts, table, contents, faults)
+        elif columns.scored is not None:
             contents = _scored(columns.scored, table, contents, faults)
         overrides = _read_overrides(table, columns, faults)
+        if any(GIVEN in override for override in overrides):
+            overrides = self._give(contents, overrides, faults)
         for row in faults:
             contents[row], overrides[row] = None, {}
         rejected = tuple(Rejected(row_start + row, *faults[row].args) for row in sorted(faults))
         tenants = _cells(table, columns.tenant)
         return PromptBatch(row_start, ids, contents, overrides, tenants, rejected)
+
+    def _give(
+        self,
+        contents: list[Content | None],
+        overrides: list[dict[str, object]],
+        faults: _Faults,
+    ) -> list[dict[str, object]]:
+        """Put what rows give their chat template into their contents; returns what is left."""
+        for row, override in enumerate(overrides):
+            content = contents[row]
+            if GIVEN not in override or content is None or row in faults:
+                continue
+            if self.columns.conversation is None and isinstance(content, str | list):
+                contents[row] = ChatPrompt(content, str(override[GIVEN]))
+            else:
+                faults[row] = _Fault("BadSamplingParams", _GIVES_NOTHING)
+        return [{n: v for n, v in override.items() if n != GIVEN} for override in overrides]
 
     @property
     def _may_be_empty(self) -> bool:
@@ -111,7 +145,8 @@ class RowReader:
         faults: _Faults,
     ) -> list[Content | None]:
         """Rows that can be read are rendered together: each call costs a message to a process."""
-        cells = _template_cells(table, template, orders)
+        values = _records(table, template.columns)
+        cells = list(zip(values, orders or repeat(None, len(values)), strict=True))
         fit = [
             row for row, (value, _) in enumerate(cells)
             if row not in faults and value is not UNREADABLE
@@ -120,6 +155,32 @@ class RowReader:
         for row, text in zip(fit, template.render_all([cells[row] for row in fit]), strict=True):
             found[row] = text
         return _each(lambda text: _attempt("TemplateError", _read_rendered, text), found, faults)
+
+    def _asked(
+        self,
+        texts: QuestionTexts,
+        table: pa.Table,
+        contents: list[Content | None],
+        faults: _Faults,
+    ) -> list[Content | None]:
+        """The same prompts, with what is asked about them; rendered together as `_rendered` is."""
+        scored = self.columns.scored
+        assert scored is not None and scored.sheet is not None
+        cells = _records(table, texts.columns)
+        for row, cell in enumerate(cells):
+            if cell is UNREADABLE:
+                faults.setdefault(row, _Fault("BadQuestion", _BEYOND))
+        found: list[Content | None] = [None] * len(cells)
+        fit = [row for row in range(len(cells)) if row not in faults]
+        for row, said in zip(fit, texts.of_rows([cells[row] for row in fit]), strict=True):
+            content = contents[row]
+            if isinstance(said, BadCell):
+                faults[row] = _Fault("BadQuestion", str(said))
+            elif isinstance(content, str | list):
+                found[row] = AskedPrompt(content, said, scored.sheet)
+            else:
+                faults[row] = _Fault("BadPrompt", _BEYOND)
+        return found
 
 
 def _scored(
@@ -150,6 +211,10 @@ def _read_rendered(rendered: str | BadCell) -> str:
     return read_text(rendered)
 
 
+_GIVES_NOTHING = (
+    "the row gives its chat template tools or arguments, which turns of conversations and prompts "
+    "in segments cannot have; leave them out, or name arguments for all by --chat-template-kwargs"
+)
 _BEYOND = (
     "a value of the row is beyond what can be read: a time after the year 9999, or bytes that are "
     "not text in UTF-8"
@@ -186,7 +251,8 @@ def _read_overrides(
     table: pa.Table, columns: ColumnMap, faults: _Faults
 ) -> list[dict[str, object]]:
     """Of the columns, and of `sampling_params` what they leave open. Equal rows are read once."""
-    names = [name for name in (columns.sampling_params, *columns.fields) if name is not None]
+    asked = (columns.sampling_params, columns.json_schema, *columns.fields)
+    names = [name for name in asked if name is not None]
     if not names:
         return [{}] * table.num_rows
     known: dict[Any, dict[str, object]] = {}
@@ -213,7 +279,8 @@ def _field_cells(table: pa.Table, name: str, columns: ColumnMap) -> list[Any]:
     `read_sampling` reads the text itself."""
     column = table.column(name)
     cells = python_cells(column)
-    if name == columns.sampling_params or not isinstance(column.type, pa.JsonType):
+    whole = (columns.sampling_params, columns.json_schema)
+    if name in whole or not isinstance(column.type, pa.JsonType):
         return cells
     return [_said_by_json(cell) if isinstance(cell, str) else cell for cell in cells]
 
@@ -238,19 +305,25 @@ def _override(names: Sequence[str], cells: Sequence[Any], columns: ColumnMap) ->
     """Raises BadCell."""
     said = dict(zip(names, cells, strict=True))
     sampling = said.pop(columns.sampling_params or "", None)
-    return ({} if sampling is None else read_sampling(sampling)) | read_fields(said)
+    own = {} if sampling is None else read_sampling(sampling)
+    if columns.json_schema is not None:
+        cell = said.pop(columns.json_schema)
+        own = own | {"constraint": _only_constraint(own, read_schema(cell))}
+    return own | read_fields({name: without_gaps(value) for name, value in said.items()})
 
 
-def _template_cells(
-    table: pa.Table, template: PromptTemplate, orders: Sequence[Sequence[int]] | None
-) -> list[tuple[Any, Sequence[int] | None]]:
-    """Of each row what `PromptTemplate.render` takes."""
-    names = template.columns
+def _only_constraint(own: dict[str, object], constraint: str) -> str:
+    if own.get("constraint", constraint) != constraint:
+        raise BadCell("sampling_params and the schema of the row differ; leave one of them out")
+    return constraint
+
+
+def _records(table: pa.Table, names: Sequence[str]) -> list[Any]:
+    """Of each row these cells by name; UNREADABLE where one cannot be read."""
+    if not names:
+        return [{}] * table.num_rows
     rows = zip(*(python_cells(table.column(name)) for name in names), strict=True)
-    cells = [
-        UNREADABLE if UNREADABLE in row else dict(zip(names, row, strict=True)) for row in rows
-    ]
-    return list(zip(cells, orders or repeat(None, len(cells)), strict=True))
+    return [UNREADABLE if UNREADABLE in row else dict(zip(names, row, strict=True)) for row in rows]
 
 
 def _cells(table: pa.Table, name: str | None) -> list[Any]:
@@ -277,3 +350,10 @@ def _read_ids(
     bad = _Fault("BadId", f"the id of the row in the column {name!r} is not text")
     ids = [made[row] if text is None else text for row, text in enumerate(found)]
     return ids, {row: null if is_null[row] else bad for row in without}
+
+
+def rows_with_tools(table: pa.Table, columns: ColumnMap) -> list[bool]:
+    """Of each row of the input that could be run, whether its answer may call tools."""
+    faults: _Faults = {}
+    overrides = _read_overrides(table, columns, faults)
+    return ["tools" in json.loads(str(override.get(GIVEN, "{}"))) for override in overrides]

@@ -20,15 +20,17 @@ from pipeline.inputs.carriage import check_carriage, check_types_carried
 from pipeline.inputs.columns import REFUSED_COLUMN, ColumnMap, find_columns
 from pipeline.inputs.common_schema import with_one_schema
 from pipeline.inputs.input_files import InputFile, Stamps, find_input_files
-from pipeline.inputs.json_lines import is_json_lines
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.parquet_input import ParquetInput
 from pipeline.inputs.partitions import read_partitions
 from pipeline.inputs.prompt_rows import RowReader
 from pipeline.inputs.prompt_template import PromptTemplate
-from pipeline.inputs.scored_columns import with_choices
+from pipeline.inputs.question_texts import QuestionTexts
+from pipeline.inputs.scored_columns import read_texts, with_choices
+from pipeline.inputs.text_files import is_text_file, named_texts
 from pipeline.inputs.turns import Turns, read_turns, with_turn_columns
 from pipeline.location import Location
+from pipeline.questions import Questionnaire
 from pipeline.records import PromptBatch
 from pipeline.scoring_settings import NO_SCORES, ScoringSettings
 from pipeline.settings import ReadSettings
@@ -57,6 +59,7 @@ class PromptSource:
     summary: str = ""
     _field_order: NDArray[np.uint8] | None = None
     turns: Turns | None = None
+    _texts: QuestionTexts | None = None
     _cache: BlockCache = field(default_factory=lambda: BlockCache(_CACHE_BYTES))
 
     @property
@@ -72,6 +75,21 @@ class PromptSource:
     def with_field_order(self, order: NDArray[np.uint8]) -> PromptSource:
         """The same rows with `fields` in another order: [rows, fields] indices of `fields`."""
         return replace(self, _field_order=order)
+
+    def with_sheet(self, sheet: Questionnaire) -> PromptSource:
+        """The same rows, asked the same questions in the way of `sheet`."""
+        assert self.columns.scored is not None
+        scored = replace(self.columns.scored, sheet=sheet)
+        return replace(self, columns=replace(self.columns, scored=scored))
+
+    def with_answers(self, reasoning: bool, tool_calls: bool) -> PromptSource:
+        """The same rows, whose answers have columns of what was thought, and of calls of tools.
+        Raises InputError where the output cannot carry the input beside them."""
+        if not (reasoning or tool_calls):
+            return self
+        columns = replace(self.columns, reasoning=reasoning, tool_calls=tool_calls)
+        check_types_carried(self.schema, columns, self._files[0].origin.name)
+        return replace(self, columns=columns)
 
     def with_turns(self) -> PromptSource:
         """The same rows as turns, where the columns say which. Raises InputError."""
@@ -96,7 +114,7 @@ class PromptSource:
 
         Raises InputError on a damaged page.
         """
-        reader = RowReader(self.columns, self._template)
+        reader = RowReader(self.columns, self._template, self._texts)
         for file, label, start, stop in self._file_ranges():
             row = start
             for table in file.iter_batches(self.columns.names, stop - start):
@@ -200,7 +218,7 @@ def open_source(
 ) -> PromptSource:
     """Open a file, a folder of files, or a glob; of Parquet footers are read, rows are not.
 
-    `copies`: where JSON lines files are kept as Parquet; without, they are refused.
+    `copies`: where JSON and CSV files are kept as Parquet; without, they are refused.
     `wants_segments`: see `find_columns`; `conversations`: see `with_turn_columns`; `scoring`: see
     `with_choices`.
 
@@ -210,6 +228,7 @@ def open_source(
     """
     if copies is not None:
         copies.drop_stale()
+        copies = copies.reading_as_text(named_texts(settings, conversations, scoring))
     found = find_input_files(location)
     files = with_one_schema(_open_files(location, found.files, copies))
     schema = files[0].schema
@@ -217,7 +236,8 @@ def open_source(
     asked = None if template is None else template.columns
     columns = find_columns(schema, settings, files[0].origin.name, asked, wants_segments)
     columns = with_turn_columns(columns, schema, conversations, files[0].origin.name)
-    columns = with_choices(columns, schema, scoring, files[0].origin.name)
+    texts = read_texts(scoring, schema)
+    columns = with_choices(columns, schema, scoring, files[0].origin.name, texts)
     block_rows = np.concatenate([file.block_rows for file in files])
     first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(block_rows)])
     num_rows = int(first_row[-1])
@@ -229,7 +249,7 @@ def open_source(
     schema = pa.schema([field for field in schema if field.name != REFUSED_COLUMN])
     check_types_carried(schema, columns, files[0].origin.name)
     return PromptSource(
-        num_rows, schema, columns, files, labels, first_row, template, found.summary
+        num_rows, schema, columns, files, labels, first_row, template, found.summary, _texts=texts
     )
 
 
@@ -241,8 +261,8 @@ def _open_files(
     opened = []
     for row, file in enumerate(found):
         values = {name: folders.column(name)[row] for name in folders.column_names}
-        is_lines = is_json_lines(file.base_name)
-        parquet = copies.open(file) if copies and is_lines else ParquetInput.open(file)
+        is_text = is_text_file(file.base_name)
+        parquet = copies.open(file) if copies and is_text else ParquetInput.open(file)
         opened.append(parquet.with_constants(values))
     return tuple(opened)
 

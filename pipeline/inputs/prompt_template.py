@@ -36,8 +36,18 @@ class PromptTemplate:
     `fields(...)`, as it lists them.
     """
 
-    def __init__(self, source: str, known: Sequence[str], name: str = "the template") -> None:
-        """`known`: the table's columns. Raises UsageError with line and column of what is wrong."""
+    def __init__(
+        self,
+        source: str,
+        known: Sequence[str],
+        name: str = "the template",
+        *,
+        may_be_constant: bool = False,
+    ) -> None:
+        """`known`: the table's columns; `may_be_constant`: it may ask for none of them.
+
+        Raises UsageError with line and column of what is wrong.
+        """
         self._name = name
         self._source = source
         self._num_slow = 0
@@ -55,6 +65,8 @@ class PromptTemplate:
             raise UsageError(f"{name} is nested too deep; nest less and shorten it") from error
         for other in tree.find_all((nodes.Include, nodes.Extends, nodes.Import, nodes.FromImport)):
             raise UsageError(f"{name}, line {other.lineno}: other files cannot be read; copy it in")
+        if not self.columns and not may_be_constant:
+            raise UsageError(f"{name} names no column, so all prompts would be the same")
         self._check_columns(known)
         arguments = (source, tuple(known), bool(self.fields), _MOST_SECONDS)
         self._renderer = Confined(Renderer, arguments, _MOST_SECONDS * 1.2 + _GRACE_S)
@@ -75,8 +87,6 @@ class PromptTemplate:
 
     def _check_columns(self, known: Sequence[str]) -> None:
         """Raises UsageError with line and column if it asks for what the table does not have."""
-        if not self.columns:
-            raise UsageError(f"{self._name} names no column, so all prompts would be the same")
         for column in self.columns:
             if column not in known:
                 found = re.search(rf"\b{re.escape(column)}\b", self._source)

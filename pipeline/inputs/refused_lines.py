@@ -20,6 +20,12 @@ MISFITS = (pa.ArrowException, TypeError, OverflowError, UnicodeError)
 """What Arrow raises where values do not fit into a column."""
 Line = tuple[int, dict[str, Any]]
 """Number from 1, object."""
+_IN_LISTS = (".json", ".json.gz")
+
+
+def place_of(name: str, number: int) -> str:
+    """How a message calls the line of a file, or the item of one that is a list."""
+    return f"{'item' if name.endswith(_IN_LISTS) else 'line'} {number} of {name}"
 
 
 class RefusedLines:
@@ -40,7 +46,7 @@ class RefusedLines:
 
     def check(self, num_rows: int) -> None:
         """Raises InputError, with the first line's reason, where none of the lines is a row."""
-        if self._reasons == num_rows:
+        if num_rows and self._reasons == num_rows:
             raise InputError(self._first)
 
 
@@ -54,7 +60,7 @@ def _without_misfits(name: str, number: int, line: dict[str, Any]) -> dict[str, 
     if not bad:
         return line
     fields = f"field{'s' if len(bad) > 1 else ''} {', '.join(map(repr, bad))}"
-    reason = f"the {fields} of line {number} of {name} cannot be a value of a column"
+    reason = f"the {fields} of {place_of(name, number)} cannot be a value of a column"
     left = {field: value for field, value in line.items() if field not in bad}
     return left | {REFUSED_COLUMN: reason}
 

@@ -13,13 +13,15 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
+ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 """Of the files that a folder is searched for."""
+_JSON = (".json", ".json.gz")
 HIDDEN = "with a name or a folder that begins with _ or ."
 OUTPUTS = "written by coppice itself"
 LINKED_AGAIN = "linked folders that are read already"
 MATCHED_AGAIN = "matched again by way of a linked folder"
 IN_CAPITALS = "whose ending is not in small letters"
+OTHER_JSON = "of JSON that is no JSON lines, which must be named to be read"
 BROKEN = "that link to nothing"
 _PLAN_FILES = {"plan.parquet", "tree.parquet", "summary.json"}
 
@@ -44,7 +46,15 @@ def select(names: Collection[str]) -> Selection:
     found = _choose(rows, 0, "._", _own_folders(names))
     chosen = tuple(name for name in found.names if name.endswith(ENDINGS))
     in_capitals = Counter({IN_CAPITALS: len(found.names) - len(chosen)})
-    return Selection(chosen, found.left_out + in_capitals)
+    other_json = Counter({OTHER_JSON: _count_other_json(names)})
+    return Selection(chosen, +(found.left_out + in_capitals + other_json))
+
+
+def _count_other_json(names: Collection[str]) -> int:
+    """Of the files that may be lists of rows, and in a folder as well may be anything."""
+    others = [name for name in names if name.endswith(_JSON)]
+    found = _choose(others, 0, "._", _own_folders(names))
+    return len(found.names)
 
 
 def _choose(paths: Collection[str], fixed: int, marks: str, own: set[str]) -> Selection:

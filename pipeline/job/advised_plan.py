@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.costs import cost_of
 from pipeline.job.advice import SAMPLE_CHARACTERS, SAMPLE_ROWS, advise
 from pipeline.job.document_ordering import count_distinct_tokens, order_documents
 from pipeline.job.document_ordering import memory_needed as ordering_memory
@@ -28,17 +29,30 @@ def plan_for_a_person(job: Job, keep_rows: bool = False, watch: Watch = ignore) 
     if fields is None and job.source.fields and memory_needed(job.source) <= memory:
         _, fields = order_fields(job.source, memory, is_applied=False)
     rates = None if job.shape is None else recall_rates(job.settings.model, job.model_identity)
+    estimate = (
+        None if rates is None else rates.estimate(summary.unique_tokens, summary.max_new_tokens)
+    )
     summary = replace(
         summary,
+        cost=_cost(planned, estimate),
         advice=None if advice is None else advice.to_json(),
         warning=job.tokenizer.looks_rendered(prompts),
         fields=None if fields is None else fields.to_json(),
         documents=_all_figures(planned),
-        estimate=None
-        if rates is None
-        else rates.estimate(summary.unique_tokens, summary.max_new_tokens),
+        estimate=estimate,
     )
     return replace(planned, summary=summary)
+
+
+def _cost(planned: PlannedJob, estimate: dict[str, Any] | None) -> dict[str, Any] | None:
+    """At most, if answers are as long as they may be; None: nobody asks for it."""
+    summary, seconds, saved_s = planned.summary, None, None
+    if estimate is not None:
+        seconds = estimate["prefill_s"] + estimate["decode_s"]
+        again = max(0, summary.prompt_tokens - summary.unique_tokens)
+        saved_s = estimate["prefill_s"] / max(1, summary.unique_tokens) * again
+    cost = cost_of(planned.job.settings.cost, seconds, summary.rows, saved_s)
+    return None if cost is None else cost.to_json()
 
 
 def _all_figures(planned: PlannedJob) -> dict[str, Any] | None:

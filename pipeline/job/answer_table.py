@@ -10,21 +10,54 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.inputs.choices import Choices
+from pipeline.inputs.prompt_rows import rows_with_tools
+from pipeline.job.answer_columns import Shown, logprobs_column, samples_column
+from pipeline.job.answer_texts import Said, decode_answers
+from pipeline.job.parsed import guided_columns
 from pipeline.job.planning import PlannedJob
+from pipeline.job.question_answers import question_columns
 from pipeline.job.row_faults import call_by_halves, sentence
-from pipeline.job.row_scores import ScoredRow, score_columns
+from pipeline.job.row_scores import NoLikelyChoice, ScoredRow, score_columns
+from pipeline.job.row_tools import add_tool_calls
 from pipeline.plan.plan import Plan
-from pipeline.records import PRIOR_TURN_FAILED, Completion, Rejected, Timing, TurnState
+from pipeline.records import (
+    PRIOR_TURN_FAILED,
+    Completion,
+    Rejected,
+    SamplingParams,
+    Timing,
+    TurnState,
+)
 from pipeline.storage.schema import carry_columns, result_fields
-from pipeline.tokens.answer_text import Ids
+from pipeline.tokens.reasoning import AnswerParts
 
 
 class Answered(NamedTuple):
-    """An input row and what became of it; `scored`: where it is scored."""
+    """An input row and what became of it; `scored`: where it is scored. `samples`: all of them,
+    where it has several, of which the outcome is the first; `sample_index`: where each of them is a
+    row of the output, which one."""
 
     row: int
     outcome: Completion | Rejected
     scored: ScoredRow | None = None
+    samples: tuple[Completion, ...] = ()
+    sample_index: int = 0
+
+    def completions(self) -> tuple[Completion, ...]:
+        """Those that hold answers."""
+        answer = answer_of(self.outcome)
+        if answer is None:
+            return ()
+        return self.samples or (answer,)
+
+
+Texts = Mapping[tuple[int, int], AnswerParts]
+"""Of answers, by sequence and turn."""
+
+
+def key_of(completion: Completion) -> tuple[int, int]:
+    """What `Texts` has its text by."""
+    return completion.sequence, completion.turn
 
 
 def answer_of(outcome: Completion | Rejected) -> Completion | None:
@@ -39,39 +72,50 @@ def first_row(plan: Plan, completion: Completion) -> int:
     return plan.row_of(completion.sequence, completion.turn)
 
 
-def decode(
-    planned: PlannedJob, answered: Sequence[Answered]
-) -> tuple[list[Answered], dict[int, str]]:
-    """The same rows, an error where the answer has no text; and the text of each answer by the row
-    that ran, cut before the stop string that ended it."""
-    plan, text = planned.plan, planned.job.tokenizer.answers
-    completions = {
-        first_row(plan, c): c for a in answered if (c := answer_of(a.outcome)) is not None
-    }
-    items = [
-        (plan.table[row], completion.token_ids,
-         plan.params_of(completion.sequence, completion.turn).stop)
-        for row, completion in completions.items()
-    ]  # fmt: skip
-    rows = list(completions)
-    texts: dict[int, str] = {}
-    faults: dict[int, str] = {}
+def decode(planned: PlannedJob, answered: Sequence[Answered]) -> tuple[list[Answered], Texts]:
+    """The same rows, an error where an answer has no text; and the text of each answer, cut before
+    the stop string that ended it unless the row wants it otherwise, apart from what was thought
+    before it."""
+    plan, job = planned.plan, planned.job
+    completions = {key_of(c): c for a in answered for c in a.completions()}
+    items = [_said(planned, c, plan.params_of(*key)) for key, c in completions.items()]
+    eos = () if job.shape is None else job.shape.eos_token_ids
+    keys = list(completions)
+    texts: dict[tuple[int, int], AnswerParts] = {}
+    faults: dict[tuple[int, int], str] = {}
 
-    def decode_some(some: Sequence[tuple[Ids, Ids, tuple[str, ...]]]) -> list[str]:
-        return text.decode([p for p, _, _ in some], [a for _, a, _ in some], [s for *_, s in some])
+    def decode_some(some: Sequence[Said]) -> list[AnswerParts]:
+        return decode_answers(job.tokenizer.answers, job.reasoning, some, eos)
 
     for start, decoded in call_by_halves(decode_some, items):
         if isinstance(decoded, BaseException):
-            faults[rows[start]] = sentence("the answer cannot be turned into text", decoded)
+            faults[keys[start]] = sentence("the answer cannot be turned into text", decoded)
         else:
-            texts |= zip(rows[start:], decoded, strict=False)
-    return [_as_decoded(plan, item, faults) for item in answered], texts
+            texts |= zip(keys[start:], decoded, strict=False)
+    return [_as_decoded(item, faults) for item in answered], texts
 
 
-def _as_decoded(plan: Plan, item: Answered, faults: Mapping[int, str]) -> Answered:
-    completion = answer_of(item.outcome)
-    message = None if completion is None else faults.get(first_row(plan, completion))
+def _said(planned: PlannedJob, completion: Completion, params: SamplingParams) -> Said:
+    """Behind the prompt without the opening, which is of the answer."""
+    row = first_row(planned.plan, completion)
+    prompt, opening = planned.plan.table[row], planned.opening(row)
+    own = prompt[: len(prompt) - len(opening)]
+    return Said(own, completion.token_ids, completion.finish_reason, params)
+
+
+def _as_decoded(item: Answered, faults: Mapping[tuple[int, int], str]) -> Answered:
+    messages = (faults.get(key_of(completion)) for completion in item.completions())
+    message = next((message for message in messages if message is not None), None)
     return item if message is None else Answered(item.row, failed(item.outcome, message))
+
+
+def exploded(answered: Sequence[Answered]) -> list[Answered]:
+    """A row for each sample."""
+    return [
+        Answered(item.row, sample, sample_index=index)
+        for item in answered
+        for index, sample in enumerate(item.samples or (item.outcome,))
+    ]
 
 
 def failed(
@@ -82,15 +126,14 @@ def failed(
     return replace(outcome, finish_reason="error", error_type=error_type, error_message=message)
 
 
-def answers_table(
-    planned: PlannedJob, answered: Sequence[Answered], texts: Mapping[int, str]
-) -> pa.Table:
+def answers_table(planned: PlannedJob, answered: Sequence[Answered], texts: Texts) -> pa.Table:
     """The output columns of these rows, then every column that the input brought."""
-    source = planned.job.source
-    columns = source.columns
+    source, columns = planned.job.source, planned.columns
     inputs = source.take(np.array([item.row for item in answered], np.int64))
     if columns.scored is None:
         rows = [_output_row(planned, item, texts) for item in answered]
+        if columns.tool_calls:
+            add_tool_calls(planned, answered, rows, rows_with_tools(inputs, columns))
     else:
         cells = columns.scored.cells(inputs)
         rows = [
@@ -102,8 +145,31 @@ def answers_table(
         numbers = source.turns.numbers([item.row for item in answered])
         names = inputs.column(columns.conversation).cast(pa.string())
         for name, column in (("conversation_id", names), ("turn", pa.array(numbers, pa.int64()))):
-            results = results.set_column(results.schema.get_field_index(name), name, column)
+            results = _with_column(results, name, column)
+    for name, column in _nested_columns(planned, answered, texts).items():
+        results = _with_column(results, name, column)
     return carry_columns(results, inputs, columns)
+
+
+def _with_column(results: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    return results.set_column(results.schema.get_field_index(name), name, column)
+
+
+def _nested_columns(
+    planned: PlannedJob, answered: Sequence[Answered], texts: Texts
+) -> dict[str, pa.Array]:
+    columns, spell = planned.columns, planned.job.tokenizer.answers.spell
+    found = {}
+    if columns.has_logprobs:
+        answers = [answer_of(item.outcome) for item in answered]
+        found["logprobs"] = logprobs_column(answers, spell)
+    if columns.has_samples and not columns.is_exploded:
+        rows = [
+            [Shown(c, texts[key_of(c)].text) for c in item.completions()] or None
+            for item in answered
+        ]
+        found["samples"] = samples_column(rows, spell, columns.has_logprobs)
+    return found
 
 
 def _planned_columns(planned: PlannedJob, item: Answered) -> dict[str, Any]:
@@ -114,7 +180,7 @@ def _planned_columns(planned: PlannedJob, item: Answered) -> dict[str, Any]:
         "id": planned.ids[item.row],
         "row_index": item.row,
         "group_id": None if group < 0 else planned.group_id(group),
-        "reuse_depth": int(plan.reuse_depth[first]),
+        "reuse_depth": _within_prompt(planned, item.row, int(plan.reuse_depth[first])),
         "prompt_tokens": _prompt_tokens(planned, item),
     }
 
@@ -131,18 +197,24 @@ def _scored_row(
     if scored.scores is None:
         reason, message = outcome.error_type or "EngineError", outcome.error_message
         return columns | _failed(reason, message or "no reason given", attempts=1)
-    texts = () if choices.are_prompts else choices.read(cell)
     cut, asked = int(planned.requests.cut[item.row]), planned.job.settings.scoring
-    scores = score_columns(scored.scores, texts, cut, asked)
-    if scores is None:
-        message = "the model gives every choice the probability 0, so none of them is the likeliest"
-        return columns | _failed("NoLikelyChoice", message, attempts=1)
+    try:
+        if choices.sheet is not None:
+            questions = choices.sheet.questions
+            scores = question_columns(scored.scores, questions, cut, asked.normalize)
+        else:
+            texts = () if choices.are_prompts else choices.read(cell)
+            scores = score_columns(scored.scores, texts, cut, asked)
+    except NoLikelyChoice as error:
+        return columns | _failed("NoLikelyChoice", str(error), attempts=1)
     return columns | _succeeded(outcome, None) | {"finish_reason": None} | scores
 
 
-def _output_row(planned: PlannedJob, item: Answered, texts: Mapping[int, str]) -> dict[str, Any]:
+def _output_row(planned: PlannedJob, item: Answered, texts: Texts) -> dict[str, Any]:
     plan, row = planned.plan, item.row
     columns = _planned_columns(planned, item) | _document_columns(planned, row)
+    if planned.columns.is_exploded:
+        columns["sample_index"] = item.sample_index
     if isinstance(item.outcome, Rejected):
         return columns | _failed(item.outcome.error_type, item.outcome.message, attempts=0)
     first = first_row(plan, item.outcome)
@@ -152,7 +224,12 @@ def _output_row(planned: PlannedJob, item: Answered, texts: Mapping[int, str]) -
         reason, message = item.outcome.error_type, item.outcome.error_message
         attempts = 0 if reason == PRIOR_TURN_FAILED else 1
         return columns | _failed(reason or "EngineError", message or "no reason given", attempts)
-    return columns | _succeeded(completion, texts[first]) | _state_columns(completion.state)
+    said = texts[key_of(completion)]
+    columns |= _succeeded(completion, said.text) | _state_columns(completion.state)
+    if planned.job.reasoning is not None:
+        columns |= {"reasoning": said.reasoning, "reasoning_tokens": said.reasoning_tokens}
+    columns["cached_tokens"] = _within_prompt(planned, row, columns["cached_tokens"])
+    return columns | guided_columns(planned, completion, said.text)
 
 
 def _prompt_tokens(planned: PlannedJob, item: Answered) -> int | None:
@@ -162,6 +239,12 @@ def _prompt_tokens(planned: PlannedJob, item: Answered) -> int | None:
         if outcome.turn or outcome.prompt_tokens:
             return outcome.prompt_tokens or None
     return planned.prompt_tokens(item.row)
+
+
+def _within_prompt(planned: PlannedJob, row: int, count: int) -> int:
+    """Of so many of the first tokens of a prompt of the plan, those that are not of the answer."""
+    opening = planned.opening(row)
+    return min(count, planned.prompt_tokens(row)) if opening else count
 
 
 def _document_columns(planned: PlannedJob, row: int) -> dict[str, Any]:
@@ -197,7 +280,7 @@ def _succeeded(completion: Completion, text: str | None) -> dict[str, Any]:
         "generated_text": text,
         "finish_reason": completion.finish_reason,
         "completion_tokens": len(completion.token_ids),
-        "cached_tokens": completion.cached_tokens,
+        "cached_tokens": max(0, completion.cached_tokens),  # less: samples on several devices
         "reuse_source": _source(completion),
         **asdict(completion.timing),
         "status": "ok",
@@ -210,7 +293,7 @@ def _source(completion: Completion) -> str:
     """Where the KV that this row did not compute came from."""
     if completion.stored_tokens:
         return "store"
-    return "run" if completion.cached_tokens else "none"
+    return "run" if completion.cached_tokens > 0 else "none"
 
 
 def _failed(error_type: str, message: str, attempts: int) -> dict[str, Any]:

@@ -18,20 +18,24 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.base import StopCheck
+from pipeline.engine.base import Grammars, StopCheck
 from pipeline.errors import StorageError, is_row_fault
 from pipeline.job.answer_table import (
     Answered,
+    Texts,
     answer_of,
     answers_table,
     decode,
+    exploded,
     first_row,
 )
 from pipeline.job.committed_turns import CommittedTurns
+from pipeline.job.gathered_samples import GatheredSamples, joined
 from pipeline.job.planning import PlannedJob
 from pipeline.job.row_scores import ScoreCollector
 from pipeline.plan.conversations import join_ids
 from pipeline.records import Completion
+from pipeline.storage.retried_rows import attempts_before, count_attempts
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.tokens.answer_text import AnswerText, Ids
 
@@ -40,20 +44,25 @@ from pipeline.tokens.answer_text import AnswerText, Ids
 class RowCounts:
     """Rows that this session has answered, committed or not, and its parts that are committed;
     read by the progress display. `merged_tokens`: those that end an answer and begin the turn that
-    follows it; `evictions` of turns, and those that are `degenerate`, see `TurnState`."""
+    follows it; `evictions` of turns, and those that are `degenerate`, see `TurnState`;
+    `scored_requests` of rows that are scored, and tokens of their continuations."""
 
     ok: int = 0
     failed: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     merged_tokens: int = 0
+    forced_tokens: int = 0
     evictions: int = 0
     degenerate: int = 0
+    scored_requests: int = 0
+    scored_tokens: int = 0
     parts: int = 0
 
 
 class AnswerWriter:
-    """Collects answers and commits a part whenever `rows_per_part` rows are together.
+    """Collects answers and commits a part whenever `rows_per_part` rows are together, or of rows of
+    several samples so many answers.
 
     With `preserve_order`, part n holds the input rows `[n * size, (n + 1) * size)` with
     `size = rows_per_part`, and is committed when the last of them is answered; where rows are
@@ -74,14 +83,19 @@ class AnswerWriter:
         self._done = done.copy()
         self._settings = planned.job.settings.write
         self._waiting: dict[int, list[Answered]] = defaultdict(list)
+        self._answers_waiting = 0
         self._next_part = directory.next_part_number()
         plan_hash = planned.summary.plan_hash
         self._provenance = {"run_id": directory.run_id, "plan_hash": plan_hash}
         self._rows_of_sequence = _RowsOfSequence(planned.plan.sequence_of_row)
+        self._gathered = GatheredSamples(planned)
         block = np.arange(len(done)) // self._settings.rows_per_part
         self._left_in_block = np.bincount(block[~done], minlength=int(block[-1]) + 1)
         self._open_blocks = deque(np.flatnonzero(self._left_in_block).tolist())
         self._scores = None if planned.requests is None else ScoreCollector(planned, done)
+        self._attempts = attempts_before(directory)
+        parts = directory.footers() if self._settings.preserve_order else ()
+        self._begun = {footer.number: footer for footer in parts}
         self._committed = committed
         self._failed_turn = {} if committed is None else committed.failed()
 
@@ -104,14 +118,30 @@ class AnswerWriter:
             for scored in self._scores.add(completion):
                 self._add(Answered(scored.row, scored.completion, scored))
             return
+        completion = self._with_opening(completion)
         first = first_row(plan, completion)
         if plan.conversations is not None:
             self._count_merged(completion)
             self._add(Answered(first, completion))
             return
-        for row in self._rows_of_sequence[completion.sequence]:
+        samples = self._gathered.add(completion)
+        if len(samples) > 1:
+            self._add(joined(first, samples, int(plan.table.lengths[first])))
+            return
+        for row in self._rows_of_sequence[completion.sequence] if samples else ():
             own = completion if row == first else _copied(completion, int(plan.table.lengths[row]))
             self._add(Answered(row, own))
+
+    def _with_opening(self, completion: Completion) -> Completion:
+        """The whole answer, which the prompt of the plan holds the beginning of."""
+        opening = self._planned.plan.params_of(completion.sequence, completion.turn).opening
+        if not opening or completion.finish_reason == "error":
+            return completion
+        return replace(
+            completion,
+            token_ids=(*opening, *completion.token_ids),
+            forced_tokens=len(opening) + completion.forced_tokens,
+        )
 
     def flush(self) -> None:
         """Commit what waits, also where a part is not full."""
@@ -131,14 +161,20 @@ class AnswerWriter:
             planned = self._planned.prompt_tokens(answered.row)
             self.counts.prompt_tokens += completion.prompt_tokens or planned
             self.counts.cached_tokens += completion.cached_tokens
+            self.counts.forced_tokens += completion.forced_tokens
             if completion.state is not None:
                 self.counts.evictions += completion.state.evictions
                 self.counts.degenerate += completion.state.degenerate
+            if answered.scored is not None and answered.scored.scores is not None:
+                token_counts = answered.scored.scores.token_counts
+                self.counts.scored_requests += len(token_counts)
+                self.counts.scored_tokens += sum(token_counts)
         per_part = self._settings.rows_per_part
         block = answered.row // per_part if self._settings.preserve_order else 0
         self._waiting[block].append(answered)
+        self._answers_waiting += max(1, len(answered.samples))
         if not self._settings.preserve_order:
-            if len(self._waiting[block]) >= per_part:
+            if self._answers_waiting >= per_part:
                 self._commit(block)
         elif self._planned.plan.conversations is None:
             if self._is_full(block):
@@ -151,19 +187,26 @@ class AnswerWriter:
         return len(self._waiting.get(block, ())) >= int(self._left_in_block[block])
 
     def _commit(self, block: int) -> None:
-        answered = self._waiting.pop(block)
+        answered, self._answers_waiting = self._waiting.pop(block), 0
         number = self._next_part
         if self._settings.preserve_order:
             # The part's number is its place in the input, so sorted names give the input order.
             answered.sort(key=lambda a: a.row)
             number = block
-        texts: dict[int, str] = {}
+        texts: Texts = {}
         if self._scores is None:
             answered, texts = decode(self._planned, answered)
         if self._planned.plan.conversations is not None:
             answered = self._fail_what_follows(answered)
+        if self._settings.explode:
+            answered = exploded(answered)
         table = answers_table(self._planned, answered, texts)
-        self._directory.write_part(number, table, self._provenance)
+        table = count_attempts(table, self._attempts)
+        begun = self._begun.pop(number, None)
+        if begun is None:
+            self._directory.write_part(number, table, self._provenance)
+        else:
+            self._directory.extend_part(begun, table)
         self._next_part += 1
         self.counts.parts += 1
 
@@ -222,6 +265,12 @@ def stop_check(answers: AnswerText) -> StopCheck:
     One that has no text ends there: it becomes an error when it is written.
     """
     return partial(_is_stopped, answers)
+
+
+def grammars_of(planned: PlannedJob) -> Grammars | None:
+    """What answers must be in token ids, for an engine here or elsewhere; None: anything."""
+    is_guided = any(params.is_guided for params in planned.plan.params)
+    return planned.job.tokenizer.grammars if is_guided else None
 
 
 def _is_stopped(

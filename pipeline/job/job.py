@@ -6,13 +6,16 @@ It is opened once and passed on, and says whether its files are still those that
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.constraint_settings import CONSTRAINTS, flag_of
 from pipeline.errors import CoppiceError, ModelError, UsageError
 from pipeline.generation import PLAIN, RULES, ids_of, resolve_sampling, why_not_by_vllm
+from pipeline.inputs.columns import ColumnMap
 from pipeline.inputs.input_files import InputFile, Stamps, stamp_input
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import PromptSource, open_source
@@ -20,6 +23,13 @@ from pipeline.job.eviction_budget import check_eviction, eviction_of
 from pipeline.job.field_ordering import FieldSaving, order_fields
 from pipeline.job.prepare import Limits, Preparation, Preparing
 from pipeline.job.prepare_scores import ScorePreparation
+from pipeline.job.question_labels import check_labels
+from pipeline.job.question_ordering import (
+    QuestionSaving,
+    order_questions,
+    question_figures,
+)
+from pipeline.job.request_limits import RequestLimits
 from pipeline.location import Location
 from pipeline.model.adapter import Adapter, adapter_of, reuse_of
 from pipeline.model.families import why_documents_stay
@@ -30,6 +40,9 @@ from pipeline.model.machine import cache_folder
 from pipeline.plan.conversations import Eviction
 from pipeline.plan.documents import MOST_LINKED, Reuse
 from pipeline.settings import JobSettings, ModelSettings
+from pipeline.tokens.answer_text import Ids
+from pipeline.tokens.constraint_check import ConstraintChecker
+from pipeline.tokens.reasoning import AnswerParts, ReasoningTags, decode_parts
 from pipeline.tokens.tokenizer import PromptTokenizer
 from pipeline.tokens.turns import LaterTurns
 
@@ -43,7 +56,9 @@ class Job:
 
     `input`: as a person named it. The clock in `settings` is the tokenizer's: None where nothing
     depends on it. `fields`: what the order of the template's fields saves, where it was asked for.
-    `stamps`: of the files of model and templates, from before they were read.
+    `asking`: what the order of questions saves, where it was left to be chosen. `stamps`: of the
+    files of model and templates, from before they were read. `reasoning`: the tags around what the
+    model thinks before it answers, None where nobody tells it apart.
     """
 
     input: str
@@ -53,6 +68,8 @@ class Job:
     shape: ModelShape | None
     fields: FieldSaving | None
     stamps: Stamps
+    asking: QuestionSaving | None = None
+    reasoning: ReasoningTags | None = None
 
     def is_current(self) -> bool:
         """Whether opening it again would read the same files: none is new, gone or changed."""
@@ -73,7 +90,9 @@ class Job:
         hashes = {"input": self.source.fingerprint(), "tokenizer": self.tokenizer.fingerprint}
         if self.adapter is not None:
             hashes["adapter"] = self.adapter.digest
-        return fingerprint_fields(self.settings, self.model_identity, hashes, self.rules)
+        fields = fingerprint_fields(self.settings, self.model_identity, hashes, self.rules)
+        tags = {} if self.reasoning is None else {"reasoning_tags": list(self.reasoning.names)}
+        return fields | tags
 
     @cached_property
     def adapter(self) -> Adapter | None:
@@ -104,12 +123,26 @@ class Job:
         )
         is_ordered = self.settings.reuse.document_order == "best"
         lines = [self.describe_generation(), *self.source.columns.describe()]
+        if said := self.question_figures.get("text"):
+            lines.append(said)
         return [*lines, ordered] if is_ordered else lines
+
+    @property
+    def question_figures(self) -> dict[str, Any]:
+        """What a plan says of questions; nothing where none are asked."""
+        order = self.settings.scoring.question_order
+        return question_figures(self.source.columns.questions, order, self.asking)
 
     @property
     def rules(self) -> str:
         """What the logits of rows without fields of their own go through."""
         return resolve_sampling(self.settings.sampling, self.generation_config, {}).rules
+
+    def decode(
+        self, prompts: Sequence[Ids], answers: Sequence[Ids], stops: Sequence[tuple[str, ...]]
+    ) -> list[AnswerParts]:
+        """The text of each answer up to its first stop string, apart from its reasoning."""
+        return decode_parts(self.tokenizer.answers, self.reasoning, prompts, answers, stops)
 
     def preparation(self) -> Preparing:
         """The rules by which this job's rows become token ids and parameters."""
@@ -123,10 +156,22 @@ class Job:
             0 if reuse is None else reuse.soft_tokens_per_document,
             self.source.columns.has_segments,
             self.source.turns is not None,
+            request_limits(self.settings, self.shape, self.source.columns),
         )
         if self.source.columns.scored is not None:
             return ScorePreparation(self.tokenizer, limits)
-        return Preparation(self.tokenizer, self.settings.sampling, self.generation_config, limits)
+        return Preparation(
+            self.tokenizer,
+            self.settings.sampling,
+            self.generation_config,
+            limits,
+            self.checker,
+        )
+
+    @cached_property
+    def checker(self) -> ConstraintChecker:
+        """Of what answers must be; one process for all rows."""
+        return ConstraintChecker(lambda: self.tokenizer.grammars)
 
     @property
     def reuse(self) -> Reuse | None:
@@ -161,6 +206,19 @@ class Job:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
+def request_limits(
+    settings: JobSettings, shape: ModelShape | None, columns: ColumnMap | None = None
+) -> RequestLimits:
+    """What rows may ask for; `columns` None: as far as the settings say."""
+    single = ""
+    if columns is not None and columns.conversation is not None:
+        single = "the next turn of a conversation follows one answer"
+    elif settings.reuse.moves_documents:
+        single = f"--reuse {settings.reuse.reuse} computes a row with documents once"
+    no_logprobs = "the echo engine has none" if settings.model.engine == "echo" else ""
+    return RequestLimits(None if shape is None else shape.vocabulary_size, single, no_logprobs)
+
+
 def open_job(input: str, settings: JobSettings) -> Job:
     """Open input, tokenizer and model config.
 
@@ -189,6 +247,7 @@ def open_job(input: str, settings: JobSettings) -> Job:
     tokenizer.check_fits(are_messages=source.columns.messages is not None)
     clocked = settings.tokens.model_copy(update={"clock": tokenizer.clock})
     settings = settings.model_copy(update={"tokens": clocked})
+    reasoning, source = _find_parts_of_answers(tokenizer, source, settings)
     shape = _read_shape(model)
     if shape is not None:
         _check_generation(settings, shape)
@@ -196,14 +255,58 @@ def open_job(input: str, settings: JobSettings) -> Job:
     if settings.read.reorder_fields:
         order, fields = order_fields(source, settings.plan.plan_memory, is_applied=True)
         source = source.with_field_order(order)
-    job = Job(input, settings, source, tokenizer, shape, fields, stamps)
+    asking = None
+    if source.columns.questions:
+        source, asking = _ask(source, settings, tokenizer)
+    if asking is not None:
+        scoring = settings.scoring.model_copy(update={"question_order": asking.order})
+        settings = settings.model_copy(update={"scoring": scoring})
+    job = Job(input, settings, source, tokenizer, shape, fields, stamps, asking, reasoning)
     _check_documents(job)
+    _check_constraint(job)
     if source.columns.conversation is None:
         return job
     if job.later_turns is not None:
         job.later_turns.check()
     check_eviction(settings, shape, tokenizer)
     return replace(job, source=source.with_turns())
+
+
+def _ask(
+    source: PromptSource, settings: JobSettings, tokenizer: PromptTokenizer
+) -> tuple[PromptSource, QuestionSaving | None]:
+    """The same rows, asked as the settings say; what the order saves, where these leave it open.
+
+    Raises UsageError.
+    """
+    sheet = None if source.columns.scored is None else source.columns.scored.sheet
+    assert sheet is not None
+    are_messages, is_chat = source.columns.messages is not None, settings.tokens.apply_chat_template
+    if sheet.answer is not None and (are_messages or is_chat):
+        raise UsageError(
+            f"{settings.scoring.questions}: 'answer' stands before the label of a plain text, and "
+            "here the chat template's generation prompt does; leave it out"
+        )
+    sheet = sheet.model_copy(update={"is_chat": is_chat})
+    check_labels(sheet, tokenizer, are_messages)
+    source = source.with_sheet(sheet)
+    if settings.scoring.question_order != "auto":
+        return source, None
+    asking = order_questions(source)
+    return source.with_sheet(sheet.ordered(asking.order)), asking
+
+
+def _find_parts_of_answers(
+    tokenizer: PromptTokenizer, source: PromptSource, settings: JobSettings
+) -> tuple[ReasoningTags | None, PromptSource]:
+    """What answers say besides their text, and the source whose rows have columns of it."""
+    columns = source.columns
+    if columns.scored is not None:
+        return None, source
+    reasoning = tokenizer.find_reasoning(columns.messages is not None)
+    is_chat = columns.messages is not None or settings.tokens.apply_chat_template
+    calls = columns.names_tools and is_chat and tokenizer.tool_calls is not None
+    return reasoning, source.with_answers(reasoning is not None, calls)
 
 
 def _check_documents(job: Job) -> None:
@@ -215,10 +318,27 @@ def _check_documents(job: Job) -> None:
         raise ModelError(f"{job.settings.model.model}: {reason}")
 
 
+def _check_constraint(job: Job) -> None:
+    """Raises UsageError where answers cannot be held to what the settings say."""
+    asked = job.settings.sampling
+    if asked.thinking_budget is not None and job.tokenizer.grammars.tags is None:
+        raise UsageError(
+            f"--thinking-budget: the tokenizer of {job.settings.model.model} has no tags between "
+            "which the model thinks; leave it out"
+        )
+    if not asked.constraint:
+        return
+    checked = job.checker.check([asked.constraint])[asked.constraint]
+    if checked.reason is not None:
+        flag = next(flag_of(name) for name in CONSTRAINTS if getattr(asked, name) is not None)
+        detail = f" ({checked.detail})" if checked.detail else ""
+        raise UsageError(f"{flag}: {checked.reason}{detail}")
+
+
 def _stamp_files(settings: JobSettings) -> Stamps:
-    """Of the files of the model, of an adapter and of the templates, by path."""
+    """Of the files of the model, of an adapter, of templates and questions, by path."""
     folder = find_model_folder(settings.model)
-    named = (settings.read.template, settings.tokens.chat_template)
+    named = (settings.read.template, settings.tokens.chat_template, settings.scoring.questions)
     folders = filter(None, (folder, settings.reuse.adapter))
     paths = [*filter(None, named), *(path for some in folders for path in some.rglob("*"))]
     return {str(path): InputFile.local(path).stamp() for path in paths if path.is_file()}
@@ -234,6 +354,10 @@ def _check_generation(settings: JobSettings, shape: ModelShape) -> None:
     reason = why_not_by_vllm(params) if settings.model.engine == "vllm" else None
     if reason:
         raise UsageError(f"{settings.model.model}: {reason}")
+    try:
+        request_limits(settings, shape).apply(params, lambda word: [0])  # words are rows' affair
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     strange = ids_of(params.rules) - set(range(shape.vocabulary_size))
     if strange:
         raise UsageError(

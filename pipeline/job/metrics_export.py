@@ -20,10 +20,11 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from pipeline.costs import NO_COSTS, CostSettings, cost_of, saved_seconds
 from pipeline.errors import Interrupted, TimeBudgetReached, UsageError
 from pipeline.job.observer import Observer, Planning, Snapshot
 from pipeline.location import Location
-from pipeline.settings import MonitorSettings
+from pipeline.settings import JobSettings, MonitorSettings
 from pipeline.storage.targets import check_replaceable
 
 _STATES = ("waiting", "planning", "running", "complete", "stopped", "failed")
@@ -43,6 +44,8 @@ _COUNTERS: dict[str, tuple[str, Callable[[Snapshot], float]]] = {
     "decode_seconds": ("Device time of answers.", lambda s: s.decode_s),
     "evictions": ("Times that conversations gave up tokens.", lambda s: s.evictions),
     "degenerate_turns": ("Turns that repeat themselves.", lambda s: s.degenerate),
+    "scored_requests": ("Continuations of rows that are scored.", lambda s: s.scored_requests),
+    "scored_tokens": ("Tokens of these continuations.", lambda s: s.scored_tokens),
 }
 _logger = logging.getLogger("coppice")
 
@@ -50,7 +53,8 @@ _logger = logging.getLogger("coppice")
 class _JobCollector(Collector):
     """The last snapshot as metrics, labelled with the run; read from the server's threads."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, price: CostSettings = NO_COSTS) -> None:
+        self._price = price
         self.state = "waiting"
         self.snapshot: Snapshot | None = None
         self._run = run
@@ -74,6 +78,27 @@ class _JobCollector(Collector):
             counter = CounterMetricFamily(f"coppice_{name}", text, labels=["run"])
             counter.add_metric([self._run], count(snapshot))
             yield counter
+        yield from self._costs(snapshot)
+
+    def _costs(self, snapshot: Snapshot) -> Iterator[Metric]:
+        """Of this session; nothing where nobody said what an hour costs."""
+        rows = snapshot.rows_done - snapshot.rows_before
+        tokens = {
+            "prefilled_tokens": snapshot.prefilled_tokens,
+            "prefill_s": snapshot.prefill_s,
+            "cached_tokens": snapshot.saved_tokens,
+        }
+        cost = cost_of(self._price, snapshot.elapsed_s, rows, saved_seconds(tokens))
+        if cost is None:
+            return
+        said = {
+            "cost": ("What this session has cost.", cost.total),
+            "cost_per_1000_rows": ("Of this session.", cost.per_1000_rows),
+            "saved_cost": ("What the time that reuse saved would have cost.", cost.saved),
+        }
+        for name, (text, value) in said.items():
+            if value is not None:
+                yield self._gauge(name, text, value)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         gauge = GaugeMetricFamily(f"coppice_{name}", text, labels=["run"])
@@ -121,15 +146,16 @@ class _ExportingObserver(Observer):
 
 
 @contextmanager
-def exporting(observer: Observer, settings: MonitorSettings, run: Location) -> Iterator[Observer]:
+def exporting(observer: Observer, job: JobSettings, run: Location) -> Iterator[Observer]:
     """The observer to run a job with, while its metrics can be had; how it ended is the last one.
 
     Raises UsageError if the port is taken, or the file cannot be written, before anything ran.
     """
+    settings = job.monitor
     if settings.metrics_port is None and settings.metrics_file is None:
         yield observer
         return
-    collector = _JobCollector("/".join(str(run).rstrip("/").split("/")[-2:]))
+    collector = _JobCollector("/".join(str(run).rstrip("/").split("/")[-2:]), job.cost)
     exported = _ExportingObserver(observer, collector, settings.metrics_file)
     with ExitStack() as stack:
         if settings.metrics_file is not None:

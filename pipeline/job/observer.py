@@ -30,7 +30,8 @@ class Snapshot(Pace):
     """Where a session stands. Rows count the whole job, tokens and seconds this session alone.
 
     `saved_tokens` are prompt tokens of answered rows that were not computed for them;
-    `evictions` and `degenerate` are of turns of this session.
+    `evictions` and `degenerate` are of turns of this session; `scored_requests` are continuations
+    of its rows, of `scored_tokens` together.
     """
 
     rows_failed: int
@@ -41,6 +42,8 @@ class Snapshot(Pace):
     decode_s: float
     evictions: int = 0
     degenerate: int = 0
+    scored_requests: int = 0
+    scored_tokens: int = 0
 
     def rates(self) -> dict[str, float]:
         """Tokens per second of device time in each phase, and rows per second of wall time."""

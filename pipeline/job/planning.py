@@ -18,6 +18,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from pipeline.constraints import narrowed, schema_of
+from pipeline.inputs.columns import ColumnMap
 from pipeline.inputs.prompt_source import refuse_duplicate_ids
 from pipeline.job.channel import Stages
 from pipeline.job.conversations import Asked, Splits, build, plan_turns
@@ -40,11 +42,14 @@ from pipeline.plan.document_rows import DocumentCounts, count_documents, with_do
 from pipeline.plan.frames import plan_frame
 from pipeline.plan.plan import Plan
 from pipeline.plan.requests import Requests
+from pipeline.plan.samples import Samples
 from pipeline.plan.score_planning import ScoreFigures, by_rows, with_scores
 from pipeline.plan.segment_table import Segments
 from pipeline.plan.summary import PlanSummary, summarise
 from pipeline.plan.token_table import narrowest_dtype
 from pipeline.records import PromptBatch, Rejected
+from pipeline.storage.schema import output_schema
+from pipeline.storage.schema_types import JSON_TEXT, Form, form_of
 
 _BATCHES_AHEAD = 4
 
@@ -96,10 +101,30 @@ class PlannedJob:
         return row if self.requests is None else int(self.requests.row[row])
 
     def prompt_tokens(self, row: int) -> int:
-        """Of an input row; of one that is scored, those of all its requests, each in full."""
+        """Of an input row, without the opening of its answer; of one that is scored, those of all
+        its requests, each in full."""
         if self.requests is None:
-            return int(self.plan.table.lengths[row])
+            return int(self.plan.table.lengths[row]) - len(self.opening(row))
         return int(self._tokens_of_row[row])
+
+    def opening(self, row: int) -> tuple[int, ...]:
+        """Forced tokens that the answer of an input row begins with, and its prompt in the plan's
+        table ends with."""
+        sequence = -1 if self.requests is not None else int(self.plan.sequence_of_row[row])
+        if sequence < 0:
+            return ()
+        return self.plan.params[int(self.plan.sequences.params[sequence])].opening
+
+    @cached_property
+    def parsed(self) -> Form | None:
+        """How answers are kept that are JSON by their schemas: typed, where all rows have the same
+        one; None: there are none."""
+        asked, read = self.job.settings.sampling, self.job.settings.read
+        found = {p.constraint for p in self.plan.params if schema_of(p.constraint) is not None}
+        if asked.json_schema is None or self.requests is not None:
+            return JSON_TEXT if found or read.json_schema_column is not None else None
+        own = schema_of(asked.constraint)
+        return form_of(narrowed(own)) if own and found <= {asked.constraint} else JSON_TEXT
 
     @cached_property
     def _tokens_of_row(self) -> NDArray[np.int64]:
@@ -140,9 +165,28 @@ class PlannedJob:
     def count_tokens(self) -> tuple[int, int]:
         """(prompt tokens T, unique tokens U) of this job's rows."""
         plan, rows = self.plan, self.table_rows(self.rows)
-        runs = plan.sequence_of_row[rows]
         total = int(plan.table.lengths[rows].sum())
-        return total, plan.tokens_to_compute(np.unique(runs[runs >= 0]))
+        return total, plan.tokens_to_compute(self.samples.sequences(rows))
+
+    @cached_property
+    def samples(self) -> Samples:
+        """Which sequences are a row's."""
+        return Samples(self.plan)
+
+    @cached_property
+    def columns(self) -> ColumnMap:
+        """Of the input, and what the output has besides. Raises InputError where names clash."""
+        source, parsed = self.job.source, None if self.parsed is None else self.parsed.type
+        columns = replace(
+            source.columns,
+            is_guided=parsed is not None or any(p.is_guided for p in self.plan.params),
+            parsed=parsed,
+            has_logprobs=any(p.logprobs is not None for p in self.plan.params),
+            has_samples=self.samples.are_several,
+            is_exploded=self.job.settings.write.explode,
+        )
+        output_schema(source.schema, columns)
+        return columns
 
     @cached_property
     def counts(self) -> DocumentCounts | None:
@@ -168,6 +212,7 @@ def plan_rows(job: Job, keep_rows: bool = False, watch: Watch = ignore) -> Plann
     with rows.until_failure():
         planned = _build(job, rows)
     rows.keep() if keep_rows else rows.forget()
+    _ = planned.columns  # InputError must come now, not when the first part is written
     return planned
 
 
@@ -251,7 +296,7 @@ def _build(job: Job, rows: PreparedRows) -> PlannedJob:
     summary, figures = _describe(job, plan, named, segments, job.settings.reuse.reuse)
     summary = replace(summary, rejections=describe_rejected(rejected, ids))
     if requests is not None:
-        scores = ScoreFigures.of(plan, requests).to_json()
+        scores = ScoreFigures.of(plan, requests).to_json() | job.question_figures
         summary = replace(summary, rows=len(ids), rows_rejected=len(rejected), scores=scores)
     first = slice(None) if requests is None else requests.first
     return PlannedJob(

@@ -9,6 +9,7 @@ from pipeline.errors import ModelError
 from pipeline.job.job import Job
 from pipeline.plan.plan import Plan
 from pipeline.plan.shards import cut_into_shards
+from pipeline.plan.subplan import only
 from pipeline.plan.summary import KVLimits
 from pipeline.settings import PlanSettings
 
@@ -52,13 +53,16 @@ def rows_of_shard(
     table that decides. Rows that cannot run are dealt out in turn.
 
     A row that is scored is whole in the shard of its first request: each shard writes rows of its
-    own, and a row's requests lie side by side in the tree.
+    own. Shards are cut from first requests alone: others of a row may lie elsewhere in the tree.
     """
     sequence_of_row = plan.sequence_of_row[first]
     rows = np.arange(len(sequence_of_row))
     if settings.num_shards == 1:
         return rows
-    shard = cut_into_shards(plan, settings.num_shards)[settings.shard_number]
-    is_ours = np.isin(sequence_of_row, shard.sequences)
+    deciding = np.arange(len(plan.sequences))
+    if plan.scores is not None:
+        deciding = np.unique(sequence_of_row[sequence_of_row >= 0])
+    shards = cut_into_shards(only(plan, deciding), settings.num_shards)
+    is_ours = np.isin(sequence_of_row, deciding[shards[settings.shard_number].sequences])
     is_ours |= (sequence_of_row < 0) & (rows % settings.num_shards == settings.shard_number)
     return rows[is_ours]

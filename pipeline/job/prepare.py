@@ -7,7 +7,7 @@ that an answer never gets more room than the model's context leaves.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -15,22 +15,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.generation import end_at, resolve_sampling, why_not_by_vllm
+from pipeline.job.prepare_forms import Forms
+from pipeline.job.request_limits import RequestLimits
 from pipeline.job.row_faults import call_by_halves, sentence
 from pipeline.records import PromptBatch, Rejected, SamplingParams
 from pipeline.settings import SamplingSettings
+from pipeline.tokens.constraint_check import ConstraintChecker
 from pipeline.tokens.tokenizer import PromptTokenizer
+
+_AT_ONCE = 1 << 20  # tokens
+_NO_IDS = np.zeros(0, np.uint32)
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedRequests:
     """Of rows that are scored: `counts` of each row, at least one; of each request as `Requests`
-    has it. `cut`: [rows] tokens that were cut from contexts. int64 all."""
+    has it. `cut`: [rows] tokens that were cut from contexts. int64 all. `pieces`: of each request
+    its context, which others may have too, and what of its continuation is fed."""
 
     counts: NDArray[np.int64]
     contexts: NDArray[np.int64]
     last: NDArray[np.int64]
     num_bytes: NDArray[np.int64]
     cut: NDArray[np.int64]
+    pieces: Sequence[NDArray[np.uint32]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +47,8 @@ class PreparedBatch:
 
     `flat`: [sum(lengths)] uint32; `lengths`: [rows] int64; `rejected`: by `row_index`; `segments`:
     by row, of prompts in segments, the tokens of each; `system_tokens`: by row, of a conversation
-    that begins with it, those of its system message. Where rows are scored, `flat` and `lengths`
-    are those of their `requests`.
+    that begins with it, those of its system message. Where rows are scored, `lengths` are those of
+    their `requests`, whose ids are in pieces, and `flat` is empty.
     """
 
     flat: NDArray[np.uint32]
@@ -50,6 +58,20 @@ class PreparedBatch:
     segments: dict[int, list[int]]
     system_tokens: dict[int, int]
     requests: PreparedRequests | None = None
+
+    def portions(self) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.int64]]]:
+        """All ids end to end, and how many of each row or request: of requests a million or so at a
+        time, since together they are a context once for each continuation."""
+        if self.requests is None:
+            yield self.flat, self.lengths
+            return
+        low = tokens = 0
+        for stop, length in enumerate(self.lengths.tolist(), 1):
+            tokens += length
+            if tokens >= _AT_ONCE or stop == len(self.lengths):
+                some = self.requests.pieces[2 * low : 2 * stop]
+                yield np.concatenate([_NO_IDS, *some]), self.lengths[low:stop]
+                low, tokens = stop, 0
 
 
 class _Encoded(NamedTuple):
@@ -68,6 +90,7 @@ class Limits:
     `engine`: rows that ask it for what it cannot do are refused. `most_documents` of a row (None:
     any number), each of which adds `soft_tokens` to its prompt. `in_segments`: prompts that are cut
     into segments, which are never shortened. `in_turns`: rows are turns of conversations.
+    `requests`: what rows may ask for besides.
     """
 
     context_length: int | None
@@ -77,6 +100,7 @@ class Limits:
     soft_tokens: int = 0
     in_segments: bool = False
     in_turns: bool = False
+    requests: RequestLimits = RequestLimits()
 
     def overlong(self, row: int, length: str) -> Rejected:
         """A row whose prompt has `length` tokens, which are too many."""
@@ -112,8 +136,11 @@ class Preparation:
         sampling: SamplingSettings,
         generation_config: dict[str, Any],
         limits: Limits,
+        checker: ConstraintChecker | None = None,
     ) -> None:
+        """`checker`: of this tokenizer, where there is one already."""
         self._tokenizer = tokenizer
+        self._forms = Forms(tokenizer, checker or ConstraintChecker(lambda: tokenizer.grammars))
         self._sampling = sampling
         self._generation_config = generation_config
         self._limits = limits
@@ -133,6 +160,7 @@ class Preparation:
                 rejected.setdefault(row, resolved)
                 resolved = SamplingParams()
             params.append(resolved)
+        openings = self._forms.check(batch.row_start, params, rejected)
         flat, lengths, segments, system_tokens = self._encode(batch, rejected)
         added = np.zeros(len(lengths), np.int64)
         for index, parts in segments.items():
@@ -154,14 +182,18 @@ class Preparation:
             lengths[index], params[index] = kept, chosen
             if not kept:
                 segments.pop(index, None)
-        return PreparedBatch(flat[keep], lengths, params, rejected, segments, system_tokens)
+        flat = flat[keep]
+        if openings and self._limits.engine == "prefix" and not self._limits.in_turns:
+            flat, lengths = self._forms.open((flat, lengths), params, openings, segments)
+        return PreparedBatch(flat, lengths, params, rejected, segments, system_tokens)
 
     def _resolve(self, row: int, override: dict[str, object]) -> SamplingParams | Rejected:
         key = json.dumps(override, sort_keys=True, default=repr) if override else ""
         if key not in self._resolved:
             try:
-                self._resolved[key] = resolve_sampling(
-                    self._sampling, self._generation_config, override
+                params = resolve_sampling(self._sampling, self._generation_config, override)
+                self._resolved[key] = self._limits.requests.apply(
+                    params, self._tokenizer.encode_word
                 )
             except ValueError as error:  # ours, and quotes no text of the row
                 return Rejected(row, "BadSamplingParams", str(error))
@@ -170,6 +202,8 @@ class Preparation:
                 return Rejected(row, "BadSamplingParams", reason)
         params = self._resolved[key]
         why = why_not_by_vllm(params) if self._limits.engine == "vllm" else None
+        if params.is_guided and self._limits.engine == "echo":
+            why = "the echo engine holds no answer to a form; choose --engine prefix"
         return params if why is None else Rejected(row, "BadSamplingParams", why)
 
     def _encode(self, batch: PromptBatch, rejected: dict[int, Rejected]) -> _Encoded:

@@ -83,9 +83,13 @@ class PreparedRows:
 
     def _add(self, batch: PromptBatch) -> None:
         prepared = self._preparation.prepare(batch)
-        with disk_errors():
-            self._tokens.append(prepared.flat, prepared.lengths)
-        self.largest_id = max(self.largest_id, int(prepared.flat.max(initial=0)))
+        for flat, lengths in prepared.portions():
+            with disk_errors():
+                self._tokens.append(flat, lengths)
+            self.largest_id = max(self.largest_id, int(flat.max(initial=0)))
+        if prepared.requests is not None:  # their last tokens are fed nowhere, and read
+            most = int(prepared.requests.last.max(initial=0))
+            self.largest_id = max(self.largest_id, most)
         rows = range(batch.row_start, batch.row_start + len(batch.ids))
         faults = [prepared.rejected.get(row) for row in rows]
         frame = pl.DataFrame(
@@ -205,7 +209,10 @@ class PreparedRows:
         self._frames.extend(checkpoint.frames())
         self.largest_id = state["largest_id"]
         self._params.number(
-            [SamplingParams(**said | {"stop": tuple(said["stop"])}) for said in state["params"]]
+            [
+                SamplingParams(**said | {name: tuple(said[name]) for name in ("stop", "opening")})
+                for said in state["params"]
+            ]
         )
         self._tenants.hashes.number(state["tenants"])
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.errors import RunDirectoryError
+from pipeline.errors import RunDirectoryError, UsageError
+from pipeline.forms import say_fault
 from pipeline.job.job import Job
 from pipeline.location import Location
 from pipeline.model.identity import describe_versions
-from pipeline.settings import JobSettings
+from pipeline.settings import SECTIONS, JobSettings, ObjectStoreSettings, check_known
 from pipeline.storage.manifest import MANIFEST_NAME
 from pipeline.storage.run_directory import SYSTEM_PROMPT_NAME, RunDirectory
 from pipeline.storage.run_location import find_manifest
@@ -26,6 +28,7 @@ from pipeline.storage.run_location import find_manifest
 def describe_job(job: Job) -> dict[str, Any]:
     """What `run.json` says about a job besides its fingerprint; paths are meant for the audit."""
     tokens = job.settings.tokens.model_copy(update={"system_prompt": None})
+    asked = job.source.columns.questions
     return {
         "settings": job.settings.model_copy(update={"tokens": tokens}).model_dump(mode="json"),
         "versions": describe_versions(),
@@ -34,6 +37,7 @@ def describe_job(job: Job) -> dict[str, Any]:
             "machine": platform.machine(),
             "cpus": os.cpu_count(),
         },
+        **({"questions": [one.record() for one in asked]} if asked else {}),
         "input": {
             "argument": Location(job.input).absolute,
             "rows": job.source.num_rows,
@@ -73,6 +77,25 @@ def recall_settings(directory: RunDirectory) -> JobSettings:
         ) from error
     tokens = settings.tokens.model_copy(update={"system_prompt": text})
     return settings.model_copy(update={"tokens": tokens})
+
+
+def with_changes(
+    settings: JobSettings, changes: Mapping[str, Any], store: ObjectStoreSettings
+) -> JobSettings:
+    """The settings with some changed, flat as flags have them (None: not said), and a store's
+    options over those that were recorded, which hold no secret. Raises UsageError."""
+    said = {name.replace("-", "_"): v for name, v in changes.items() if v not in (None, [])}
+    check_known(said)
+    try:
+        changed = {
+            name: type(section).model_validate(section.model_dump() | own)
+            for name, section in settings
+            if (own := {key: said[key] for key in type(section).model_fields if key in said})
+        }
+        changed["store"] = settings.store.overridden_by(store)
+        return JobSettings.model_validate(dict(settings) | changed)
+    except ValidationError as error:
+        raise UsageError(say_fault(error, ("store", "system_prompt"), SECTIONS)) from None
 
 
 def with_recorded_clock(output: Location, settings: JobSettings) -> JobSettings:

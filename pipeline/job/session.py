@@ -29,7 +29,7 @@ from pipeline.errors import (
     TooManyFailedRows,
 )
 from pipeline.job.advised_plan import warn_of
-from pipeline.job.answers import AnswerWriter, stop_check
+from pipeline.job.answers import AnswerWriter, grammars_of, stop_check
 from pipeline.job.calibration import as_decided, calibrate
 from pipeline.job.channel import Stages
 from pipeline.job.committed_turns import CommittedTurns
@@ -39,7 +39,7 @@ from pipeline.job.planning import PlannedJob
 from pipeline.job.recorded_plan import check_plan, write_plan
 from pipeline.job.recycling import recycling
 from pipeline.job.stopping import StopRequest
-from pipeline.job.token_accounts import check_tokens
+from pipeline.job.token_accounts import check_prefilled, check_tokens
 from pipeline.job.watchdog import Watchdog
 from pipeline.model.rates import remember_rates
 from pipeline.storage.run_directory import RunDirectory
@@ -48,7 +48,7 @@ _COMPLETIONS_AHEAD = 256
 _SHOW_EVERY_S = 0.5
 _METRICS_EVERY_S = 5.0
 _SUMMED = (
-    "prefilled_tokens", "loaded_tokens", "generated_tokens",
+    "prefilled_tokens", "loaded_tokens", "generated_tokens", "forced_tokens",
     "wall_s", "prefill_s", "decode_s", "load_s", "busy_s", "span_s",
 )  # fmt: skip
 
@@ -78,8 +78,7 @@ class Session:
         before = directory.done_rows()
         done[before] = True
         self._rows_before = len(before)
-        left = planned.plan.sequence_of_row[planned.table_rows(np.flatnonzero(~done))]
-        self._sequences = np.unique(left[left >= 0])
+        self._sequences = planned.samples.sequences(planned.table_rows(np.flatnonzero(~done)))
         self._done = done
         self._committed = self._find_committed(done)
         self._writer = AnswerWriter(planned, directory, done, self._committed)
@@ -141,7 +140,10 @@ class Session:
         if self._planned.requests is not None:
             rows = f"{rows}{resumed} to score"
             return f"{rows}, {total} tokens of requests, {unique} to compute ({saving:.1%} saved)"
-        return f"{rows}{resumed}, {total} prompt tokens, {unique} to compute ({saving:.1%} saved)"
+        left = f"{unique} to compute"
+        if self._rows_before:
+            left = f"{left}, {self._tokens_left} of them now"
+        return f"{rows}{resumed}, {total} prompt tokens, {left} ({saving:.1%} saved)"
 
     def _calibrate(self, engine: Engine) -> None:
         """Decide whether documents are reused; what that takes is not of the session's counters."""
@@ -162,6 +164,7 @@ class Session:
             self._stop.should_drain,
             lambda: self._stop.should_abort() or self._watchdog.has_fired,
             stop_check(self._planned.job.tokenizer.answers),
+            grammars_of(self._planned),
         )
 
     def _answer_rows(self, engine: Engine, hooks: EngineHooks) -> None:
@@ -196,6 +199,11 @@ class Session:
     def _pulse(self, engine: Engine) -> object:
         """Steps of the device, answers, parts: what moves while rows are answered."""
         return astuple(engine.counters), astuple(self._writer.counts)
+
+    @property
+    def _tokens_left(self) -> int:
+        """Unique tokens of the sequences that this session runs."""
+        return self._planned.plan.tokens_to_compute(self._sequences)
 
     @property
     def _rows_done(self) -> int:
@@ -234,14 +242,20 @@ class Session:
             elapsed_s=time.monotonic() - self._started,
             evictions=self._writer.counts.evictions,
             degenerate=self._writer.counts.degenerate,
+            scored_requests=self._writer.counts.scored_requests,
+            scored_tokens=self._writer.counts.scored_tokens,
         )
 
     def _check_tokens(self, engine: Engine) -> None:
-        """Where nothing of the job was there before and no row failed: what was computed."""
-        rejected = np.isin(list(self._planned.rejected), self._planned.rows).sum()
+        """Where no row failed: what was computed, of a job that was there in part what was left."""
+        rejected = np.count_nonzero(~self._done[list(self._planned.rejected)])
         has_failed = self._writer.counts.failed > rejected
-        if engine.capabilities.computes_once and not self._rows_before and not has_failed:
+        if not engine.capabilities.computes_once or has_failed:
+            return
+        if not self._rows_before:
             check_tokens(self._planned, self._writer.counts, engine.counters)
+        elif self._planned.plan.conversations is None:  # turns before are computed again
+            check_prefilled(self._tokens_left, engine.counters)
 
     def _complete(self, engine: Engine) -> RunOutcome:
         """Count, record and seal. Raises StorageError, TooManyFailedRows, TooManyDegenerate."""
@@ -258,8 +272,10 @@ class Session:
             identity = self._directory.read_manifest()["fingerprint"]
             remember_rates(self._planned.job.settings.model, identity, asdict(engine.counters))
         reasons = count_reasons(self._directory) if counters["rows_error"] else {}
-        outcome = RunOutcome(self._directory.name, counters, reasons=reasons)
-        outcome.check(self._planned.job.settings)
+        settings = self._planned.job.settings
+        price = settings.cost
+        outcome = RunOutcome(self._directory.name, counters, reasons=reasons, price=price)
+        outcome.check(settings)
         return outcome
 
     def _record_failure(self, engine: Engine | None, error: BaseException) -> None:
@@ -286,6 +302,7 @@ class Session:
         session = counters | {
             "started_at": self._started_at,
             "wall_s": time.monotonic() - self._started,
+            "unique_tokens": self._tokens_left,
             "rows_ok": self._writer.counts.ok,
             "rows_error": self._writer.counts.failed,
             "end": end,

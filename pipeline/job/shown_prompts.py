@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from pipeline.job.planning import PlannedJob, select_rows
-from pipeline.records import Content, ScoredPrompt, SegmentedPrompt
+from pipeline.records import AskedPrompt, Content, ScoredPrompt, SegmentedPrompt
 
 _SHOWN_TURNS = 4
 _SHOWN_CONTINUATIONS = 16
@@ -33,7 +34,7 @@ def show_first(planned: PlannedJob) -> dict[str, Any]:
             "token_ids": _first_ids(planned, first),
         }
     }
-    if isinstance(content, ScoredPrompt) and planned.requests is not None:
+    if isinstance(content, ScoredPrompt | AskedPrompt):
         found["first"]["continuations"] = _continuations(planned, first, content)
     pieces = _later_turns(planned, first)
     return found if pieces is None else found | {"first_conversation": pieces}
@@ -47,16 +48,32 @@ def _first_ids(planned: PlannedJob, row: int) -> list[int]:
     return ids[: int(planned.requests.contexts[planned.first_in_table(row)])]
 
 
-def _continuations(planned: PlannedJob, row: int, prompt: ScoredPrompt) -> list[dict[str, Any]]:
-    """The token ids of each continuation, as the model will see them."""
+def _continuations(
+    planned: PlannedJob, row: int, content: ScoredPrompt | AskedPrompt
+) -> list[dict[str, Any]]:
+    """The token ids of each continuation, as the model will see them; of each question's labels,
+    whose `question` is named."""
     requests = planned.requests
     assert requests is not None
-    found = []
-    for number, request in enumerate(list(requests.of_row(row))[:_SHOWN_CONTINUATIONS]):
-        behind = planned.plan.table[request][int(requests.contexts[request]) :].tolist()
-        text = prompt.continuations[number] if prompt.continuations else "(the prompt itself)"
-        found.append({"text": text, "token_ids": [*behind, int(requests.last[request])]})
+    left, found = list(requests.of_row(row)), list[dict[str, Any]]()
+    for name, texts in _named(content):
+        own, left = left[: len(texts) or len(left)], left[len(texts) or len(left) :]
+        for number, request in enumerate(own[:_SHOWN_CONTINUATIONS]):
+            behind = planned.plan.table[request][int(requests.contexts[request]) :].tolist()
+            text = texts[number] if texts else "(the prompt itself)"
+            ids = [*behind, int(requests.last[request])]
+            found.append({**name, "text": text, "token_ids": ids})
     return found
+
+
+def _named(
+    content: ScoredPrompt | AskedPrompt,
+) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
+    if isinstance(content, ScoredPrompt):
+        yield {}, content.continuations
+    else:
+        for question in content.sheet.questions[:_SHOWN_CONTINUATIONS]:
+            yield {"question": question.name}, question.labels
 
 
 def _later_turns(planned: PlannedJob, first: int) -> list[dict[str, Any]] | None:

@@ -25,8 +25,20 @@ def check_tokens(planned: PlannedJob, counts: RowCounts, counters: EngineCounter
         "cached": (counts.cached_tokens, total + added - unique - again + loaded),
     }
     for name, (measured, expected) in counted.items():
-        if measured != expected:
-            raise EngineError(
-                f"{measured} prompt tokens were {name} where the plan says {expected}; "
-                "this is a fault in coppice, please report it with the plan's summary.json"
-            )
+        _check(name, measured, expected)
+
+
+def check_prefilled(unique: int, counters: EngineCounters) -> None:
+    """As `check_tokens`, of sequences that have so many unique tokens, in a job of which other
+    rows were answered before. Raises EngineError."""
+    if not counters.lost_workers:
+        expected = unique + counters.replicated_tokens - counters.loaded_tokens
+        _check("prefilled", counters.prefilled_tokens, expected)
+
+
+def _check(name: str, measured: int, expected: int) -> None:
+    if measured != expected:
+        raise EngineError(
+            f"{measured} prompt tokens were {name} where the plan says {expected}; "
+            "this is a fault in coppice, please report it with the plan's summary.json"
+        )

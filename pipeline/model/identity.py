@@ -20,7 +20,7 @@ from pipeline.model.folder import find_model_folder
 from pipeline.model.machine import num_threads
 from pipeline.reuse_settings import ReuseSettings
 from pipeline.scoring_settings import ScoringSettings
-from pipeline.settings import EngineSettings, JobSettings, ModelSettings
+from pipeline.settings import EngineSettings, JobSettings, ModelSettings, SamplingSettings
 
 THREADS = "threads"
 """Of strict runs: how many threads share a product's sums decides their last bits."""
@@ -29,8 +29,12 @@ _MAX_HEADER = 100 << 20
 _SAMPLED_BLOCKS = 512  # of each file: 2 MiB, a fraction of a second from a disk
 _BLOCK_BYTES = 4096
 _MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt")
-_SEGMENT_COLUMNS = ("segments_column", "documents_column")  # runs without stay as they are
-_PACKAGES = ("kvcoppice", "torch", "transformers", "tokenizers", "polars", "pyarrow", "numpy")
+_LATER_COLUMNS = ("segments_column", "documents_column", "json_schema_column")
+_LATER = ("json_schema", "regex", "grammar", "thinking_budget",
+          "n", "logprobs", "presence_penalty", "frequency_penalty")  # fmt: skip
+"""Runs without any of these stay as they are."""
+_PACKAGES = ("kvcoppice", "torch", "transformers", "tokenizers", "polars", "pyarrow", "numpy",
+             "llguidance")  # fmt: skip
 
 
 def fingerprint_fields(
@@ -43,15 +47,15 @@ def fingerprint_fields(
     """
     return {
         "input": hashes["input"],
-        **settings.read.model_dump(mode="json", exclude={"template", *_SEGMENT_COLUMNS}),
-        **settings.read.model_dump(include={*_SEGMENT_COLUMNS}, exclude_none=True),
+        **settings.read.model_dump(mode="json", exclude={"template", *_LATER_COLUMNS}),
+        **settings.read.model_dump(include={*_LATER_COLUMNS}, exclude_none=True),
         "template": _hash_file(settings.read.template),
         **model,
         "tokenizer": hashes["tokenizer"],
         **settings.tokens.model_dump(include={"apply_chat_template", "parse_special_tokens"}),
         **_some("clock", settings.tokens.model_dump(mode="json")["clock"]),
         "system_prompt": _hash_text(settings.tokens.system_prompt),
-        "sampling": settings.sampling.model_dump(mode="json", exclude={"generation_options"}),
+        "sampling": _describe_sampling(settings.sampling),
         **_some("generation_options", settings.sampling.generation_options),
         **_some("generation_rules", rules),
         "dtype": settings.model.dtype,
@@ -65,8 +69,15 @@ def fingerprint_fields(
         **_some("adapter", hashes.get("adapter")),
         **_describe_conversations(settings.conversations),
         **_describe_scoring(settings.scoring),
+        **_some("explode", settings.write.explode),
         "shard": f"{settings.plan.shard_number} of {settings.plan.num_shards}",
     }
+
+
+def _describe_sampling(settings: SamplingSettings) -> dict[str, Any]:
+    """Of what came later only what is said."""
+    said = settings.model_dump(mode="json", exclude={"generation_options"})
+    return {name: value for name, value in said.items() if name not in _LATER or value is not None}
 
 
 def _describe_reuse(settings: ReuseSettings) -> dict[str, Any]:
@@ -83,8 +94,14 @@ def _describe_reuse(settings: ReuseSettings) -> dict[str, Any]:
 
 
 def _describe_scoring(settings: ScoringSettings) -> dict[str, Any]:
-    """Nothing where answers are generated."""
-    return settings.model_dump(mode="json") if settings.scores else {}
+    """Nothing where answers are generated; of questions the content of their file."""
+    if not settings.scores:
+        return {}
+    said = settings.model_dump(mode="json", exclude={"questions", "question_order"})
+    if settings.questions is None:
+        return said
+    order = {"question_order": settings.question_order}
+    return said | order | {"questions": _hash_file(settings.questions)}
 
 
 def _describe_conversations(settings: ConversationSettings) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Knows nothing about prompts, plans or attention.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from pipeline.model.weights import check_int8, check_weights, is_readable, quant
 from pipeline.settings import ModelSettings
 
 _SHOWN_CHARACTERS = 200  # of what transformers says
+_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,25 @@ def _check_biases(unexpected: Iterable[str], saved: PlainWeights) -> None:
 def _from_pretrained(
     settings: ModelSettings, config: Any, dtype: torch.dtype, saved: PlainWeights | None
 ) -> tuple[Any, dict[str, Any]]:
-    """The model and what was found of its weights: in its files, or in `saved` instead of them."""
+    """The model and what was found of its weights: in its files, or in `saved` instead of them.
+
+    One at a time: transformers turns tying off for the whole process while it loads, and two
+    threads that do so can leave it off, after which no model with tied weights is whole.
+    """
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     load = (model_class if saved else AutoModelForCausalLM).from_pretrained
-    loaded: tuple[Any, dict[str, Any]] = load(
-        None if saved else settings.model,
-        config=config,
-        state_dict=saved and saved.tensors,
-        revision=settings.revision,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        attn_implementation=own_attention(model_class, config),
-        output_loading_info=True,
-    )
+    with _LOADING:
+        loaded: tuple[Any, dict[str, Any]] = load(
+            None if saved else settings.model,
+            config=config,
+            state_dict=saved and saved.tensors,
+            revision=settings.revision,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=own_attention(model_class, config),
+            output_loading_info=True,
+        )
     return loaded
 
 

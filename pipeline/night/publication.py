@@ -18,8 +18,8 @@ from pipeline.location import Location
 from pipeline.night.dates import parse_date
 from pipeline.night.folder_target import FolderTarget
 from pipeline.night.published import Content
-from pipeline.night.s3_target import S3Target
 from pipeline.night.settings import check_apart
+from pipeline.night.store_target import StoreTarget
 from pipeline.report.page import render
 from pipeline.settings import AuditSettings
 from pipeline.storage.run_directory import RunDirectory
@@ -59,8 +59,8 @@ class Published:
 
 
 def open_target(target: Location) -> Target:
-    """Raises UsageError for a URL that is not `s3://`."""
-    return S3Target(target) if target.is_remote else FolderTarget(target.local)
+    """Raises UsageError for a URL that is none of a bucket."""
+    return StoreTarget(target) if target.is_remote else FolderTarget(target.local)
 
 
 def edition_of(directory: RunDirectory) -> str:

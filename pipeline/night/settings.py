@@ -24,7 +24,7 @@ from pipeline.settings import JobSettings, ObjectStoreSettings, check_known
 from pipeline.settings_file import read_config
 
 _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
-_PATHS = ("input", "output", "publish", "template", "chat_template", "metrics_file")
+_PATHS = ("input", "output", "publish", "template", "chat_template", "questions", "metrics_file")
 
 
 class NightSettings(BaseModel):

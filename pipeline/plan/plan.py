@@ -6,7 +6,8 @@ From input rows to device work:
  rows ──(same prompt, same parameters, greedy)──► sequences ──(same token ids)──► prompts ──► tree
 ```
 
-A *sequence* is what the engine runs once; every row points at the sequence that answers it. A
+A *sequence* is what the engine runs once; every row points at the sequence that answers it. A row
+that asks for several samples has as many sequences, side by side, and points at the first. A
 *group node* is a node below which at least two sequences lie and whose span (its edge plus the
 short edges just above it) has `min_prefix_tokens` or more: it gets a KV range of its own that all
 rows below attend to. Shorter shared edges are computed once too, and then copied (ARCHITECTURE.md).
@@ -40,13 +41,15 @@ class Sequences:
     """What the engine runs, in depth-first order of the tree. All arrays [sequences].
 
     `prompt`: int64, ascending, the distinct prompt; `params`: int64 index into `Plan.params`;
-    `row`: int64, the table row that it answers first; `noise_key`: uint64, for sampling.
+    `row`: int64, the table row that it answers first; `noise_key`: uint64, for sampling; `sample`:
+    int32, which one of the row's it is, from 0 on.
     """
 
     prompt: NDArray[np.int64]
     params: NDArray[np.int64]
     row: NDArray[np.int64]
     noise_key: NDArray[np.uint64]
+    sample: NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -183,9 +186,10 @@ class Plan:
         return np.array([p.max_new_tokens for p in self.params], np.int64)
 
 
-def noise_key(seed: int, row_id: str) -> int:
-    """64 bits that stand for (seed, row id): batch order and resume cannot change them."""
-    digest = hashlib.blake2b(f"{seed}\x1f{row_id}".encode(), digest_size=8).digest()
+def noise_key(seed: int, row_id: str, sample: int = 0) -> int:
+    """64 bits that stand for (seed, row id, sample): batch order and resume cannot change them."""
+    salt = sample.to_bytes(8, "little")  # of zeros: as if there were none
+    digest = hashlib.blake2b(f"{seed}\x1f{row_id}".encode(), digest_size=8, salt=salt).digest()
     return int.from_bytes(digest, "little")
 
 
@@ -225,6 +229,7 @@ def build_plan(
     terminal = tree.terminal[prompt]
     reuse_depth[order] = shared_end[terminal]
     group_of_row[order] = anchor[terminal]
+    params = tuple(replace(p, n=1) if p.n > 1 else p for p in params)
     return Plan(
         table, params, tree, sequences, low, high, anchor_end, is_group,
         sequence_of_row, reuse_depth, group_of_row,
@@ -262,12 +267,19 @@ def _make_sequences(
     is_same = (prompt[1:] == prompt[:-1]) & (chosen[1:] == chosen[:-1]) & (kind[1:] == kind[:-1])
     is_head[1:] = ~(is_same & greedy[chosen[1:]])
     sequence_of_row = np.full(len(params_of_row), -1, np.int64)
-    sequence_of_row[order] = np.cumsum(is_head) - 1
-    row, head_params = order[is_head], chosen[is_head]
+    heads = np.flatnonzero(is_head)
+    samples = np.array([p.n for p in params], np.int64)[chosen[heads]]
+    first = np.cumsum(samples) - samples
+    sequence_of_row[order] = first[np.cumsum(is_head) - 1]
+    sample = np.arange(samples.sum()) - np.repeat(first, samples)
+    heads = np.repeat(heads, samples)
+    row, head_params = order[heads], chosen[heads]
     keys = np.zeros(len(row), np.uint64)
     for index in np.flatnonzero(~greedy[head_params]).tolist():
-        keys[index] = noise_key(params[head_params[index]].seed, ids[int(row[index])])
-    return Sequences(prompt[is_head], head_params, row, keys), sequence_of_row
+        seed, name = params[head_params[index]].seed, ids[int(row[index])]
+        keys[index] = noise_key(seed, name, int(sample[index]))
+    sequences = Sequences(prompt[heads], head_params, row, keys, sample.astype(np.int32))
+    return sequences, sequence_of_row
 
 
 def _choose_groups(

@@ -128,4 +128,5 @@ def _take(sequences: Sequences, chosen: NDArray[np.int64]) -> Sequences:
         sequences.params[chosen],
         sequences.row[chosen],
         sequences.noise_key[chosen],
+        sequences.sample[chosen],
     )

@@ -43,7 +43,8 @@ class PlanSummary:
     those tokens U that a KV store has, where there is one; `fields`: where a template lists some;
     `documents`: where prompts are in segments; `conversations`: where rows are turns of some, T and
     D then as if every answer were as long as allowed; `scores`: where rows are scored, and all but
-    the first two numbers are of their requests; `rejections`: why rows cannot run, where some are.
+    the first two numbers are of their requests; `rejections`: why rows cannot run, where some are;
+    `cost`: as of `Cost`, where somebody says what an hour costs.
     Bytes are None where the model's shape is not known.
     """
 
@@ -76,6 +77,7 @@ class PlanSummary:
     documents: dict[str, Any] | None = None
     conversations: dict[str, Any] | None = None
     scores: dict[str, Any] | None = None
+    cost: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -8,6 +8,14 @@ from typing import Any, Final
 
 import polars as pl
 
+from pipeline.costs import (
+    NO_COSTS,
+    Cost,
+    CostSettings,
+    cost_of_run,
+    price_of,
+    saved_seconds,
+)
 from pipeline.report.conversations import ConversationHealth, measure_conversations
 from pipeline.report.documents import DocumentTokens, measure_documents
 from pipeline.report.groups import GroupTable, measure_groups
@@ -114,6 +122,7 @@ class RunMetrics:
     documents: DocumentTokens | None = None
     conversations: ConversationHealth | None = None
     scores: ScoreHealth | None = None
+    price: CostSettings = NO_COSTS
 
     def counter(self, name: str) -> float:
         """A counter of run.json; 0 before the first session has ended."""
@@ -132,8 +141,12 @@ class RunMetrics:
     @property
     def saved_s(self) -> float | None:
         """Seconds that the cached tokens would have taken at the measured rate of prefill."""
-        rate = ratio(self.counter("prefill_s"), self.counter("prefilled_tokens"))
-        return None if not rate else rate * self.counter("cached_tokens")
+        return saved_seconds(self.manifest.get("counters", {}))
+
+    @property
+    def cost(self) -> Cost | None:
+        """Of all sessions; None where nobody said what an hour costs."""
+        return cost_of_run(price_of(self.manifest, self.price), self.manifest.get("counters", {}))
 
     @property
     def ended_shares(self) -> tuple[tuple[str, int, float], ...]:
@@ -178,10 +191,12 @@ def measure(
     audited: pl.DataFrame | None = None,
     tree: pl.DataFrame | None = None,
     trend: tuple[Night, ...] = (),
+    price: CostSettings = NO_COSTS,
 ) -> RunMetrics:
     """Gather everything. `output` has the output columns; it is scanned, never loaded whole.
 
-    `audited`: the rows of `audit/audit.parquet`; `tree`: of `plan/tree.parquet`.
+    `audited`: the rows of `audit/audit.parquet`; `tree`: of `plan/tree.parquet`; `price`: over the
+    one that the run recorded.
     """
     return RunMetrics(
         manifest=manifest,
@@ -195,9 +210,10 @@ def measure(
         finish_reasons=count_finish_reasons(output),
         groups=measure_groups(output, tree, audited),
         trend=trend,
+        price=price,
         documents=measure_documents(output) if plan and plan.get("documents") else None,
         conversations=measure_conversations(output, manifest.get("settings", {})),
-        scores=measure_scores(output, manifest.get("settings", {})),
+        scores=measure_scores(output, manifest),
         differences=() if audited is None else list_differences(audited),
     )
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from markupsafe import Markup
 
+from pipeline.costs import NO_COSTS, CostSettings
 from pipeline.report import formats, plots
 from pipeline.report.metrics import AUDIT_COLUMNS, RunMetrics, measure
 from pipeline.report.sparks import draw_trend
@@ -25,8 +26,9 @@ _WRITERS: Final[Mapping[str, Callable[[float], str]]] = dict.fromkeys(
 ) | dict.fromkeys(("time_budget", "stall_timeout"), formats.duration)
 
 
-def render(directory: RunDirectory) -> None:
+def render(directory: RunDirectory, price: CostSettings = NO_COSTS) -> None:
     """Write both files from what the directory holds now; a run that is going on has a report too.
+    `price`: over the one that it recorded.
 
     Raises RunDirectoryError if a file of the directory is damaged, StorageError if rows of a
     complete run are missing, or a part was altered or is there twice.
@@ -43,7 +45,8 @@ def render(directory: RunDirectory) -> None:
         directory.scan(),
         read_table(root / "audit" / "audit.parquet", AUDIT_COLUMNS, AUDIT_AGAIN),
         tree,
-        read_trend(directory.nights()),
+        read_trend(directory.nights(), price),
+        price,
     )
     documents = (plan or {}).get("documents") or {"mode": "prefix"}
     is_drawn = documents["mode"] == "prefix"  # or rows lie below several nodes of the tree

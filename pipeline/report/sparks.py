@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 from markupsafe import Markup, escape
 
+from pipeline.costs import money
 from pipeline.report.formats import change, count, decimal, duration, percent
 from pipeline.report.trend import Night
 
@@ -45,8 +46,14 @@ def draw_trend(nights: Sequence[Night]) -> list[Spark]:
         _spark("wall time", [n.wall_s for n in nights], nights, duration),
         _spark("prompt tokens saved", [n.saved_share for n in nights], nights, percent),
         _spark("generated tokens/s", [n.tokens_per_s for n in nights], nights, decimal),
+        *_costs(nights),
         _verdicts(nights),
     ]
+
+
+def _costs(nights: Sequence[Night]) -> list[Spark]:
+    costs = [night.cost for night in nights]
+    return [] if not any(costs) else [_spark("cost", costs, nights, money)]
 
 
 def _spark(

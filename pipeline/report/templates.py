@@ -11,11 +11,13 @@ from typing import Final
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from pipeline.costs import money
 from pipeline.report import formats
 from pipeline.visible import visible
 
 _FORMATS: Final = (
-    formats.count, formats.percent, formats.size, formats.duration, formats.decimal, formats.cell
+    formats.count, formats.percent, formats.size, formats.duration, formats.decimal, formats.cell,
+    money,
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from pipeline.costs import NO_COSTS, CostSettings, cost_of, price_of
 from pipeline.storage.nights import NightFiles
 
 DAMAGED: Final = "damaged"
@@ -33,11 +34,15 @@ class Night:
     saved_share: float | None = None
     tokens_per_s: float | None = None
     verdict: str | None = None
+    cost: float | None = None
 
 
-def read_trend(nights: Sequence[NightFiles]) -> tuple[Night, ...]:
-    """Oldest first, the last one is the night that the page is of. Empty for a night alone."""
-    return tuple(_night(files) for files in nights) if len(nights) > 1 else ()
+def read_trend(nights: Sequence[NightFiles], price: CostSettings = NO_COSTS) -> tuple[Night, ...]:
+    """Oldest first, the last one is the night that the page is of. Empty for a night alone.
+
+    `price`: over what nights recorded.
+    """
+    return tuple(_night(files, price) for files in nights) if len(nights) > 1 else ()
 
 
 def night_before(trend: Sequence[Night]) -> Night | None:
@@ -46,7 +51,7 @@ def night_before(trend: Sequence[Night]) -> Night | None:
     return earlier[-1] if earlier else None
 
 
-def _night(files: NightFiles) -> Night:
+def _night(files: NightFiles, price: CostSettings) -> Night:
     page = f"../{files.date}/report.html" if files.has_page else None
     if files.manifest is None:
         return Night(files.date, DAMAGED, page)
@@ -55,6 +60,7 @@ def _night(files: NightFiles) -> Night:
     asked = None if cached is None or prefilled is None else cached + prefilled
     wall = _number(counters, "wall_s")
     verdict = _mapping(files.audit).get("verdict")
+    cost = cost_of(price_of(files.manifest, price), wall, 0, None)
     return Night(
         files.date,
         _state(files),
@@ -65,6 +71,7 @@ def _night(files: NightFiles) -> Night:
         ratio(cached, asked),
         ratio(_number(counters, "generated_tokens"), wall),
         verdict if verdict in ("pass", "fail") else None,
+        None if cost is None else cost.total,
     )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from pipeline.storage.schema import fields_among
+from pipeline.questions import Question
+from pipeline.storage.schema import fields_among, question_fields
 
 _CARD = """---
 configs:
@@ -40,7 +41,8 @@ def render_card(
     manifest: dict[str, Any], num_rows: int, num_error: int, names: Collection[str] = ()
 ) -> str:
     """Markdown with the front matter that `datasets` reads. `names`: of the output's columns."""
-    fields = fields_among(names)
+    asked = [Question.recorded(said) for said in manifest.get("questions", ())]
+    fields = (*fields_among(names), *question_fields(asked))
     columns = "\n".join(f"| `{field.name}` | {field.type} |" for field in fields)
     return _CARD.format(
         run_id=manifest["run_id"],

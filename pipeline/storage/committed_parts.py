@@ -82,8 +82,21 @@ class CommittedParts:
         """Of all committed parts, in order; each holds the hash of its part."""
         return [path.name for path in self._part_paths()]
 
+    @cached_property
+    def is_exploded(self) -> bool:
+        """Whether each sample is a row of its parts."""
+        return bool(self.read_manifest()["fingerprint"].get("explode"))
+
     def scan(self) -> pl.LazyFrame:
-        """All committed parts; our columns and no rows where there is none yet."""
+        """A row for each row of the input: of all committed parts, of several samples that are rows
+        the first. Our columns and no rows where there is none yet."""
+        rows = self.scan_samples()
+        if self.is_exploded and self._part_paths():
+            return rows.filter(pl.col("sample_index") == 0)
+        return rows
+
+    def scan_samples(self) -> pl.LazyFrame:
+        """All rows of all committed parts."""
         paths = self._part_paths()
         if paths:
             return pl.scan_parquet(paths, glob=False)  # a name may hold brackets

@@ -82,6 +82,12 @@ class _Writer(TypedDict):
     session: NotRequired[str]
 
 
+class _Question(TypedDict):
+    name: Annotated[str, Field(pattern=r"^\w{1,100}$")]
+    kind: Literal["choice", "scale", "boolean"]
+    labels: list[str]
+
+
 class _Manifest(TypedDict):
     schema_version: Count
     run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
@@ -96,6 +102,7 @@ class _Manifest(TypedDict):
     input: NotRequired[_Input]
     engine: NotRequired[_Engine]
     calibration: NotRequired[_Calibration]
+    questions: NotRequired[list[_Question]]
     parts: NotRequired[dict[PartName, Part]]
     writer: NotRequired[_Writer]
 

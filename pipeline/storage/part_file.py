@@ -11,7 +11,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
@@ -103,6 +103,7 @@ class _Description(TypedDict):
     num_ok: Count
     num_error: Count
     provenance: dict[str, str]
+    lines: NotRequired[Count]
 
 
 _DESCRIPTION = TypeAdapter(with_config(RECORD)(_Description))
@@ -110,16 +111,18 @@ _REMEDY = "delete it and run the same command again: its rows will be computed a
 
 
 def _describe(number: int, table: pa.Table, provenance: dict[str, str]) -> str:
-    rows = np.sort(table.column("row_index").to_numpy())
+    rows = np.unique(table.column("row_index").to_numpy())
     num_error = pc.sum(pc.equal(table.column("status"), "error")).as_py()
-    described = {
+    described: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "part": number,
         "rows": _compress_ranges(rows),
-        "num_ok": table.num_rows - num_error,
+        "num_ok": len(rows) - num_error,
         "num_error": num_error,
         "provenance": provenance,
     }
+    if table.num_rows > len(rows):  # a row for each sample; one that failed has a single one
+        described["lines"] = table.num_rows
     return json.dumps(described, separators=(",", ":"))
 
 
@@ -132,9 +135,10 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise ValueError(f"schema version {described['schema_version']}, not {SCHEMA_VERSION}")
     _DESCRIPTION.validate_python(described)
     held = sum(stop - start for start, stop in described["rows"])
+    lines = described.get("lines", held)
     is_ordered = all(start < stop for start, stop in described["rows"])
-    if not is_ordered or held != num_rows or held != described["num_ok"] + described["num_error"]:
-        raise ValueError(f"its footer says {held} rows and it holds {num_rows}")
+    if not is_ordered or lines != num_rows or held != described["num_ok"] + described["num_error"]:
+        raise ValueError(f"its footer says {lines} rows and it holds {num_rows}")
     lacking = [field.name for field in OUTPUT_FIELDS if field.name not in names]
     if lacking:
         raise ValueError(f"it has no column {lacking[0]}")

@@ -30,11 +30,13 @@ from pipeline.storage.manifest import (
 )
 from pipeline.storage.metrics_log import append_metrics
 from pipeline.storage.nights import NightFiles, read_nights
-from pipeline.storage.part_file import encode_parquet, write_part
+from pipeline.storage.part_file import PartFooter, encode_parquet, write_part
+from pipeline.storage.part_swap import put_back, read_part, swap_part
 from pipeline.storage.run_tables import read_table
 
 PLAN_NAME = "plan/plan.parquet"
 SYSTEM_PROMPT_NAME = "system_prompt.txt"
+RETRIED_NAME = "retried.parquet"
 AUDIT_NAMES = ("audit/summary.json", "audit/audit.parquet")
 
 
@@ -71,6 +73,7 @@ class RunDirectory(CommittedParts):
                 run.write_json(MANIFEST_NAME, new_manifest(fingerprint) | description)
             with write_errors(run.data):
                 make_folder(run.data)
+            put_back(run.data, run.footers)
         except BaseException:
             lock.release()
             raise
@@ -129,6 +132,17 @@ class RunDirectory(CommittedParts):
         """Commit a part, as `part_file.write_part`. Raises StorageError."""
         self._check_locked()
         return write_part(self.data, number, table, provenance)
+
+    def replace_part(self, footer: PartFooter, table: pa.Table) -> None:
+        """Commit `table` in the place of a part; of no rows, nothing. Raises StorageError."""
+        self._check_locked()
+        swap_part(footer, table)
+        self._footers.pop(footer.path, None)
+
+    def extend_part(self, footer: PartFooter, table: pa.Table) -> None:
+        """Add rows to a part and put them all in input order. Raises StorageError."""
+        rows = pa.concat_tables([read_part(footer).cast(table.schema), table])
+        self.replace_part(footer, rows.sort_by("row_index"))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl. Raises StorageError."""

@@ -1,4 +1,4 @@
-"""Where a run is: a folder of this machine, or below `s3://`. Knows nothing about what it holds."""
+"""Where a run is: a folder of this machine, or in a bucket. Knows nothing about what it holds."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pipeline.errors import RunDirectoryError
 from pipeline.location import Location
 from pipeline.storage.durable import is_temp
 from pipeline.storage.manifest import MANIFEST_NAME, parse_manifest, read_manifest
+from pipeline.storage.object_store import BUCKETS
 from pipeline.storage.remote_folder import RemoteFolder
 from pipeline.storage.remote_run import RemoteRun, check_empty
 from pipeline.storage.run_directory import RunDirectory, check_is_run
@@ -22,6 +23,8 @@ def holds_run(run: Location) -> bool:
     """Whether there is a run.json. Raises UsageError, StorageError."""
     if not run.is_remote:
         return (run.local / MANIFEST_NAME).exists()
+    if run.scheme not in BUCKETS:  # which can be read, and hold no run
+        return False
     return RemoteFolder(run).read(MANIFEST_NAME) is not None
 
 
@@ -55,15 +58,20 @@ def _check_folder(folder: Path) -> None:
 
 
 def take_run(
-    run: Location, copies: Path, fingerprint: dict[str, Any], description: dict[str, Any]
+    run: Location,
+    copies: Path,
+    fingerprint: dict[str, Any],
+    description: dict[str, Any],
+    with_parts: bool = False,
 ) -> RunDirectory:
     """The run there, begun or resumed, as `RunDirectory.create_or_resume`.
 
-    `copies` is where the working copies of remote runs are.
+    `copies` is where the working copies of remote runs are; `with_parts`: bring the parts of one
+    that is complete, too.
     """
     if not run.is_remote:
         return RunDirectory.create_or_resume(run.path, fingerprint, description)
-    return RemoteRun.take(RemoteFolder(run), copies, fingerprint, description)
+    return RemoteRun.take(RemoteFolder(run), copies, fingerprint, description, with_parts)
 
 
 @contextmanager

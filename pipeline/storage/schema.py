@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import chain
 from typing import Protocol
 
 import pyarrow as pa
 
 from pipeline.errors import InputError
+from pipeline.questions import Question
 from pipeline.storage.plain_types import carried_type, is_text
 
 SCHEMA_VERSION = 2
@@ -93,6 +94,45 @@ SCORE_FIELDS: tuple[pa.Field, ...] = (
 """Besides, of runs whose rows are scored."""
 
 
+GUIDED_FIELDS: tuple[pa.Field, ...] = (pa.field("forced_tokens", pa.int32()),)
+"""Besides, of runs in which some rows say what their answers must be; where these are JSON, also
+`parsed`, of a type of its own."""
+_TOKEN = pa.struct([("token", pa.string()), ("token_id", pa.int32()), ("logprob", pa.float64())])
+LOGPROBS = pa.list_(pa.struct([*_TOKEN, pa.field("top", pa.list_(_TOKEN))]))
+"""Of each token of an answer, and of the likeliest ones in its place."""
+LOGPROB_FIELDS: tuple[pa.Field, ...] = (pa.field("logprobs", LOGPROBS),)
+"""Besides, of runs where rows ask for log-probabilities."""
+EXPLODED_FIELDS: tuple[pa.Field, ...] = (pa.field("sample_index", pa.int32(), nullable=False),)
+"""Besides, where each sample is a row."""
+
+
+def sample_type(with_logprobs: bool) -> pa.ListType:
+    """Of the column `samples`."""
+    fields = [
+        ("generated_text", pa.string()),
+        ("finish_reason", pa.string()),
+        ("completion_token_ids", pa.list_(pa.int32())),
+    ]
+    return pa.list_(pa.struct([*fields, ("logprobs", LOGPROBS)] if with_logprobs else fields))
+
+
+SAMPLE_FIELDS: tuple[pa.Field, ...] = (pa.field("samples", sample_type(with_logprobs=False)),)
+"""Besides, where rows have several samples."""
+REASONING_FIELDS: tuple[pa.Field, ...] = (
+    pa.field("reasoning", pa.string()),
+    pa.field("reasoning_tokens", pa.int32()),
+)
+"""Besides, of runs whose model thinks before it answers."""
+
+
+TOOL_FIELDS: tuple[pa.Field, ...] = (
+    pa.field(
+        "tool_calls", pa.list_(pa.struct([("name", pa.string()), ("arguments", pa.string())]))
+    ),
+)
+"""Besides, of runs whose rows may have tools; null of rows without."""
+
+
 class Parts(Protocol):
     """The input columns that play a part in what is written; None: there is none."""
 
@@ -113,22 +153,90 @@ class Parts(Protocol):
     def has_scores(self) -> bool:
         """Whether rows are scored."""
 
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """What is asked of each row."""
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether some rows say what their answers must be."""
+
+    @property
+    def parsed(self) -> pa.DataType | None:
+        """The type of answers that are JSON; None: there are none."""
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether some row asks for log-probabilities."""
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether some row has several samples, which are one row of the output."""
+
+    @property
+    def is_exploded(self) -> bool:
+        """Whether each sample is a row of the output."""
+
+    @property
+    def reasoning(self) -> bool:
+        """Whether answers are told from what was thought before them."""
+
+    @property
+    def tool_calls(self) -> bool:
+        """Whether answers may call tools."""
+
 
 def result_fields(parts: Parts) -> tuple[pa.Field, ...]:
     """Our columns."""
     documents = DOCUMENT_FIELDS if parts.has_segments else ()
     turns = CONVERSATION_FIELDS if parts.conversation is not None else ()
     scores = SCORE_FIELDS if parts.has_scores else ()
-    return (*OUTPUT_FIELDS, *documents, *turns, *scores)
+    guided = GUIDED_FIELDS if parts.is_guided else ()
+    parsed = () if parts.parsed is None else (pa.field("parsed", parts.parsed),)
+    questions = question_fields(parts.questions)
+    answers = (*guided, *parsed, *_answer_fields(parts))
+    reasoning = REASONING_FIELDS if parts.reasoning else ()
+    calls = TOOL_FIELDS if parts.tool_calls else ()
+    said = (*reasoning, *calls, *answers)
+    return (*OUTPUT_FIELDS, *documents, *turns, *scores, *said, *questions)
+
+
+def question_fields(questions: Sequence[Question]) -> tuple[pa.Field, ...]:
+    """What is written of questions: the answer of each, then what is known of it."""
+    answers = {"choice": pa.string(), "scale": pa.float64(), "boolean": pa.bool_()}
+    return tuple(
+        pa.field(name, pa.float64() if place else answers[question.kind])
+        for question in questions
+        for place, name in enumerate(question.columns)
+    )
+
+
+def _answer_fields(parts: Parts) -> tuple[pa.Field, ...]:
+    logprobs = LOGPROB_FIELDS if parts.has_logprobs else ()
+    if parts.is_exploded:
+        return (*logprobs, *EXPLODED_FIELDS)
+    if not parts.has_samples:
+        return logprobs
+    samples = pa.field("samples", sample_type(with_logprobs=parts.has_logprobs))
+    return (*logprobs, samples)
+
+
+_FURTHER = (
+    DOCUMENT_FIELDS,
+    CONVERSATION_FIELDS,
+    SCORE_FIELDS,
+    REASONING_FIELDS,
+    TOOL_FIELDS,
+    GUIDED_FIELDS,
+    LOGPROB_FIELDS,
+    EXPLODED_FIELDS,
+    SAMPLE_FIELDS,
+)
 
 
 def fields_among(names: Collection[str]) -> tuple[pa.Field, ...]:
     """Our columns of a run whose output has these."""
-    further = (
-        fields
-        for fields in (DOCUMENT_FIELDS, CONVERSATION_FIELDS, SCORE_FIELDS)
-        if {field.name for field in fields} <= set(names)
-    )
+    further = (fields for fields in _FURTHER if {field.name for field in fields} <= set(names))
     return (*OUTPUT_FIELDS, *chain.from_iterable(further))
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from os.path import commonprefix
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,16 @@ from numpy.typing import NDArray
 _TAIL_TOKENS = 8  # of a prompt, which decide how the text goes on
 
 Ids = Sequence[int] | NDArray[np.unsignedinteger]
+
+
+class Shown(NamedTuple):
+    """What a text holds besides: special tokens, and the stop string that ended it."""
+
+    special: bool = False
+    stop: bool = False
+
+
+_AS_USUAL = Shown()
 
 
 class AnswerText:
@@ -44,6 +54,20 @@ class AnswerText:
             for prompt, answer, stop, text in zip(prompts, answers, stops, texts, strict=True)
         ]
 
+    def decode_one(
+        self, prompt: Ids, answer: Ids, stop: tuple[str, ...] = (), how: Shown = _AS_USUAL
+    ) -> str:
+        """The text of one answer, shown in another way than `decode` does."""
+        (text,) = self._visible([prompt], [answer], how.special)
+        return self._cut(prompt, answer, stop, text, how) if stop else text
+
+    def spell(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself."""
+        texts: list[str] = self._backend.decode_batch(
+            [[token] for token in token_ids], skip_special_tokens=False
+        )
+        return texts
+
     def is_stopped(self, token_ids: Ids, stop: tuple[str, ...], prompt: Ids = ()) -> bool:
         """Whether a stop string ends in the text of these ids, which follow `prompt`."""
         if not stop:
@@ -61,40 +85,46 @@ class AnswerText:
         text = self._backend.decode(list(token_ids[-most:]), skip_special_tokens=False)
         return any(end in text for end in stop)
 
-    def _visible(self, prompts: Sequence[Ids], answers: Sequence[Ids]) -> list[str]:
+    def _visible(
+        self, prompts: Sequence[Ids], answers: Sequence[Ids], special: bool = False
+    ) -> list[str]:
         tails = [_last(prompt, _TAIL_TOKENS) for prompt in prompts]
-        before = self._decode_batch(tails)
+        before = self._decode_batch(tails, special)
         for row, prompt in enumerate(prompts):
             while not before[row] and len(tails[row]) < len(prompt):  # nothing but control tokens
                 tails[row] = _last(prompt, 4 * len(tails[row]))
-                before[row] = self._decode_batch([tails[row]])[0]
+                before[row] = self._decode_batch([tails[row]], special)[0]
         whole = self._decode_batch(
-            [[*tail, *answer] for tail, answer in zip(tails, answers, strict=True)]
+            [[*tail, *answer] for tail, answer in zip(tails, answers, strict=True)], special
         )
         return [_after(start, text) for start, text in zip(before, whole, strict=True)]
 
-    def _cut(self, prompt: Ids, answer: Ids, stop: tuple[str, ...], text: str) -> str:
-        """`text` up to the stop string, where there is one: whole tokens, and the beginning of the
-        one in which the stop string begins."""
-        start = self._find(prompt, answer, stop)
-        if start is None:
+    def _cut(
+        self, prompt: Ids, answer: Ids, stop: tuple[str, ...], text: str, how: Shown = _AS_USUAL
+    ) -> str:
+        """`text` up to the stop string, where there is one, or with it: whole tokens, and the
+        beginning of the one in which that place lies."""
+        found = self._find(prompt, answer, stop)
+        if found is None:
             return text
+        start = found[1] if how.stop else found[0]
         num, before = len(answer), self._raw(prompt, answer, stop)
         while num and len(before) > start:
             num -= 1
             before = self._raw(prompt, answer[:num], stop)
-        (whole,) = self._visible([prompt], [answer[:num]])
-        if len(before) > start or num == len(answer) or answer[num] in self._special:
+        (whole,) = self._visible([prompt], [answer[:num]], how.special)
+        is_hidden = num < len(answer) and answer[num] in self._special and not how.special
+        if len(before) > start or num == len(answer) or is_hidden:
             return whole
         return whole + self._raw(prompt, answer, stop)[len(before) : start]
 
-    def _find(self, prompt: Ids, answer: Ids, stop: tuple[str, ...]) -> int | None:
-        """Where in the raw text the first stop string begins that ends in the answer."""
+    def _find(self, prompt: Ids, answer: Ids, stop: tuple[str, ...]) -> tuple[int, int] | None:
+        """Where in the raw text the first stop string that ends in the answer begins and ends."""
         if not len(answer):
             return None
         raw, own = self._raw(prompt, answer, stop), len(self._raw(prompt, (), stop))
-        found = (raw.find(text, max(0, own - len(text) + 1)) for text in stop)
-        return min((start for start in found if start >= 0), default=None)
+        found = ((raw.find(text, max(0, own - len(text) + 1)), len(text)) for text in stop)
+        return min(((at, at + length) for at, length in found if at >= 0), default=None)
 
     def _raw(self, prompt: Ids, answer: Ids, stop: tuple[str, ...]) -> str:
         """The end of the prompt, as long as the longest stop string, and the answer."""
@@ -102,9 +132,9 @@ class AnswerText:
         text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
 
-    def _decode_batch(self, rows: Sequence[Ids]) -> list[str]:
+    def _decode_batch(self, rows: Sequence[Ids], special: bool) -> list[str]:
         texts: list[str] = self._backend.decode_batch(
-            [list(ids) for ids in rows], skip_special_tokens=True
+            [list(ids) for ids in rows], skip_special_tokens=not special
         )
         return texts
 

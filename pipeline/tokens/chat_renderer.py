@@ -23,26 +23,36 @@ from pipeline.time_limit import TimeLimit, TookTooLong
 
 CLOCK_NAME = "strftime_now"  # the only way to the time that transformers gives a template
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, the first leads
+_GIVEN = {"tools": None, "documents": None, "add_generation_prompt": True}
 
 
 class ChatRenderer:
     """A compiled template. Raises what Jinja and Python raise of one that is none."""
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, Any], clock: datetime, seconds: float
+        self,
+        source: str,
+        special_tokens: Mapping[str, Any],
+        clock: datetime,
+        seconds: float,
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
+        """`arguments`: what the template is given with every conversation."""
         self._source = source
+        self._given = {**_GIVEN, **(arguments or {})}
         self._special_tokens = dict(special_tokens)
         self._template = make_environment(clock).from_string(source)
         self._limit = TimeLimit(seconds)
 
-    def __call__(self, messages: list[Message]) -> str | Fault:
-        """The conversation as text, up to where the assistant's answer begins."""
-        given = {"tools": None, "documents": None, "add_generation_prompt": True}
+    def __call__(self, item: list[Message] | tuple[list[Message], str]) -> str | Fault:
+        """The conversation as text, up to where the assistant's answer begins. An item is its
+        messages, or these and what it is given besides, as a JSON object."""
+        messages, own = item if isinstance(item, tuple) else (item, "{}")
         try:
             with self._limit:
-                chat = [_with_reasoning(message) for message in messages]
-                return self._template.render(messages=chat, **given, **self._special_tokens)
+                chat = [_with_calls(_with_reasoning(message)) for message in messages]
+                given = self._special_tokens | self._given | json.loads(own)
+                return self._template.render(messages=chat, **given)
         except TookTooLong:
             most = self._limit.seconds
             return Fault(f"the chat template takes over {most:g} s on this conversation", True)
@@ -115,3 +125,10 @@ def _with_reasoning(message: Message) -> dict[str, Any]:
     if thought is None:
         return dict(message)
     return {"thinking": thought, **message, "reasoning_content": thought}
+
+
+def _with_calls(message: dict[str, Any]) -> dict[str, Any]:
+    """Calls of tools are JSON text until here; templates take lists, and arguments as objects."""
+    if "tool_calls" not in message:
+        return message
+    return message | {"tool_calls": json.loads(message["tool_calls"])}

@@ -11,14 +11,15 @@ text of each must stand in the rendering.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.nodes
 
 from pipeline.confined import Confined, Ended, Fault, NotMade
 from pipeline.errors import UsageError
@@ -30,48 +31,74 @@ _MOST_SLOW_ROWS = 10  # one after another
 _GRACE_S = 1.0  # before a single step that does not end is ended with its process
 _SHOWN_CHARACTERS = 32  # of a role
 _END_OF_REASONING = "</think>"
+_LOSES_CALLS = (
+    "the chat template leaves out the tool_calls of a message; pass another with --chat-template"
+)
 
 
 class TemplateFault(ValueError):
     """The template refuses this conversation; the message says why, without quoting it."""
 
-    error_type: str | None = None
-    """One of its own; None: that of any prompt that cannot be used."""
+    def __init__(self, message: str, error_type: str | None = None) -> None:
+        """`error_type`: one of its own; None: that of any prompt that cannot be used."""
+        super().__init__(message)
+        self.error_type = error_type
 
 
 @dataclass
 class ChatTemplate:
-    """A Jinja template, the tokenizer (of transformers) whose tokens it names, and its `clock`."""
+    """A Jinja template, the tokenizer (of transformers) whose tokens it names, its `clock`, and
+    `arguments` that it is given with every conversation."""
 
     source: str
     tokenizer: Any
     clock: datetime
     num_slow: int = 0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def reads_clock(self) -> bool:
         """Whether the prompts may depend on the clock."""
         return CLOCK_NAME in self.source
 
-    def render(self, messages: list[Message]) -> str:
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """What it asks for. Raises UsageError if it is not valid Jinja."""
+        return frozenset(
+            n.name for n in self._parsed.find_all(jinja2.nodes.Name) if n.ctx == "load"
+        )
+
+    def check_arguments(self) -> None:
+        """Raises UsageError for an argument that it does not take: it would do nothing."""
+        unknown = next((name for name in self.arguments if name not in self.names), None)
+        if unknown is not None:
+            raise UsageError(
+                f"the chat template takes no {unknown!r}; correct --chat-template-kwargs, or pass "
+                "another template with --chat-template"
+            )
+
+    def render(self, messages: list[Message], given: str = "{}") -> str:
         """The whole prompt, up to where the assistant's answer begins.
 
         Raises TemplateFault if this conversation does not fit, loses a message or takes too long,
         UsageError as `render_all`.
         """
-        (text,) = self.render_all([messages])
+        (text,) = self.render_all([messages], [given])
         if isinstance(text, TemplateFault):
             raise text
         return text
 
-    def render_all(self, conversations: Sequence[list[Message]]) -> list[str | TemplateFault]:
-        """Each conversation as text, or why it is none.
+    def render_all(
+        self, conversations: Sequence[list[Message]], given: Sequence[str] | None = None
+    ) -> list[str | TemplateFault]:
+        """Each conversation as text, or why it is none. `given`: to each besides, see `ChatPrompt`.
 
         Raises UsageError if the template is not valid Jinja, draws lots, or takes too long on many
         rows.
         """
         try:
-            results = self._renderer.map(conversations)
+            items = conversations if given is None else list(zip(conversations, given, strict=True))
+            results = self._renderer.map(items)
         except NotMade as error:
             raise UsageError(
                 f"the chat template {error}; pass another with --chat-template"
@@ -79,10 +106,11 @@ class ChatTemplate:
         return [self._text(*pair) for pair in zip(conversations, results, strict=True)]
 
     @cached_property
-    def _renderer(self) -> Confined:
+    def _parsed(self) -> jinja2.nodes.Template:
         try:
-            make_environment(self.clock).parse(self.source)
+            parsed = make_environment(self.clock).parse(self.source)
             refuse_lots(self.source)
+            return parsed
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
                 f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); "
@@ -92,13 +120,19 @@ class ChatTemplate:
             raise UsageError(
                 "the chat template is nested too deep; pass another with --chat-template"
             ) from error
+
+    @cached_property
+    def _renderer(self) -> Confined:
+        assert self._parsed
         tokens = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
-        arguments = (self.source, tokens, self.clock, _MOST_SECONDS)
+        arguments = (self.source, tokens, self.clock, _MOST_SECONDS, dict(self.arguments))
         return Confined(ChatRenderer, arguments, _MOST_SECONDS * 1.2 + _GRACE_S)
 
     def _text(self, messages: list[Message], result: str | Fault | Ended) -> str | TemplateFault:
         if isinstance(result, str):
             self.num_slow = 0
+            if self._loses_calls(messages):
+                return TemplateFault(_LOSES_CALLS, "BadMessages")
             missing = find_missing(messages, result)
             return result if missing is None else TemplateFault(missing)
         if isinstance(result, Ended):
@@ -112,6 +146,9 @@ class ChatTemplate:
                 "pass another with --chat-template"
             )
         return TemplateFault(result.message)
+
+    def _loses_calls(self, messages: list[Message]) -> bool:
+        return "tool_calls" not in self.source and any("tool_calls" in m for m in messages)
 
 
 def find_missing(messages: list[Message], rendered: str) -> str | None:
@@ -162,7 +199,10 @@ def refuse_lots(source: str) -> None:
 
 
 def find_template(
-    tokenizer: Any, override: Path | None, clock: datetime | None = None
+    tokenizer: Any,
+    override: Path | None,
+    clock: datetime | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> ChatTemplate | None:
     """The template in the file `override`, else the tokenizer's own, if any. Raises UsageError.
 
@@ -171,7 +211,8 @@ def find_template(
     clock = clock or datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
     if override is not None:
         try:
-            return ChatTemplate(override.read_text(encoding="utf-8"), tokenizer, clock)
+            source = override.read_text(encoding="utf-8")
+            return ChatTemplate(source, tokenizer, clock, arguments=arguments or {})
         except (OSError, UnicodeError) as error:
             raise UsageError(
                 f"cannot read the chat template {override} ({error}); correct --chat-template"
@@ -179,7 +220,8 @@ def find_template(
     if not tokenizer.chat_template:
         return None
     try:
-        return ChatTemplate(tokenizer.get_chat_template(), tokenizer, clock)
+        source = tokenizer.get_chat_template()
+        return ChatTemplate(source, tokenizer, clock, arguments=arguments or {})
     except ValueError as error:
         raise UsageError(
             "the model has several chat templates and none is the default; "

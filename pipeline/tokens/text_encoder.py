@@ -6,15 +6,13 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from tokenizers import models
-
 from pipeline.tokens.coverage import most_characters
 from pipeline.tokens.growth import growth_of
+from pipeline.tokens.words import splits_words
 
 _MOST_LETTERS = 32_000_000
 """Of a row that is tokenised, as its tokenizer may lengthen it; each takes some hundred bytes."""
 _LETTERS_AT_A_TIME = 4_000_000
-_OF_PIECES = (models.BPE, models.WordLevel, models.WordPiece)
 
 
 class Overlong(Exception):
@@ -73,10 +71,7 @@ class TextEncoder:
     @cached_property
     def splits_words(self) -> bool:
         """Whether texts are split from left to right before each piece becomes tokens by itself."""
-        splitter = self._backend.pre_tokenizer
-        if splitter is None or not isinstance(self._backend.model, _OF_PIECES):
-            return False
-        return len(splitter.pre_tokenize_str("one two three")) >= 3
+        return splits_words(self._backend)
 
     @cached_property
     def around(self) -> tuple[list[int], list[int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, TypeGuard
@@ -16,17 +16,32 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from pipeline.errors import UsageError, is_row_fault
-from pipeline.records import Content, Message, ScoredPrompt, SegmentedPrompt, TurnPrompt
+from pipeline.records import (
+    AskedPrompt,
+    ChatPrompt,
+    Content,
+    Message,
+    ScoredPrompt,
+    SegmentedPrompt,
+    TurnPrompt,
+)
 from pipeline.settings import TokenSettings
 from pipeline.tokens.answer_text import AnswerText
 from pipeline.tokens.chat_template import ChatTemplate, TemplateFault, find_template
 from pipeline.tokens.control_tokens import ControlTokens
 from pipeline.tokens.encoded import EncodedBatch, EncodedRows, encode_each
+from pipeline.tokens.given import render_given, why_not_given, with_given
+from pipeline.tokens.grammar import Grammars
 from pipeline.tokens.loading import load_tokenizer
 from pipeline.tokens.pairs import EncodedPairs, PairEncoder
+from pipeline.tokens.reasoning import ReasoningTags, find_tags, named_tags
 from pipeline.tokens.segments import Chat, RenderAll, SegmentEncoder, as_messages
 from pipeline.tokens.text_encoder import Overlong, TextEncoder
+from pipeline.tokens.tool_calls import ToolCallFormat, find_format
 from pipeline.tokens.turns import LaterTurns, SystemMessages, TurnFault
+
+_NEW = ("chat_template_kwargs", "reasoning_tags")
+_UNDECISIVE = {"chat_template", "clock", *_NEW}
 
 
 class PromptTokenizer:
@@ -38,9 +53,13 @@ class PromptTokenizer:
         self._settings = settings
         self._name = name
         self._control = ControlTokens(self._backend)
-        self._template = find_template(tokenizer, settings.chat_template, settings.clock)
+        self._template = find_template(
+            tokenizer, settings.chat_template, settings.clock, settings.chat_template_kwargs
+        )
         if settings.apply_chat_template:
             self._require_template()
+        if settings.chat_template_kwargs:
+            self._require_template().check_arguments()
         self.vocabulary_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         self.bos_id: int | None = tokenizer.bos_token_id
         """The token that every text of the model begins with, if there is one."""
@@ -66,6 +85,17 @@ class PromptTokenizer:
         else:
             self._refuse_system_prompt()
 
+    def find_reasoning(self, are_messages: bool) -> ReasoningTags | None:
+        """The tags around what the model thinks before it answers; by themselves they are found
+        only where a chat template writes the prompts. Raises UsageError for tags that are none."""
+        named = self._settings.named_tags
+        if named is not None:
+            return named_tags(self._tokenizer, *named)
+        is_chat = are_messages or self._settings.apply_chat_template
+        if self._template is None or not is_chat or self._settings.reasoning_tags == "none":
+            return None
+        return find_tags(self._tokenizer, self._template.source)
+
     def encode_batch(
         self, contents: Sequence[Content | None], most_tokens: int | None = None
     ) -> EncodedBatch:
@@ -82,12 +112,18 @@ class PromptTokenizer:
         first = {row: turn.content for row, turn in turns.items() if turn.is_first}
         later = {row: turn.content for row, turn in turns.items() if not turn.is_first}
         parts = {row: c for row, c in enumerate(contents) if isinstance(c, SegmentedPrompt)}
+        given = {row: c for row, c in enumerate(contents) if isinstance(c, ChatPrompt)}
         whole = {row: c for row, c in enumerate(contents) if isinstance(c, str | list)} | first
+        whole |= {row: prompt.content for row, prompt in given.items()}
+        for row, prompt in given.items():
+            if (why := self._why_not(prompt)) is not None:
+                rows.errors[row], rows.error_types[row] = why, "BadSamplingParams"
+        whole = {row: content for row, content in whole.items() if row not in rows.errors}
         plain = {row: content for row, content in whole.items() if self._is_plain(content)}
         chats = {row: self._as_messages(c) for row, c in whole.items() if row not in plain}
         self._encode_plain(plain, rows)
         self._encode_segments(parts, rows)
-        self._encode_chats(chats, rows)
+        self._encode_chats(chats, rows, given={row: prompt.given for row, prompt in given.items()})
         self._encode_later(later, rows)
         for row in (*parts, *whole, *later):
             if row not in rows.overlong and not len(rows.ids[row]):
@@ -115,9 +151,15 @@ class PromptTokenizer:
 
     def render(self, content: Content) -> str:
         """The text that is tokenised, in segments or not; of a later turn what it adds, of what is
-        scored the context. Raises TemplateFault if the template refuses."""
+        scored the context, of questions that of the first. Raises TemplateFault if the template
+        refuses."""
+        if isinstance(content, AskedPrompt):
+            content = content.prompts[0]
         if isinstance(content, ScoredPrompt):
             content = content.context
+        if isinstance(content, ChatPrompt):
+            messages = self._as_messages(content.content)
+            return self._require_template().render(messages, content.given)
         if isinstance(content, TurnPrompt):
             if not content.is_first and not self._is_plain(content.content):
                 (text,) = self._later.render([self._later.behind(content.content)])
@@ -157,9 +199,28 @@ class PromptTokenizer:
         )
         return texts
 
+    def encode_word(self, text: str) -> list[int]:
+        """The token ids of a text as it stands within others; control tokens are such."""
+        return self._texts.encode([text], parse_specials=True, add_specials=False)[0]
+
+    def decode_raw(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        """As `decode_batch`, with special tokens."""
+        texts: list[str] = self._backend.decode_batch(
+            [list(ids) for ids in token_ids], skip_special_tokens=False
+        )
+        return texts
+
     @cached_property
     def answers(self) -> AnswerText:
         return AnswerText(self._backend)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What constraints mean in its ids."""
+        eos: int | None = self._tokenizer.eos_token_id
+        named = self._settings.named_tags
+        tags = find_tags(self._tokenizer) if named is None else named_tags(self._tokenizer, *named)
+        return Grammars(self._backend.to_str(), self.vocabulary_size, eos, tags)
 
     def looks_rendered(self, texts: Sequence[str]) -> str | None:
         """A warning where prompts hold control tokens as plain text, as a template writes them."""
@@ -247,18 +308,26 @@ class PromptTokenizer:
         return SystemMessages(self._later, lambda messages: self.encode_batch([messages]).flat)
 
     def _encode_chats(
-        self, chats: dict[int, list[Message]], rows: EncodedRows, render: RenderAll | None = None
+        self,
+        chats: dict[int, list[Message]],
+        rows: EncodedRows,
+        render: RenderAll | None = None,
+        given: Mapping[int, str] | None = None,
     ) -> None:
         """Rows without a control-token string go through as rendered; the others in pieces.
 
-        `render`: how, if not by the template in full.
+        `render`: how, if not by the template in full; `given`: what it is given besides, by row.
         """
         if not chats:
             return
         whole: dict[int, str] = {}
-        hidden = {r: self._control.hide(m) for r, m in chats.items() if self._needs_pieces(m)}
-        asked = [hidden[row].messages if row in hidden else chats[row] for row in chats]
-        render = render or self._require_template().render_all
+        given = given or {}
+        texts = with_given(chats, given)
+        hidden = {r: self._control.hide(m) for r, m in texts.items() if self._needs_pieces(m)}
+        asked = [hidden[row].messages if row in hidden else texts[row] for row in chats]
+        if render is None:
+            is_given = [row in given for row in chats]
+            render = partial(render_given, self._require_template(), is_given)
         for row, rendered in zip(chats, render(asked), strict=True):
             try:
                 if isinstance(rendered, TemplateFault):
@@ -281,6 +350,21 @@ class PromptTokenizer:
         encode_each(
             partial(self._texts.encode, parse_specials=True, add_specials=False), whole, rows
         )
+
+    def _why_not(self, prompt: ChatPrompt) -> str | None:
+        """Why a row cannot be given what it asks for; None: it can."""
+        if self._template is None or self._is_plain(prompt.content):
+            return "the row asks for what only a chat template does; add --apply-chat-template"
+        can_call = '"tools"' in prompt.given and self.tool_calls is not None
+        return why_not_given(self._template, prompt.given, can_call)
+
+    @cached_property
+    def tool_calls(self) -> ToolCallFormat | None:
+        """How answers call tools; None: nobody says."""
+        template = self._template
+        if template is None or not {"tools", "messages"} <= template.names:
+            return None
+        return find_format(self._tokenizer, template.render)
 
     def _needs_pieces(self, messages: list[Message]) -> bool:
         return not self._settings.parse_special_tokens and any(
@@ -316,6 +400,9 @@ class PromptTokenizer:
             "tokenizer": self._backend.to_str(),
             "special_tokens": {k: str(v) for k, v in self._tokenizer.special_tokens_map.items()},
             "template": None if self._template is None else self._template.source,
-            "settings": self._settings.model_dump(mode="json", exclude={"chat_template", "clock"}),
+            "settings": self._settings.model_dump(mode="json", exclude=_UNDECISIVE),
         }
+        for name in _NEW:  # runs without stay as they are named
+            if getattr(self._settings, name) != TokenSettings.model_fields[name].default:
+                decisive[name] = getattr(self._settings, name)
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

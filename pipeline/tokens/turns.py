@@ -60,8 +60,7 @@ class TurnFault(TemplateFault):
     """Why nothing is known of what a turn adds."""
 
     def __init__(self, message: str, error_type: str = "TemplateRewritesHistory") -> None:
-        super().__init__(message)
-        self.error_type = error_type
+        super().__init__(message, error_type)
 
 
 class LaterTurns:

@@ -25,6 +25,7 @@ from torch import Tensor
 from pipeline.engine.base import Deviation, EngineHooks, RunControl
 from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.prefix_engine import PrefixEngine
+from pipeline.engine.request_logits import Context
 from pipeline.engine.sampler import Sampler
 from pipeline.engine.verify.segment_baseline import Lengths, SegmentBaselines
 from pipeline.engine.verify.stateful_baseline import EvictionBaselines
@@ -191,7 +192,9 @@ def _deviation(sampler: Sampler, row: ForcedRow, baseline: Tensor, other: Tensor
     keys = np.full(len(indices), row.noise_key, np.uint64)
     params = [row.params] * len(indices)
     said, says = (
-        sampler.sample(x.float(), params, keys, indices, lambda i: (row.prompt, row.output[:i]))
+        sampler.sample(
+            x.float(), params, keys, indices, lambda i: Context(row.prompt, row.output[:i])
+        )
         for x in (baseline, other)
     )
     expected, found = (torch.log_softmax(x.double(), -1) for x in (baseline, other))

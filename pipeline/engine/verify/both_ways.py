@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.base import Engine, EngineHooks, ForceTokens, RunControl
+from pipeline.engine.sampler import has_rules
 from pipeline.engine.sampling import likeliest_token
-from pipeline.generation import active_rules
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion
 
@@ -75,7 +75,7 @@ class BothWays:
         answered = np.array(sorted(answers), np.int64)
         hooks = EngineHooks(notes.compare, _forcing(answers))
         moved = self._generate(self._moved, answered, hooks)
-        ruled = answered[[bool(active_rules(self._rules_of(s))) for s in answered.tolist()]]
+        ruled = answered[[self._has_rules(s) for s in answered.tolist()]]
         again = self._generate(self._moved, ruled, EngineHooks())
         if min(len(full) - len(sequences), len(moved) - len(answers), len(again) - len(ruled)) < 0:
             return None
@@ -86,8 +86,8 @@ class BothWays:
             found[s] = Difference(is_same and not moved[s].error_type, same_choice, kl)
         return found
 
-    def _rules_of(self, sequence: int) -> str:
-        return self._full.params[int(self._full.sequences.params[sequence])].rules
+    def _has_rules(self, sequence: int) -> bool:
+        return has_rules(self._full.params[int(self._full.sequences.params[sequence])])
 
     def _generate(
         self, plan: Plan, sequences: NDArray[np.int64], hooks: EngineHooks

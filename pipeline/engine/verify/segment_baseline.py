@@ -51,9 +51,11 @@ class SegmentBaseline:
         return self._reference.forced_logits(cut(prompt, self._lengths), list(output))
 
     def generate_one(self, prompt: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
-        stops = () if params.ignore_eos else self._naive.loaded.shape.eos_token_ids
-        segments = cut(prompt, self._lengths)
-        return tuple(self._reference.generate(segments, params.max_new_tokens, stops))
+        """Each token by a whole new run."""
+        writer, segments = self._naive.writer(prompt, params), cut(prompt, self._lengths)
+        while not writer.is_over:
+            writer.choose(self._reference.forced_logits(segments, [*writer.output, 0])[-1])
+        return tuple(writer.output)
 
 
 class SegmentBaselines:

@@ -49,20 +49,20 @@ class EvictionBaseline:
 
     def generate_one(self, prompt: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
         """Gives up what the run did, when it did."""
-        stops = () if params.ignore_eos else self._naive.loaded.shape.eos_token_ids
+        writer = self._naive.writer(prompt, params)
         slow, due = self._conversation(), self._story.log
-        prompted, output = self._story.ids[: self._story.chosen_at[0] + 1], list[int]()
+        prompted = self._story.ids[: self._story.chosen_at[0] + 1]
         inner = [event for event in due if event.at < len(prompted)]
         expected = self._story.expected
         logits = replayed_logits(slow, prompted, inner, expected)
         due = due[len(inner) :]
         while True:
-            output.append(int(logits[-1].argmax()))
-            if len(output) == params.max_new_tokens or output[-1] in stops:
-                return tuple(output)
+            writer.choose(logits[-1])
+            if writer.is_over:
+                return tuple(writer.output)
             while due and due[0].at == slow.computed:
                 slow.apply(due.pop(0))
-            logits = slow.feed(output[-1:])
+            logits = slow.feed(writer.output[-1:])
 
     def _conversation(self) -> SlowConversation:
         eviction = self._eviction
