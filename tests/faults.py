@@ -48,6 +48,7 @@ CASES = (
     "columns and fields named like those of a request",
     "prompts in segments",
     "conversations",
+    "answers of a form",
 )  # fmt: skip
 """Every row of the list of faults that the product promises to survive, in the table's order."""
 PENDING: dict[str, str] = {}

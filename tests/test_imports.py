@@ -21,7 +21,8 @@ _FIRST = {
     f"pipeline.{name}"
     for name in (
         "records", "errors", "forms", "generation", "settings", "reuse_settings",
-        "conversation_settings", "scoring_settings", "time_limit",
+        "conversation_settings", "scoring_settings", "questions", "time_limit",
+        "constraints", "constraint_settings", "request_rules", "template_arguments", "costs",
         "visible", "private_folder", "confined", "unheard", "location", "binomial",
     )
 }  # fmt: skip
@@ -33,10 +34,16 @@ def _rooms(*names: str) -> set[str]:
 
 # room -> what of `pipeline` it may import besides itself, from the ground floor up
 ROOMS: dict[str, set[str]] = {
-    "pipeline.records": set(),
+    "pipeline.questions": set(),
+    "pipeline.records": {"pipeline.questions"},
+    "pipeline.constraints": set(),
+    "pipeline.constraint_settings": _FIRST,
     "pipeline.visible": set(),
     "pipeline.forms": set(),
+    "pipeline.request_rules": set(),
     "pipeline.time_limit": set(),
+    "pipeline.template_arguments": set(),
+    "pipeline.costs": set(),
     "pipeline.private_folder": set(),
     "pipeline.confined": set(),
     "pipeline.unheard": set(),
@@ -53,7 +60,7 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.namespace": set(),
     "pipeline.tokens": _FIRST | {"pipeline.namespace"},
     "pipeline.storage": _FIRST,
-    "pipeline.inputs": _FIRST | _rooms("storage", "namespace"),
+    "pipeline.inputs": _FIRST | _rooms("storage", "namespace", "settings_file"),
     "pipeline.kvstore": _FIRST | {"pipeline.storage"},
     "pipeline.model": _FIRST | {"pipeline.storage.durable", "pipeline.plan.documents"},
     "pipeline.report": _FIRST | {"pipeline.storage"},
@@ -117,12 +124,21 @@ HOMES = {
     "matplotlib": _rooms("report", "experiment.pages"),
     "ray": _rooms("executor.ray_crew"),
     "jinja2": _rooms("namespace", "inputs", "tokens", "report") | {"kvcoppice.evaluation.model"},
+    "llguidance": _rooms("tokens.grammar"),
+    "jsonschema": _rooms("tokens.constraint_check", "audit.answer_schemas"),
     "prometheus_client": _rooms("job.metrics_export"),
     "pythonjsonlogger": _rooms("cli.logs"),
     "pyarrow": _rooms(
-        "storage", "inputs", "night", "plan", "job.answer_table", "job.document_ordering"
+        "storage",
+        "inputs",
+        "night",
+        "plan",
+        "job.answer_table",
+        "job.answer_columns",
+        "job.document_ordering",
     )
-    | {"kvcoppice.api", "kvcoppice.frames"},
+    | {"kvcoppice.api", "kvcoppice.frames", "kvcoppice.notebooks"},
+    "obstore": _rooms("storage"),
 }
 STANDARD_ONLY = _FIRST
 

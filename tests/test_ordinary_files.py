@@ -298,7 +298,9 @@ NEUTRAL: dict[str, Any] = {
 def test_neutral_fields_of_a_request_pass(tmp_path: Path, chat: JobSettings) -> None:
     source = write_lines(tmp_path / "in.jsonl", request("a", **NEUTRAL), request("b"))
     batch = first_batch(open_job(str(source), chat))
-    assert not batch.rejected and batch.overrides == [{"repetition_penalty": 1.0, "min_p": 0.0}, {}]
+    assert not batch.rejected and batch.overrides[1] == {}
+    said = batch.overrides[0]
+    assert said.keys() <= NEUTRAL.keys() and said["repetition_penalty"] == 1.0 and said["n"] == 1
     assert params(open_job(str(source), chat)) == [SamplingParams(200)] * 2
     table = pa.table({"prompt": ["p"], "sampling_params": [json.dumps(NEUTRAL)]})
     pq.write_table(table, tmp_path / "in.parquet")
@@ -316,7 +318,9 @@ def test_the_same_fields_with_another_value_are_refused_by_name(
     source = write_lines(tmp_path / "in.jsonl", request("a", **{name: value}), request("b"))
     rejected = first_batch(open_job(str(source), chat)).rejected
     beside = {"parallel_tool_calls", "metadata", "user", "store", "stream_options"}
-    beside |= {"repetition_penalty", "min_p"}  # which are obeyed, and refused by their range later
+    # These are obeyed, and refused by their range later.
+    beside |= {"repetition_penalty", "min_p", "n", "logprobs", "frequency_penalty", "min_tokens"}
+    beside |= {"response_format", "guided_json"}
     assert [name in bad.message for bad in rejected] == [True] * (name not in beside)
 
 
@@ -403,15 +407,16 @@ def test_columns_that_cannot_be_obeyed_are_refused_or_named(
 ) -> None:
     lines = [
         {"prompt": "a", "n": 3, "tools": [{"type": "function"}], "temperature": "hot",
-         "response_format": {"type": "json_object"}, "presence_penalty": 0.5},
+         "response_format": {"type": "json_object"}, "prompt_logprobs": 1},
         {"prompt": "b", "n": 1, "tools": [], "temperature": "cold",
-         "response_format": {"type": "text"}, "presence_penalty": 0.0},
+         "response_format": {"type": "text"}, "prompt_logprobs": None},
     ]  # fmt: skip
     job = open_job(str(write_lines(tmp_path / "in.jsonl", *lines)), chat)
     (bad,) = first_batch(job).rejected
     assert (bad.row_index, bad.error_type) == (0, "BadSamplingParams")
-    assert "presence_penalty, response_format, tools" in bad.message
-    (note,) = job.source.columns.describe()
+    assert "prompt_logprobs" in bad.message
+    obeyed, note = job.source.columns.describe()
+    assert obeyed.endswith("in the columns response_format")
     assert note.startswith("not used") and note.endswith("columns n, temperature")
 
 

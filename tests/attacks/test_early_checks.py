@@ -85,7 +85,7 @@ FAULTS: list[tuple[Spoil, str]] = [
     (wrong_name, r"has a name that is not UTF-8"),
     (lambda _: {"executor": "ray"}, rf"--executor ray needs ray; {INSTALL} -e '\.\[ray\]'"),
     (lambda _: {"engine": "vllm"}, rf"--engine vllm needs vllm; {INSTALL} -e '\.\[vllm\]'"),
-    (lambda _: {"output": "s3://bucket/out"}, "needs boto3"),
+    (lambda _: {"output": "hf://datasets/a/b"}, "hf:// is not supported; use a folder"),
     (lambda _: {"system_prompt": "be brief"}, "a system prompt needs a chat template"),
     (lambda _: {"apply_chat_template": True}, "has no chat template"),
     (lambda _: {"fidelity": "strict"}, "--fidelity strict is a promise of the prefix engine"),
@@ -101,14 +101,13 @@ FAULTS: list[tuple[Spoil, str]] = [
 
 @pytest.fixture
 def no_extras(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray, vLLM and boto3 are not installed."""
+    """Ray and vLLM are not installed."""
     find = util.find_spec
 
     def lookup(name: str, package: str | None = None) -> Any:
         return None if name in ("ray", "vllm") else find(name, package)
 
     monkeypatch.setattr("pipeline.early_checks.find_spec", lookup)
-    monkeypatch.setitem(__import__("sys").modules, "botocore", None)
 
 
 @pytest.mark.parametrize(("spoil", "says"), FAULTS, ids=[says[:40] for _, says in FAULTS])

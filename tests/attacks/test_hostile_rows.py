@@ -114,7 +114,7 @@ CELLS: dict[str, tuple[dict[str, pa.Array], str]] = {
     "a column's temperature": ({"temperature": between(0.0, float("nan"))}, "BadSamplingParams"),
     "a column's limit": ({"max_tokens": between(4, 0)}, "BadSamplingParams"),
     "a column's fraction": ({"max_new_tokens": between(4.0, 1.5)}, "BadSamplingParams"),
-    "a column's penalty": ({"presence_penalty": between(0.0, 0.5)}, "BadSamplingParams"),
+    "a column's penalty": ({"presence_penalty": between(0.0, 2.5)}, "BadSamplingParams"),
     "a column's stop": ({"stop": between(["x"], [""])}, "BadSamplingParams"),
     "a column's format": (
         {"response_format": between('{"type": "text"}', '{"type": "json_object"}')},
@@ -247,8 +247,16 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "a limit of text": (request(body={"messages": TURNS, "max_tokens": CANARY}), "whole number"),
     "a limit of 71 bits": (request(body={"messages": TURNS, "max_tokens": 2**70}), "whole number"),
     "four fields": (
-        request(body={"messages": TURNS, "n": 2, "tools": [1], "logprobs": True, "canary?": 1}),
-        "logprobs, n, tools, 1 field that coppice does not know",
+        request(
+            body={
+                "messages": TURNS,
+                "echo": True,
+                "functions": [1],
+                "prompt_logprobs": 1,
+                "canary?": 1,
+            }
+        ),  # fmt: skip
+        "echo, functions, prompt_logprobs, 1 field that coppice does not know",
     ),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import pytest
 from pipeline.generation import ROW_RULES, resolve_sampling
 from pipeline.job.prepare import Limits, Preparation
 from pipeline.records import PromptBatch, SamplingParams
+from pipeline.request_rules import REQUEST_RULES
 from pipeline.run import run_job
 from pipeline.settings import JobSettings, SamplingSettings, TokenSettings
 from pipeline.tokens.tokenizer import PromptTokenizer
-from tests.tiny_job import answers, write_model, write_prompts, write_tokenizer
+from tests.tiny_job import answers, echo_settings, write_model, write_prompts, write_tokenizer
 
-FIELDS = [*SamplingParams.__dataclass_fields__, *ROW_RULES, "n", "__class__", ""]
+FIELDS = [*SamplingParams.__dataclass_fields__, *ROW_RULES, *REQUEST_RULES, "__class__", ""]
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2**31 - 1, 2**31, 2**63 - 1, 2**63, -(2**70), 10**400, 0.0, -0.5,
     1e-320, 1e308, float("nan"), float("inf"), -float("inf"), "", "x", "1", "\ud800", [], [""],
@@ -71,3 +73,43 @@ def test_extremes_that_are_allowed_run(tmp_path: Path) -> None:
     greedy = rows["completion_token_ids"].to_list()[0]
     assert len(set(greedy)) > 0 and greedy == rows["completion_token_ids"].to_list()[1]
     assert rows["completion_tokens"].to_list()[-1] == 128 - len("hello")
+
+
+HUGE: list[dict[str, Any]] = [
+    {"logit_bias": {str(token): 1 for token in range(10**6)}},
+    {"allowed_token_ids": list(range(10**6))},
+    {"stop_token_ids": [10**400]},
+    {"bad_words": ["x"] * 10**5},
+    {"bad_words": ["x" * 10**7]},
+    {"bad_words": ["a\u0301" * 4000, "\U0001f600", " \n\t"]},
+    {"bad_words": ["\ud800"]},
+    {"logit_bias": {"5": float("inf")}},
+    {"logit_bias": {"5": float("nan")}},
+    {"logit_bias": {"1e3": 1}},
+    {"n": 16384, "temperature": 1.0, "best_of": 16383},
+    {"logprobs": True, "top_logprobs": 10**30},
+    {"min_tokens": 2**31},
+]
+
+
+@pytest.mark.parametrize("fields", HUGE, ids=lambda fields: next(iter(fields)))
+def test_what_a_request_lists_without_end_is_its_row_s_error(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    path = write_prompts(
+        tmp_path / "p.parquet", ["hello", "hello"], sampling_params=[json.dumps(fields), None]
+    )
+    settings = echo_settings(write_tokenizer(tmp_path / "t"), fail_on_error="100%")
+    begin = time.monotonic()
+    run_job(str(path), tmp_path / "out", settings)
+    assert time.monotonic() - begin < 30
+    rows = answers(tmp_path / "out")
+    assert rows["status"].to_list()[1] == "ok"
+    if rows["status"][0] == "error":
+        assert rows["error_type"][0] == "BadSamplingParams"
+        assert (
+            next(iter(fields)) in rows["error_message"][0]
+            or "surrogate" in rows["error_message"][0]
+        )
+    else:
+        assert "\U0001f600" in str(fields)  # words that the tokenizer spells somehow

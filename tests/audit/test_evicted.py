@@ -54,11 +54,11 @@ def make_run(folder: Path, model: Path, **flat: Any) -> Path:
     [
         {"positions": "gap"},
         {"temperature": 1.0, "positions": "rerotate"},
-        {"evict": "random", "positions": "rerotate"},
-        {"evict": "attention-top"},
+        pytest.param({"evict": "random", "positions": "rerotate"}, marks=pytest.mark.slow),
+        pytest.param({"evict": "attention-top"}, marks=pytest.mark.slow),
         {"evict": "h2o"},
-        {"evict": "snapkv", "positions": "gap"},
-        {"evict": "gist", "gist_tokens": 20},
+        pytest.param({"evict": "snapkv", "positions": "gap"}, marks=pytest.mark.slow),
+        pytest.param({"evict": "gist", "gist_tokens": 20}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

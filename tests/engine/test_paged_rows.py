@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine import cuda_graphs, kv_guard, live, scheduler
+from pipeline.engine import kv_guard, live, recordings, scheduler
 from pipeline.engine.backend import Backend
 from pipeline.engine.base import EngineHooks, RunControl, TokenIds
 from pipeline.engine.decode_view import DecodeView, Seen
@@ -278,7 +278,7 @@ def test_any_budget_gives_the_same_answers(
     preemption; first tokens sampled again; a slot given one step late.
     """
     plan = random_plan(seed)
-    monkeypatch.setattr(cuda_graphs, "choose_recorder", lambda device: DirectCall())
+    monkeypatch.setattr(recordings, "choose_recorder", lambda device: DirectCall())
     draw = random.Random(seed)
     free, engine = run(plan)
     assert engine.counters.recomputed_tokens == 0

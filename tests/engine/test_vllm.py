@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +15,12 @@ import pytest
 from pipeline.audit.auditing import audit_run
 from pipeline.engine.base import RunControl
 from pipeline.engine.naive_engine import NaiveEngine
-from pipeline.engine.vllm_engine import VllmEngine, _salts, parse_options
+from pipeline.engine.vllm_engine import VllmEngine, _logprobs, _salts, parse_options
 from pipeline.errors import ModelError, UsageError
 from pipeline.location import Location
 from pipeline.plan.plan import Plan, build_plan
 from pipeline.plan.token_table import TokenTable
-from pipeline.records import SamplingParams
+from pipeline.records import SamplingParams, TokenLogprobs
 from pipeline.run import run_job
 from pipeline.settings import AuditSettings, EngineSettings, JobSettings, ModelSettings
 from tests.tiny_job import answers, on
@@ -63,6 +63,21 @@ def test_rows_that_share_have_one_salt_and_tenants_have_none_in_common(seed: int
     beginnings = [(tenants[row], prompts[row][0]) for row in range(60)]
     pairs = {(int(salts[plan.sequence_of_row[row]]), beginnings[row]) for row in range(60)}
     assert len(pairs) == len({salt for salt, _ in pairs}) == len(set(beginnings))
+
+
+class Ranked(NamedTuple):
+    """As vLLM's `Logprob`."""
+
+    logprob: float
+    rank: int
+
+
+def test_its_log_probabilities_are_the_chosen_token_s_and_the_likeliest_ones() -> None:
+    best = {5: Ranked(-0.1, 1), 9: Ranked(-2.5, 2)}
+    assert _logprobs(9, best, 2) == TokenLogprobs(-2.5, (5, 9), (-0.1, -2.5))
+    beyond = {7: Ranked(-9.0, 3)} | best  # vLLM names the chosen one first, whatever its rank
+    assert _logprobs(7, beyond, 2) == TokenLogprobs(-9.0, (5, 9), (-0.1, -2.5))
+    assert _logprobs(7, {7: Ranked(-9.0, 3)}, 0) == TokenLogprobs(-9.0)
 
 
 def test_options_are_read_as_yaml_and_ours_are_refused() -> None:

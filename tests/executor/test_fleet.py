@@ -408,3 +408,25 @@ def test_an_abort_returns_at_once(fleet_of: Callable[..., Fleet]) -> None:
     assert len(list(fleet.generate(plan, np.arange(len(plan.sequences)), control))) <= 4
     assert time.monotonic() - begin < 5
     gate.opened.set()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_samples_of_a_row_may_be_with_several_workers(
+    fleet_of: Callable[..., Fleet], size: int
+) -> None:
+    """Few long prompts with many samples: answers and log-probabilities as of one engine, and what
+    was computed again is known."""
+    asked = SamplingParams(max_new_tokens=5, temperature=1.0, n=24, logprobs=2, ignore_eos=True)
+    plan = plan_of([list(range(4, 70)), list(range(4, 60)) + [90]], (asked,))
+    fleet, alone = fleet_of(size), tiny_engine()
+    found = {c.sequence: c for c in run(fleet, plan)}
+    expected = {c.sequence: c for c in run(alone, plan)}
+    assert found.keys() == expected.keys() and len(found) == 48
+    for sequence, completion in expected.items():
+        assert found[sequence].token_ids == completion.token_ids
+        assert len(found[sequence].logprobs) == 5
+    counted = fleet.counters
+    assert counted.prefilled_tokens == plan.tree.unique_tokens + counted.replicated_tokens
+    total = int(plan.prompt_lengths.sum())
+    cached = sum(completion.cached_tokens for completion in found.values())
+    assert total - cached == counted.prefilled_tokens

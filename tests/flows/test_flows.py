@@ -295,6 +295,9 @@ def test_a_form_counts_over_its_file(tmp_path: Path) -> None:
         ("s3://b/out/a b/report.html", "http://minio:9000", "http://minio:9000/b/out/a%20b/report.html"),
         ("s3://b/out/report.html", None,
          "https://console.aws.amazon.com/s3/object/b?prefix=out/report.html"),
+        ("gs://b/out/report.html", None,
+         "https://console.cloud.google.com/storage/browser/_details/b/out/report.html"),
+        ("az://b/out/report.html", None, None),
     ],
 )  # fmt: skip
 def test_a_link_is_one_that_a_browser_opens(

@@ -74,9 +74,9 @@ def test_a_request_comes_back_as_it_was(body: dict[str, Any], text: str) -> None
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({"n": 2}, "asks for n"),
-        ({"logprobs": True}, "asks for logprobs"),
-        ({"tools": [{"type": "function"}]}, "asks for tools"),
+        ({"echo": True}, "asks for echo"),
+        ({"prompt_logprobs": 1}, "asks for prompt_logprobs"),
+        ({"tools": [{"type": "function"}]}, "each with a name"),
         ({"messages": None}, "no messages"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "differ"),
         ({"max_tokens": "5"}, "a whole number"),
@@ -102,13 +102,26 @@ def test_a_completion_of_several_prompts_or_of_ids_is_refused(prompt: list[Any])
 
 def test_what_means_as_usual_is_dropped() -> None:
     usual: dict[str, Any] = {
-        "n": 1,
         "stream": False,
-        "presence_penalty": 0,
+        "length_penalty": 1.0,
         "user": "u",
-        "logit_bias": {},
+        "watermarking": False,
+        "echo": False,
     }
     assert row_of_request(request(**usual)) == row_of_request(request())
+
+
+def test_what_a_run_obeys_is_kept_under_its_own_name() -> None:
+    said: dict[str, Any] = {
+        "n": 2,
+        "logprobs": True,
+        "top_logprobs": 3,
+        "logit_bias": {"5": 1},
+        "min_tokens": 1,
+    }
+    row = row_of_request(request(**said, presence_penalty=None))
+    assert json.loads(row["sampling_params"]) == said
+    assert request_of_row(row | {"custom_id": "a"})["body"].items() >= said.items()
 
 
 def test_a_batch_file_becomes_rows_that_a_run_takes_and_comes_back(tmp_path: Path) -> None:
@@ -142,7 +155,7 @@ def test_plain_lines_keep_their_columns(tmp_path: Path) -> None:
         (["{"], "line 1 of .* is not a JSON object"),
         (['{"id": 1}', "[1]"], "line 2 of .* is not a JSON object"),
         ([request(), {"custom_id": 3, "body": {}}], "line 2 of .*custom_id must be text"),
-        ([request(), request(n=3)], "line 2 of .*asks for n"),
+        ([request(), request(echo=True)], "line 2 of .*asks for echo"),
         (
             [request(), {"custom_id": "t", "url": "/v1/completions", "body": {"prompt": "p"}}],
             "line 2 of .*another kind",
@@ -278,3 +291,34 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for source, target in (("a.jsonl", "b.parquet"), ("a.parquet", "b.jsonl")):
         with pytest.raises(CoppiceError, match="a\\."):
             convert(Location(tmp_path / source), Location(tmp_path / target))
+
+
+def test_one_text_in_a_list_is_a_prompt_and_several_are_none() -> None:
+    def row(prompt: Any) -> dict[str, Any]:
+        body = {"model": "m", "prompt": prompt}
+        return row_of_request({"custom_id": "a", "url": "/v1/completions", "body": body})
+
+    assert row(["hello"])["prompt"] == "hello"
+    for prompt in (["a", "b"], [1, 2], [[1]], []):
+        with pytest.raises(BadRequest, match="one text, not several or token ids"):
+            row(prompt)
+
+
+def test_tools_of_a_table_are_tools_of_its_requests(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "find"}}]
+    call = {"type": "function", "function": {"name": "find", "arguments": '{"q": 1}'}}
+    messages = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    table = {
+        "custom_id": ["a"],
+        "messages": [json.dumps(messages)],
+        "tools": [json.dumps(tools)],
+        "chat_template_kwargs": ['{"enable_thinking": false}'],
+    }
+    pl.DataFrame(table).write_parquet(tmp_path / "p.parquet")
+    convert(Location(str(tmp_path / "p.parquet")), Location(str(tmp_path / "p.jsonl")))
+    body = json.loads((tmp_path / "p.jsonl").read_text())["body"]
+    assert (body["messages"], body["tools"]) == (messages, tools)
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}

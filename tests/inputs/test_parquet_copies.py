@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError, StorageError
-from pipeline.inputs import json_lines, line_reader, parquet_copies
+from pipeline.inputs import json_lines, line_reader, parquet_copies, text_files
 from pipeline.inputs.input_files import InputFile
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import PromptSource, open_source
@@ -64,7 +64,7 @@ def count_conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def write_rows(source: Any, *rest: Any, **how: Any) -> int:
         converted.append(source.base_name)
-        return json_lines.write_rows(source, *rest, **how)
+        return text_files.write_rows(source, *rest, **how)
 
     monkeypatch.setattr(parquet_copies, "write_rows", write_rows)
     return converted

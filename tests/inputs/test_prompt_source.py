@@ -317,7 +317,7 @@ def test_refusals_of_columns(tmp_path: Path) -> None:
 def test_refusals_of_files(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     assert "no file, folder or match" in refused(path)
-    assert "no *.parquet or *.jsonl file" in refused(tmp_path)
+    assert "no *.parquet, *.jsonl or *.csv file" in refused(tmp_path)
     path.write_bytes(b"")
     assert "neither a Parquet file nor" in refused(path)
     path.write_bytes(b'{"prompt": "p"}')

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.inputs.input_files import find_input_files
 from pipeline.inputs.prompt_source import open_source
-from pipeline.inputs.selection import HIDDEN, OUTPUTS, search, select
+from pipeline.inputs.selection import HIDDEN, OTHER_JSON, OUTPUTS, search, select
 from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import JobSettings, ReadSettings
@@ -50,7 +50,7 @@ def test_runs_and_plans_are_no_input() -> None:
     others = ["logs/run.json", "logs/a.parquet", "q/plan.parquet"]
     found = select([*run, *plan, *others])
     assert found.names == ("logs/a.parquet", "q/plan.parquet")
-    assert found.left_out == {OUTPUTS: 4}
+    assert found.left_out == {OUTPUTS: 4, OTHER_JSON: 1}
 
 
 def test_linked_folders_are_read_once(tmp_path: Path) -> None:

@@ -71,6 +71,16 @@ def test_frames_are_prompts_and_the_same_frame_resumes(
         run(pl.DataFrame(_ROWS | {"prompt": PROMPTS[::-1]}))
 
 
+def test_a_program_retries_what_failed(tmp_path: Path, tokenizer_folder: Path) -> None:
+    prompts = write_prompts(tmp_path / "p.parquet", ["a", None])
+    settings: dict[str, Any] = {"engine": "echo", "fail_on_error": "1"}
+    result = kvcoppice.run(prompts, tmp_path / "out", model=tokenizer_folder, **settings)
+    again = result.retry(max_rows=2)
+    assert again.was_complete and (again.rows_ok, again.rows_failed) == (1, 1)
+    with pytest.raises(kvcoppice.TooManyFailedRows):
+        kvcoppice.retry(tmp_path / "out", fail_on_error="0")
+
+
 def test_frames_that_nobody_used_go(own_cache: Path, tokenizer_folder: Path) -> None:
     import os
 

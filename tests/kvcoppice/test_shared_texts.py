@@ -16,12 +16,9 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from kvcoppice.evaluation.shared_texts import (  # noqa: E402
-    DifferentTokens,
-    encode_shared,
-    makes_tokens_of_words,
-)
+from kvcoppice.evaluation.shared_texts import DifferentTokens, encode_shared  # noqa: E402
 from kvcoppice.evaluation.texts import Texts  # noqa: E402
+from pipeline.tokens.words import makes_tokens_of_words  # noqa: E402
 
 DEMO = Path(__file__).resolve().parents[2] / "data" / "demo_model" / "tokenizer.json"
 LLAMA_3 = (

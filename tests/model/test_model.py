@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pipeline.errors import ModelError
 from pipeline.model.families import why_unsupported
@@ -35,6 +38,28 @@ def test_shape_is_read_without_weights(folder: Path) -> None:
 def test_model_loads_in_the_asked_dtype(folder: Path) -> None:
     loaded = load_model(ModelSettings(model=str(folder), dtype="bfloat16", device="cpu"))
     assert loaded.model.dtype == torch.bfloat16 and not loaded.model.training
+
+
+def test_threads_that_load_models_leave_tied_weights_tied(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen red: of two threads in transformers' `no_tie_weights` the last one out left it on."""
+    tie, inside, most = PreTrainedModel.tie_weights, 0, 0
+    build = LlamaForCausalLM.__init__
+
+    def slowly(*args: Any, **kwargs: Any) -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.05)
+        build(*args, **kwargs)
+        inside -= 1
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", slowly)
+    settings = ModelSettings(model=str(folder), device="cpu")
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(load_model, [settings] * 4))
+    assert PreTrainedModel.tie_weights is tie and most == 1
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:

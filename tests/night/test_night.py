@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -73,8 +72,8 @@ def other_run(job: NightlyJob) -> None:
     (job.published / DAY.isoformat() / "published.json").write_text(json.dumps(held))
 
 
-def bucket_without_boto3(job: NightlyJob) -> None:
-    job.say(publish="s3://bucket/published")
+def published_on_the_web(job: NightlyJob) -> None:
+    job.say(publish="https://host/published")
 
 
 def no_vllm(job: NightlyJob) -> None:
@@ -85,7 +84,7 @@ TARGETS = [
     (file_above, "cannot publish to .*published: .*published is a file; choose another"),
     (folder_of_another, "is there already and is no publication of this run; move it away"),
     (other_run, r"holds another run \(other of other\); move it away"),
-    (bucket_without_boto3, "needs boto3"),
+    (published_on_the_web, "https:// is not supported; use a folder, s3://"),
     (no_vllm, "--engine vllm needs vllm"),
 ]
 
@@ -98,7 +97,6 @@ def test_what_a_night_will_need_is_checked_before_a_row_is_read(
     says: str,
 ) -> None:
     """Else a night would be planned, answered and audited first."""
-    monkeypatch.setitem(sys.modules, "botocore", None)
     monkeypatch.setattr("pipeline.early_checks.find_spec", lambda name: None)
     spoil(job)
     prepared = watch_prepared(monkeypatch)

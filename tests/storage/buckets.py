@@ -10,9 +10,11 @@ from typing import Any
 
 import boto3
 import pytest
-from botocore.client import BaseClient
-from botocore.exceptions import ClientError, EndpointConnectionError
+from botocore.exceptions import ClientError
 from moto.server import ThreadedMotoServer
+
+from pipeline.errors import StorageError
+from pipeline.storage.remote_folder import RemoteFolder
 
 REGION = "us-east-1"
 KEY_ID = "AKIAEXAMPLE"
@@ -107,7 +109,7 @@ def use_store(patch: pytest.MonkeyPatch, url: str) -> None:
 
 
 class FailingStore:
-    """Counts the calls of boto3 and fails number `fail_at` (from 0); None: only counts.
+    """Counts what is asked of stores and fails number `fail_at` (from 0); None: only counts.
 
     `answered`: the store did what it was asked, and only its answer was lost.
     """
@@ -116,14 +118,14 @@ class FailingStore:
         self, patch: pytest.MonkeyPatch, fail_at: int | None = None, answered: bool = False
     ) -> None:
         self.calls: list[str] = []
-        real = BaseClient._make_api_call
+        real = RemoteFolder._ask
 
-        def call(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
-            self.calls.append(f"{operation} {arguments.get('Key', '')}".strip())
+        def ask(folder: RemoteFolder, what: str, operation: str, *about: Any, **how: Any) -> Any:
+            self.calls.append(f"{operation} {about[0]}")
             if len(self.calls) - 1 != fail_at:
-                return real(client, operation, arguments)
+                return real(folder, what, operation, *about, **how)
             if answered:
-                real(client, operation, arguments)
-            raise EndpointConnectionError(endpoint_url="http://store")
+                real(folder, what, operation, *about, **how)
+            raise StorageError(f"cannot {what}: the store cannot be reached; check the network")
 
-        patch.setattr(BaseClient, "_make_api_call", call)
+        patch.setattr(RemoteFolder, "_ask", ask)

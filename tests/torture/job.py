@@ -168,6 +168,7 @@ def check_whole(path: Path) -> None:
         ".json": lambda path: json.loads(path.read_bytes()),
         ".jsonl": lambda path: [json.loads(x) for x in path.read_text().split("\n")[:-1]],
         ".parquet": pl.read_parquet,
+        ".aside": pl.read_parquet,
         ".html": lambda path: _ends_with(path, "</html>"),
         ".md": lambda path: _ends_with(path, ("|", "alike.")),
     }
