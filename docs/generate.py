@@ -37,8 +37,8 @@ NOTES = {
 NIGHT_HELP = {
     "name": "Name of the job; run directories lie in OUTPUT/NAME.",
     "input": "Where a night's prompts are; {date} or {date:%Y/%m/%d} in it is the night's date.",
-    "output": "Folder or s3:// URL of the run directories.",
-    "publish": "Folder or s3:// URL that gets what passed the audit; nowhere if left out.",
+    "output": "Folder, or URL in a bucket, of the run directories.",
+    "publish": "Folder, or URL in a bucket, that gets what passed the audit; nowhere if left out.",
     "on_no_input": "Whether a night without input failed or is skipped.",
     "catch_up": "Unfinished nights of so many days before are done first; 0: none.",
 }
@@ -207,7 +207,7 @@ def described(text: str | None) -> str:
 
 def python_page() -> str:
     """What a program imports, from the docstrings."""
-    modules = ["kvcoppice.api", "kvcoppice.results"]
+    modules = ["kvcoppice.api", "kvcoppice.notebooks", "kvcoppice.results"]
     modules += ["pipeline.settings", "pipeline.records", "pipeline.errors"]
     text = [
         "# Python",
