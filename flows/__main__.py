@@ -17,6 +17,8 @@ from pipeline.night.dates import parse_date
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
+Input = Annotated[str, typer.Option("--input", help="Parquet or JSONL file, folder or glob.")]
+Model = Annotated[str, typer.Option("--model", help="Model folder or hub id.")]
 Output = Annotated[str, typer.Option("--output", help="Run directory, or its URL in a bucket.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of other settings.")]
 NightFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of the night.")]
@@ -29,9 +31,9 @@ Date = Annotated[str | None, typer.Option("--date", help="Logical date, like 202
 
 @app.command()
 def generate(
-    input: Annotated[str, typer.Option("--input", help="Parquet or JSONL file, folder or glob.")],
+    input: Input,
     output: Output,
-    model: Annotated[str, typer.Option("--model", help="Model folder or hub id.")],
+    model: Model,
     config: Config = None,
     credentials: Credentials = None,
 ) -> None:
@@ -45,9 +47,9 @@ def generate(
 
 @app.command()
 def score(
-    input: Annotated[str, typer.Option("--input", help="Parquet or JSONL file, folder or glob.")],
+    input: Input,
     output: Output,
-    model: Annotated[str, typer.Option("--model", help="Model folder or hub id.")],
+    model: Model,
     config: Config = None,
     credentials: Credentials = None,
 ) -> None:

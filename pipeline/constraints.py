@@ -155,7 +155,6 @@ _READERS: Final[Mapping[str, Callable[[object], str | None]]] = {
 }
 REQUEST_FIELDS: Final = tuple(_READERS)
 """Fields of a request that ask for an answer of some form."""
-TEXT_FIELDS: Final = ("guided_regex", "guided_grammar")
 """Those of them that are text and no JSON."""
 
 

@@ -15,9 +15,12 @@ import typer
 from pipeline.cli import recycle, retry, segments, settings_file, stateful
 from pipeline.cli.arguments import (
     Config,
+    DryRun,
     Input,
     Json,
     LogFormat,
+    Output,
+    PrintConfig,
     Progress,
     RunFolder,
     check_arguments,
@@ -109,12 +112,10 @@ def plan(
 @takes_settings(*_JOB, "write", "fleet", "monitor")
 def run(
     input: Input,
-    output: Annotated[
-        str, typer.Option("-o", "--output", help="Run directory, or its URL in a bucket.")
-    ],
+    output: Output,
     config: Config = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan.")] = False,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Show settings.")] = False,
+    dry_run: DryRun = False,
+    print_config: PrintConfig = False,
     json: Json = False,
     progress: Progress = "auto",
     log_format: LogFormat = "text",
@@ -130,12 +131,10 @@ def run(
 @takes_settings(*_SCORED, "write", "fleet", "monitor")
 def score(
     input: Input,
-    output: Annotated[
-        str, typer.Option("-o", "--output", help="Run directory, or its URL in a bucket.")
-    ],
+    output: Output,
     config: Config = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan.")] = False,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Show settings.")] = False,
+    dry_run: DryRun = False,
+    print_config: PrintConfig = False,
     json: Json = False,
     progress: Progress = "auto",
     log_format: LogFormat = "text",

@@ -18,6 +18,11 @@ Input = Annotated[
 RunFolder = Annotated[
     str, typer.Argument(metavar="DIR", help="Run directory, or its URL in a bucket.")
 ]
+Output = Annotated[
+    str, typer.Option("-o", "--output", help="Run directory, or its URL in a bucket.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only plan.")]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show settings.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of these settings.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Progress = Annotated[

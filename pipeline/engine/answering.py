@@ -39,6 +39,7 @@ class Answering:
         self._has_guides: Final = hooks.force_tokens is None and any(
             p.is_guided for p in plan.params
         )
+        self._has_logprobs: Final = any(p.logprobs is not None for p in plan.params)
         self._may_run: Final = plan.conversations is None
 
     def append(
@@ -55,7 +56,9 @@ class Answering:
         keys = np.array([r.noise_key for r in rows], np.uint64)
         if self._hooks.on_logits is not None:
             self._hooks.on_logits(sequences, numbers, logits)
-        asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+        asked: list[int] = []
+        if self._has_logprobs:
+            asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
         raw = logits[asked] if asked else None  # a copy: tokens may be ruled out in place
         params = [r.params for r in rows]
         sound = np.ones(len(rows), bool)

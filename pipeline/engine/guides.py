@@ -67,11 +67,6 @@ class Guide:
         return self._matcher.is_over or self._only_ends
 
     @property
-    def is_stuck(self) -> bool:
-        """Whether no token at all can follow, and the answer is not complete either."""
-        return self.mask is not None and not self.mask.any() and not self.is_over
-
-    @property
     def _only_ends(self) -> bool:
         """By the mask, which must be that of the next token: only an end may follow."""
         if self.mask is None or self._matcher is None or not self._matcher.may_end:

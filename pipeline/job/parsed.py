@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.constraints import schema_of
 from pipeline.job.planning import PlannedJob
+from pipeline.plan.openings import last_place
 from pipeline.records import Completion
 from pipeline.tokens.tokenizer import PromptTokenizer
 
@@ -40,7 +41,5 @@ def behind_thinking(tokenizer: PromptTokenizer, token_ids: Sequence[int], text: 
     tags = tokenizer.grammars.tags
     if tags is None:
         return text
-    end, ids = tags.end_ids, tuple(token_ids)
-    starts = range(len(ids) - len(end), -1, -1)
-    at = next((start for start in starts if ids[start : start + len(end)] == end), None)
-    return text if at is None else tokenizer.decode_batch([ids[at + len(end) :]])[0]
+    at = last_place(token_ids, tags.end_ids)
+    return text if at < 0 else tokenizer.decode_batch([token_ids[at + len(tags.end_ids) :]])[0]

@@ -22,7 +22,7 @@ from pipeline.plan.shards import cut_into_shards
 from pipeline.plan.subplan import carve, only, prefill_tokens
 from pipeline.records import Completion, EarlierTurn
 from tests.conversation_plan import plan_of, random_talks
-from tests.executor.thread_crew import ThreadCrew
+from tests.executor.thread_crew import ThreadCrew, fleets
 from tests.job.carrying_engine import CarryingEngine
 
 Told = dict[tuple[int, int], tuple[Any, ...]]
@@ -49,15 +49,7 @@ def run(engine: Engine, plan: Plan, hooks: EngineHooks = NO_HOOKS) -> list[Compl
 
 @pytest.fixture
 def fleet_of() -> Iterator[Callable[..., Fleet]]:
-    fleets: list[Fleet] = []
-
-    def make(size: int, engine: Callable[[int], Engine] = lambda worker: CarryingEngine()) -> Fleet:
-        fleets.append(Fleet(ThreadCrew(size, engine)))
-        return fleets[-1]
-
-    yield make
-    for fleet in fleets:
-        fleet.close()
+    yield from fleets(lambda worker: CarryingEngine())
 
 
 @pytest.mark.parametrize("chosen", [slice(None), slice(10, 40), slice(3, None, 7)])

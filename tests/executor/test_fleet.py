@@ -26,7 +26,7 @@ from pipeline.plan.subplan import carve, only, prefill_tokens
 from pipeline.records import Completion, SamplingParams
 from pipeline.settings import EngineSettings
 from tests.engine.tiny import GREEDY, LONGER, SAMPLED, load_tiny, plan_of, random_prompts
-from tests.executor.thread_crew import ThreadCrew
+from tests.executor.thread_crew import ThreadCrew, fleets
 from tests.plan.edges import edge_token_ids
 
 _SEED = threading.Lock()  # models are drawn from torch's own, shared state
@@ -58,15 +58,7 @@ def answers(completions: list[Completion]) -> dict[int, tuple[int, ...]]:
 
 @pytest.fixture
 def fleet_of() -> Iterator[Callable[..., Fleet]]:
-    fleets: list[Fleet] = []
-
-    def make(size: int, engine: Callable[[int], Engine] = lambda worker: tiny_engine()) -> Fleet:
-        fleets.append(Fleet(ThreadCrew(size, engine)))
-        return fleets[-1]
-
-    yield make
-    for fleet in fleets:
-        fleet.close()
+    yield from fleets(lambda worker: tiny_engine())
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -5,11 +5,12 @@ A lost worker goes on in its thread, as one behind a broken network does; nobody
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from pipeline.engine.base import Engine
 from pipeline.executor.base import Event, Lost, Order
+from pipeline.executor.fleet import Fleet
 from pipeline.executor.worker import Worker
 
 MakeEngine = Callable[[int], Engine]
@@ -58,3 +59,17 @@ class ThreadCrew:
     def close(self) -> None:
         self.is_closed = True
         self._pool.shutdown(wait=False)
+
+
+def fleets(usual: MakeEngine) -> Iterator[Callable[..., Fleet]]:
+    """For a fixture: makes fleets of so many threads, of `usual` engines where nothing else is
+    said; closes them all."""
+    made: list[Fleet] = []
+
+    def make(size: int, engine: MakeEngine = usual) -> Fleet:
+        made.append(Fleet(ThreadCrew(size, engine)))
+        return made[-1]
+
+    yield make
+    for fleet in made:
+        fleet.close()
