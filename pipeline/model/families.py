@@ -83,12 +83,13 @@ def has_experts(config: Any) -> bool:
 
 def _why_attention_is_unlike(config: Any) -> str | None:
     """What the layers do that the KV cache or the kernels have no place for."""
-    layers = set(getattr(config, "layer_types", None) or ())
-    recurrent = sorted(layers.intersection(_RECURRENT_LAYERS))
-    if recurrent:
+    # Before transformers 5.20 some families named their layers in `layers_block_type` alone.
+    names = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    layers = set(names or ())
+    if layers.intersection(_RECURRENT_LAYERS):
         return (
-            f"its {recurrent[0]!r} layers carry a state from token to token, and the prefix engine "
-            "keeps no states at the ends of prefixes"
+            "some of its layers carry a state from token to token, and the prefix engine keeps no "
+            "states at the ends of prefixes"
         )
     if "chunked_attention" in layers:
         return (
