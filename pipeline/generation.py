@@ -241,16 +241,29 @@ def active_rules(rules: str) -> frozenset[str]:
     return frozenset(n for n in RULES if said.get(n) is not None and n != "max_length")
 
 
-def end_at(params: SamplingParams, prompt_tokens: int) -> SamplingParams | None:
-    """Parameters whose `max_length` has become `max_new_tokens`; None: the prompt fills it."""
-    limit = read_rules(params.rules).get("max_length")
+def length_limit(params: SamplingParams) -> int | None:
+    """Tokens that prompt and answer may have together, where the model's `max_length` says it."""
+    limit: int | None = read_rules(params.rules).get("max_length")
+    return limit
+
+
+def end_at(
+    params: SamplingParams, prompt_tokens: int, has_later_turns: bool = False
+) -> SamplingParams | None:
+    """Parameters whose `max_length` has become `max_new_tokens`; None: the prompt fills it.
+
+    `has_later_turns`: the limit stays among the rules, for it counts what was said before as well.
+    """
+    limit = length_limit(params)
     if limit is None:
         return params
-    left = {name: v for name, v in json.loads(params.rules).items() if name != "max_length"}
-    rules = json.dumps(left, sort_keys=True) if left else ""
     if prompt_tokens >= limit:
         return None
-    return replace(params, max_new_tokens=limit - prompt_tokens, rules=rules)
+    params = replace(params, max_new_tokens=limit - prompt_tokens)
+    if has_later_turns:
+        return params
+    left = {name: v for name, v in json.loads(params.rules).items() if name != "max_length"}
+    return replace(params, rules=json.dumps(left, sort_keys=True) if left else "")
 
 
 def ids_of(rules: str) -> set[TokenId]:

@@ -255,7 +255,7 @@ def _audit_inputs(
         at = place[answer["row_index"]]
         name = noise_name(job.source.columns, batch.ids[at], answer["row_index"], prompts[at])
         prompt = histories.prompt(answer["row_index"], added)
-        params = histories.fit(prepared.params[at], answer["row_index"], len(prompt))
+        params = histories.fit(prepared.params[at], len(prompt))
         prompt = prompt[: len(prompt) - len(params.opening)]
         lengths = _without_opening(prepared.segments.get(at, ()), len(params.opening))
         params = params.without_opening()

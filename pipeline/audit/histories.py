@@ -29,9 +29,8 @@ class Histories:
     """Of these rows of a run."""
 
     def __init__(self, job: Job, directory: RunDirectory, rows: Sequence[int]) -> None:
-        eviction = job.eviction
+        self._eviction = eviction = job.eviction
         self._evicts = eviction is not None and eviction.evictor != "none"
-        self._window = 0 if eviction is None or self._evicts else eviction.window
         self._before = {row: _rows_before(job, row) for row in rows}
         earlier = {row for before in self._before.values() for row in before}
         self.rows = sorted(earlier.union(rows))
@@ -68,12 +67,11 @@ class Histories:
         ]
         return Story(tuple(turns), system_tokens.get(rows[0], 0))
 
-    def fit(self, params: SamplingParams, row: int, prompt_tokens: int) -> SamplingParams:
-        """What a later turn's answer could have: what is left of the model's window."""
-        if not self._before[row] or not self._window:
+    def fit(self, params: SamplingParams, prompt_tokens: int) -> SamplingParams:
+        """What a turn's answer could have: what is left beside all that was said before."""
+        if self._eviction is None:
             return params
-        left = self._window - prompt_tokens
-        return replace(params, max_new_tokens=max(1, min(params.max_new_tokens, left)))
+        return self._eviction.fit(params, prompt_tokens) or replace(params, max_new_tokens=1)
 
 
 def _rows_before(job: Job, row: int) -> list[int]:

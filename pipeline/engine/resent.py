@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.engine.base import EngineHooks, Indices, RunControl, one_at_a_time
 from pipeline.engine.health import is_degenerate
-from pipeline.plan.conversations import join_ids
+from pipeline.plan.conversations import CONTEXT_EXCEEDED, Eviction, join_ids
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, EarlierTurn, SamplingParams, Timing, TurnState
 
@@ -48,9 +48,8 @@ class ResentSequence:
     def __init__(self, plan: Plan, sequence: int, hooks: EngineHooks) -> None:
         self._plan = plan
         self._sequence = sequence
-        self._window = 0
-        if plan.conversations is not None:
-            self._window = plan.conversations.eviction.window
+        turns = plan.conversations
+        self._eviction = Eviction() if turns is None else turns.eviction
         self._turn: Turn | None = None
         self._number = 0
         self._ids: list[int] = []
@@ -66,12 +65,9 @@ class ResentSequence:
         if self._has_failed or self._number == self._plan.num_turns(self._sequence):
             return None
         prompt = self._prompt()
-        params = self._plan.params_of(self._sequence, self._number)
-        if self._window:
-            room = self._window - len(prompt)
-            if room <= 0:
-                return None
-            params = replace(params, max_new_tokens=min(params.max_new_tokens, room))
+        params = self._eviction.fit(self._params(), len(prompt))
+        if params is None:
+            return None
         key = self._plan.noise_key_of(self._sequence, self._number)
         self._turn = Turn(self._sequence, self._number, prompt, len(self._ids), params, key)
         return self._turn
@@ -105,7 +101,13 @@ class ResentSequence:
                 yield Completion.after_failed(self._sequence, number)
             else:
                 self._has_failed = True
-                yield exceeds_window(self._sequence, number, len(self._prompt()), self._window)
+                said = self._eviction.why_full(self._params(), str(len(self._prompt())))
+                yield Completion(
+                    self._sequence, (), "error", 0, Timing(), CONTEXT_EXCEEDED, said, turn=number
+                )
+
+    def _params(self) -> SamplingParams:
+        return self._plan.params_of(self._sequence, self._number)
 
     def _prompt(self) -> list[int]:
         ids = self._plan.table[self._plan.row_of(self._sequence, self._number)]
@@ -127,7 +129,7 @@ class ResentSequence:
             evicted_tokens=0,
             evictions=0,
             span=tokens,
-            ctx_frac=tokens / self._window if self._window else 0.0,
+            ctx_frac=tokens / self._eviction.window if self._eviction.window else 0.0,
             skew=0,
             duplicate_positions=0,
             runs=1,
@@ -156,13 +158,3 @@ def answer_in_order(
             if control.should_drain() or control.should_abort():
                 return
         yield from resent.refused()
-
-
-def exceeds_window(sequence: int, turn: int, tokens: int, window: int) -> Completion:
-    """A turn after so long a history that nothing is left for its answer."""
-    message = (
-        f"the conversation has {tokens} tokens with this turn, the model's window {window}; "
-        "choose --evict, or end it earlier"
-    )
-    error = "ContextExceeded"
-    return Completion(sequence, (), "error", 0, Timing(), error, message, turn=turn)

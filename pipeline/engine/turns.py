@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +27,19 @@ from pipeline.engine.live import FIRST_NEW_TOKENS, LiveRow, PrefillJob
 from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.spans import KVSpan
 from pipeline.engine.watching import Watcher, conversation_of, joined
-from pipeline.plan.conversations import join_ids
+from pipeline.plan.conversations import CONTEXT_EXCEEDED, join_ids
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, SamplingParams
 
 BEGIN_ABOVE = 0.25
 """Turns begin together, when so many of the live conversations wait: prefill stays packed."""
+
+
+class _Refusal(NamedTuple):
+    """Why a turn cannot run: the type of the error, and a sentence."""
+
+    error_type: str
+    message: str
 
 
 class Turns:
@@ -134,15 +142,12 @@ class Turns:
         turn = conversation.turns[number]
         added = self._plan.table[int(self._turns.row[turn])]
         fed = join_ids(row.token_ids[-1], added)
-        params = self._plan.params[int(self._turns.params[turn])]
-        why = self._why_not(conversation, len(fed), params)
-        if why is not None:
-            failed.append(fail_turn(row.sequence, number, *why, now_s))
+        params = self._fit(conversation, len(fed), self._plan.params[int(self._turns.params[turn])])
+        if isinstance(params, _Refusal):
+            failed.append(fail_turn(row.sequence, number, *params, now_s))
             failed += fail_later(self._plan, row.sequence, number, now_s)
             self._finish(row)
             return
-        left = self._left_of_window(conversation, len(fed))
-        params = replace(params, max_new_tokens=min(params.max_new_tokens, left))
         self.evictions.prepare(row, len(fed), params.max_new_tokens)
         more = min(FIRST_NEW_TOKENS, params.max_new_tokens) - 1
         more = min(more, max(0, conversation.room - len(fed)))
@@ -167,6 +172,8 @@ class Turns:
     def _expected_again(self, conversation: Conversation) -> tuple[int, int]:
         """Of a conversation that is computed again: tokens that were expected at this point, and
         the number of the first one of the next turn."""
+        if self._eviction.evictor == "none":
+            return 1, len(conversation.ids)
         starts, now = conversation.turn_starts, conversation.computed
         after = bisect.bisect_right(starts, now)
         stop = starts[after] if after < len(starts) else len(conversation.ids)
@@ -177,38 +184,31 @@ class Turns:
         params = self._plan.params[int(self._turns.params[turn])]
         return len(fed) + params.max_new_tokens, stop
 
-    def _left_of_window(self, conversation: Conversation, fed: int) -> int:
-        """Tokens that an answer may have, where nothing is evicted."""
-        eviction = self._eviction
-        if eviction.evictor != "none" or not eviction.window:
-            return 2**31 - 1
-        return eviction.window - len(conversation.ids) - fed
-
-    def _why_not(
+    def _fit(
         self, conversation: Conversation, fed: int, params: SamplingParams
-    ) -> tuple[str, str] | None:
-        """Type and sentence, where the next turn, which feeds so many tokens, cannot run."""
-        eviction, history = self._eviction, len(conversation.ids)
-        if self._left_of_window(conversation, fed) < 1:
-            return "ContextExceeded", (
-                f"{history} tokens of earlier turns and {fed} of this one reach the model's window "
-                f"of {eviction.window}; choose --evict, or begin a new conversation"
-            )
+    ) -> SamplingParams | _Refusal:
+        """Parameters of the next turn, which feeds so many tokens, or why it cannot run."""
+        eviction, history = self._eviction, len(conversation.ids) + fed
+        fitted = eviction.fit(params, history)
+        if fitted is None:
+            return _Refusal(CONTEXT_EXCEEDED, eviction.why_full(params, str(history)))
         if eviction.evictor == "none":
-            return None
+            return fitted
         stays = 0 if eviction.evictor == "window" else conversation.system
         if stays + fed + 1 > eviction.budget_tokens:
-            return "TurnTooLong", (
+            return _Refusal(
+                "TurnTooLong",
                 f"this turn has {fed} tokens, and beside the {stays} that always stay there is "
-                f"room for {eviction.budget_tokens - stays - 1}; raise --budget-tokens"
+                f"room for {eviction.budget_tokens - stays - 1}; raise --budget-tokens",
             )
         if eviction.on_full == "error" and fed + params.max_new_tokens > conversation.room:
-            return "HistoryFull", (
+            return _Refusal(
+                "HistoryFull",
                 f"{conversation.num_kept} kept tokens, {fed} of this turn and an answer of up to "
                 f"{params.max_new_tokens} exceed --budget-tokens {eviction.budget_tokens}, and "
-                "--on-full error evicts nothing"
+                "--on-full error evicts nothing",
             )
-        return None
+        return fitted
 
     def _lengthen(
         self, row: LiveRow, conversation: Conversation, count: int, more: int = 0

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.inputs.turns import Turns
 from pipeline.plan.conversation_planning import Chains, plan_conversations
-from pipeline.plan.conversations import Eviction
+from pipeline.plan.conversations import CONTEXT_EXCEEDED, Eviction
 from pipeline.plan.plan import Names, Plan, build_plan
 from pipeline.plan.token_table import TokenTable
 from pipeline.records import PRIOR_TURN_FAILED, Rejected, SamplingParams
@@ -55,6 +55,7 @@ def plan_turns(
 ) -> tuple[Plan, dict[int, Rejected]]:
     """The plan, and all rows that cannot run, `rejected` among them."""
     found = dict(rejected) | find_too_long(asked, turns, eviction, rejected)
+    found |= find_beyond_limit(asked, turns, eviction, found)
     chains, later = chain(turns, found, asked.system_tokens)
     found |= later
     lengths = asked.table.lengths.copy()
@@ -105,6 +106,36 @@ def find_too_long(
             )
             found[row] = Rejected(row, "TurnTooLong", message)
     return found
+
+
+def find_beyond_limit(
+    asked: Asked, turns: Turns, eviction: Eviction, rejected: Mapping[int, Rejected]
+) -> dict[int, Rejected]:
+    """The first turn of each conversation for which nothing is left even if each answer before it
+    has one token, which may be the one that the next turn begins with: by row."""
+    rows = turns.order
+    tokens = _sums_so_far(asked.table.lengths[rows], turns)
+    is_rejected = np.zeros(len(turns.turn), np.int64)
+    is_rejected[list(rejected)] = 1
+    runs = _sums_so_far(is_rejected[rows], turns) == 0
+    is_over = tokens >= eviction.limits(asked.params)[asked.params_of_row[rows]]
+    places = np.flatnonzero(is_over & runs & ~turns.is_first[rows])
+    first = np.unique(turns.conversation[rows[places]], return_index=True)[1]
+    found = {}
+    for place in places[first].tolist():
+        row = int(rows[place])
+        params = asked.params[int(asked.params_of_row[row])]
+        message = eviction.why_full(params, f"at least {tokens[place]}")
+        found[row] = Rejected(row, CONTEXT_EXCEEDED, message)
+    return found
+
+
+def _sums_so_far(values: NDArray[np.int64], turns: Turns) -> NDArray[np.int64]:
+    """Of each turn in order and those before it in its conversation."""
+    upto = np.append(0, np.cumsum(values))
+    before = np.repeat(upto[turns.bounds[:-1]], np.diff(turns.bounds))
+    sums: NDArray[np.int64] = upto[1:] - before
+    return sums
 
 
 def chain(

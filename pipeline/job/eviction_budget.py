@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ModelError, UsageError
-from pipeline.generation import read_rules, resolve_sampling
+from pipeline.generation import length_limit, resolve_sampling
 from pipeline.model.families import why_nothing_is_evicted
 from pipeline.plan.conversations import Eviction
 from pipeline.records import MOST_NEW_TOKENS
@@ -44,13 +44,14 @@ def check_eviction(
     """Raises UsageError for a budget that cannot work, ModelError for a model that cannot."""
     own = {} if shape is None else shape.generation_config
     params = resolve_sampling(settings.sampling, own, {})
-    if read_rules(params.rules).get("max_length") is not None:
-        raise UsageError(
-            "the max_length of the model's generation_config.json counts what was said before, "
-            "which no plan knows of a conversation; choose --max-new-tokens"
-        )
     if not settings.conversations.evicts or shape is None:
         return
+    if length_limit(params) is not None:
+        raise UsageError(
+            "the max_length of the model's generation_config.json counts all that was said before, "
+            f"so --evict {settings.conversations.evict} would let no conversation go on behind it; "
+            "choose --max-new-tokens"
+        )
     if shape.context_length is None and settings.conversations.budget_tokens is None:
         raise UsageError(
             f"{settings.model.model} does not say how long its context is, so name --budget-tokens"

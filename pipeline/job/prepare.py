@@ -270,9 +270,9 @@ class Preparation:
 
         Where the model limits prompt and answer together, `params` get what is left.
         """
-        changed = {}
+        changed, in_turns = {}, self._limits.in_turns
         for index, chosen in enumerate(params):
-            ended = end_at(chosen, int(lengths[index])) if chosen.rules else chosen
+            ended = end_at(chosen, int(lengths[index]), in_turns) if chosen.rules else chosen
             if ended is not None:
                 params[index] = ended
                 continue

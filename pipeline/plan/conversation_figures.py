@@ -5,8 +5,8 @@ Answers are not known, so all of it is as if each were as long as it may be.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,12 @@ class ConversationFigures:
 
     `longest_tokens`: of a conversation at its end; `turns_beyond_window`, `turns_beyond_budget`:
     turns at whose end it is longer than the model's `window_tokens`, or than the `budget_tokens`
-    that it keeps. Prompt tokens to compute: `carried_tokens` with KV carried from turn to turn,
+    that it keeps; `turns_beyond_length`: which come when it is as long as the model's `max_length`
+    says already. Prompt tokens to compute: `carried_tokens` with KV carried from turn to turn,
     `resent_tokens` if each turn sent what was said before again. `state_tokens`: the most of a
     conversation at once, `state_bytes` of KV (None: no model); `at_once`: conversations within the
-    KV budget (None: not said).
+    KV budget (None: not said). `giving_way`: what becomes of one that must make room for others, in
+    words (None: not measured here yet).
     """
 
     evictor: str
@@ -38,11 +40,13 @@ class ConversationFigures:
     budget_tokens: int
     turns_beyond_window: int
     turns_beyond_budget: int
+    turns_beyond_length: int
     carried_tokens: int
     resent_tokens: int
     state_tokens: int
     state_bytes: int | None
     at_once: int | None = None
+    giving_way: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A mapping of plain values, with a sentence for a person, or None."""
@@ -51,6 +55,12 @@ class ConversationFigures:
     def _text(self) -> str | None:
         """What a person may have to decide."""
         beyond, window = self.turns_beyond_window, self.window_tokens
+        if self.turns_beyond_length:
+            return (
+                f"as many as {self.turns_beyond_length:,} turns come after as many tokens as the "
+                "max_length of the model's generation_config.json allows, and fail then; say how "
+                "long an answer may be: --max-new-tokens"
+            )
         if self.evictor == "none":
             said = (
                 f"as many as {beyond:,} turns may exceed the model's context of {window:,} tokens, "
@@ -70,6 +80,19 @@ class ConversationFigures:
         return None
 
 
+NEVER_SAVED: Final = 2**31
+"""A depth that no conversation comes to."""
+
+
+def gives_way(saved_from: int) -> str:
+    """What becomes of one that must make room for others: from this depth on it is saved."""
+    if saved_from >= NEVER_SAVED:
+        return "computed again, which takes less time than to save it"
+    if saved_from <= 1:
+        return "saved to memory of the host, which takes less time than to compute it again"
+    return f"saved to memory of the host from {saved_from:,} tokens on, and computed again below"
+
+
 def histories(plan: Plan, turns: ConversationPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(prompt tokens with all that was said before, tokens at its end) of each turn, at most."""
     new = np.array([p.max_new_tokens for p in plan.params], np.int64)[turns.params]
@@ -77,7 +100,13 @@ def histories(plan: Plan, turns: ConversationPlan) -> tuple[NDArray[np.int64], N
     upto = np.append(0, np.cumsum(own + new))
     before = np.repeat(upto[turns.bounds[:-1]], np.diff(turns.bounds))
     ends = upto[1:] - before
-    return ends - new, ends
+    limits = length_limits(plan, turns)
+    return np.minimum(ends - new, limits), np.minimum(ends, limits)
+
+
+def length_limits(plan: Plan, turns: ConversationPlan) -> NDArray[np.int64]:
+    """[turns] tokens that each may have at its end where the model's `max_length` says so."""
+    return replace(turns.eviction, window=0).limits(plan.params)[turns.params]
 
 
 def count_conversations(
@@ -103,6 +132,7 @@ def count_conversations(
         budget_tokens=eviction.most_tokens,
         turns_beyond_window=int((ends > eviction.window).sum()),
         turns_beyond_budget=int((ends > eviction.most_tokens).sum()),
+        turns_beyond_length=int((prompts >= length_limits(plan, turns)).sum()),
         carried_tokens=plan.tokens_to_compute(every),
         resent_tokens=int(prompts.sum()),
         state_tokens=state,

@@ -15,13 +15,16 @@ that ended the answer; then that token is there once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.generation import end_at, length_limit
 from pipeline.plan.token_table import Ids
+from pipeline.records import SamplingParams
 
 Evictor = Literal[
     "none", "window", "oldest", "gist", "gist-recent", "sink-recent", "attention-top", "h2o",
@@ -31,6 +34,9 @@ BY_WEIGHTS: tuple[Evictor, ...] = ("attention-top", "h2o", "snapkv")
 """Those that ask how much attention a token got."""
 BY_HEAD: tuple[Evictor, ...] = ("h2o", "snapkv")
 """Those that keep other tokens in each layer and head."""
+CONTEXT_EXCEEDED: Final = "ContextExceeded"
+"""The error of a turn before which so much was said that nothing is left for its answer."""
+_NO_LIMIT: Final = 2**62
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,43 @@ class Eviction:
     def most_tokens(self) -> int:
         """That a conversation has on the device at once."""
         return self.window if self.evictor == "none" else self.budget_tokens
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens that a conversation may come to, with its last answer; None: any number."""
+        return self.window if self.evictor == "none" and self.window else None
+
+    def limit_of(self, params: SamplingParams) -> int | None:
+        """The same at the end of a turn with these parameters, which may say less."""
+        known = [most for most in (self.limit, length_limit(params)) if most is not None]
+        return min(known, default=None)
+
+    def limits(self, params: Sequence[SamplingParams]) -> NDArray[np.int64]:
+        """[params] the same of each; no limit is a number that nothing reaches."""
+        known = map(self.limit_of, params)
+        return np.array([_NO_LIMIT if most is None else most for most in known], np.int64)
+
+    def fit(self, params: SamplingParams, tokens: int) -> SamplingParams | None:
+        """Parameters of a turn whose prompt, with all that was said before, has so many tokens: its
+        answer gets what is left. None: nothing is, see `why_full`."""
+        fitted = end_at(params, tokens)
+        if fitted is None or self.limit is None:
+            return fitted
+        left = self.limit - tokens
+        if left < 1:
+            return None
+        return replace(fitted, max_new_tokens=min(fitted.max_new_tokens, left))
+
+    def why_full(self, params: SamplingParams, tokens: str) -> str:
+        """One sentence why a turn that has so many `tokens` with all before it cannot run."""
+        said = f"the conversation has {tokens} tokens with this turn, "
+        own = length_limit(params)
+        if own is not None and own == self.limit_of(params):
+            return (
+                f"{said}and the max_length of the model's generation_config.json allows {own} for "
+                "all of them and the answer; choose --max-new-tokens, or end it earlier"
+            )
+        return f"{said}the model's window {self.window}; choose --evict, or end it earlier"
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +137,17 @@ class ConversationPlan:
             noise_key=self.noise_key[turns],
             system_tokens=self.system_tokens[sequences],
         )
+
+    def most_tokens(
+        self, added: NDArray[np.int64], params: Sequence[SamplingParams]
+    ) -> NDArray[np.int64]:
+        """[sequences] tokens that each has KV of at its end, or at once where some must go: `added`
+        [turns] by prompts; `params` of the plan."""
+        new = np.array([chosen.max_new_tokens for chosen in params], np.int64)[self.params]
+        total = self.totals(added + new) - 1
+        limits = self.eviction.limits(params)[self.params]
+        most = np.maximum.reduceat(limits, self.bounds[:-1]) if len(limits) else total
+        return np.minimum(np.minimum(total, most), self.eviction.most_tokens or total)
 
     def totals(self, of_turn: NDArray[np.int64]) -> NDArray[np.int64]:
         """[sequences] sums of what is known by turn."""

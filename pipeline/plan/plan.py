@@ -166,10 +166,7 @@ class Plan:
         if turns is None:
             first: NDArray[np.int64] = self.prompt_lengths + self.max_new_tokens - 1
             return first
-        new = self._new_tokens[turns.params]
-        added = np.append(0, np.cumsum(self.table.lengths[turns.row] + new))
-        total: NDArray[np.int64] = np.diff(added[turns.bounds]) - 1
-        return np.minimum(total, turns.eviction.most_tokens or total)
+        return turns.most_tokens(self.table.lengths[turns.row], self.params)
 
     @property
     def prompt_lengths(self) -> NDArray[np.int64]:

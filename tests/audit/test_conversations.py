@@ -67,17 +67,25 @@ def test_every_turn_of_an_honest_run_is_what_full_prefill_says(
         assert all(arm["rows_exact"] == arm["rows"] > 0 for arm in summary["arms"].values())
 
 
+@pytest.mark.parametrize(
+    ("more", "most"),
+    [
+        ({"max_new_tokens": 8}, 128),
+        ({"generation_options": {"max_length": 90}}, 90),
+    ],
+    ids=["window", "max_length"],
+)
 def test_an_answer_near_the_end_of_the_window_is_not_called_too_short(
-    tmp_path: Path, model: Path
+    tmp_path: Path, model: Path, more: dict[str, Any], most: int
 ) -> None:
-    """It has what was left of 128 tokens."""
+    """It has what was left of 128 tokens, or of those that the model's `max_length` says."""
     turns: list[Turn] = [("a", n, "so i say once more, go on") for n in range(5)]
     source = write_turns(tmp_path / "in.parquet", turns)
-    said = {"model": str(model), "max_new_tokens": 8, "dtype": "float32", "fail_on_error": "99%"}
+    said = {"model": str(model), "dtype": "float32", "fail_on_error": "99%"} | more
     run_job(str(source), tmp_path / "out", JobSettings.from_flat(said | AS_TURNS))
     rows = pl.read_parquet(tmp_path / "out" / "data" / "*.parquet")
     used = (rows["prompt_tokens"] + rows["completion_tokens"]).max()
-    assert used == 128 and rows["error_type"].drop_nulls().to_list() == ["ContextExceeded"]
+    assert used == most and "ContextExceeded" in rows["error_type"].to_list()
     verdict = audit_run(Location(tmp_path / "out"), EVERY_ROW)
     assert verdict.passed, verdict.reasons
 

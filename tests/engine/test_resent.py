@@ -96,6 +96,15 @@ def test_what_fills_the_window_is_an_error_and_the_answer_before_gets_what_is_le
     assert [c.turn for c in longer] == [0, 1, 2, 3, 4, 5]
 
 
+def test_the_max_length_of_the_model_counts_all_that_was_said_before() -> None:
+    """3 + 3, then 2 + 2: of 10 tokens none is left for a third turn."""
+    params = SamplingParams(max_new_tokens=7, rules='{"max_length": 10}')
+    found = run(EchoEngine(), plan_of(TALK, params))
+    assert [len(c.token_ids) for c in found] == [3, 2, 0, 0, 3, 3]
+    assert [c.error_type for c in found if c.error_type] == ["ContextExceeded", "PriorTurnFailed"]
+    assert "max_length" in str(found[2].error_message)
+
+
 def test_a_drain_ends_a_conversation_after_the_turn_that_it_is_at() -> None:
     drained: list[Completion] = []
     control = RunControl(should_drain=lambda: len(drained) == 2)

@@ -160,7 +160,9 @@ def long(length: int) -> str:
 @pytest.mark.parametrize(
     ("more", "lengths", "failed"),
     [
-        ({}, [127, 127, 1], {}),
+        ({}, [100, 26, 1], {}),
+        ({}, [100, 27, 1], {2: "ContextExceeded"}),
+        ({}, [127, 127, 1], {1: "ContextExceeded", 2: "PriorTurnFailed"}),
         ({}, [128, 1, 1], {0: "TurnTooLong", 1: "PriorTurnFailed", 2: "PriorTurnFailed"}),
         ({}, [1, 128, 1], {1: "TurnTooLong", 2: "PriorTurnFailed"}),
         ({"evict": "oldest", "budget_tokens": 60}, [59, 59, 1], {}),
@@ -242,10 +244,39 @@ def test_a_budget_that_just_works_is_taken(tmp_path: Path, flat: Any) -> None:
     )
 
 
-def test_the_default_of_the_model_for_whole_lengths_is_refused(tmp_path: Path, flat: Any) -> None:
-    more = {"generation_options": {"max_length": 50}, "max_new_tokens": None}
-    with pytest.raises(UsageError, match="max_length .* choose --max-new-tokens"):
-        planned(write(tmp_path / "in.parquet"), flat, **more)
+BY_LENGTH = {"generation_options": {"max_length": 50}, "max_new_tokens": None}
+"""As where a model's generation_config.json says it."""
+
+
+def test_a_whole_length_that_the_model_allows_ends_no_conversation_that_evicts(
+    tmp_path: Path, flat: Any
+) -> None:
+    evicting = BY_LENGTH | {"evict": "oldest", "budget_tokens": 100}
+    with pytest.raises(UsageError, match="max_length .* --evict oldest .* choose --max-new-tokens"):
+        planned(write(tmp_path / "in.parquet"), flat, **evicting)
+
+
+@pytest.mark.fault(
+    "conversations",
+    injected="turns that reach the model's window, or its max_length, however short answers are",
+    outcome="ContextExceeded before the run, later ones PriorTurnFailed; the plan says how many",
+)
+def test_a_history_that_must_exceed_what_the_model_allows_is_an_error_before_the_run(
+    tmp_path: Path, flat: Any
+) -> None:
+    texts = [*map(long, (30, 15, 5, 1)), None, long(49), "hi"]
+    chats, numbers = ["a"] * 4 + ["b"] * 3, [0, 1, 2, 3, 0, 1, 2]
+    source = write(tmp_path / "in.parquet", texts, chats, numbers)
+    job = planned(source, flat, **BY_LENGTH)
+    prior = "PriorTurnFailed"
+    assert reasons(job) == {2: "ContextExceeded", 3: prior, 4: "NullPrompt", 5: prior, 6: prior}
+    assert "has at least 50 tokens with this turn, and the max_length" in job.rejected[2].message
+    assert turns_of(job).row.tolist() == [0, 1] and job.plan.most_tokens.tolist() == [50]
+    said = job.summary.conversations
+    assert said is not None and said["turns_beyond_length"] == 1 and "max_length" in said["text"]
+    assert (said["longest_tokens"], said["resent_tokens"]) == (50, 30 + 50)
+    without = planned(source, flat, max_new_tokens=1)
+    assert reasons(without) == {4: "NullPrompt", 5: prior, 6: prior}
 
 
 def test_conversations_stay_whole_in_shards(tmp_path: Path, flat: Any) -> None:
