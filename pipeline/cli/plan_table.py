@@ -104,7 +104,7 @@ def conversation_rows(found: Mapping[str, Any]) -> Rows:
     resent, carried = found["resent_tokens"], found["carried_tokens"]
     window, budget = f"{found['window_tokens']:,}", f"{found['budget_tokens']:,}"
     turns = f"{found['turns']:,} turns, up to {found['most_turns']:,} in one"
-    evicting = found["evictor"] != "none"
+    evicting, giving_way = found["evictor"] != "none", found.get("giving_way")
     kept = f"{found['turns_beyond_budget']:,} turns, by {found['evictor']}"
     return [
         ("conversations", f"{found['conversations']:,} with {turns}"),
@@ -118,6 +118,7 @@ def conversation_rows(found: Mapping[str, Any]) -> Rows:
         ("  KV carried", f"at most {carried:,} tokens to compute"),
         ("  sent again", f"at most {resent:,}, {resent / max(1, carried):.1f}x as many"),
         ("  state", f"at most {found['state_tokens']:,} tokens{held}"),
+        *([("  giving way", giving_way)] if giving_way else []),
         *((("  advice", found["text"]),) if found["text"] else ()),
     ]
 
@@ -136,6 +137,10 @@ def _score_rows(scores: Mapping[str, Any], unique: int) -> Rows:
             else []
         ),
         ("requests", f"{scores['requests']:,}, {scores['scored_tokens']:,} tokens scored"),
+        (
+            "  contexts",
+            f"{scores['contexts']:,}, {scores['continuations']:,} continuations behind them",
+        ),
         ("  head computed", f"at {scores['scored_positions']:,} positions"),
         ("  one by one", times(scores["resent_tokens"])),
         ("  each prompt once", times(scores["resent_once_tokens"])),

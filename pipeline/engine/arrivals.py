@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.engine.base import EarlierTurns, KVConnector
+from pipeline.engine.base import EarlierTurns
 from pipeline.engine.conversation import Conversation
+from pipeline.engine.document_placements import AssembledPlacement, ScatteredPlacement
+from pipeline.engine.kv_connector import KVConnector
 from pipeline.engine.layout import Layout, RowLayout, SharedPart
 from pipeline.engine.live import LiveRow
 from pipeline.engine.packing import SeenDocuments
 from pipeline.engine.residency import Residency
 from pipeline.engine.spans import (
-    AssembledPlacement,
     KVSpan,
     Placement,
-    ScatteredPlacement,
     SharedPlacement,
     SharedSpan,
     slots_from,
@@ -126,7 +126,9 @@ class Arrivals:
             return AssembledPlacement(
                 place.span, place.position, place.above, seen, needs, layout.assembled
             )
-        return ScatteredPlacement(place.span, place.position, place.above, seen, needs, layout.runs)
+        return ScatteredPlacement(
+            place.span, place.position, place.above, seen, needs, layout.runs, layout.by_place
+        )
 
     def _place(self, part: SharedPart, sequence: int) -> None:
         """`sequence` is one of those that see it; what it stands below is placed."""

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.engine.kv_connector import KVConnector, KVFormat
 from pipeline.errors import EngineError
 from pipeline.plan.plan import Plan
-from pipeline.plan.token_table import Ids
 from pipeline.records import Completion, EarlierTurn, SamplingParams
 from pipeline.settings import JobSettings
 
@@ -38,6 +38,8 @@ class EngineCounters:
     `loaded_tokens`: prompt tokens whose KV came from an earlier run; `load_s`: what that took, in
     no other time.
     `kv_faults`: times that the KV of a shared prefix was found changed, and computed again.
+    `saved_conversations`: times that one gave way and its KV was saved to memory of the host;
+    `repeated_conversations`: that it was computed again instead.
 
     Of several devices: sums, seconds of all devices together, and `peak_kv_bytes` of the fullest
     one. `replicated_tokens`: prompt tokens that more than one of them had to compute, or one of
@@ -60,6 +62,8 @@ class EngineCounters:
     num_forwards: int = 0
     memory_retries: int = 0
     kv_faults: int = 0
+    saved_conversations: int = 0
+    repeated_conversations: int = 0
     replicated_tokens: int = 0
     lost_workers: int = 0
 
@@ -147,26 +151,6 @@ def one_at_a_time(sequences: NDArray[np.int64], control: RunControl) -> Iterator
                 waiting.pop()
 
 
-class KVConnector(Protocol):
-    """KV states that outlive a run, as an engine sees them. What is stored is named by its ids
-    from position 0 on; `sequence` is one that sees it.
-
-    KV is [layers, 2, kv_heads, tokens, head_dim], in the type of the engine's own, on the CPU.
-    """
-
-    def stored_end(self, sequence: int, ids: Ids) -> int:
-        """Up to where `ids` are stored and worth loading; 0: nowhere."""
-
-    def load(self, sequence: int, ids: Ids, low: int, high: int) -> Tensor | None:
-        """The KV of positions `[low, high)` of `ids`; None where it cannot be had after all."""
-
-    def wants(self, key: int) -> bool:
-        """Whether the KV of a shared part of the layout shall be kept."""
-
-    def keep(self, sequence: int, ids: Ids, low: int, high: int, kv: Tensor) -> None:
-        """Take the KV of positions `[low, high)` of `ids`; it is the caller's no more."""
-
-
 OnLogits = Callable[[list[int], list[int], "Tensor"], None]
 """Called with (sequences, output positions, logits [rows, V]) of every token that is chosen."""
 
@@ -191,14 +175,6 @@ class EngineHooks:
 
 
 NO_HOOKS: Final = EngineHooks()
-
-
-@dataclass(frozen=True)
-class KVFormat:
-    """The form of the KV that an engine hands out and takes back; `dtype` as torch names it."""
-
-    dtype: str
-    bytes_per_token: int
 
 
 @dataclass(frozen=True)
@@ -227,6 +203,9 @@ class EngineCapabilities:
     """It gives log-probabilities of what it says, where rows ask for them."""
     kv: KVFormat | None = None
     """The form of what it exchanges with `kv_connector`; None: it exchanges none."""
+    saves_from: int | None = None
+    """Depth from which on a conversation that gives way is saved to memory of the host, and not
+    computed again; None: nobody measured it."""
 
     def check(self, plan: Plan, hooks: EngineHooks) -> None:
         """Raises EngineError for hooks, documents or turns that the engine would leave out in

@@ -93,7 +93,7 @@ class Evictions:
             self._evict(row, conversation, max(budget - fed - 1, stays))
 
     def _rebase(self, row: LiveRow, conversation: Conversation) -> None:
-        if conversation.next_position > REBASE_AT:
+        if self._eviction.evictor != "none" and conversation.next_position > REBASE_AT:
             self._watcher.count(row)
             self._kept.rebase(conversation, row.place)
             self._watcher.of(row).recent.clear()

@@ -1,23 +1,26 @@
-"""Conversations that gave up their place on the device: their KV waits in memory of the host.
-
-What was evicted once cannot be computed again in one pass, so the KV is kept; where there is no
-room for it, the conversation is computed again turn by turn, with the same evictions.
+"""Conversations that gave up their place on the device: their KV waits in memory of the host, or is
+computed again turn by turn, with the same evictions, where that is cheaper or there is no room.
 """
 
 from __future__ import annotations
 
+from pipeline.engine.base import EngineCounters
 from pipeline.engine.conversation import Conversation, TurnPlacement
 from pipeline.engine.kept_kv import KeptKV, saved_bytes
 from pipeline.engine.live import LiveRow
+from pipeline.engine.spill_cost import SpillCost
 
 
 class HostStates:
-    """At most `budget` bytes of them; None: any number."""
+    """At most `budget` bytes of them; None: any number. `cost` None: saving is always cheaper."""
 
-    def __init__(self, kept: KeptKV, budget: int | None) -> None:
-        self.num_saved = 0
+    def __init__(
+        self, kept: KeptKV, budget: int | None, cost: SpillCost | None, counters: EngineCounters
+    ) -> None:
         self._kept = kept
         self._budget = budget
+        self._cost = cost
+        self._counters = counters
         self._used = 0
 
     def save(self, row: LiveRow) -> None:
@@ -27,18 +30,31 @@ class HostStates:
         if conversation is None or not isinstance(row.place, TurnPlacement):
             return
         size = self._kept.size(conversation)
-        if self._budget is not None and self._used + size > self._budget:
+        has_room = self._budget is None or self._used + size <= self._budget
+        if not has_room or self._is_cheaper_again(conversation, size):
+            self._counters.repeated_conversations += 1
             _begin_again(row, conversation)
             return
         self._kept.save(conversation)
         self._used += size
-        self.num_saved += 1
+        self._counters.saved_conversations += 1
 
     def restore(self, row: LiveRow) -> None:
         """Its KV comes back; there is room for it."""
         assert row.conversation is not None
         self._used -= saved_bytes(row.conversation)
         self._kept.restore(row.conversation)
+
+    def _is_cheaper_again(self, conversation: Conversation, size: int) -> bool:
+        """To compute all that it has said again takes less time than to save and load `size`."""
+        if self._cost is None:
+            return False
+        start = conversation.first_place.start
+        forwards = 1
+        if conversation.eviction.evictor != "none":  # it goes from turn to turn, and stops for each
+            forwards = len(conversation.turn_starts) + len(conversation.log)
+        again = self._cost.compute_s(conversation.computed - start, start, forwards)
+        return again < self._cost.save_s(size)
 
 
 def _begin_again(row: LiveRow, conversation: Conversation) -> None:

@@ -71,9 +71,9 @@ def _tested(loaded: LoadedModel, job: JobSettings, reuse: Reuse | None) -> Engin
     Raises UsageError where documents cannot be seen as `reuse` says, or tokens not given up as
     the job says.
     """
+    from pipeline.engine.device_costs import device_costs
     from pipeline.engine.naive_engine import NaiveEngine
     from pipeline.engine.prefix_engine import PrefixEngine
-    from pipeline.engine.sharing_cost import break_even_tokens
     from pipeline.engine.verify.self_test import (
         eviction_self_test,
         segment_self_test,
@@ -113,8 +113,8 @@ def _tested(loaded: LoadedModel, job: JobSettings, reuse: Reuse | None) -> Engin
         notes.append(f"self-test of --evict {evictor} passed: within {worst:.1e} of its rule")
     if is_strict:
         notes.append(f"strict: the same bits in {strict_probe(engine)} of as many ways")
-    break_even = break_even_tokens(loaded, engine.backend)
-    return PrefixEngine(loaded, settings, engine.backend, break_even, notes)
+    costs = device_costs(loaded, engine.backend, job.conversations.has_turns)
+    return PrefixEngine(loaded, settings, engine.backend, costs, notes)
 
 
 def _small_eviction(job: JobSettings) -> Eviction:

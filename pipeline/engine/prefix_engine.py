@@ -25,18 +25,19 @@ from pipeline.engine.base import (
     EngineCapabilities,
     EngineHooks,
     Indices,
-    KVFormat,
     LocalEngine,
     RunControl,
 )
 from pipeline.engine.blend import Blend
 from pipeline.engine.completions import complete, complete_scored, fail, refuse
-from pipeline.engine.cuda_graphs import DecodeRunner, DecodeStep, NextTokens
+from pipeline.engine.cuda_graphs import DecodeStep, NextTokens
 from pipeline.engine.decode_view import DecodeView
+from pipeline.engine.device_costs import NO_DEVICE_COSTS, DeviceCosts
+from pipeline.engine.document_placements import AssembledPlacement
 from pipeline.engine.forward import PiecewiseForward
 from pipeline.engine.host_states import HostStates
 from pipeline.engine.kept_kv import KeptKV
-from pipeline.engine.kv_cache import KVCache, kv_capacity, reserve_kv
+from pipeline.engine.kv_connector import KVFormat
 from pipeline.engine.kv_guard import CorruptKVError, KVGuard
 from pipeline.engine.layout import layout_of
 from pipeline.engine.live import LiveRow, PrefillJob
@@ -44,7 +45,7 @@ from pipeline.engine.memory import is_exhausted, keep_freed_pages, release_cache
 from pipeline.engine.packing import PackedBatch, Packer, decode_spans, pack_decode
 from pipeline.engine.policy import DepthFirstPolicy
 from pipeline.engine.prefill import Chunk, needs_logits, pack_chunks, split_chunks, take_chunks
-from pipeline.engine.recordings import Recordings
+from pipeline.engine.recordings import Recordings, reserve
 from pipeline.engine.residency import Residency
 from pipeline.engine.rotary import Rotary
 from pipeline.engine.runs import take_runs
@@ -52,7 +53,7 @@ from pipeline.engine.sampler import Sampler
 from pipeline.engine.sampling import Sampled
 from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.scorer import ROWS_AT_ONCE, Scorer, most_rows
-from pipeline.engine.spans import AssembledPlacement, Placement, SharedPlacement
+from pipeline.engine.spans import Placement, SharedPlacement
 from pipeline.engine.strict_backend import choose_strict_backend
 from pipeline.engine.threads import Threads
 from pipeline.engine.turns import Turns
@@ -78,11 +79,10 @@ class PrefixEngine(LocalEngine):
         loaded: LoadedModel,
         settings: EngineSettings,
         backend: Backend | None = None,
-        break_even: float | None = None,
+        costs: DeviceCosts = NO_DEVICE_COSTS,
         notes: Sequence[str] = (),
     ) -> None:
-        """`backend` None: the one that suits model and settings. `break_even`: see `sharing_cost`;
-        where it is known it decides which spans rows share in decode, not the plan's rule."""
+        """`backend` None: the one that suits model and settings."""
         reason = why_unsupported(loaded.model.config)
         if reason:
             raise ModelError(f"{loaded.source}: {reason}")
@@ -93,9 +93,10 @@ class PrefixEngine(LocalEngine):
         self.settings: Final = settings
         self.backend: Final = backend or choose(loaded, settings.kernels)
         self.sampler: Final = Sampler(loaded, self.backend.likeliest)
-        self.break_even: Final = break_even
+        self.costs: Final = costs
         self.threads: Final = Threads.chosen(settings, loaded.device)
         dtype = str(loaded.model.dtype).removeprefix("torch.")
+        kv = KVFormat(dtype, loaded.shape.kv_bytes_per_token(dtype))
         self.capabilities = EngineCapabilities(
             computes_once=True,
             measures_rates=True,
@@ -106,9 +107,11 @@ class PrefixEngine(LocalEngine):
             reads_scores=True,
             guides=True,
             gives_logprobs=True,
-            kv=KVFormat(dtype, loaded.shape.kv_bytes_per_token(dtype)),
+            kv=kv,
+            saves_from=costs.saves_from(kv.bytes_per_token),
         )
-        super().__init__([*([self.backend.note] if self.backend.note else []), *notes])
+        note = [self.backend.note] if self.backend.note else []
+        super().__init__([*note, *notes, *costs.notes(kv.bytes_per_token)])
         self.recordings: Final = Recordings.of(self.backend, loaded.device, self.notes)
 
     def _completions(
@@ -116,8 +119,9 @@ class PrefixEngine(LocalEngine):
     ) -> Iterator[Completion]:
         """Where the KV of a shared prefix changes by itself, what has not been yielded is computed
         again. Raises EngineError if that happens again and again."""
-        if self.break_even is not None and plan.documents is None:
-            plan = cut_by_cost(plan, plan.count_below(sequences), self.break_even)
+        break_even = self.costs.break_even
+        if break_even is not None and plan.documents is None:
+            plan = cut_by_cost(plan, plan.count_below(sequences), break_even)
         work = _Work(plan, control, hooks)
         answered = Answered(hooks.earlier_turns)
         left, history = sequences, History(hooks.kv_connector, answered.turns)
@@ -173,13 +177,15 @@ class _Run:
         choose = None
         if documents is not None and self.rotary is not None and documents.reuse.blend_share:
             choose = Blend(loaded.model, self.rotary, documents.reuse).choose
-        layout = layout_of(self.plan, sequences, choose)
-        self.cache, self.runner = _reserve(engine, layout.most_tokens)
+        layout = layout_of(self.plan, sequences, choose, loaded.shape.slides)
+        self.cache, self.runner = reserve(
+            engine.recordings, loaded, settings.kv_budget, layout.most_tokens
+        )
         self.guard = KVGuard(self.cache)
         self.policy = DepthFirstPolicy(settings.max_rows)
         residency = Residency(self.cache, self.guard.release)
         kept = KeptKV(residency, self.rotary)
-        states = HostStates(kept, settings.spill_memory)
+        states = HostStates(kept, settings.spill_memory, engine.costs.spill, engine.counters)
         self.scheduler = Scheduler(self.plan, layout, residency, self.policy, history, states)
         scores = self.plan.scores
         self.scorer = None if scores is None else Scorer(self.plan, scores)
@@ -534,15 +540,3 @@ class _Run:
         end = time.perf_counter()
         self.counters.busy_s += end - begin
         self.counters.span_s = end - (self.first_step_s or begin)
-
-
-def _reserve(engine: PrefixEngine, needed: int) -> tuple[KVCache, DecodeRunner | None]:
-    """KV memory for `needed` tokens, or what there is, and the runner that decodes over it."""
-    loaded, budget = engine.loaded, engine.settings.kv_budget
-    weight = next(loaded.model.parameters())
-    shape = (loaded.shape.num_layers, loaded.shape.num_kv_heads, loaded.shape.head_dim)
-    if engine.recordings is not None:
-        return engine.recordings.reserve(shape, needed, budget, weight)
-    bytes_per_token = loaded.shape.kv_bytes_per_token(str(weight.dtype).removeprefix("torch."))
-    capacity = kv_capacity(budget, bytes_per_token, needed, loaded.device)
-    return reserve_kv(shape, capacity, like=weight), None

@@ -24,6 +24,7 @@ from pipeline.engine.kv_cache import KVCache, kv_capacity, reserve_kv
 from pipeline.engine.memory import release_cached, total_memory
 from pipeline.engine.packing import PackedBatch
 from pipeline.errors import EngineError
+from pipeline.model.model import LoadedModel
 
 _KEPT_SHARE = 0.25  # of the device's memory: the most that an idle engine holds for the next job
 _PROBED_BYTES = 1 << 20
@@ -179,3 +180,16 @@ def _index(device: torch.device) -> int:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def reserve(
+    recordings: Recordings | None, loaded: LoadedModel, budget: int | None, needed: int
+) -> tuple[KVCache, DecodeRunner | None]:
+    """KV memory for `needed` tokens, or what there is, and the runner that decodes over it."""
+    weight = next(loaded.model.parameters())
+    shape = (loaded.shape.num_layers, loaded.shape.num_kv_heads, loaded.shape.head_dim)
+    if recordings is not None:
+        return recordings.reserve(shape, needed, budget, weight)
+    bytes_per_token = loaded.shape.kv_bytes_per_token(str(weight.dtype).removeprefix("torch."))
+    capacity = kv_capacity(budget, bytes_per_token, needed, loaded.device)
+    return reserve_kv(shape, capacity, like=weight), None

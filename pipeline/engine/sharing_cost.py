@@ -8,12 +8,8 @@ more keys when each row has a copy (ARCHITECTURE.md, Attention over a tree). So 
 
 from __future__ import annotations
 
-import hashlib
-import os
 import statistics
-import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -24,10 +20,9 @@ from pydantic import Field, TypeAdapter
 from pipeline.engine.backend import Backend
 from pipeline.engine.kernels.rules import KVSpans
 from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.measured_once import fingerprint, measured_once
 from pipeline.engine.packing import Packer, pack_decode
-from pipeline.model.machine import cpu_description, private_cache
 from pipeline.model.model import LoadedModel
-from pipeline.private_folder import private_folder
 
 _ROWS = 32
 _KEYS = 128  # of each row, or as many as the model's context holds
@@ -42,23 +37,10 @@ _SCHEMA = TypeAdapter(Annotated[float, Field(ge=0.0, allow_inf_nan=False)])
 def break_even_tokens(loaded: LoadedModel, backend: Backend, cache: Path | None = None) -> float:
     """The least p * (G - 1) for this model on this device: from the cache, else measured and kept.
 
-    `cache` is a folder; by default the user's. A cache that cannot be written is no error.
+    `cache` is a folder; by default the user's.
     """
-    name = f"{_fingerprint(loaded, backend)}.json"
-    try:
-        path = (private_folder(cache) if cache else private_cache("cost")) / name
-    except OSError:
-        return measure(loaded, backend)
-    with suppress(OSError, ValueError):  # absent, or written by another version
-        return _SCHEMA.validate_json(path.read_bytes(), strict=True)
-    measured = measure(loaded, backend)
-    with (
-        suppress(OSError),
-        tempfile.NamedTemporaryFile("wb", dir=path.parent, delete=False) as file,
-    ):
-        file.write(_SCHEMA.dump_json(measured))
-        os.replace(file.name, path)
-    return measured
+    name = fingerprint(loaded, backend)
+    return measured_once("cost", name, lambda: measure(loaded, backend), _SCHEMA, cache)
 
 
 @torch.inference_mode()
@@ -110,18 +92,3 @@ class _Bench:
         low, high = edges[:-1], edges[1:]
         queries, first = np.full(parts, row), row * self._keys
         return np.stack([queries, queries + 1, first + low, first + high, low], 1)
-
-
-def _fingerprint(loaded: LoadedModel, backend: Backend) -> str:
-    """Of all that the measured times depend on."""
-    shape, device = loaded.shape, loaded.device
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_description()
-    size = sum(p.numel() for p in loaded.model.parameters())
-    kernels = sorted(Path(__file__).with_name("kernels").glob("*.[cph]*"))
-    parts = (
-        shape.family, shape.num_layers, shape.num_kv_heads, shape.head_dim, size,
-        loaded.model.dtype, machine, torch.get_num_threads(), torch.__version__,
-        backend.kernel.name, backend.forward.name,
-        *(path.read_bytes() for path in kernels),
-    )  # fmt: skip
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ from pipeline.job.job import Job
 from pipeline.job.planning import PlannedJob, Watch, ignore, plan_rows
 from pipeline.job.row_faults import call_by_halves
 from pipeline.model.rates import recall_rates
+from pipeline.plan.conversation_figures import gives_way
 from pipeline.plan.document_planning import plan_documents
 from pipeline.plan.documents import Reuse
 
@@ -32,8 +33,12 @@ def plan_for_a_person(job: Job, keep_rows: bool = False, watch: Watch = ignore) 
     estimate = (
         None if rates is None else rates.estimate(summary.unique_tokens, summary.max_new_tokens)
     )
+    conversations = summary.conversations
+    if conversations is not None and rates is not None and rates.saves_from is not None:
+        conversations = conversations | {"giving_way": gives_way(rates.saves_from)}
     summary = replace(
         summary,
+        conversations=conversations,
         cost=_cost(planned, estimate),
         advice=None if advice is None else advice.to_json(),
         warning=job.tokenizer.looks_rendered(prompts),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,12 @@ from pipeline.costs import NO_COSTS, Cost, CostSettings, cost_of_run, price_of
 from pipeline.errors import TooManyDegenerate, TooManyFailedRows
 from pipeline.settings import JobSettings, WriteSettings
 from pipeline.storage.run_directory import RunDirectory
+
+_SUMMED = (
+    "prefilled_tokens", "loaded_tokens", "generated_tokens", "forced_tokens",
+    "wall_s", "prefill_s", "decode_s", "load_s", "busy_s", "span_s",
+    "saved_conversations", "repeated_conversations",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,13 @@ def check_degenerate(allowed: float | None, turns: int, degenerate: int) -> None
         )
 
 
+def sum_sessions(sessions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What the sessions of a job have counted, together; of older ones, what they counted."""
+    sums: dict[str, float] = {name: sum(s.get(name, 0) for s in sessions) for name in _SUMMED}
+    sums["peak_kv_bytes"] = max(s.get("peak_kv_bytes", 0) for s in sessions)
+    return sums
+
+
 def count_reasons(directory: RunDirectory) -> dict[str, int]:
     """Failed rows of the committed parts by the type of their error, the most frequent first."""
     failed = directory.scan().filter(pl.col("status") == "error")
@@ -120,7 +133,12 @@ def count_committed(directory: RunDirectory) -> dict[str, int]:
     ]
     rows = directory.scan()
     if "degenerate" in rows.collect_schema():
-        columns.append(pl.col("degenerate").sum().alias("rows_degenerate"))
+        is_skewed = (pl.col("skew") > 0) | (pl.col("duplicate_positions") > 0)
+        columns += [
+            pl.col("degenerate").sum().alias("rows_degenerate"),
+            (pl.col("evictions") > 0).sum().alias("rows_evicting"),
+            is_skewed.sum().alias("rows_skewed"),
+        ]
     counted: dict[str, int] = rows.select(columns).collect().row(0, named=True)
     return counted
 

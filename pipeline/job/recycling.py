@@ -26,7 +26,8 @@ from pipeline.plan.plan import Plan
 from pipeline.settings import JobSettings
 
 if TYPE_CHECKING:
-    from pipeline.engine.base import Engine, KVConnector
+    from pipeline.engine.base import Engine
+    from pipeline.engine.kv_connector import KVConnector
     from pipeline.kvstore.identity import Identity
     from pipeline.kvstore.store import KVStore
 

@@ -34,7 +34,13 @@ from pipeline.job.calibration import as_decided, calibrate
 from pipeline.job.channel import Stages
 from pipeline.job.committed_turns import CommittedTurns
 from pipeline.job.observer import Observer, Snapshot
-from pipeline.job.outcome import RunOutcome, count_committed, count_prompt_tokens, count_reasons
+from pipeline.job.outcome import (
+    RunOutcome,
+    count_committed,
+    count_prompt_tokens,
+    count_reasons,
+    sum_sessions,
+)
 from pipeline.job.planning import PlannedJob
 from pipeline.job.recorded_plan import check_plan, write_plan
 from pipeline.job.recycling import recycling
@@ -47,10 +53,6 @@ from pipeline.storage.run_directory import RunDirectory
 _COMPLETIONS_AHEAD = 256
 _SHOW_EVERY_S = 0.5
 _METRICS_EVERY_S = 5.0
-_SUMMED = (
-    "prefilled_tokens", "loaded_tokens", "generated_tokens", "forced_tokens",
-    "wall_s", "prefill_s", "decode_s", "load_s", "busy_s", "span_s",
-)  # fmt: skip
 
 
 class Session:
@@ -259,7 +261,7 @@ class Session:
 
     def _complete(self, engine: Engine) -> RunOutcome:
         """Count, record and seal. Raises StorageError, TooManyFailedRows, TooManyDegenerate."""
-        rows = len(self._planned.rows)
+        rows, settings = len(self._planned.rows), self._planned.job.settings
         counters = self._record(engine, "complete")
         if counters["rows_ok"] + counters["rows_error"] != rows:
             raise StorageError(
@@ -270,11 +272,10 @@ class Session:
         self._directory.seal(self._planned.rows)
         if engine.capabilities.measures_rates:
             identity = self._directory.read_manifest()["fingerprint"]
-            remember_rates(self._planned.job.settings.model, identity, asdict(engine.counters))
+            saves_from = engine.capabilities.saves_from
+            remember_rates(settings.model, identity, asdict(engine.counters), saves_from)
         reasons = count_reasons(self._directory) if counters["rows_error"] else {}
-        settings = self._planned.job.settings
-        price = settings.cost
-        outcome = RunOutcome(self._directory.name, counters, reasons=reasons, price=price)
+        outcome = RunOutcome(self._directory.name, counters, reasons=reasons, price=settings.cost)
         outcome.check(settings)
         return outcome
 
@@ -308,9 +309,7 @@ class Session:
             "end": end,
         }
         sessions = [*self._sessions, session]
-        sums: dict[str, float] = {name: sum(s.get(name, 0) for s in sessions) for name in _SUMMED}
-        sums["peak_kv_bytes"] = max(s.get("peak_kv_bytes", 0) for s in sessions)
-        sums |= count_committed(self._directory)
+        sums = sum_sessions(sessions) | count_committed(self._directory)
         sums["rows_in"] = len(self._planned.rows)
         sums["prompt_tokens"], sums["unique_tokens"] = self._planned.count_tokens()
         if self._planned.plan.conversations is not None:

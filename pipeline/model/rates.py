@@ -26,11 +26,13 @@ _Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class Rates:
-    """Tokens per second of device time, and the day on which they were measured."""
+    """Tokens per second of device time, and the day on which they were measured. `saves_from`: as
+    of `EngineCapabilities`, where a job with conversations ran."""
 
     prefill_tokens_per_s: _Rate
     decode_tokens_per_s: _Rate
     measured_on: str
+    saves_from: int | None = None
 
     def estimate(self, prefill_tokens: int, new_tokens: int) -> dict[str, Any]:
         """Seconds that a job of so many tokens takes; answers may end before `new_tokens`."""
@@ -45,7 +47,10 @@ _SCHEMA = TypeAdapter(Rates)
 
 
 def remember_rates(
-    settings: ModelSettings, identity: Mapping[str, Any], counters: Mapping[str, float]
+    settings: ModelSettings,
+    identity: Mapping[str, Any],
+    counters: Mapping[str, float],
+    saves_from: int | None = None,
 ) -> None:
     """Keep the rates of a run for plans to come; a cache that cannot be written is no error.
 
@@ -55,7 +60,11 @@ def remember_rates(
     if min(prefilled, generated) < _LEAST_TOKENS:
         return
     today = datetime.now(UTC).date().isoformat()
-    rates = Rates(prefilled / counters["prefill_s"], generated / counters["decode_s"], today)
+    if saves_from is None and (before := recall_rates(settings, identity)) is not None:
+        saves_from = before.saves_from
+    rates = Rates(
+        prefilled / counters["prefill_s"], generated / counters["decode_s"], today, saves_from
+    )
     with suppress(OSError, CoppiceError):
         replace_file(_path(settings, identity), _SCHEMA.dump_json(rates))
 

@@ -150,7 +150,7 @@ def test_any_budget_and_batch_gives_the_same_answers(
     expected, free = answers(engine_of(), plan)
     assert free.recomputed_tokens == 0
     choose = None if reuse.mode != "cacheblend" else lambda *_: np.zeros(0, np.int64)
-    needs = DocumentLayout(plan, plan.documents, every, choose)
+    needs = DocumentLayout(plan, every, choose)
     smallest = max(
         sum(part.end - part.start for part in needs.of(s).shared)
         + needs.of(s).end - needs.of(s).position + int(plan.max_new_tokens[s]) - 1

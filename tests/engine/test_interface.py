@@ -8,14 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.engine.base import (
-    Engine,
-    EngineCapabilities,
-    EngineHooks,
-    KVFormat,
-    RunControl,
-)
+from pipeline.engine.base import Engine, EngineCapabilities, EngineHooks, RunControl
 from pipeline.engine.echo_engine import EchoEngine
+from pipeline.engine.kv_connector import KVFormat
 from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.errors import EngineError

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.engine import sharing_cost
 from pipeline.engine.base import RunControl
+from pipeline.engine.device_costs import DeviceCosts
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.engine.sharing_cost import break_even_tokens, measure
 from pipeline.plan.plan import cut_by_cost
@@ -55,7 +56,7 @@ def test_the_cut_changes_the_cost_not_the_answer(break_even: float) -> None:
     every = np.arange(len(plan.sequences))
     engine = PrefixEngine(tiny.load_tiny(), EngineSettings())
     expected = {c.sequence: c.token_ids for c in engine.generate(plan, every, RunControl())}
-    engine = PrefixEngine(engine.loaded, engine.settings, break_even=break_even)
+    engine = PrefixEngine(engine.loaded, engine.settings, costs=DeviceCosts(break_even))
     done = {c.sequence: c.token_ids for c in engine.generate(plan, every, RunControl())}
     assert done == expected
     assert engine.counters.prefilled_tokens == plan.tree.unique_tokens

@@ -88,7 +88,7 @@ def compare_arms(
         ("product", True, settings.max_rows),
     ):
         changed = settings.model_copy(update={"max_rows": max_rows})
-        arm = PrefixEngine(engine.loaded, changed, engine.backend, engine.break_even)
+        arm = PrefixEngine(engine.loaded, changed, engine.backend, engine.costs)
         yield name, _deviations(sampler, rows, baseline, _computed(arm, rows, share, baselines))
 
 

@@ -70,7 +70,7 @@ def write_with_fault(
     backend = engine.backend
     if fault is not None:
         backend = replace(backend, forward=FaultyForward(backend.forward, fault, at))
-    writer = PrefixEngine(engine.loaded, engine.settings, backend, engine.break_even)
+    writer = PrefixEngine(engine.loaded, engine.settings, backend, engine.costs)
     return _write(writer, _plan(given, engine, max_new_tokens))
 
 

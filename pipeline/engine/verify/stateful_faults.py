@@ -51,7 +51,7 @@ def planted(engine: PrefixEngine, fault: EvictionFault | None) -> Iterator[Prefi
         backend = replace(backend, forward=_StaleForward(backend.forward, latest))
     setattr(TurnPlacement, "seen_runs", wrong)  # noqa: B010
     try:
-        yield PrefixEngine(engine.loaded, engine.settings, backend, engine.break_even)
+        yield PrefixEngine(engine.loaded, engine.settings, backend, engine.costs)
     finally:
         setattr(TurnPlacement, "seen_runs", right)  # noqa: B010
 
