@@ -33,11 +33,13 @@ def plan_documents(
     """
     tenants = np.zeros(len(table), np.int64) if tenant is None else tenant.astype(np.int64)
     cuts = _Cuts(table, rows, segments, reuse)
+    seen = cuts.is_seen
     paths = _number_paths(table, segments, cuts, reuse, tenants[rows])
     own, run_bounds, run_position, run_length = _runs(table, cuts, reuse)
     return DocumentPlan(
         reuse, paths.ids, paths.tree, paths.terminal, paths.preamble,
-        cuts.use_bounds, paths.of_use, cuts.before + cuts.own, cuts.position - cuts.before,
+        np.append(0, np.cumsum(seen))[cuts.use_bounds], paths.of_use,
+        (cuts.before + cuts.own)[seen], (cuts.position - cuts.before)[seen],
         own, run_bounds, run_position, run_length,
     )  # fmt: skip
 
@@ -46,7 +48,8 @@ class _Cuts:
     """How rows are cut and arranged. By sequence: `preamble` and `question`, numbers of segments;
     `end` of its documents. By document, sequence after sequence: `document`, the number of the
     segment; `sequence`, `place` in its row; `length`, `start` in the table; `position` in the row,
-    soft tokens counted; `before`, tokens of its path above it; `own` ones of the row."""
+    soft tokens counted; `before`, tokens of its path above it; `own` ones of the row, which does
+    not look at it if these are all: `is_seen`."""
 
     def __init__(
         self, table: TokenTable, rows: NDArray[np.int64], segments: Segments, reuse: Reuse
@@ -75,10 +78,12 @@ class _Cuts:
         if reuse.mode == "epic":
             is_exact = (self.place == 0) & reuse.is_below_preamble
             self.own = np.where(is_exact, 0, np.minimum(reuse.epic_tokens, self.length))
+        self.is_seen = (self.own == 0) | (self.own < self.length)
 
 
 class _Paths(NamedTuple):
-    """`terminal`: of each path; `preamble`: [sequences], `of_use`: [documents] their paths."""
+    """`terminal`: of each path; `preamble`: [sequences], `of_use`: [documents that are seen] their
+    paths."""
 
     ids: TokenTable
     tree: RadixTree
@@ -97,14 +102,15 @@ def _number_paths(
     """`tenant`: of each sequence. Of two paths with the same ids that are cut differently only one
     is used."""
     chosen = np.zeros(len(segments.lengths), bool)
-    chosen[cuts.preamble] = chosen[cuts.document] = True
+    document, sequence = cuts.document[cuts.is_seen], cuts.sequence[cuts.is_seen]
+    chosen[cuts.preamble] = chosen[document] = True
     distinct = number_segments(table, segments, chosen)
     soft = reuse.vocabulary_size + np.arange(reuse.soft_rows * (reuse.mode == "packet"))
     head, tail = np.split(soft, 2)
     above = np.stack([tenant, distinct.number[cuts.preamble]], 1)
     contexts, context = np.unique(above, axis=0, return_inverse=True)
-    of_use = context[cuts.sequence] if reuse.is_below_preamble else tenant[cuts.sequence]
-    uses = np.stack([of_use, distinct.number[cuts.document]], 1)
+    of_use = context[sequence] if reuse.is_below_preamble else tenant[sequence]
+    uses = np.stack([of_use, distinct.number[document]], 1)
     pairs, use = np.unique(uses, axis=0, return_inverse=True)
     ids = [distinct.ids[number] for number in contexts[:, 1].tolist()]
     tenants = [contexts[:, 0]]

@@ -9,9 +9,9 @@
 
 A *path* is what is encoded: ids from position 0 on. All paths make one radix tree, so what
 documents begin with in common is encoded once as well. A *use* is a document of a row: a path, and
-by how much the row's positions lie behind the path's own. What a mode computes of a row stands in
-`arrange`; `document_planning.py` does the same for all rows at once, and the tests hold it to that.
-What modes leave out: docs/segments.md.
+by how much the row's positions lie behind the path's own; a document that a row computes whole is
+none. What a mode computes of a row stands in `arrange`; `document_planning.py` does the same for
+all rows at once, and the tests hold it to that. What modes leave out: docs/segments.md.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def arrange(segments: Sequence[Ids], reuse: Reuse) -> Arrangement:
         if reuse.mode == "packet":
             head, tail = np.split(reuse.vocabulary_size + np.arange(2 * reuse.soft_tokens), 2)
             document = np.concatenate([head, document, tail])
-        uses.append(Use(np.concatenate([before, document]), len(before) + own, end - len(before)))
+        if not own or own < len(document):  # else nobody looks at it
+            path = np.concatenate([before, document])
+            uses.append(Use(path, len(before) + own, end - len(before)))
         if own:
             runs.append(Run(end, document[:own]))
         end += len(document)
@@ -147,19 +149,26 @@ class DocumentPlan:
         blended a copy of all behind its preamble."""
         if self.reuse.mode != "cacheblend":
             return self.own.lengths
-        kept: NDArray[np.int64] = self.prompt_ends - np.append(self.paths.lengths, 0)[self.preamble]
-        return kept
+        return self.prompt_ends - self._preamble_tokens
 
     @property
     def repaired_tokens(self) -> NDArray[np.int64]:
-        """[sequences] tokens of documents that each computes though they are encoded once."""
+        """[sequences] tokens of documents that each computes though they are encoded once for what
+        it sees of these."""
         if self.reuse.mode == "cacheblend":
             return self._blended
         if self.reuse.mode != "epic":
             return np.zeros(len(self.preamble), np.int64)
-        last = self.run_bounds[1:] - 1
-        repaired: NDArray[np.int64] = self.own.lengths - self.run_length[last]
+        above = self._preamble_tokens * self.reuse.is_below_preamble
+        counts = np.diff(self.use_bounds)
+        upto = np.append(0, np.cumsum(self.use_first - np.repeat(above, counts)))
+        repaired: NDArray[np.int64] = upto[self.use_bounds[1:]] - upto[self.use_bounds[:-1]]
         return repaired
+
+    @property
+    def _preamble_tokens(self) -> NDArray[np.int64]:
+        tokens: NDArray[np.int64] = np.append(self.paths.lengths, 0)[self.preamble]
+        return tokens
 
     @cached_property
     def _blended(self) -> NDArray[np.int64]:
