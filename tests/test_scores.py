@@ -225,6 +225,10 @@ def test_the_plan_says_what_scoring_costs(model: Path, tmp_path: Path) -> None:
     assert planned.plan.scores is not None and scores is not None
     assert planned.summary.rows == 12 and planned.summary.max_new_tokens == 0
     assert scores["requests"] == 27
+    rows = pl.read_parquet(source).select("prompt", "choices").explode("choices").rows()
+    pairs = {(text.rstrip(), text[len(text.rstrip()) :] + choice) for text, choice in rows}
+    assert scores["contexts"] == len({context for context, _ in pairs})
+    assert scores["continuations"] == len(pairs)
     assert scores["resent_tokens"] == planned.summary.prompt_tokens
     assert scores["scored_positions"] == planned.plan.scores.num_points
     assert scores["resent_tokens"] > scores["resent_once_tokens"] > planned.summary.unique_tokens

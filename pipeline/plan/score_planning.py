@@ -26,12 +26,15 @@ def with_scores(plan: Plan, requests: Requests) -> Plan:
 
 @dataclass(frozen=True)
 class ScoreFigures:
-    """`requests` that run and tokens that they score; `scored_positions`: where the model's head is
-    computed, each once. `resent_tokens`: what a backend computes that sends every request by
-    itself; `resent_once_tokens`: each prompt that is another one. `rows_cut`: whose contexts gave
-    up their beginnings."""
+    """`requests` that run: so many different `contexts`, and `continuations` behind these; tokens
+    that they score; `scored_positions`: where the model's head is computed, each once.
+    `resent_tokens`: what a backend computes that sends every request by itself;
+    `resent_once_tokens`: each prompt that is another one. `rows_cut`: whose contexts gave up their
+    beginnings."""
 
     requests: int
+    contexts: int
+    continuations: int
     scored_tokens: int
     scored_positions: int
     resent_tokens: int
@@ -45,6 +48,8 @@ class ScoreFigures:
         lengths, runs = plan.table.lengths, plan.sequence_of_row >= 0
         return cls(
             requests=int(runs.sum()),
+            contexts=plan.scores.num_contexts,
+            continuations=plan.scores.num_continuations,
             scored_tokens=int(requests.token_counts(lengths)[runs].sum()),
             scored_positions=plan.scores.num_points,
             resent_tokens=int(lengths[runs].sum()),

@@ -65,6 +65,22 @@ class ScorePlan:
         """Positions at which the model's head must be computed."""
         return len(self.point_node)
 
+    @property
+    def num_contexts(self) -> int:
+        """Different ones: each ends where the first token of a continuation is read."""
+        return len(np.unique(self._first_points))
+
+    @property
+    def num_continuations(self) -> int:
+        """Different ones, each behind its context."""
+        last = self.target_of_token[self.token_bounds[1:] - 1]
+        return len(np.unique(self._first_points * len(self.target_id) + last))
+
+    @property
+    def _first_points(self) -> NDArray[np.int64]:
+        points: NDArray[np.int64] = self.target_point[self.target_of_token[self.token_bounds[:-1]]]
+        return points
+
     @cached_property
     def _targets_of_point(self) -> NDArray[np.int64]:
         bounds: NDArray[np.int64] = np.searchsorted(

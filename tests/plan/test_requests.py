@@ -112,6 +112,7 @@ def test_figures_count_each_position_once() -> None:
     plan, requests = plan_of(rows)
     found = ScoreFigures.of(plan, requests)
     assert (found.requests, found.scored_tokens, found.scored_positions) == (4, 5, 2)
+    assert (found.contexts, found.continuations) == (1, 3)
     assert (found.resent_tokens, found.resent_once_tokens) == (3 + 3 + 4 + 3, 3 + 4)
     assert plan.answer_tokens.sum() == 0
     frame = by_rows(plan_frame(plan, [str(r) for r in requests.row.tolist()]), requests)
@@ -119,6 +120,14 @@ def test_figures_count_each_position_once() -> None:
     assert [by_row[r]["prompt_tokens"] for r in range(3)] == [10, 0, 3]
     assert [by_row[r]["requests"] for r in range(3)] == [3, 1, 1]
     assert by_row[1]["sequence"] is None and by_row[0]["sequence"] == by_row[2]["sequence"] == 0
+
+
+def test_a_continuation_is_another_one_behind_another_context() -> None:
+    """Of the same ids, cut elsewhere, too."""
+    rows: list[Row] = [[([1], [2, 3]), ([1, 2], [3]), ([1, 2], [3, 3])], [([5], [2, 3])]]
+    plan, requests = plan_of(rows)
+    found = ScoreFigures.of(plan, requests)
+    assert (found.contexts, found.continuations) == (3, 4)
 
 
 def test_tenants_share_no_point() -> None:
