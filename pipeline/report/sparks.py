@@ -46,8 +46,21 @@ def draw_trend(nights: Sequence[Night]) -> list[Spark]:
         _spark("wall time", [n.wall_s for n in nights], nights, duration),
         _spark("prompt tokens saved", [n.saved_share for n in nights], nights, percent),
         _spark("generated tokens/s", [n.tokens_per_s for n in nights], nights, decimal),
+        *_turns(nights),
         *_costs(nights),
         _verdicts(nights),
+    ]
+
+
+def _turns(nights: Sequence[Night]) -> list[Spark]:
+    """Of conversations, where some night has any."""
+    repeated = [night.degenerate_share for night in nights]
+    evicting = [night.evicting_share for night in nights]
+    if all(share is None for share in (*repeated, *evicting)):
+        return []
+    return [
+        _spark("turns that repeat themselves", repeated, nights, percent, "bad"),
+        _spark("turns that gave up tokens", evicting, nights, percent),
     ]
 
 

@@ -22,7 +22,9 @@ class Night:
     """One night. A number that is not known is None, and so is the verdict of no audit.
 
     `state`: as run.json has it, or "damaged", "interrupted" (nobody is working on it any more).
-    `page`: relative address of the night's own page, if it is there.
+    `page`: relative address of the night's own page, if it is there. Of a job with conversations:
+    shares of the turns that repeat themselves and that gave up tokens; `skewed`, as many turns as
+    have keys that stand where they must not.
     """
 
     date: str
@@ -35,6 +37,9 @@ class Night:
     tokens_per_s: float | None = None
     verdict: str | None = None
     cost: float | None = None
+    degenerate_share: float | None = None
+    evicting_share: float | None = None
+    skewed: float | None = None
 
 
 def read_trend(nights: Sequence[NightFiles], price: CostSettings = NO_COSTS) -> tuple[Night, ...]:
@@ -60,18 +65,22 @@ def _night(files: NightFiles, price: CostSettings) -> Night:
     asked = None if cached is None or prefilled is None else cached + prefilled
     wall = _number(counters, "wall_s")
     verdict = _mapping(files.audit).get("verdict")
+    ok = _number(counters, "rows_ok")
     cost = cost_of(price_of(files.manifest, price), wall, 0, None)
     return Night(
         files.date,
         _state(files),
         page,
-        _number(counters, "rows_ok"),
+        ok,
         _number(counters, "rows_error"),
         wall,
         ratio(cached, asked),
         ratio(_number(counters, "generated_tokens"), wall),
         verdict if verdict in ("pass", "fail") else None,
         None if cost is None else cost.total,
+        ratio(_number(counters, "rows_degenerate"), ok),
+        ratio(_number(counters, "rows_evicting"), ok),
+        _number(counters, "rows_skewed"),
     )
 
 

@@ -63,6 +63,19 @@ def test_a_number_that_is_none_is_not_shown(value: Any) -> None:
     assert numbers == (None,) * 5
 
 
+def test_nights_with_conversations_tell_how_these_fared() -> None:
+    health = {"rows_degenerate": 12, "rows_evicting": 300, "rows_skewed": 0}
+    ill = WHOLE | {"counters": COUNTERS | health | {"rows_degenerate": 60}}
+    well = WHOLE | {"counters": COUNTERS | health}
+    first, second, _ = nights = read_trend([night(well), night(ill, day=2), night(WHOLE, day=3)])
+    assert (first.degenerate_share, first.evicting_share, first.skewed) == (0.01, 0.25, 0)
+    assert second.degenerate_share == 0.05 and nights[2].degenerate_share is None
+    sparks = {s.name: s for s in draw_trend(nights[:2])}
+    assert sparks["turns that repeat themselves"].value == "5.0 %"
+    assert sparks["turns that gave up tokens"].value == "25.0 %"
+    assert not any("turns" in s.name for s in draw_trend(read_trend([night(WHOLE)] * 2)))
+
+
 def test_the_night_before_is_one_that_has_numbers() -> None:
     days = [night(WHOLE, day=1), night(None, day=2), night(WHOLE, day=3)]
     before = night_before(read_trend(days))
