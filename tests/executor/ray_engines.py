@@ -42,7 +42,7 @@ def make_watched(settings: JobSettings) -> Engine:
         hooks: EngineHooks = NO_HOOKS,
     ) -> Iterator[Completion]:
         poison = _read("poison")
-        for completion in generate(plan, sequences, control):
+        for completion in generate(plan, sequences, control, hooks):
             ids = plan.prompt_token_ids(completion.sequence).tolist()
             if poison and poison == " ".join(map(str, ids)):
                 os.kill(os.getpid(), signal.SIGKILL)

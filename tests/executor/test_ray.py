@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -301,19 +302,65 @@ def test_each_worker_computes_with_its_share_of_the_cpus(cluster: Path) -> None:
             share_out(nodes, FleetSettings(executor="ray"), device)
 
 
+def run_with_sigterm(workers: Path, source: Path, out: Path, settings: JobSettings) -> pl.DataFrame:
+    """A session that ends in the middle, and one that goes on to the end; the rows of the first."""
+    (workers / "pace").write_text("0.02")
+    committed = out / "data"
+    with (
+        meanwhile(
+            lambda: any(committed.glob("part-*")), lambda: os.kill(os.getpid(), signal.SIGTERM)
+        ),
+        pytest.raises(Interrupted, match="same command"),
+    ):
+        run_job(str(source), out, settings, make_engine=make_watched)
+    before = answers(out)
+    (workers / "pace").unlink()
+    run_job(str(source), out, settings, make_engine=make_watched)
+    assert 0 < len(before) < len(answers(out))
+    return before
+
+
+@pytest.mark.fault(
+    "conversations",
+    injected="SIGTERM while Ray actors are in the middle of turns, tokens given up before",
+    outcome="the next call goes on after the turns that are there; all as on one machine",
+)
 def test_conversations_are_whole_on_a_worker_and_answered_as_on_one_machine(
     workers: Path, tmp_path: Path, settings_of: Settings
 ) -> None:
-    """With tokens given up, which the workers tell."""
+    """With tokens given up, which the workers tell, and a signal in the middle."""
     turns: list[Turn] = [
         (f"talk {talk}", turn, f"{talk % 3}: {'why? and who ' if turn else 'hello all of you'}")
         for turn in range(5)
         for talk in range(40)
     ]
     table = write_turns(tmp_path / "turns.parquet", turns)
-    flat = {**AS_TURNS, "engine": "prefix", "evict": "sink-recent", "budget_tokens": 48}
+    flat: dict[str, Any] = {**AS_TURNS, "engine": "prefix", "rows_per_part": 5}
+    flat |= {"evict": "sink-recent", "budget_tokens": 48}
     run_job(str(table), tmp_path / "local", settings_of("local", **flat))
-    run_job(str(table), tmp_path / "ray", settings_of(**flat))
+    before = run_with_sigterm(workers, table, tmp_path / "ray", settings_of(**flat))
     here, there = answers(tmp_path / "local"), answers(tmp_path / "ray")
     names = ["id", "turn", "completion_token_ids", "prompt_tokens", "evictions", "eviction_log"]
     assert here["evictions"].sum() and there.select(names).equals(here.select(names))
+    in_part = before.group_by("conversation_id").len().filter(pl.col("len") < 5)
+    assert len(in_part), "nobody had to go on in the middle"
+
+
+def test_scores_by_workers_are_those_of_one_machine_though_a_signal_came(
+    workers: Path, tmp_path: Path, settings_of: Settings
+) -> None:
+    texts: list[str | None] = [
+        f"{'yes' if n % 2 else 'no'} is what {n // 4} says:" for n in range(60)
+    ]
+    source = write_prompts(
+        tmp_path / "in.parquet", texts, choices=[[" yes", " no", " nobody"]] * 60
+    )
+    flat: dict[str, Any] = {"engine": "prefix", "max_new_tokens": None, "rows_per_part": 5}
+    flat["choices_column"] = "choices"
+    run_job(str(source), tmp_path / "local", settings_of("local", **flat))
+    run_with_sigterm(workers, source, tmp_path / "ray", settings_of(**flat))
+    here, there = answers(tmp_path / "local"), answers(tmp_path / "ray")
+    names = ["id", "choice_index", "token_counts", "prompt_tokens"]
+    assert there.select(names).equals(here.select(names))
+    gap = here["loglikelihoods"].explode() - there["loglikelihoods"].explode()
+    assert gap.abs().max() < 1e-4  # type: ignore[operator]
