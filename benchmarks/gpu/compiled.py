@@ -49,6 +49,13 @@ class Variant:
         return f"{dtype} d{self.head_dim} M{self.block_m}{marks}"
 
 
+class Resources(NamedTuple):
+    """Of each thread: registers, and bytes that found no room in them."""
+
+    registers: int
+    stack: int
+
+
 class Code(NamedTuple):
     """What a program costs: `loop` counts the instructions of its leanest loop with products, which
     is the one that long prefixes run in; `product` is the instruction that multiplies there."""
@@ -72,13 +79,15 @@ PRODUCTS_OWN = (
 def compile_variant(variant: Variant, capability: int = HOPPER) -> Code:
     """Raises ImportError without triton, OSError without its tools."""
     program = _compiled(variant, capability)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "program.cubin"
-        file.write_bytes(program.asm["cubin"])
-        usage = _run_tool("-res-usage", file)
-        loop, product = leanest_loop(_run_tool("-sass", file))
+    loop, product = leanest_loop(_ask_tool("-sass", program))
+    return Code(*resources(program), int(program.metadata.shared), loop, product)
+
+
+def resources(program: Any) -> Resources:
+    """What a compiled program takes."""
+    usage = _ask_tool("-res-usage", program)
     counts = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    return Code(counts["REG"], counts["STACK"], int(program.metadata.shared), loop, product)
+    return Resources(counts["REG"], counts["STACK"])
 
 
 def leanest_loop(sass: str) -> tuple[int, str]:
@@ -164,13 +173,15 @@ def card(capability: int) -> Iterator[None]:
         driver._active = active
 
 
-def _run_tool(flag: str, file: Path) -> str:
+def _ask_tool(flag: str, program: Any) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run(
-        [str(tool), flag, str(file)], capture_output=True, text=True, check=True
-    ).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(program.asm["cubin"])
+        file.flush()
+        command = [str(tool), flag, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:

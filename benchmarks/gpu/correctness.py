@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from benchmarks.gpu import around
 from benchmarks.gpu.child import Bench
 from benchmarks.gpu.workload import DRY_WORKLOAD, Workload
 from benchmarks.prompts import plan_prompts
@@ -66,6 +67,7 @@ def kernel(bench: Bench, argument: str) -> None:
             if not error < _TOLERANCE[dtype]:
                 row["failed"] = f"{error} of the reference's norm"
             bench.say(window=rules.window, **row)
+    around.check(bench)
 
 
 def _poison(device: torch.device, *, small: bool) -> None:

@@ -1,4 +1,5 @@
-"""Attention of one layer: ours whole and by launch, and torch's own flash attention beside it."""
+"""One layer: the steps around attention, ours and torch's; attention, ours whole and by launch, and
+torch's own flash attention beside it."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.around import Sizes, measure
 from benchmarks.gpu.ceilings import measure_card
 from benchmarks.gpu.child import Bench
 from benchmarks.gpu.roofline import Card, Rows, attention, unshared_attention
@@ -58,6 +60,9 @@ def layer(bench: Bench, shape: str) -> None:
     loaded, card = bench.model(shape), measure_card(bench)
     workload = DRY_WORKLOAD if bench.is_dry else WORKLOAD
     with torch.inference_mode():
+        sizes = Sizes.of(Dimensions.of(loaded.model.config.to_dict()), loaded.model.dtype)
+        bench.say(**measure(sizes, workload.rows, card, bench.device))
+        bench.free()
         for prefix in DRY_PREFIXES if bench.is_dry else PREFIXES:
             if bench.left_s < 30:
                 bench.say(prefix=prefix, skipped="no time is left")

@@ -13,10 +13,13 @@ import time
 
 import torch
 
+from benchmarks.gpu.around import CASES
 from benchmarks.gpu.compiled import HOPPER, Variant, compile_variant
+from benchmarks.gpu.compiled_steps import compile_steps
 from pipeline.engine.kernels.rules import AttentionRules
 
 _HEADS = (
+    (torch.float32, (4, 2), 32),
     (torch.bfloat16, (32, 8), 64), (torch.bfloat16, (32, 8), 128), (torch.float32, (4, 2), 64),
     (torch.float16, (32, 8), 128), (torch.bfloat16, (14, 2), 64), (torch.bfloat16, (8, 4), 256),
     (torch.bfloat16, (32, 32), 96), (torch.float32, (32, 8), 128),
@@ -36,6 +39,10 @@ def main() -> None:
                 variant = Variant(dtype, head_dim, tile, rules, heads)
                 compile_variant(variant, HOPPER)
                 print(f"{variant}: {time.monotonic() - begin:.1f} s", flush=True)
+    for sizes in CASES:
+        begin = time.monotonic()
+        compile_steps(sizes, is_whole=True)
+        print(f"{sizes}: {time.monotonic() - begin:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

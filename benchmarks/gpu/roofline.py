@@ -5,33 +5,39 @@ part is the larger of the two, since a card does both at a time. The floor of a 
 its parts, which run one after another. A byte floor alone is too low a bar for long prefixes: from
 some 8,000 tokens on, 256 rows are bound by arithmetic.
 
-`predict` adds what no floor has: the time to start each kernel, passes over the hidden states, the
-host's part, and how near kernels come to their floors.
+`predict` adds what no floor has: the time to start each kernel, the steps between products, what
+attention reads to join its parts, the host's part, and how near kernels come to their floors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from benchmarks.limit import Dimensions
 
 _BYTES = 2  # of a number in bfloat16
-_KERNELS_A_STEP = 8  # beside its layers: embedding, rotary tables, last norm, head, greedy token
+_KERNELS_A_STEP = (
+    18  # beside its layers: embedding, rotary tables, head, greedy token (launches.py)
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
     """`bytes_per_s` of a copy, read and written; `flop_per_s` of a large bfloat16 product;
-    `start_s` between two kernels of a graph."""
+    `start_s` between two kernels of a graph; `cached_bytes_per_s` of what the kernel before has
+    written, as long as that fits the cache."""
 
     bytes_per_s: float
     flop_per_s: float
     start_s: float = 1.3e-6
+    cached_bytes_per_s: float = 5.5e12
 
 
 H100 = Card(3.0e12, 7.9e14)
-"""As others have measured it: a copy, 8192³ in bfloat16, and Hazy Research's gap (2025-05)."""
+"""As others have measured it: a copy, 8192³ in bfloat16, Hazy Research's gap (2025-05), and what
+L2 gives (Chips and Cheese, 2023)."""
 
 
 class Part(NamedTuple):
@@ -70,8 +76,14 @@ def products(model: Dimensions, rows: int) -> list[Part]:
     kv = model.kv_heads * _head_dim(model)
     layer = [(model.hidden, model.hidden)] * 2 + [(model.hidden, kv)] * 2
     layer += [(model.hidden, model.intermediate)] * 3
-    sizes = layer * model.layers + [(model.hidden, model.vocabulary)]
-    return [Part((a * b + rows * (a + b)) * _BYTES, 2 * rows * a * b) for a, b in sizes]
+    return _products(layer * model.layers + [(model.hidden, model.vocabulary)], rows)
+
+
+def merged_products(model: Dimensions, rows: int) -> list[Part]:
+    """The same, where those of the same input are one."""
+    layer = [(model.hidden, _qkv(model)), (model.hidden, model.hidden)]
+    layer += [(model.hidden, 2 * model.intermediate), (model.intermediate, model.hidden)]
+    return _products(layer * model.layers + [(model.hidden, model.vocabulary)], rows)
 
 
 def step_floor_s(model: Dimensions, rows: Rows, card: Card) -> float:
@@ -89,29 +101,62 @@ def byte_floor_s(model: Dimensions, rows: Rows, card: Card) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What an engine adds to the floors. `kernels` that a layer starts; `passes` over all rows'
-    hidden states, each read and written, beside products and attention; `host_s` a step that the
-    card waits; the share of their floors' rates that products and attention reach."""
+    """What an engine adds to the floors. `kernels` that a layer starts; `numbers` that the steps
+    between products read and write for one row of a layer; `host_s` a step that the card waits.
+
+    The shares of their floors' rates that products, attention to the prefix (bound by arithmetic)
+    and to rows' own keys (by bytes) reach, and the `partials` of a row that a layer joins, are as
+    `ceilings` and `layer` should find them.
+    """
 
     kernels: int
-    passes: float
+    numbers: Callable[[Dimensions], int]
     host_s: float
+    is_merged: bool = False
     products: float = 0.85
-    attention: float = 0.6
+    prefix: float = 0.6
+    own: float = 0.8
+    partials: int = 5
+
+
+def numbers_fused(model: Dimensions) -> int:
+    """Two joins: each reads and writes the sum, reads what is added and writes what is next; heads
+    are read and stored; gate and up are read, their product written."""
+    return 8 * model.hidden + 2 * _qkv(model) + 3 * model.intermediate
+
+
+def numbers_unfused(model: Dimensions) -> int:
+    """By the operations of transformers' Llama, numbers of four bytes counted twice: a norm 18 a
+    number, an addition 3, the turning of Q and K 10, storing K and V 4, activation and gate 5."""
+    kv = model.kv_heads * _head_dim(model)
+    return 42 * model.hidden + 10 * (model.hidden + kv) + 4 * kv + 5 * model.intermediate
+
+
+UNFUSED = Engine(kernels=42, numbers=numbers_unfused, host_s=7e-4)
+"""transformers' layers, and a host that plans while the card waits."""
+FUSED = Engine(kernels=11, numbers=numbers_fused, host_s=1.5e-4, is_merged=True)
 
 
 def predict(model: Dimensions, rows: Rows, card: Card, engine: Engine) -> dict[str, float]:
-    """Seconds of a decode step by part, and in all."""
-    layer = sum(part.floor_s(card) for part in attention(model, rows))
-    pass_s = 2 * rows.rows * model.hidden * _BYTES / card.bytes_per_s
+    """Seconds of a decode step by part, and in all. Logits are copied, and the largest is found."""
+    shared, own = (part.floor_s(card) for part in attention(model, rows))
+    joined = 4 * engine.partials * rows.rows * model.hidden / card.cached_bytes_per_s
+    attended = shared / engine.prefix + own / engine.own + joined
+    between = rows.rows * engine.numbers(model) * _BYTES / card.cached_bytes_per_s
+    sizes = merged_products if engine.is_merged else products
     parts = {
-        "products_s": sum(p.floor_s(card) for p in products(model, rows.rows)) / engine.products,
-        "attention_s": model.layers * layer / engine.attention,
+        "products_s": sum(p.floor_s(card) for p in sizes(model, rows.rows)) / engine.products,
+        "attention_s": model.layers * attended,
         "starts_s": (model.layers * engine.kernels + _KERNELS_A_STEP) * card.start_s,
-        "passes_s": model.layers * engine.passes * pass_s,
+        "between_s": model.layers * between,
+        "logits_s": 3 * rows.rows * model.vocabulary * _BYTES / card.bytes_per_s,
         "host_s": engine.host_s,
     }
     return parts | {"step_s": sum(parts.values())}
+
+
+def _products(sizes: list[tuple[int, int]], rows: int) -> list[Part]:
+    return [Part((a * b + rows * (a + b)) * _BYTES, 2 * rows * a * b) for a, b in sizes]
 
 
 def _attend(model: Dimensions, keys: int, pairs: int) -> Part:
@@ -122,6 +167,11 @@ def _attend(model: Dimensions, keys: int, pairs: int) -> Part:
 def _kv_numbers(model: Dimensions) -> int:
     """Numbers of a token's key and value in one layer."""
     return 2 * model.kv_heads * _head_dim(model)
+
+
+def _qkv(model: Dimensions) -> int:
+    """Numbers of Q, K and V of a token."""
+    return model.hidden + 2 * model.kv_heads * _head_dim(model)
 
 
 def _head_dim(model: Dimensions) -> int:

@@ -23,11 +23,12 @@ from benchmarks.gpu.workload import (
     random_cache,
 )
 from pipeline.engine.cuda_graphs import DecodeRunner, DecodeStep, Recorder
-from pipeline.engine.forward import TransformersForward
+from pipeline.engine.forward import Forward, TransformersForward
 from pipeline.engine.kernels.triton_kernel import TritonKernel
 from pipeline.engine.packing import PackedBatch
 from pipeline.engine.recordings import choose_recorder
 from pipeline.engine.sampling import sample_next_token
+from pipeline.engine.triton_forward import TritonForward
 from pipeline.model.model import LoadedModel
 from pipeline.records import SamplingParams
 
@@ -48,16 +49,22 @@ class Stepper:
         self.step: DecodeStep = workload.half_way(prefix)
         self._scratch = workload.live_tokens(prefix)
         self._cache = random_cache(loaded, self._scratch + 1, loaded.shape.num_layers)
-        self._forward = TransformersForward(loaded.model, pack_weights=False)
+        self.forwards: dict[str, Forward] = {
+            "": TritonForward(loaded.model),
+            "unfused_": TransformersForward(loaded.model, pack_weights=False),
+        }
         heads = loaded.model.config.num_attention_heads
         self.kernel = TritonKernel(heads, loaded.shape.num_kv_heads, self.device)
 
-    def runner(self, record: Recorder | None) -> DecodeRunner:
-        return DecodeRunner(self._logits, self.kernel, self._scratch, record)
+    def runner(self, record: Recorder | None, arm: str = "") -> DecodeRunner:
+        """`arm` is one of `forwards`."""
+        forward = self.forwards[arm]
 
-    def _logits(self, batch: PackedBatch) -> Tensor:
-        every = torch.arange(len(batch.slots), device=self.device)
-        return self._forward(batch, self._cache, every)
+        def logits(batch: PackedBatch) -> Tensor:
+            every = torch.arange(len(batch.slots), device=self.device)
+            return forward(batch, self._cache, every)
+
+        return DecodeRunner(logits, self.kernel, self._scratch, record)
 
 
 def step(bench: Bench, shape: str) -> None:
@@ -81,23 +88,35 @@ def _measure(
 ) -> dict[str, Any]:
     given, device = stepper.step, stepper.device
     recorded, plain = stepper.runner(choose_recorder(device)), stepper.runner(None)
+    unfused = stepper.runner(choose_recorder(device), "unfused_")
     seconds = host_seconds(lambda: recorded(given), device)
+    unfused_s = host_seconds(lambda: unfused(given), device)
     setting = setting_of(loaded, workload, prefix)
     floor = step_floor_s(setting.dimensions, setting.rows, card)
     bytes_s = byte_floor_s(setting.dimensions, setting.rows, card)
-    on_device = [seconds_of_replay(r, device) for r in recorded.replays()]
+    on_device, unfused_on_device = (
+        next((seconds_of_replay(r, device) for r in runner.replays()), None)
+        for runner in (recorded, unfused)
+    )
     return {
         "step_s": seconds,
-        "device_s": on_device[0] if on_device else None,
+        "device_s": on_device,
+        "unfused_step_s": unfused_s,
+        "unfused_device_s": unfused_on_device,
         "without_graphs_s": host_seconds(lambda: plain(given), device, 5),
         "plan_s": host_seconds(lambda: stepper.kernel.plan(given.spans, given.positions), device),
         "floor_s": floor,
         "byte_floor_s": bytes_s,
         "share_of_floor": floor / seconds,
-        "same_tokens": recorded(given).greedy.token_ids.tolist()
-        == plain(given).greedy.token_ids.tolist(),
+        "same_tokens": _tokens(recorded, given) == _tokens(plain, given),
+        "same_tokens_unfused": _tokens(recorded, given) == _tokens(unfused, given),
         "is_recording": recorded.is_recording,
     }
+
+
+def _tokens(runner: DecodeRunner, step: DecodeStep) -> list[int]:
+    tokens: list[int] = runner(step).greedy.token_ids.tolist()
+    return tokens
 
 
 def _kernels(stepper: Stepper) -> dict[str, Any]:

@@ -73,4 +73,12 @@ def copy_short_edges(batch: PackedBatch, keys: Tensor, values: Tensor) -> None:
             arena[:, batch.copy_to] = arena[:, batch.copy_from]
 
 
+def window_of(attention: Any) -> int:
+    """Tokens of the past that a layer sees; 0: all. Some families keep it in the config alone."""
+    own = getattr(attention, "sliding_window", None)
+    if own is None and attention.config.model_type in ("mistral", "phi3"):
+        own = attention.config.sliding_window
+    return own or 0
+
+
 AttentionInterface.register(ATTENTION_NAME, cascade_attention)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.engine import native_forward
+from pipeline.engine.decoder import why_unknown
 from pipeline.engine.forward import Forward, TransformersForward
 from pipeline.engine.kernels import native, native_kernel, triton_kernel
 from pipeline.engine.kernels.kernel import AttentionKernel
@@ -17,6 +18,7 @@ from pipeline.engine.kernels.native_kernel import NativeKernel
 from pipeline.engine.kernels.torch_kernel import TorchKernel
 from pipeline.engine.kernels.triton_kernel import TritonKernel
 from pipeline.engine.sampling import Sampled, likeliest_token
+from pipeline.engine.triton_forward import TritonForward
 from pipeline.model.model import LoadedModel
 
 _NATIVE_DTYPES = (torch.bfloat16, torch.float32)
@@ -44,9 +46,9 @@ def choose_backend(loaded: LoadedModel, kernels: str) -> Backend:
     model, shape, device = loaded.model, loaded.shape, loaded.device
     heads = model.config.num_attention_heads, shape.num_kv_heads
     if kernels == "auto" and triton_kernel.is_available(device.type):
-        plain = TransformersForward(model, pack_weights=False)
         on_gpu = TritonKernel(*heads, device)
-        return Backend(plain, on_gpu, recordable=on_gpu)
+        forward, note = _gpu_forward(model)
+        return Backend(forward, on_gpu, note, recordable=on_gpu)
     if kernels == "torch" or device.type != "cpu":
         return Backend(TransformersForward(model, pack_weights=False), TorchKernel(device))
     reason = native.why_unavailable()
@@ -58,6 +60,15 @@ def choose_backend(loaded: LoadedModel, kernels: str) -> Backend:
         return Backend(packed, TorchKernel(device), note)
     forward = fused_forward(model)
     return Backend(forward, NativeKernel(*heads), likeliest=native_kernel.likeliest_token)
+
+
+def _gpu_forward(model: PreTrainedModel) -> tuple[Forward, str | None]:
+    """With fused Triton programs where they know the model, else its own code and a note."""
+    reason = why_unknown(model)
+    if reason is None:
+        return TritonForward(model), None
+    note = f"layers are computed by the model's own code, not by coppice's GPU programs: {reason}"
+    return TransformersForward(model, pack_weights=False), note
 
 
 def fused_forward(model: PreTrainedModel) -> Forward:

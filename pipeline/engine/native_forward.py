@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.engine import blocked_linear
-from pipeline.engine.attention import copy_short_edges
+from pipeline.engine.attention import copy_short_edges, window_of
 from pipeline.engine.blocked_linear import BlockedGate, BlockedLinear
 from pipeline.engine.forward import can_pack
 from pipeline.engine.kernels.rules import AttentionRules
@@ -74,7 +74,7 @@ class _Layer:
                 if hasattr(attention, "q_norm")
                 else None
             ),
-            rules=AttentionRules(attention.scaling, window=_window(attention)),
+            rules=AttentionRules(attention.scaling, window=window_of(attention)),
             output=_packed(attention.o_proj),
             mlp_norm=_Norm.of(layer.post_attention_layernorm),
             gate_and_up=_packed_gate(mlp.gate_proj, mlp.up_proj),
@@ -166,11 +166,3 @@ def _packed(*linears: Any) -> BlockedLinear | PackedLinear:
 def _packed_gate(gate: Any, up: Any) -> BlockedGate | PackedGate:
     is_blocked = blocked_linear.suits(gate) and blocked_linear.suits(up)
     return BlockedGate(gate, up) if is_blocked else PackedGate(gate, up)
-
-
-def _window(attention: Any) -> int:
-    """Tokens of the past that a layer sees; 0: all. Mistral keeps it in the config alone."""
-    own = getattr(attention, "sliding_window", None)
-    if own is None and attention.config.model_type == "mistral":
-        own = attention.config.sliding_window
-    return own or 0

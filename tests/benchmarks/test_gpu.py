@@ -15,19 +15,22 @@ import pytest
 from benchmarks.gpu.carried import MOST_BYTES, size_of, tracked_files
 from benchmarks.gpu.plan import GROUPS, NOT_DRY, Stage, choose
 from benchmarks.gpu.roofline import (
+    FUSED,
     H100,
+    UNFUSED,
     Card,
-    Engine,
     Part,
     Rows,
     attention,
     byte_floor_s,
+    merged_products,
     predict,
     products,
     step_floor_s,
     unshared_attention,
 )
 from benchmarks.gpu.watch import Journal, Watch
+from benchmarks.gpu.workload import GPU_SHAPES
 from benchmarks.limit import Dimensions
 
 SMALL = Dimensions(hidden=8, intermediate=16, layers=2, heads=4, kv_heads=2, vocabulary=10)
@@ -142,12 +145,30 @@ def test_a_step_counted_by_hand() -> None:
 
 
 def test_a_prediction_is_its_parts_and_never_below_the_floor() -> None:
-    engine = Engine(kernels=10, passes=6, host_s=1e-4)
-    parts = predict(SMALL, ROWS, H100, engine)
+    parts = predict(SMALL, ROWS, H100, FUSED)
     step = parts.pop("step_s")
     assert step == pytest.approx(sum(parts.values()))
     assert step > step_floor_s(SMALL, ROWS, H100)
-    assert parts["starts_s"] == pytest.approx((2 * 10 + 8) * 1.3e-6)
+    assert parts["starts_s"] == pytest.approx((2 * 11 + 18) * 1.3e-6)
+    numbers = 8 * 8 + 2 * 16 + 3 * 16
+    assert parts["between_s"] == pytest.approx(2 * 3 * numbers * 2 / 5.5e12)
+
+
+def test_merged_products_read_what_they_share_once() -> None:
+    apart, merged = products(SMALL, 3), merged_products(SMALL, 3)
+    assert sum(p.flop for p in merged) == sum(p.flop for p in apart)
+    saved = sum(p.bytes for p in apart) - sum(p.bytes for p in merged)
+    assert saved == 2 * 3 * 8 * 3 * 2, (
+        "two layers: three rows of 8 numbers, twice for Q K V, once more"
+    )
+
+
+@pytest.mark.parametrize(("shape", "share"), [("1B", 0.55), ("8B", 0.74)])
+def test_a_step_of_256_rows_is_predicted_to_come_near_its_floor(shape: str, share: float) -> None:
+    model, rows = Dimensions.of(GPU_SHAPES[shape]), Rows(256, 2048, 192)
+    floor = step_floor_s(model, rows, H100)
+    fused, before = (predict(model, rows, H100, engine)["step_s"] for engine in (FUSED, UNFUSED))
+    assert floor / fused >= share > floor / before
 
 
 def test_the_script_is_rehearsed_whole(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import triton.language as tl
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "items"])
 def attend_items(
     query,  # [V, Hq, d]
     keys,  # [Hkv, capacity, d]
@@ -178,7 +178,7 @@ def _attend_keys(
     return best, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["offsets", "partials"])
 def merge_partials(
     part_out,  # [partials, Hq, d] float32
     part_lse,  # [partials, Hq] float32, base 2

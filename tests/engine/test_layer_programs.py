@@ -1,0 +1,60 @@
+"""The Triton programs around attention: right when interpreted, and lean machine code for a card.
+
+Faults planted one at a time, each of which turned `layer_cases` red: FAULTS_HERE
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu.around import CASES, Sizes
+
+CASES_FILE = Path(__file__).with_name("layer_cases.py")
+MOST_REGISTERS = {"join": 64, "rotate_and_store": 48, "gate": 40}
+"""With so few, a multiprocessor of sm_90 has room for 32 warps and more."""
+
+
+def test_the_programs_equal_their_slow_meaning_under_the_interpreter() -> None:
+    """In a process of their own: triton decides at its first import whether it interprets."""
+    pytest.importorskip("triton", reason="triton is not installed; it comes for Linux alone")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CASES_FILE)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert re.search(r"^\d+ passed in", done.stdout, re.MULTILINE), done.stdout[-500:]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [*CASES[:2], *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in CASES[2:])],
+    ids=str,
+)
+def test_code_for_a_card_spills_nothing(sizes: Sizes) -> None:
+    pytest.importorskip("triton", reason="triton is not installed; it comes for Linux alone")
+    from benchmarks.gpu.compiled_steps import compile_steps
+
+    for name, taken in compile_steps(sizes, is_whole=True).items():
+        assert taken.stack == 0, f"{name} spills registers: {taken}"
+        assert taken.registers <= MOST_REGISTERS[name], (name, taken)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_card_gives_the_slow_meaning(tmp_path: Path) -> None:
+    import time
+
+    from benchmarks.gpu import around
+    from benchmarks.gpu.child import Bench
+
+    said = []
+    bench = Bench(tmp_path, is_dry=False, until=time.monotonic() + 100)
+    bench.say = lambda **row: said.append(row)  # type: ignore[method-assign]
+    around.check(bench)
+    assert said and not [row for row in said if "failed" in row]

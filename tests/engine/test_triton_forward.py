@@ -1,0 +1,279 @@
+"""The forward of a GPU on a CPU: what Triton programs would compute, their slow meaning computes.
+
+That the programs have this meaning is shown by `layer_cases`; here it is shown that a layer of each
+family is put together rightly, holds no weight twice, and starts no more kernels than it should.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from benchmarks.gpu.launches import Counts, counted, plainly, small_llama
+from benchmarks.gpu.roofline import FUSED, UNFUSED
+from pipeline.engine import backend, decoder
+from pipeline.engine.backend import Backend, choose_backend
+from pipeline.engine.forward import PiecewiseForward, TransformersForward
+from pipeline.engine.kernels import layer_rules, layer_steps, triton_kernel
+from pipeline.engine.kernels.layer_rules import Joint
+from pipeline.engine.kernels.torch_kernel import TorchKernel
+from pipeline.engine.merged_linear import MergedLinear
+from pipeline.engine.naive_engine import NaiveEngine
+from pipeline.engine.prefix_engine import PrefixEngine
+from pipeline.engine.triton_forward import TritonForward
+from pipeline.engine.verify.self_test import (
+    eviction_self_test,
+    segment_self_test,
+    self_test,
+)
+from pipeline.errors import EngineError
+from pipeline.model.model import LoadedModel
+from pipeline.plan.conversations import Eviction
+from pipeline.plan.documents import Reuse
+from pipeline.settings import EngineSettings
+from tests.engine import families, tiny
+from tests.engine.families import FAMILIES, Family
+from tests.engine.test_families import generate, random_plan, worst_difference
+
+CPU = torch.device("cpu")
+KNOWN = [family for family in FAMILIES if family.model_type in decoder.FAMILIES]
+BY_ID = {family.id: family for family in FAMILIES}
+every_known = pytest.mark.parametrize("family", KNOWN, ids=lambda family: family.id)
+MOST_KERNELS = 12
+
+
+@pytest.fixture(autouse=True)
+def slow_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step by its reference."""
+    for name in ("join", "rotate_and_store", "gate"):
+        monkeypatch.setattr(layer_steps, name, getattr(layer_rules, f"{name}_reference"))
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that choose their backend meanwhile run by `TritonForward`."""
+
+    def choose(loaded: LoadedModel, kernels: str) -> Backend:
+        return Backend(TritonForward(loaded.model), TorchKernel(CPU))
+
+    monkeypatch.setattr("pipeline.engine.prefix_engine.choose_backend", choose)
+
+
+@every_known
+@pytest.mark.usefixtures("fused")
+def test_every_logit_of_a_family_equals_its_eager_attention(family: Family) -> None:
+    assert worst_difference(families.load(family), random_plan(), "auto") < family.bound
+
+
+@every_known
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_passes_the_test_at_load(family: Family, dtype: torch.dtype) -> None:
+    assert self_test(PrefixEngine(families.load(family, dtype), EngineSettings())) >= 0.0
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("gemma2, soft-capped scores, window in some layers", "after"),
+        ("granite, multipliers", "multiplier"),
+    ],
+)
+@pytest.mark.usefixtures("fused")
+def test_a_joint_that_is_wrong_is_seen(
+    family: str, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else equality above would say nothing about what these families join by."""
+    plain: dict[str, Any] = {"after": None, "multiplier": 1.0}
+    right = layer_rules.join_reference
+
+    def wrong(x: Any, y: Any, joint: Joint, rows: Any = None) -> Any:
+        return right(x, y, joint._replace(**{change: plain[change]}), rows)
+
+    monkeypatch.setattr(layer_steps, "join", wrong)
+    known = BY_ID[family]
+    assert worst_difference(families.load(known), random_plan(), "auto") > 100 * known.bound
+
+
+def test_the_output_layer_alone_runs_in_pieces() -> None:
+    assert isinstance(TritonForward(small_llama(1)), PiecewiseForward)
+
+
+def test_merged_weights_are_held_once_and_layers_give_what_they_gave() -> None:
+    loaded = families.load(BY_ID["qwen2, no window"])
+    model = loaded.model
+    held = bytes_held(model)
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+        first = TritonForward(model)
+        second = TritonForward(model)
+        assert torch.equal(model(ids, use_cache=False).logits, before)
+    assert bytes_held(model) == held
+    assert model_bytes(first) == model_bytes(second), "merging again would hold weights twice"
+    attention: Any = model.model.layers[0].self_attn
+    assert attention.k_proj.weight.untyped_storage().data_ptr() == (
+        attention.q_proj.weight.untyped_storage().data_ptr()
+    )
+
+
+def bytes_held(model: PreTrainedModel) -> int:
+    """Of all memory that its parameters are part of, each once."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def model_bytes(forward: TritonForward) -> list[int]:
+    """Where the merged weights lie."""
+    layers = forward._decoder.layers
+    return [x.weight.data_ptr() for layer in layers for x in (layer.qkv, layer.gate_and_up)]
+
+
+def test_layers_of_which_some_have_biases_merge() -> None:
+    torch.manual_seed(0)
+    one, two = nn.Linear(6, 5), nn.Linear(6, 3, bias=False)
+    x = torch.randn(4, 6)
+    expected = torch.cat([one(x), two(x)], 1)
+    merged = MergedLinear(one, two)
+    torch.testing.assert_close(merged(x), expected)
+    torch.testing.assert_close(torch.cat([one(x), two(x)], 1), expected)
+    assert MergedLinear(one, two).weight.data_ptr() == merged.weight.data_ptr()
+    assert MergedLinear(two).weight.data_ptr() == two.weight.data_ptr()
+
+
+def with_layers(family: Family, layers: int) -> Family:
+    """The same with as many layers, all of one kind, so that there is one table of turns."""
+    kinds = family.options.get("layer_types")
+    fewer = {} if kinds is None else {"layer_types": kinds[:1] * layers}
+    return replace(family, options=family.options | {"num_hidden_layers": layers} | fewer)
+
+
+def builder(family: Family) -> Callable[[int], PreTrainedModel]:
+    return lambda layers: families.load(with_layers(family, layers), torch.bfloat16).model
+
+
+@every_known
+def test_a_layer_starts_at_most_twelve_kernels(family: Family) -> None:
+    """Counted where torch computes and where Triton programs start; seen red with a copy more."""
+    pytest.importorskip("triton", reason="triton is not installed; it comes for Linux alone")
+    with real_steps():
+        counts = Counts.of(builder(family), TritonForward)
+    assert counts.layer.total() <= MOST_KERNELS, counts.layer
+    assert counts.layer["triton join"] == 2 and counts.layer["triton merge_partials"] == 1
+
+
+def test_the_count_of_a_llama_is_that_of_the_model_of_a_step() -> None:
+    """And transformers' own code starts nearly four times as many."""
+    pytest.importorskip("triton", reason="triton is not installed; it comes for Linux alone")
+    with real_steps():
+        fused, plain = (Counts.of(small_llama, run) for run in (TritonForward, plainly))
+    assert fused.layer.total() == FUSED.kernels == 11
+    assert plain.layer.total() == UNFUSED.kernels == 42
+    assert fused.rest.total() <= 13, fused.rest
+
+
+def test_an_operation_more_in_a_layer_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed; it comes for Linux alone")
+    merged = MergedLinear.__call__
+    monkeypatch.setattr(MergedLinear, "__call__", lambda self, x: merged(self, x) * 1.0)
+    with real_steps():
+        counts = Counts.of(small_llama, TritonForward)
+    assert counts.layer.total() == FUSED.kernels + 4
+
+
+def test_views_and_new_memory_are_no_kernels() -> None:
+    pytest.importorskip("triton", reason="triton is not installed; it comes for Linux alone")
+    x = torch.randn(4, 6)
+    with counted() as kernels:
+        torch.empty_like(x.view(2, 12).t()[1:].unsqueeze(0))
+        torch.split(x.flatten(), 2)
+        x.new_empty(3)
+    assert not kernels
+    with counted() as kernels:
+        x.t().contiguous().add_(1.0)
+        torch.cat([x, x])
+    assert kernels == {"clone": 1, "add_": 1, "cat": 1}
+
+
+@contextmanager
+def real_steps() -> Iterator[None]:
+    """The programs' own launches meanwhile, not their slow meaning."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, step in STEPS.items():
+            patch.setattr(layer_steps, name, step)
+        yield
+
+
+STEPS = {name: getattr(layer_steps, name) for name in ("join", "rotate_and_store", "gate")}
+
+
+@pytest.mark.parametrize(
+    ("family", "says"),
+    [
+        ("gpt2, learned positions", "'gpt2'"),
+        ("mixtral, no window", "'mixtral'"),
+        ("cohere, interleaved rotary", "'cohere'"),
+    ],
+)
+def test_a_family_that_is_not_known_runs_as_before_and_says_so(
+    family: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_kernel, "is_available", lambda device_type="cuda": True)
+    chosen = choose_backend(families.load(BY_ID[family]), "auto")
+    assert isinstance(chosen.forward, TransformersForward) and chosen.note is not None
+    assert "own code" in chosen.note and says in chosen.note
+    engine = PrefixEngine(families.load(BY_ID[family]), EngineSettings(), chosen)
+    assert chosen.note in engine.notes
+
+
+def test_known_models_with_other_layers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernel, "is_available", lambda device_type="cuda": True)
+    model = small_llama(1)
+    assert backend._gpu_forward(model)[1] is None
+    layer: Any = model.model.layers[0]
+    layer.mlp.act_fn = nn.Tanh()
+    assert "activation" in str(decoder.why_unknown(model))
+    layer.mlp.down_proj = nn.Identity()
+    assert "linear layers" in str(decoder.why_unknown(model))
+
+
+@pytest.mark.usefixtures("fused")
+def test_kv_of_another_shape_than_promised_is_an_error() -> None:
+    loaded = families.load(BY_ID["llama, grouped heads"])
+    wrong = replace(loaded, shape=replace(loaded.shape, num_kv_heads=4))
+    with pytest.raises(EngineError, match="layer 0 made .* but the model's config promised"):
+        self_test(PrefixEngine(wrong, EngineSettings()))
+
+
+@pytest.mark.usefixtures("fused")
+def test_tokens_equal_the_naive_engine_on_the_same_weights() -> None:
+    loaded, plan = families.load(BY_ID["qwen3, no window"]), random_plan(rows=6)
+    ours = generate(PrefixEngine(loaded, EngineSettings()), plan)
+    plain = generate(NaiveEngine(loaded), plan)
+    assert {s: c.token_ids for s, c in ours.items()} == {s: c.token_ids for s, c in plain.items()}
+
+
+VIEWED = ("llama, grouped heads", "smollm3, rotary in some layers", "olmo2, norms of Q and K",
+          "gemma3_text, window in some layers, two rotaries")  # fmt: skip
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("family", VIEWED)
+def test_documents_are_seen_where_they_stand(family: str) -> None:
+    """By views, which the same step makes that turns the heads."""
+    engine = PrefixEngine(families.load(BY_ID[family]), EngineSettings())
+    assert segment_self_test(engine, Reuse("concat", tiny.VOCABULARY)) < 1e-4
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("evictor", ["h2o", "snapkv"])
+def test_queries_are_noted_for_those_who_evict_by_them(evictor: Literal["h2o", "snapkv"]) -> None:
+    engine = PrefixEngine(families.load(BY_ID["llama, grouped heads"]), EngineSettings())
+    assert eviction_self_test(engine, Eviction(evictor)) < 1e-4
