@@ -33,11 +33,17 @@ _DIGITS = 24
 
 
 def keep_frame(frame: pl.DataFrame | pl.LazyFrame | pa.Table) -> str:
-    """The path of a Parquet file of these rows. Raises UsageError for another type, StorageError.
+    """The path of a Parquet file of these rows. Raises UsageError for another type, also of one of
+    its columns, StorageError.
 
     What a lazy frame means is computed here, once a call.
     """
-    content = memoryview(encode_parquet(_table(frame).combine_chunks()))
+    rows = frame.collect() if isinstance(frame, pl.LazyFrame) else frame
+    try:
+        content = memoryview(encode_parquet(_table(rows).combine_chunks()))
+    except pa.ArrowException:
+        _blame(rows)
+        raise
     return _keep("frames", "prompts.parquet", content)
 
 
@@ -69,9 +75,9 @@ def _keep(kind: str, name: str, content: memoryview) -> str:
 
 
 def _table(frame: object) -> pa.Table:
-    if isinstance(frame, pl.LazyFrame):
-        frame = frame.collect()
     if isinstance(frame, pl.DataFrame):
+        if pl.Object in frame.dtypes:  # of which Arrow gets addresses in memory
+            _blame(frame)
         return frame.rechunk().to_arrow()
     if isinstance(frame, pa.Table):
         return frame.replace_schema_metadata(None)  # pandas notes there where its index was
@@ -79,6 +85,28 @@ def _table(frame: object) -> pa.Table:
         f"prompts are a path, a polars frame or a pyarrow table, not {type(frame).__name__}; "
         "pl.from_pandas makes one of a pandas frame"
     )
+
+
+def _blame(frame: pl.DataFrame | pa.Table) -> None:
+    """Raises UsageError naming the first column that no Parquet file holds, where there is one."""
+    for place, (name, kind) in enumerate(zip(*_columns(frame), strict=True)):
+        try:
+            if kind == pl.Object:
+                raise pa.ArrowNotImplementedError
+            encode_parquet(_table(frame[:0, [place]] if isinstance(frame, pl.DataFrame)
+                                  else frame.select([place]).slice(0, 0)))  # fmt: skip
+        except pa.ArrowException:
+            raise UsageError(
+                f"the column {name!r} of the frame has the type {kind}, which no Parquet file "
+                "holds; cast it or leave it out"
+            ) from None
+
+
+def _columns(frame: pl.DataFrame | pa.Table) -> tuple[list[str], list[Any]]:
+    """Names and types."""
+    if isinstance(frame, pl.DataFrame):
+        return frame.columns, frame.dtypes
+    return frame.schema.names, frame.schema.types
 
 
 def _drop_stale(kept: Path) -> None:

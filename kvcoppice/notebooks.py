@@ -116,7 +116,8 @@ def _names(rows: pl.DataFrame | pl.LazyFrame | pa.Table) -> list[str]:
 def _in_order(answers: pl.LazyFrame, names: list[str]) -> pl.LazyFrame:
     """Columns of the frame first, as it had them, but where their name is taken."""
     found = answers.collect_schema().names()
-    first = [f"input_{name}" if f"input_{name}" in found else name for name in names]
+    renamed = {*found} - {*names}
+    first = [f"input_{name}" if f"input_{name}" in renamed else name for name in names]
     return answers.select([*first, *(name for name in found if name not in first)])
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from pipeline.forms import Share
+from pipeline.forms import Section, Share
 
 if TYPE_CHECKING:
     from pipeline.settings import JobSettings
@@ -19,7 +19,7 @@ _OF_EVICTION = (
 )  # fmt: skip
 
 
-class ConversationSettings(BaseModel):
+class ConversationSettings(Section):
     """Rows are turns of conversations where a column of one of the two kinds is named; the other
     one is found by its usual name.
 
@@ -28,8 +28,6 @@ class ConversationSettings(BaseModel):
     conversation that stay (None: 4, 512). `on_full` "error": a turn that needs eviction fails.
     `max_degenerate`: the most turns that may repeat themselves.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     conversation_column: str | None = None
     turn_column: str | None = None

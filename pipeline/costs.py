@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
+
+from pipeline.forms import Section
 
 _HOUR_S = 3600.0
+_MOST_PRICE = 1e12  # beyond, sums of it are no numbers
 
 
-class CostSettings(BaseModel):
+class CostSettings(Section):
     """What an hour costs; decides no answer. None: nobody asks what a job costs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    price_per_hour: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    price_per_hour: float | None = Field(default=None, gt=0.0, le=_MOST_PRICE, allow_inf_nan=False)
 
 
 NO_COSTS = CostSettings()

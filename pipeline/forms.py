@@ -13,9 +13,18 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, get_args
 
-from pydantic import BeforeValidator, ByteSize, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 _NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _SIZE = re.compile(rf"({_NUMBER})\s*([a-z]*)", re.IGNORECASE)
@@ -23,6 +32,7 @@ _KUBERNETES = re.compile(r"[kmgtpe]i", re.IGNORECASE)  # `8Gi`, as its manifests
 _STEP = rf"({_NUMBER})\s*([smhd])"
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _byte_size = TypeAdapter(ByteSize)
+_MOST_QUOTED = 200  # characters of a text, bits of a number
 
 
 def parse_size(text: str | int) -> int:
@@ -104,6 +114,40 @@ Share = Annotated[float, BeforeValidator(parse_share)]
 RowLimit = Annotated[str, BeforeValidator(parse_row_limit)]
 
 
+class Section(BaseModel):
+    """Some settings that belong together. What is not known, or of another kind, is refused: to
+    pydantic true is the number 1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_of_its_kind(cls, value: object, said: ValidationInfo) -> object:
+        annotation = cls.model_fields[str(said.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise ValueError("must not be true or false")
+        if not are_texts(value):
+            raise ValueError("holds half a surrogate pair, which is not text")
+        return value
+
+
+def are_texts(value: object) -> bool:
+    """Whether all texts in a value can be written: JSON and YAML can spell half a surrogate pair,
+    and lists in themselves."""
+    left, seen = [value], set[int]()
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            try:
+                one.encode()
+            except UnicodeEncodeError:
+                return False
+        elif isinstance(one, dict | list | tuple) and id(one) not in seen:
+            seen.add(id(one))
+            left += [*one, *one.values()] if isinstance(one, dict) else one
+    return True
+
+
 def unknown_name(name: str, known: Iterable[str], remedy: str) -> str:
     """What to say of a setting that nobody knows: the nearest one that exists, or the remedy."""
     spelled = {one.replace("_", "-"): None for one in known}
@@ -150,7 +194,16 @@ def say_fault(
     if not where or (len(where) == 1 and where[0] in set(groups)):
         return reason
     names = [part for part in where if isinstance(part, str)]
-    value, quoted = first["input"], repr(first["input"])
-    is_shown = isinstance(value, str | int | float) and not set(names) & set(private)
-    got = f" (got {quoted})" if is_shown and quoted not in reason else ""
+    value = first["input"]
+    is_shown = _is_short(value) and not set(names) & set(private)
+    got = f" (got {value!r})" if is_shown and repr(value) not in reason else ""
     return f"setting {names[-1].replace('_', '-')}: {reason}{got}"
+
+
+def _is_short(value: object) -> bool:
+    """Whether it is one plain value that fits into a sentence."""
+    if isinstance(value, str):
+        return len(value) <= _MOST_QUOTED
+    if isinstance(value, int):
+        return value.bit_length() <= _MOST_QUOTED
+    return isinstance(value, float)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 MOST_LISTED: Final = 65_536
 MOST_WORDS: Final = 1_000
@@ -48,6 +48,13 @@ class RequestRules(BaseModel):
     stop_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=MOST_LISTED)
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+
+    @field_validator("allowed_token_ids")
+    @classmethod
+    def _allow_some(cls, ids: tuple[TokenId, ...]) -> tuple[TokenId, ...]:
+        if not ids:
+            raise ValueError("allows no token at all; leave it out")
+        return ids
 
     @property
     def changes_logits(self) -> bool:
@@ -106,4 +113,4 @@ def read_asked(asked: str) -> RequestRules:
 
 def with_bad_words(asked: str, ids: tuple[tuple[int, ...], ...]) -> str:
     """The same, its bad words as token ids."""
-    return write_asked(read_asked(asked).model_dump() | {"bad_words_ids": ids})
+    return write_asked(read_asked(asked).model_dump(exclude_defaults=True) | {"bad_words_ids": ids})

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from pipeline.forms import Share
+from pipeline.forms import Section, Share
 
 if TYPE_CHECKING:
     from pipeline.settings import JobSettings
@@ -18,7 +18,7 @@ _EPIC_TOKENS = 8
 _BLEND_SHARE = 0.15
 
 
-class ReuseSettings(BaseModel):
+class ReuseSettings(Section):
     """`reuse`: "prefix" computes whole prompts, exactly; the other modes take documents from
     wherever they stood, see docs/segments.md. None: the default of `context`, `num_epic_tokens` and
     `share_to_blend`.
@@ -28,8 +28,6 @@ class ReuseSettings(BaseModel):
     the same answer is below `min_agreement`, or the divergence in nats above `max_kl`,
     `on_disagreement` says what to do.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     reuse: Literal["prefix", "concat", "epic", "cacheblend", "kvlink", "packet"] = "prefix"
     epic_tokens: int | None = Field(default=None, ge=1)

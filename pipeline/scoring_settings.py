@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import field_validator, model_validator
+
+from pipeline.forms import Section
 
 if TYPE_CHECKING:
     from pipeline.settings import JobSettings
@@ -15,7 +18,7 @@ CHOICES_COLUMN: Final = "choices"
 _ENGINES = ("prefix", "naive")
 
 
-class ScoringSettings(BaseModel):
+class ScoringSettings(Section):
     """Rows are scored, and no answer is generated, where one of five is said.
 
     `choices_column`: a list of texts; `choices`: the same for every row, in one text with commas or
@@ -24,8 +27,6 @@ class ScoringSettings(BaseModel):
     `question_order`, "auto": whichever shares more.
     `normalize`: what the log-probability of a choice is divided by before choices are compared.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     choices_column: str | None = None
     choices: tuple[str, ...] = ()
@@ -38,14 +39,12 @@ class ScoringSettings(BaseModel):
     @field_validator("choices", mode="before")
     @classmethod
     def _texts(cls, value: object) -> object:
-        texts = [value] if isinstance(value, str) else value
+        texts = value.split(",") if isinstance(value, str) else value
         if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
             raise ValueError("write it as yes,no or as a list of texts")
-        if len(texts) == 1:
-            texts = texts[0].split(",")
         if not all(texts):
             raise ValueError("a choice is empty; write it as yes,no")
-        twice = next((text for text in texts if list(texts).count(text) > 1), None)
+        twice = next((text for text, count in Counter(texts).items() if count > 1), None)
         if twice is not None:
             raise ValueError(f"the choice {twice!r} is there twice; drop one")
         return tuple(texts)

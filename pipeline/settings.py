@@ -31,6 +31,7 @@ from pipeline.errors import UsageError
 from pipeline.forms import (
     Duration,
     RowLimit,
+    Section,
     Share,
     Size,
     parse_duration,
@@ -82,11 +83,7 @@ def _named_values(value: object) -> list[tuple[Any, Any]]:
     return [(name, content) for name, _, content in pairs]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ReadSettings(_Section):
+class ReadSettings(Section):
     """Which rows and columns are read. A column left at None is found by its usual name.
 
     `template`: a Jinja file that makes the prompt of a row's columns, instead of a ready one.
@@ -106,7 +103,7 @@ class ReadSettings(_Section):
     limit: int | None = Field(default=None, ge=1)
 
 
-class TokenSettings(_Section):
+class TokenSettings(Section):
     """How a row becomes text, and text token ids.
 
     `clock`: what a chat template that prints the date or time takes for now, on the wall; None:
@@ -149,7 +146,7 @@ class TokenSettings(_Section):
         return None if value is None else value.replace(tzinfo=None)
 
 
-class PlanSettings(_Section):
+class PlanSettings(Section):
     """How the file becomes a plan. `min_prefix_tokens`: shorter shared spans get no KV range of
     their own in decode; their states are still computed once and then copied. `plan_memory`: bytes
     that planning may take, which change its time and nothing else. `shard` of `num_shards`: only
@@ -182,7 +179,7 @@ class PlanSettings(_Section):
         return self.shard or 0
 
 
-class SamplingSettings(_Section):
+class SamplingSettings(Section):
     """Defaults for rows without sampling fields; None means: as the model's repository says.
 
     `top_k` 0 or -1: all tokens. `generation_options`: fields of transformers' `GenerationConfig`
@@ -196,7 +193,7 @@ class SamplingSettings(_Section):
     temperature: float | None = Field(default=None, ge=0.0, le=100.0)
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     top_k: int | None = Field(default=None, ge=-1, le=MOST_NEW_TOKENS)
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     n: int | None = Field(default=None, ge=1, le=MOST_SAMPLES)
@@ -247,7 +244,7 @@ class SamplingSettings(_Section):
         return "" if self.grammar is None else constraints.of_grammar(self.grammar)
 
 
-class ModelSettings(_Section):
+class ModelSettings(Section):
     """Which model runs, and on what. `model` is a folder or a hub id.
 
     `engine_options`: arguments of vLLM's `LLM`, like `{"tensor_parallel_size": "2"}`; no other
@@ -279,7 +276,7 @@ class ModelSettings(_Section):
         return self
 
 
-class EngineSettings(_Section):
+class EngineSettings(Section):
     """How the device runs; none of this may change an answer, but `fidelity` its last bit.
 
     `kv_budget` in bytes; `spill_memory`: of the host, for conversations that give way to others
@@ -299,7 +296,7 @@ class EngineSettings(_Section):
     threads: int | None = Field(default=None, ge=1)
 
 
-class WriteSettings(_Section):
+class WriteSettings(Section):
     """How the output is cut into parts and when the job counts as failed or stops by itself.
 
     `explode`: a row of several samples is as many rows. `stall_timeout`: seconds in which nothing
@@ -323,7 +320,7 @@ class WriteSettings(_Section):
         return int(rows_of(self.fail_on_error, num_rows))
 
 
-class FleetSettings(_Section):
+class FleetSettings(Section):
     """Where the sequences are computed; decides no answer. Workers and address are Ray's alone."""
 
     executor: Literal["local", "ray"] = "local"
@@ -337,14 +334,14 @@ class FleetSettings(_Section):
         return self
 
 
-class RecycleSettings(_Section):
+class RecycleSettings(Section):
     """Where KV states are kept from one run to the next. `kv_store_budget` in bytes."""
 
     kv_store: Path | None = None
     kv_store_budget: Size = Field(default=8 << 30, ge=1)
 
 
-class MonitorSettings(_Section):
+class MonitorSettings(Section):
     """Who may watch a running job: Prometheus, by HTTP or by a file for node_exporter.
 
     `metrics_port`: `9464`, which this machine alone can ask, or `0.0.0.0:9464`.
@@ -369,7 +366,7 @@ class MonitorSettings(_Section):
         return host.strip("[]") or "127.0.0.1", int(port)
 
 
-class AuditSettings(_Section):
+class AuditSettings(Section):
     """How many rows are audited and what they must show. `audit_sample`: `200` rows or `1%`."""
 
     audit_sample: RowLimit = "1%"
@@ -383,7 +380,7 @@ class AuditSettings(_Section):
         return min(total, math.ceil(rows_of(self.audit_sample, total)))
 
 
-class ObjectStoreSettings(_Section):
+class ObjectStoreSettings(Section):
     """How an object store is reached, to read and to write; decides no answer.
 
     Secrets are in no dump and no repr: run.json and `--print-config` never hold them. What is
@@ -418,8 +415,10 @@ class ObjectStoreSettings(_Section):
         return ObjectStoreSettings(storage_options=self.storage_options | other.storage_options)
 
 
-class JobSettings(_Section):
+class JobSettings(BaseModel):
     """The whole job, section by section."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: ModelSettings
     read: ReadSettings = ReadSettings()

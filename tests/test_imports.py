@@ -43,7 +43,7 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.request_rules": set(),
     "pipeline.time_limit": set(),
     "pipeline.template_arguments": set(),
-    "pipeline.costs": set(),
+    "pipeline.costs": _rooms("forms"),
     "pipeline.private_folder": set(),
     "pipeline.confined": set(),
     "pipeline.unheard": set(),

@@ -268,6 +268,8 @@ def _plain(annotation: Any) -> Any:
 def merge(flags: dict[str, Any], config: Path | None) -> JobSettings:
     """Flags over the YAML file over the defaults. Raises UsageError naming field or file."""
     said = _said(flags)
+    if len(said.get("choices", ())) == 1:  # a flag that is given once has them all
+        (said["choices"],) = said["choices"]
     written = {} if config is None else read_config(config)
     merged = written | said
     if "storage_options" in written.keys() & said.keys():

@@ -75,7 +75,9 @@ def _of_chat(logprobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _token(said: Mapping[str, Any]) -> dict[str, Any]:
     token = said["token"]
-    return {"token": token, "logprob": said["logprob"], "bytes": list(token.encode())}
+    is_whole = "\ufffd" not in token  # else a piece of a character, whose bytes nobody kept
+    said_bytes = list(token.encode()) if is_whole else None
+    return {"token": token, "logprob": said["logprob"], "bytes": said_bytes}
 
 
 def _of_text(logprobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

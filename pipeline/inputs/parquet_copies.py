@@ -24,7 +24,7 @@ from pipeline.inputs.text_files import is_csv, write_rows
 from pipeline.private_folder import private_folder, stale_in
 from pipeline.storage.durable import write_whole
 
-_VERSION = 2  # another one where the same lines would become other rows
+_VERSION = 3  # another one where the same lines would become other rows
 _STALE_S = 3 * 24 * 3600  # what nobody came back for
 _DIGITS = 24
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pipeline.errors import UsageError
 from pipeline.forms import say_fault
 from pipeline.questions import Question, Questionnaire
-from pipeline.settings_file import describe_fault
+from pipeline.settings_file import check_keys, describe_fault
 
 _MOST_BYTES = 1 << 20
 _KEYS = ("instructions", "answer", "questions")
@@ -57,13 +57,7 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]
     """Scalars are texts, and a key is there once."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    said = f"the key {key.value!r} is there twice"
-                    raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
-                seen.add(key.value)
+        check_keys(node)
         return super().construct_mapping(node, deep)
 
 

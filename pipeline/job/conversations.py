@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.inputs.turns import Turns
+from pipeline.job.planning_limits import check_samples
 from pipeline.plan.conversation_planning import Chains, plan_conversations
 from pipeline.plan.conversations import CONTEXT_EXCEEDED, Eviction
 from pipeline.plan.plan import Names, Plan, build_plan
@@ -68,7 +69,8 @@ def plan_turns(
 
 
 def build(asked: Asked, splits: Splits, table: TokenTable, kinds: NDArray[np.int64] | None) -> Plan:
-    """`build_plan` of another table with as many rows."""
+    """`build_plan` of another table with as many rows. Raises InputError for too many samples."""
+    check_samples(asked.params, asked.params_of_row, table.lengths > 0)
     return build_plan(
         table,
         splits.names,

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ModelError
+from pipeline.errors import InputError, ModelError
 from pipeline.job.job import Job
 from pipeline.plan.plan import Plan
 from pipeline.plan.shards import cut_into_shards
 from pipeline.plan.subplan import only
 from pipeline.plan.summary import KVLimits
+from pipeline.records import SamplingParams
 from pipeline.settings import PlanSettings
 
 _ROW_BYTES = 250  # of the plan's own columns while it is built, measured
 _SORT_COST = 2.0  # bytes of memory for each byte that is sorted, measured
 _LEAST_SORT_BYTES = 64 << 20
 _BASE_BYTES = 600 << 20  # Python with its libraries
+_MOST_SAMPLES = 100_000_000  # of all rows: planned, each takes some 60 bytes
 
 
 def check_vocabulary(largest: int, job: Job) -> None:
@@ -25,6 +29,19 @@ def check_vocabulary(largest: int, job: Job) -> None:
         raise ModelError(
             f"tokenizer and model do not belong together: token id {largest} appears, "
             f"but the model knows {job.shape.vocabulary_size} ids; check --model and --revision"
+        )
+
+
+def check_samples(
+    params: Sequence[SamplingParams], params_of_row: NDArray[np.integer], runs: NDArray[np.bool_]
+) -> None:
+    """Raises InputError where rows that run ask for more samples than can be planned."""
+    counts = np.array([p.n for p in params], np.int64)
+    total = int(counts[params_of_row[runs]].sum())
+    if total > _MOST_SAMPLES and counts.max() > 1:
+        raise InputError(
+            f"the rows ask for {total:,} samples together, and a job has {_MOST_SAMPLES:,} at "
+            "most; lower n, or cut the input into several jobs"
         )
 
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UsageError
-from pipeline.forms import say_fault
+from pipeline.forms import Section, say_fault
 from pipeline.location import Location, is_url
 from pipeline.settings import JobSettings, ObjectStoreSettings, check_known
 from pipeline.settings_file import read_config
@@ -27,13 +27,11 @@ _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
 _PATHS = ("input", "output", "publish", "template", "chat_template", "questions", "metrics_file")
 
 
-class NightSettings(BaseModel):
+class NightSettings(Section):
     """What a night has that a run has not. Paths are absolute, or below `s3://`.
 
     `catch_up`: unfinished nights of so many days before are finished first.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     input: str = Field(min_length=1)

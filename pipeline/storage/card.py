@@ -5,8 +5,9 @@ It holds counts, names and hashes, so that it can be published beside the data.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
+
+import pyarrow as pa
 
 from pipeline.questions import Question
 from pipeline.storage.schema import fields_among, question_fields
@@ -38,12 +39,16 @@ Failed rows have `status = "error"` and the reason in `error_type` and `error_me
 
 
 def render_card(
-    manifest: dict[str, Any], num_rows: int, num_error: int, names: Collection[str] = ()
+    manifest: dict[str, Any], num_rows: int, num_error: int, schema: pa.Schema
 ) -> str:
-    """Markdown with the front matter that `datasets` reads. `names`: of the output's columns."""
+    """Markdown with the front matter that `datasets` reads. `schema`: of the parts."""
     asked = [Question.recorded(said) for said in manifest.get("questions", ())]
-    fields = (*fields_among(names), *question_fields(asked))
-    columns = "\n".join(f"| `{field.name}` | {field.type} |" for field in fields)
+    fields = (*fields_among(schema.names), *question_fields(asked))
+    names = [field.name for field in fields if field.name in schema.names]
+    if {"forced_tokens", "parsed"} <= {*schema.names}:
+        names.append("parsed")  # of a type of its own
+    kinds = {name: str(schema.field(name).type).replace("|", "\\|") for name in names}
+    columns = "\n".join(f"| `{name}` | {kind} |" for name, kind in kinds.items())
     return _CARD.format(
         run_id=manifest["run_id"],
         created_at=manifest["created_at"],

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import StorageError
@@ -103,6 +104,11 @@ class CommittedParts:
         empty = pl.from_arrow(pa.schema(OUTPUT_FIELDS).empty_table())
         assert isinstance(empty, pl.DataFrame)
         return empty.lazy()
+
+    def schema(self) -> pa.Schema:
+        """Of all committed parts; our columns where there is none yet."""
+        paths = self._part_paths()
+        return pq.read_schema(paths[0]) if paths else pa.schema(OUTPUT_FIELDS)
 
     def check_rows(self, rows: NDArray[np.int64]) -> None:
         """Raises StorageError unless `rows` are there once each and no other, as committed."""

@@ -173,7 +173,7 @@ class RunDirectory(CommittedParts):
         self.write_frame("failed.parquet", failed)
         self.write_text(
             "README.md",
-            render_card(self.read_manifest(), len(rows), failed.height, failed.columns),
+            render_card(self.read_manifest(), len(rows), failed.height, self.schema()),
         )
         self.update_manifest(status="complete")
         self.write_text(SUCCESS_NAME, "".join(f"{name}\n" for name in self.part_names()))

@@ -62,11 +62,13 @@ class AnswerText:
         return self._cut(prompt, answer, stop, text, how) if stop else text
 
     def spell(self, token_ids: Sequence[int]) -> list[str]:
-        """The text of each token by itself."""
-        texts: list[str] = self._backend.decode_batch(
-            [[token] for token in token_ids], skip_special_tokens=False
-        )
-        return texts
+        """The text that each token adds: of a text that it begins, some decoders drop a blank."""
+        alone = self._decode_batch([[token] for token in token_ids], special=True)
+        twice = self._decode_batch([[token, token] for token in token_ids], special=True)
+        return [
+            both.removeprefix(one) if both.startswith(one) else one
+            for one, both in zip(alone, twice, strict=True)
+        ]
 
     def is_stopped(self, token_ids: Ids, stop: tuple[str, ...], prompt: Ids = ()) -> bool:
         """Whether a stop string ends in the text of these ids, which follow `prompt`."""

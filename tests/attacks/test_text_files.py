@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,3 +107,58 @@ def test_damaged_bytes_end_in_rows_or_one_sentence(tmp_path: Path, seed: int) ->
         assert sum(len(batch.ids) for batch in source.iter_prompts()) == source.num_rows
     except InputError as error:
         assert "\n" not in str(error)
+
+
+# Fields of a request in CSV.
+
+
+def overrides_of(tmp_path: Path, text: str) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    (tmp_path / "in.csv").write_text(text)
+    batches = list(opened(tmp_path / "in.csv", tmp_path).iter_prompts())
+    found = [override for batch in batches for override in batch.overrides]
+    return found, {bad.row_index: bad.message for batch in batches for bad in batch.rejected}
+
+
+def test_one_cell_that_is_no_number_takes_no_other_row_s_temperature(tmp_path: Path) -> None:
+    """Seen red: the column became text, and every row ran at the job's own temperature."""
+    text = "id,prompt,temperature,n_\n" + "".join(f"r{i},x,0.{i},1\n" for i in range(1, 9))
+    found, bad = overrides_of(tmp_path, text + 'r9,"two\nlines","0,9",1\n,x,hot,\nr11,x,,\n')
+    assert found[:8] == [{"temperature": i / 10} for i in range(1, 9)]
+    assert found[8:] == [{}, {}, {}]
+    assert sorted(bad) == [8, 9]
+    assert bad[8].startswith("row 9 of ") and "'temperature' that is not a number" in bad[8]
+    assert "0,9" not in bad[8] and "hot" not in bad[9]
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (["1", ".5", "2."], [{"temperature": 1.0}, {"temperature": 0.5}, {"temperature": 2.0}]),
+        (["1e-3", "-0", ""], [{"temperature": 0.001}, {"temperature": 0.0}, {}]),
+        (["warm", "hot", ""], [{}, {}, {}]),
+    ],
+)
+def test_numbers_are_read_as_people_write_them(
+    tmp_path: Path, cells: list[str], expected: list[dict[str, Any]]
+) -> None:
+    found, bad = overrides_of(tmp_path, "prompt,temperature\n" + "".join(f"x,{c}\n" for c in cells))
+    assert found == expected and not bad
+
+
+def test_a_seed_of_64_bits_is_that_seed(tmp_path: Path) -> None:
+    """Seen red: from 10**18 on it was rounded to a float, and so was every other one."""
+    seeds = [2**63 - 1, 1234567890123456789, -(2**63)]
+    found, bad = overrides_of(tmp_path, "prompt,seed\n" + "".join(f"x,{s}\n" for s in seeds))
+    assert found == [{"seed": seed} for seed in seeds] and not bad
+
+
+def test_switches_and_log_probabilities_of_csv(tmp_path: Path) -> None:
+    """Seen red: `logprobs` of true was text, and then `top_logprobs` nothing without it."""
+    found, bad = overrides_of(
+        tmp_path,
+        "prompt,logprobs,top_logprobs,skip_special_tokens,ignore_eos\n"
+        "x,TRUE,3,false,True\nx,false,,,maybe\nx,True,,true,\n",
+    )
+    assert found[0] == {"logprobs": 3, "skip_special_tokens": False, "ignore_eos": True}
+    assert found[2] == {"logprobs": 0, "skip_special_tokens": True}
+    assert list(bad) == [1] and "'ignore_eos' that is not true or false" in bad[1]
