@@ -209,7 +209,9 @@ class _Tables:
                     bad.setdefault(at, self._reason(number + at, column))
         if bad and not self.keeps_refused:
             raise InputError(bad[min(bad)])
-        values = [_values(found, self.schema.field(place).type) for place, found in enumerate(cells)]
+        values = [
+            _values(found, self.schema.field(place).type) for place, found in enumerate(cells)
+        ]
         if REFUSED_COLUMN in self.schema.names:
             reasons = pa.array([bad.get(at) for at in range(len(batch))], pa.large_string())
             place = self.schema.get_field_index(REFUSED_COLUMN)

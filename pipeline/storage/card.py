@@ -38,9 +38,7 @@ Failed rows have `status = "error"` and the reason in `error_type` and `error_me
 """
 
 
-def render_card(
-    manifest: dict[str, Any], num_rows: int, num_error: int, schema: pa.Schema
-) -> str:
+def render_card(manifest: dict[str, Any], num_rows: int, num_error: int, schema: pa.Schema) -> str:
     """Markdown with the front matter that `datasets` reads. `schema`: of the parts."""
     asked = [Question.recorded(said) for said in manifest.get("questions", ())]
     fields = (*fields_among(schema.names), *question_fields(asked))

@@ -47,6 +47,19 @@ _FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
         "its server answers with a fault of its own; try again later",
     ),
     (
+        ("status code: 429", "SlowDown"),
+        "its server takes no more questions for now; try again later",
+    ),
+    (
+        ("Could not parse path",),
+        "its path has an empty part, '.' or '..', or a character that no store takes; write it "
+        "without",
+    ),
+    (
+        ("status code: 4",),
+        "its server does not give it; check {address}",
+    ),
+    (
         ("InvalidCertificate",),
         "its certificate is signed by nobody that this machine trusts; name the file of who signed "
         "it by SSL_CERT_FILE",
@@ -55,10 +68,18 @@ _FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
         (
             "error sending request", "timed out", "error decoding response body",
             "connection closed", "Connection refused", "ConnectionReset",
+            "response body error",
         ),
         "the store cannot be reached; check the network and {address}",
     ),
 )  # fmt: skip
+_ON_WEB = (
+    (
+        ("status code: 3", "redirect"),
+        "its server sends on to another place, and there is no file; check {address}",
+    ),
+)
+"""Before these: of a bucket a redirect means its region."""
 _KINDS = {  # of obstore's errors, where the text says too little
     "PermissionDeniedError": "AccessDenied",
     "UnauthenticatedError": "AccessDenied",
@@ -80,7 +101,7 @@ def explain_fault(error: BaseException, scheme: str = "s3") -> str:
     if kind in _READ_FAULTS:
         return _READ_FAULTS[kind]
     message += _KINDS.get(kind, "")
-    for tokens, said in _FAULTS:
+    for tokens, said in _FAULTS if scheme in BUCKETS else (*_ON_WEB, *_FAULTS):
         if any(token in message for token in tokens):
             address = "--storage-options endpoint_url" if scheme in BUCKETS else "the URL"
             credentials = _CREDENTIALS.get(scheme, "the URL")

@@ -16,6 +16,7 @@ __all__ = ["prompts", "shell"]
 def model(model_folder: Path) -> str:
     return str(model_folder)
 
+
 WRONG = [
     ["--n", "0"], ["--n", "-1"], ["--n", "1000000"], ["--n", "x"], ["--n", "1.5"], ["--n", "true"],
     ["--n", "99999999999999999999999"], ["--n", ""], ["--n", "2"],
