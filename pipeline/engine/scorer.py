@@ -29,9 +29,11 @@ _Found = tuple[NDArray[np.int64], NDArray[np.int64]]
 class Scorer:
     """The scores of one run of the engine."""
 
-    def __init__(self, plan: Plan, scores: ScorePlan) -> None:
+    def __init__(self, plan: Plan, scores: ScorePlan, most_rows: int) -> None:
+        """`most_rows`: of logits, where a forward gives them all together."""
         self._plan = plan
         self._scores = scores
+        self._most_rows = most_rows
         self._logprobs = np.full(len(scores.target_id), np.nan, np.float32)
         self._likeliest = np.full(scores.num_points, -1, np.int64)
         self._counted: dict[tuple[int, int, int], _Found] = {}
@@ -50,10 +52,11 @@ class Scorer:
             found = np.concatenate([np.zeros(0, np.int64), *parts])
         return self._scores.point_position[found], found
 
-    def count(self, chunks: list[Chunk]) -> int:
-        """Rows of logits that a forward over them gives; what was found is there for `read`."""
+    def has_room(self, chunks: list[Chunk]) -> bool:
+        """For the logits that a forward over them gives; what was found is there for `read`."""
         self._counted = {_key(chunk): self.points(chunk) for chunk in chunks}
-        return sum(len(points) for _, points in self._counted.values())
+        rows = sum(len(points) for _, points in self._counted.values())
+        return rows <= self._most_rows
 
     def read(self, chunks: list[Chunk]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(packed tokens of a forward over `chunks` whose logits are read, their points)."""

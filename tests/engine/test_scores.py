@@ -124,7 +124,7 @@ def test_few_rows_of_logits_are_there_at_once(
 ) -> None:
     monkeypatch.setattr("pipeline.engine.scorer.MOST_ROWS", 3)
     monkeypatch.setattr("pipeline.engine.scorer.ROWS_AT_ONCE", 2)
-    monkeypatch.setattr("pipeline.engine.prefix_engine.ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("pipeline.engine.forwards.ROWS_AT_ONCE", 2)
     engine, most = engine_of(), list[int]()
     if is_native:
         llama = next(family for family in FAMILIES if family.id == "llama, grouped heads")

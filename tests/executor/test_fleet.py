@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.engine import prefix_engine
+from pipeline.engine import prefix_run
 from pipeline.engine.base import NO_HOOKS, Engine, EngineHooks, RunControl
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.engine.prefix_engine import PrefixEngine
@@ -222,7 +222,7 @@ def test_the_engine_forgets_what_is_taken_back(
         schedulers.append(Scheduler(*arguments))
         return schedulers[-1]
 
-    monkeypatch.setattr(prefix_engine, "Scheduler", remember)
+    monkeypatch.setattr(prefix_run, "Scheduler", remember)
     plan, engine = mixed_plan(), tiny_engine(max_rows, kv_tokens=80)
     taken: list[int] = []
     steps = 0
