@@ -24,6 +24,7 @@ _STAGES: Final = {
     "layer": "layer:layer",
     "step": "step:step",
     "job": "jobs:job",
+    "host": "host:host",
     "sampled": "step:sampled",
     "peer": "jobs:peer",
 }

@@ -19,10 +19,11 @@ from benchmarks.gpu.workload import DRY_WORKLOAD, Workload
 from benchmarks.prompts import plan_prompts
 from pipeline.engine import recordings
 from pipeline.engine.base import RunControl
-from pipeline.engine.cuda_graphs import Recorder, Replay
+from pipeline.engine.cuda_graphs import Recorder
 from pipeline.engine.kernels.rules import AttentionRules, attend_reference
 from pipeline.engine.kernels.triton_kernel import TritonKernel, attend
 from pipeline.engine.prefix_engine import PrefixEngine
+from pipeline.engine.step_memory import Replay
 from pipeline.engine.verify.self_test import self_test
 from pipeline.settings import EngineSettings
 from tests.engine.attention_cases import build_tree, random_layer

@@ -23,7 +23,7 @@ GROUPS: tuple[tuple[Stage, ...], ...] = (
     (Stage("ceilings", 45, 15),),
     (Stage("layer:1B", 60, 20), Stage("step:1B", 60, 20), Stage("job:1B", 45, 15)),
     (Stage("layer:8B", 60, 20), Stage("step:8B", 60, 20), Stage("job:8B", 60, 20)),
-    (Stage("sampled", 30, 10),),
+    (Stage("host", 30, 10), Stage("sampled", 30, 10)),
     (Stage("peer:1B", 120, 40),),
 )
 """The stages of a group share a process, and so a model; a group whose process died goes on in

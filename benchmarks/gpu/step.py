@@ -22,12 +22,13 @@ from benchmarks.gpu.workload import (
     Workload,
     random_cache,
 )
-from pipeline.engine.cuda_graphs import DecodeRunner, DecodeStep, Recorder
+from pipeline.engine.cuda_graphs import DecodeRunner, Recorder
 from pipeline.engine.forward import Forward, TransformersForward
 from pipeline.engine.kernels.triton_kernel import TritonKernel
 from pipeline.engine.packing import PackedBatch
 from pipeline.engine.recordings import choose_recorder
 from pipeline.engine.sampling import sample_next_token
+from pipeline.engine.step_memory import DecodeStep
 from pipeline.engine.triton_forward import TritonForward
 from pipeline.model.model import LoadedModel
 from pipeline.records import SamplingParams

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.prompts import Prompts, shared_prompts
 from benchmarks.shapes import SHAPES
-from pipeline.engine.cuda_graphs import DecodeStep
 from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.step_memory import DecodeStep
 from pipeline.model.model import LoadedModel
 from pipeline.model.shape import ModelShape
 

@@ -1,8 +1,13 @@
-"""The next token of live rows, and which of them end by it. Knows no scheduler and no cache."""
+"""The next token of live rows, and which of them end by it. Knows no scheduler and no cache.
+
+A row is looked at by itself only where its token may end it, or where it asks for more than the
+likeliest token (`row_kinds`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -16,6 +21,7 @@ from pipeline.engine.guides import NO_TOKEN, Guide, allows
 from pipeline.engine.live import LiveRow
 from pipeline.engine.logprobs import read_logprobs
 from pipeline.engine.request_logits import Context, TokenCounts
+from pipeline.engine.row_kinds import RowKinds
 from pipeline.engine.sampler import Sampler, has_rules
 from pipeline.engine.sampling import Sampled
 from pipeline.plan.plan import Plan
@@ -24,6 +30,15 @@ from pipeline.records import FinishReason
 LEAST_RUN: Final = 2
 """Forced tokens that are worth a forward of their own: one alone may as well be decoded."""
 Ended = list[tuple[LiveRow, FinishReason]]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A row has said its last token."""
+
+    row: LiveRow
+    reason: FinishReason
+    now_s: float
 
 
 class Answering:
@@ -36,11 +51,17 @@ class Answering:
         self._control: Final = control
         self._hooks: Final = hooks
         self._sampler: Final = sampler
-        self._has_guides: Final = hooks.force_tokens is None and any(
+        self.kinds: Final = RowKinds(plan, sampler.eos)
+        self.has_guides: Final = hooks.force_tokens is None and any(
             p.is_guided for p in plan.params
         )
         self._has_logprobs: Final = any(p.logprobs is not None for p in plan.params)
         self._may_run: Final = plan.conversations is None
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the caller sees the logits of each token, or says it."""
+        return self._hooks.on_logits is not None or self._hooks.force_tokens is not None
 
     def append(
         self, rows: list[LiveRow], logits: Tensor, greedy: Sampled | None = None
@@ -50,6 +71,31 @@ class Answering:
 
         logits [rows, V]; `greedy`: the likeliest tokens, where the device has found them already.
         """
+        kinds, sound = self.kinds.of(rows), np.ones(len(rows), bool)
+        if self.is_watched or not kinds.is_plain.all():
+            chosen, sound = self._choose(rows, logits, greedy)
+        else:
+            chosen = greedy or self._sampler.likeliest(logits)
+        lengths = np.array([len(row.token_ids) for row in rows], np.int64)
+        events = kinds.ends_by(chosen) | kinds.is_touched | (lengths + 1 >= kinds.most)
+        ids = chosen.token_ids.tolist()
+        for row, token_id in zip(rows, ids, strict=True):
+            row.token_ids.append(token_id)
+        ended: Ended = []
+        for i in np.flatnonzero(events).tolist():
+            row, is_finite = rows[i], bool(chosen.is_finite[i])
+            reason = self._take(row, ids[i]) if is_finite else self._fail(row, bool(sound[i]))
+            if reason:
+                ended.append((row, reason))
+        if self.has_guides:
+            ended += self._look_ahead([r for r in rows if r.guide is not None], ended, logits)
+        return ended
+
+    def _choose(
+        self, rows: list[LiveRow], logits: Tensor, greedy: Sampled | None
+    ) -> tuple[Sampled, NDArray[np.bool_]]:
+        """The next tokens of rows of any kind, and which rows had any before some were ruled out;
+        what is asked about the logits is answered."""
         positions = np.array([len(r.params.opening) + len(r.token_ids) for r in rows], np.int64)
         sequences = [r.sequence for r in rows]
         numbers = [r.num_answered + len(r.token_ids) for r in rows]
@@ -62,26 +108,18 @@ class Answering:
         raw = logits[asked] if asked else None  # a copy: tokens may be ruled out in place
         params = [r.params for r in rows]
         sound = np.ones(len(rows), bool)
-        if self._has_guides:
+        if self.has_guides:
             self._begin(rows, logits.shape[1])
             greedy, sound = self._masked(rows, logits, greedy)
         chosen = self._sampler.sample(
             logits, params, keys, positions, lambda i: self._context(rows[i]), greedy
         )
-        ids, finite = chosen.token_ids.tolist(), chosen.is_finite.tolist()
         if self._hooks.force_tokens is not None:
-            ids = self._hooks.force_tokens(sequences, numbers)
+            forced = self._hooks.force_tokens(sequences, numbers)
+            chosen = chosen._replace(token_ids=np.array(forced, np.int64))
         if raw is not None:
-            _note_logprobs([rows[i] for i in asked], raw, [ids[i] for i in asked])
-        ended: Ended = []
-        for i, (row, token_id, is_finite) in enumerate(zip(rows, ids, finite, strict=True)):
-            row.token_ids.append(token_id)
-            reason = self._take(row, token_id) if is_finite else self._fail(row, bool(sound[i]))
-            if reason:
-                ended.append((row, reason))
-        if self._has_guides:
-            ended += self._look_ahead([r for r in rows if r.guide is not None], ended, logits)
-        return ended
+            _note_logprobs([rows[i] for i in asked], raw, chosen.token_ids[asked].tolist())
+        return chosen, sound
 
     def _begin(self, rows: Sequence[LiveRow], vocabulary: int) -> None:
         """Guides of rows that say their first token."""
@@ -123,7 +161,7 @@ class Answering:
         guide = row.guide
         if guide is not None:
             guide.accept(token_id)
-        reason = self._finish_reason(row)
+        reason = self.why_over(row)
         # Where each token's own logits are asked for, each has a forward of its own.
         reads_each = row.params.logprobs is not None
         if reason or guide is None or not self._may_run or reads_each:
@@ -133,7 +171,7 @@ class Answering:
                 row.token_ids.append(following)
                 row.run += 1
                 guide.accept(following)
-                reason = self._finish_reason(row)
+                reason = self.why_over(row)
                 if reason:
                     break
         row.forced_tokens += row.run
@@ -154,7 +192,8 @@ class Answering:
             row.fault = NO_TOKEN
         return "error"
 
-    def _finish_reason(self, row: LiveRow) -> FinishReason | None:
+    def why_over(self, row: LiveRow) -> FinishReason | None:
+        """By all that it has said; None: it goes on."""
         params, guide = row.params, row.guide
         if guide is not None and guide.fault is not None:
             row.fault = guide.fault

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.engine.base import EarlierTurns
 from pipeline.engine.conversation import Conversation
 from pipeline.engine.document_placements import AssembledPlacement, ScatteredPlacement
 from pipeline.engine.kv_connector import KVConnector
 from pipeline.engine.layout import Layout, RowLayout, SharedPart
-from pipeline.engine.live import LiveRow
+from pipeline.engine.live import LiveRow, PrefillJob
 from pipeline.engine.packing import SeenDocuments
 from pipeline.engine.residency import Residency
 from pipeline.engine.spans import (
@@ -82,6 +83,27 @@ class Arrivals:
             done = () if earlier is None else earlier(sequence)
             self._open_conversation(row, self._plan.conversations, done)
         return row
+
+    def job(
+        self,
+        target: SharedPlacement | LiveRow,
+        own: NDArray[np.int64],
+        is_repeat: bool,
+        sequence: int,
+    ) -> PrefillJob:
+        """What is to be computed of `own`, the ids from `place.start` on; the rest is loaded."""
+        place = target.place if isinstance(target, LiveRow) else target
+        job = PrefillJob(target, own, place.start, is_repeat)
+        connector = self._history.connector
+        if connector is not None and place.stored_end > place.start:
+            ids = (
+                self._plan.prompt_token_ids(sequence)
+                if isinstance(target, LiveRow)
+                else target.span.ids
+            )
+            job.loaded = connector.load(sequence, ids, place.position, place.stored_end)
+            job.done = place.start if job.loaded is None else place.stored_end
+        return job
 
     def _open_conversation(
         self, row: LiveRow, plan: ConversationPlan, done: Sequence[EarlierTurn]

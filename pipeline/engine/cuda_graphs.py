@@ -6,14 +6,14 @@ rounded up to buckets, every bucket has input memory of its own that each step i
 what pads it does nothing: no work items, and KV written to a slot that nobody reads.
 
 ```
- host, pinned     [ work items | token ids | slots ]      one copy a step
- device           [ work items | token ids | slots ] -> forward -> logits -> argmax -> [2, tokens]
- host                                                     one synchronisation: reading the result
+ host      step 0 ─► | step 1 ─►  read 0 | step 2 ─►  read 1 |
+ device              | step 0            | step 1            | step 2       each feeds the next
 ```
 
-An engine keeps what it has recorded, and the KV memory that it points at, from one job to the next
-(`recordings.py`). Only the host side has been run, by tests on a CPU with a stand-in for
-the graph. Nobody has recorded or replayed a graph of it on a card yet.
+Steps of the same rows need no token from the host, so the next one is on its way before the last
+one is read (`strides.py`). An engine keeps what it has recorded, and the KV memory that it points
+at, from one job to the next (`recordings.py`). Only the host side has been run, by tests on a CPU
+with a stand-in for the graph. Nobody has recorded or replayed a graph of it on a card yet.
 """
 
 from __future__ import annotations
@@ -27,27 +27,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine.kernels.rules import KVSpans
-from pipeline.engine.kernels.triton_kernel import DeviceWork, TritonKernel
-from pipeline.engine.kernels.work_items import SMALL_ROWS, WorkItems, WorkShape
+from pipeline.engine.kernels.triton_kernel import TritonKernel
+from pipeline.engine.kernels.work_items import SMALL_ROWS, WorkShape
 from pipeline.engine.memory import is_exhausted
 from pipeline.engine.packing import PackedBatch
 from pipeline.engine.sampling import Sampled
+from pipeline.engine.step_memory import DecodeStep, Replay, StepMemory
 
 _logger = logging.getLogger("coppice")
 _FEWEST_TOKENS = 8
-
-Replay = Callable[[], None]
-"""Starts the recorded kernels on what the same memory now holds."""
-
-
-class DecodeStep(NamedTuple):
-    """One new token a row: `token_ids`, `positions`, `slots` [rows], int64; what the rows see."""
-
-    token_ids: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    slots: NDArray[np.int64]
-    spans: KVSpans
 
 
 class NextTokens(NamedTuple):
@@ -86,7 +74,7 @@ class DecodeRunner:
         self._scratch_slot = scratch_slot
         self._record = record
         self._notes = [] if notes is None else notes
-        self._buckets: dict[WorkShape, _Bucket] = {}
+        self._buckets: dict[WorkShape, StepMemory] = {}
         self._logits: Tensor | None = None
 
     @property
@@ -106,24 +94,34 @@ class DecodeRunner:
     @torch.inference_mode()
     def __call__(self, step: DecodeStep) -> NextTokens:
         """Write the rows' new KV and choose their next tokens."""
+        bucket = self.start(step)
+        return NextTokens(bucket.read(), bucket.logits[: len(step.token_ids)])
+
+    @torch.inference_mode()
+    def start(self, step: DecodeStep) -> StepMemory:
+        """As a call, whose tokens `read` of what this returns waits for."""
         work = self._kernel.plan(step.spans, step.positions)
         bucket = self._bucket_of(work.shape)
-        bucket.load(step, work, self._scratch_slot)
+        bucket.load(step, work)
         self._run(bucket)
-        rows = len(step.token_ids)
-        token_ids, is_finite = bucket.chosen[:, :rows].to("cpu", copy=True).numpy()
-        greedy = Sampled(token_ids, is_finite.astype(np.bool_))
-        return NextTokens(greedy, bucket.logits[:rows])
+        return bucket
 
-    def _bucket_of(self, shape: WorkShape) -> _Bucket:
+    @torch.inference_mode()
+    def go_on(self, bucket: StepMemory, goes_on: NDArray[np.bool_]) -> None:
+        """Start the step after the newest one of `bucket`, whose tokens it is fed with and need not
+        be read, but for those before it. See `StepMemory.advance`."""
+        bucket.advance(goes_on)
+        self._run(bucket)
+
+    def _bucket_of(self, shape: WorkShape) -> StepMemory:
         if self._record is None:
-            return _Bucket(shape, self._kernel)
+            return StepMemory(shape, self._kernel, self._scratch_slot)
         shape = round_up(shape, self._kernel)
         if shape not in self._buckets:
-            self._buckets[shape] = _Bucket(shape, self._kernel)
+            self._buckets[shape] = StepMemory(shape, self._kernel, self._scratch_slot)
         return self._buckets[shape]
 
-    def _run(self, bucket: _Bucket) -> None:
+    def _run(self, bucket: StepMemory) -> None:
         if self._record is not None and bucket.has_run and bucket.replay is None:
             try:
                 bucket.replay = self._record(lambda: self._compute(bucket))
@@ -139,8 +137,10 @@ class DecodeRunner:
         else:
             bucket.replay()
         bucket.has_run = True
+        bucket.fetch()
 
-    def _compute(self, bucket: _Bucket) -> None:
+    def _compute(self, bucket: StepMemory) -> None:
+        """Twice is once: what it is fed with it does not change."""
         logits = self._forward(bucket.batch)
         if not bucket.has_run:
             bucket.logits = self._room_for(logits)
@@ -154,46 +154,6 @@ class DecodeRunner:
         if self._logits is None or len(self._logits) < len(logits):
             self._logits = torch.empty_like(logits)
         return self._logits[: len(logits)]
-
-
-class _Bucket:
-    """Memory of one shape, at addresses that never change."""
-
-    logits: Tensor
-    replay: Replay | None = None
-    has_run: bool = False
-
-    def __init__(self, shape: WorkShape, kernel: TritonKernel) -> None:
-        tokens = shape.tokens
-        self._shape = shape
-        self._work_length = sum(shape.lengths)
-        length = self._work_length + 2 * tokens
-        is_pinned = kernel.device.type == "cuda"
-        self._host = torch.zeros(length, dtype=torch.int64, pin_memory=is_pinned)
-        self._device = torch.zeros(length, dtype=torch.int64, device=kernel.device)
-        flat, token_ids, slots = torch.split(self._device, [self._work_length, tokens, tokens])
-        work = DeviceWork.view(flat, shape, kernel.block_m, kernel.rep)
-        self.batch = PackedBatch(
-            input_ids=token_ids.unsqueeze(0),
-            position_ids=work.positions[:tokens].unsqueeze(0),
-            slots=slots,
-            kernel=kernel,
-            work=work,
-        )
-        self.chosen = torch.zeros(2, tokens, dtype=torch.int64, device=kernel.device)
-
-    def load(self, step: DecodeStep, work: WorkItems, scratch_slot: int) -> None:
-        """Copy a step to the device, where it may arrive later than this returns.
-
-        The result of the step before must have been read: then the pinned memory is free again.
-        """
-        rows, tokens = len(step.token_ids), self._shape.tokens
-        host = self._host.numpy()
-        host[: self._work_length] = work.flatten(self._shape)
-        token_ids, slots = host[self._work_length :].reshape(2, tokens)
-        token_ids[:rows], token_ids[rows:] = step.token_ids, 0
-        slots[:rows], slots[rows:] = step.slots, scratch_slot
-        self._device.copy_(self._host, non_blocking=True)
 
 
 def round_up(shape: WorkShape, kernel: TritonKernel) -> WorkShape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import numpy as np
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from pipeline.engine.backend import Backend
 from pipeline.engine.base import EngineCounters
-from pipeline.engine.cuda_graphs import DecodeRunner, DecodeStep, NextTokens
+from pipeline.engine.cuda_graphs import DecodeRunner, NextTokens
 from pipeline.engine.forward import PiecewiseForward
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.memory import is_exhausted, release_cached
 from pipeline.engine.packing import PackedBatch
 from pipeline.engine.scorer import ROWS_AT_ONCE
+from pipeline.engine.step_memory import DecodeStep
 
 
 class Forwards:
@@ -72,11 +74,17 @@ class Forwards:
     def recorded(self, step: DecodeStep) -> NextTokens:
         """A decode step that also chooses greedy tokens on the device."""
         assert self.runner is not None
-        begin = self._begin()
-        tokens = self.runner(step)
+        with self.stepping():
+            tokens = self.runner(step)
         self.counters.num_forwards += 1
-        self.count_busy(begin)
         return tokens
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Around steps of the runner that the caller starts and reads himself."""
+        begin = self._begin()
+        yield
+        self.count_busy(begin)
 
     def count_busy(self, begin: float) -> None:
         """The device was busy since `begin`, by the host's clock."""

@@ -8,7 +8,7 @@ from typing import Final
 
 from torch import Tensor
 
-from pipeline.engine.answering import Answering, Ended
+from pipeline.engine.answering import Answering, End
 from pipeline.engine.completions import complete, complete_scored, fail
 from pipeline.engine.forwards import Forwards
 from pipeline.engine.live import LiveRow
@@ -43,18 +43,23 @@ class Outcomes:
             return
         begin = time.perf_counter()
         started = [row for row in rows if not row.token_ids]
-        forced = -sum(row.forced_tokens for row in rows)
+        before = self._forced(rows)
         ended = self._answering.append(rows, logits, greedy)
-        forced += sum(row.forced_tokens for row in rows)
+        forced = self._forced(rows) - before
         self._scheduler.changes += forced > 0  # rows with forced tokens wait
         self._forwards.count_busy(begin)
         now = self._forwards.now()
         for row in started:
             row.first_token_s = now
-        self._complete(ended, now)
+        self.finish([End(row, reason, now) for row, reason in ended])
         counters = self._forwards.counters
         counters.generated_tokens += len(rows) + forced
         counters.forced_tokens += forced
+
+    def finish(self, ends: Iterable[End]) -> None:
+        """Rows that have said their last tokens."""
+        for end in ends:
+            self.end(end.row, complete(end.row, end.reason, end.now_s))
 
     def end(self, row: LiveRow, completion: Completion) -> None:
         if self._turns is None:
@@ -80,6 +85,5 @@ class Outcomes:
             self.end(row, fail(row, message, self._forwards.now()))
         self._scheduler.evict_idle()  # what was not computed must not be found by later rows
 
-    def _complete(self, ended: Ended, now_s: float) -> None:
-        for row, reason in ended:
-            self.end(row, complete(row, reason, now_s))
+    def _forced(self, rows: list[LiveRow]) -> int:
+        return sum(row.forced_tokens for row in rows) if self._answering.has_guides else 0

@@ -32,6 +32,7 @@ from pipeline.engine.run_parts import RunParts
 from pipeline.engine.runs import take_runs
 from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.scorer import Scorer, most_rows
+from pipeline.engine.strides import Strides
 from pipeline.engine.turns import Turns
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion
@@ -81,7 +82,10 @@ class Run:
         self._guard, self._threads = guard, engine.threads
         connector = work.hooks.kv_connector
         self._prefilling = Prefilling(parts, guard, connector, settings.max_batch_tokens, scorer)
-        self._decoding = Decoding(parts, policy, settings.max_rows)
+        strides, may_stride = None, turns is None and plan.documents is None
+        if runner is not None and may_stride and not answering.is_watched:
+            strides = Strides(answering, forwards, runner)
+        self._decoding = Decoding(parts, policy, settings.max_rows, strides)
 
     @torch.inference_mode()
     def completions(self) -> Iterator[Completion]:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.backend import Backend
-from pipeline.engine.cuda_graphs import DecodeRunner, Recorder, Replay
+from pipeline.engine.cuda_graphs import DecodeRunner, Recorder
 from pipeline.engine.kernels.triton_kernel import TritonKernel
 from pipeline.engine.kv_cache import KVCache, kv_capacity, reserve_kv
 from pipeline.engine.memory import release_cached, total_memory
 from pipeline.engine.packing import PackedBatch
+from pipeline.engine.step_memory import Replay
 from pipeline.errors import EngineError
 from pipeline.model.model import LoadedModel
 

@@ -15,7 +15,6 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.engine.arrivals import Arrivals, History
 from pipeline.engine.host_states import HostStates
@@ -56,7 +55,6 @@ class Scheduler:
         self.waiting: deque[int] = deque(layout.order.tolist())
         self.changes = 0
         """Grows whenever a live row comes, goes, or gets a block, or a range moves."""
-        self._plan = plan
         self._layout = layout
         self._arrivals = Arrivals(plan, layout, residency, history)
         self._residency = residency
@@ -111,16 +109,20 @@ class Scheduler:
             self._leave(self._arrivals.row(sequence, 0.0))
         self.changes += 1  # a span that nobody needs any more has given back its range
 
-    def grow(self) -> None:
-        """Give every live row a slot for its next token; others make room where it ends."""
+    def grow(self, ahead: int = 1) -> int:
+        """Give every live row a slot for its next token; others make room where it ends. Where room
+        is left then, for its next `ahead` tokens: returns for how many of them all rows have it."""
+        short = []
         for row in list(self.rows):
             if row.is_waiting or row.run:
                 continue
-            if row.blocks and row.next_position < row.blocks[-1].end:
+            if row.blocks and row.next_position + ahead <= row.blocks[-1].end:
                 continue
-            while row.next_position >= row.reserved_end and row.sequence not in self._preempted:
+            while row.next_position >= row.reserved_end and self.has_place(row):
                 if not self._extend(row):
                     self._make_room()
+            short.append(row)
+        return self._look_ahead([row for row in short if self.has_place(row)], ahead)
 
     def lengthen(self, row: LiveRow, begin: int, end: int) -> bool:
         """Give a live row slots for positions `[begin, end)`, which follow its last ones or begin
@@ -172,7 +174,7 @@ class Scheduler:
             if not span.is_resident:
                 span.kv = self._residency.reserve(span.length, from_left=True)
                 own = span.ids[shared.start : shared.end].astype(np.int64)
-                jobs.append(self._job(shared, own, span.was_computed, row.sequence))
+                jobs.append(self._arrivals.job(shared, own, span.was_computed, row.sequence))
         self._preempted.pop(row.sequence, None)
         conversation, known = row.conversation, self._history.cached_tokens
         if conversation is not None and conversation.saved is not None:
@@ -188,7 +190,7 @@ class Scheduler:
         row.blocks.append(Block(place.span.kv, place.position, place.position))
         own = row.known_ids()
         if len(own):
-            jobs.append(self._job(row, own, row.sequence in known, row.sequence))
+            jobs.append(self._arrivals.job(row, own, row.sequence in known, row.sequence))
         else:
             admission.ready.append(row)
         if row.sequence not in known:
@@ -203,27 +205,6 @@ class Scheduler:
         self.waiting.popleft()
         self.changes += 1
 
-    def _job(
-        self,
-        target: SharedPlacement | LiveRow,
-        own: NDArray[np.int64],
-        is_repeat: bool,
-        sequence: int,
-    ) -> PrefillJob:
-        """What is to be computed of `own`, the ids from `place.start` on; the rest is loaded."""
-        place = target.place if isinstance(target, LiveRow) else target
-        job = PrefillJob(target, own, place.start, is_repeat)
-        connector = self._history.connector
-        if connector is not None and place.stored_end > place.start:
-            ids = (
-                self._plan.prompt_token_ids(sequence)
-                if isinstance(target, LiveRow)
-                else target.span.ids
-            )
-            job.loaded = connector.load(sequence, ids, place.position, place.stored_end)
-            job.done = place.start if job.loaded is None else place.stored_end
-        return job
-
     def _extend(self, row: LiveRow) -> bool:
         """Lengthen the row's last block, or add one; False where too few slots are free."""
         begin = max(row.reserved_end, row.next_position)
@@ -232,6 +213,22 @@ class Scheduler:
             return False
         self._add_slots(row, begin, length)
         return True
+
+    def _look_ahead(self, rows: list[LiveRow], ahead: int) -> int:
+        """Lengthen the last blocks of rows, where the slots behind them are free: steps that are
+        planned together cannot go from one block to another. See `grow`."""
+        extend, steps = self._residency.cache.extend, ahead
+        for row in rows:
+            end, last = row.reserved_end, row.last_position
+            missing = min(row.next_position + ahead, last) - end
+            if missing <= 0:
+                continue
+            kv = row.blocks[-1].kv
+            if not extend(kv, min(max(BLOCK_TOKENS, missing), last - end)):
+                extend(kv, missing)
+            if row.reserved_end < end + missing:
+                steps = min(steps, end - row.next_position)
+        return steps
 
     def _add_slots(self, row: LiveRow, begin: int, length: int) -> None:
         """For positions from `begin` on: right after the last ones where they go on and those slots

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pipeline.engine.cuda_graphs import (
     DecodeRunner,
-    DecodeStep,
     NextTokens,
     Recorder,
     round_up,
@@ -24,6 +23,7 @@ from pipeline.engine.kernels.triton_kernel import TritonKernel
 from pipeline.engine.kernels.work_items import WorkShape
 from pipeline.engine.packing import PackedBatch
 from pipeline.engine.recordings import choose_recorder
+from pipeline.engine.step_memory import DecodeStep
 
 ROWS, SHARED, STEPS, VOCABULARY, HEAD_DIM = 11, 30, 9, 23, 4
 SCRATCH = SHARED + ROWS * STEPS

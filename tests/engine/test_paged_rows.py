@@ -84,9 +84,9 @@ class Watch:
             self._check(s)
             return admission
 
-        def watched_grow(s: Scheduler) -> None:
+        def watched_grow(s: Scheduler, ahead: int = 1) -> int:
             before = list(s.rows)
-            grow(s)
+            steps = grow(s, ahead)
             assert s.rows == before[: len(s.rows)], "others than the last rows were preempted"
             assert bool(s.rows) == bool(before), "the first row was preempted"
             assert all(row.next_position < row.reserved_end <= row.last_position for row in s.rows)
@@ -96,6 +96,7 @@ class Watch:
             )
             self._must_wait |= len(s.rows) < len(before)
             self._check(s)
+            return steps
 
         def watched_finish(s: Scheduler, row: LiveRow) -> None:
             finish(s, row)
@@ -135,7 +136,7 @@ class Watch:
             above = [placement.span for placement in row.place.all_above()]
             assert all(span.is_resident and span.live_rows for span in above)
         idle = {span.key for span in s._residency.idle()}
-        assert idle <= set(_path(s._plan, s.waiting[0]) if s.waiting else [])
+        assert idle <= set(_path(s._arrivals._plan, s.waiting[0]) if s.waiting else [])
         self.most_rows = max(self.most_rows, len(s.rows))
 
 
@@ -311,11 +312,11 @@ def test_rows_may_be_preempted_at_any_moment(
     draw = random.Random(seed)
     grow = Scheduler.grow
 
-    def disturbed(s: Scheduler) -> None:
+    def disturbed(s: Scheduler, ahead: int = 1) -> int:
         for _ in range(draw.choice([0, 0, 0, 0, 1, 3])):
             if len(s.rows) > 1 or s._residency.idle():
                 s._make_room()
-        grow(s)
+        return grow(s, ahead)
 
     monkeypatch.setattr(Scheduler, "grow", disturbed)
     done, engine = run(plan, max_rows=draw.choice([3, 256]))
