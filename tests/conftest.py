@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ import pytest
 # threads of several processes on two cores would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pipeline.audit.similarity import Encoder  # noqa: E402
 from pipeline.settings import JobSettings  # noqa: E402
 from tests.tiny_job import echo_settings, write_model, write_tokenizer  # noqa: E402
 
@@ -23,11 +26,46 @@ if TYPE_CHECKING:
 hypothesis.settings.register_profile("coppice", deadline=None)
 hypothesis.settings.load_profile("coppice")
 
+_LOAD_ENCODER = vars(Encoder)["load"]
+_LONGEST = (
+    "flows/test_nights", "executor/test_ray", "test_hostile", "engine/test_triton_kernel",
+    "test_demo",
+)  # fmt: skip
+"""Files of `tests`, longest first: one that comes last keeps one worker busy while others rest."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the others as they were."""
+    place = {f"tests/{name}.py": at for at, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays for good: the collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_locks(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests wait for no job of this machine, and no job waits for them."""
     os.environ["COPPICE_LOCKS"] = str(tmp_path_factory.mktemp("locks"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_encoder() -> Iterator[None]:
+    """Audits describe no similarity, for to load MiniLM takes seconds; see `encoder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
+        yield
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Iterator[None]:
+    """Similarities are those of MiniLM, for the tests of this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Encoder, "load", _LOAD_ENCODER)
+        yield
 
 
 @pytest.fixture(scope="session")

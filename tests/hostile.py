@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 MOST_BYTES = 4 << 30  # of address space; a limit of the child's, not of coppice
-MOST_SECONDS = 0.25  # instead of the 10 s of a job
+MOST_SECONDS, GRACE_S = 0.25, 0.3  # instead of the 10 s of a job, and of 1 s
 ESCAPES = {
     "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "attr filter": "{{ '' | attr('__class__') }}",
@@ -102,6 +102,7 @@ def render(kind: str, template: str, folder: Path) -> str:
     from pipeline.tokens.tokenizer import PromptTokenizer
 
     prompt_template._MOST_SECONDS = chat_template._MOST_SECONDS = MOST_SECONDS
+    prompt_template._GRACE_S = chat_template._GRACE_S = GRACE_S
     try:
         if kind == "prompt":
             known = ["text", "messages", "open", "x"]

@@ -12,7 +12,6 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from pipeline.audit.similarity import Encoder
 from pipeline.cli.demo import run_conversations_demo, run_segments_demo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,9 +46,8 @@ def test_the_demo_answers_audits_and_reports(tmp_path: Path) -> None:
 
 
 def test_the_demo_of_documents_computes_a_twentieth_and_says_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
     run_segments_demo(tmp_path / "demo", "none", "text")
     counters = [
         json.loads((tmp_path / "demo" / mode / "run.json").read_text())["counters"]
@@ -62,9 +60,8 @@ def test_the_demo_of_documents_computes_a_twentieth_and_says_the_same(
 
 
 def test_the_demo_of_conversations_computes_new_tokens_alone_and_tells_what_each_keeps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
     run_conversations_demo(tmp_path / "demo", "none", "text")
     for evictor in ("sink-recent", "gist-recent"):
         counters = json.loads((tmp_path / "demo" / evictor / "run.json").read_text())["counters"]

@@ -179,10 +179,8 @@ BODIES = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
-@given(BODIES)
-def test_a_template_of_chance_gives_a_text_or_a_named_error(source: str) -> None:
-    """Seen red: with a list of the faults that Jinja raises (a filter's AssertionError is none)."""
+def check_chance(source: str) -> None:
+    """Gives a text or a named error."""
     secret = "a secret of the row"
     try:
         template = PromptTemplate(source + "{{ x }}", ["x", "y", "row"])
@@ -190,3 +188,17 @@ def test_a_template_of_chance_gives_a_text_or_a_named_error(source: str) -> None
         assert isinstance(text, str)
     except (BadCell, UsageError) as error:
         assert secret not in str(error)
+
+
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(BODIES)
+def test_a_template_of_chance_gives_a_text_or_a_named_error(source: str) -> None:
+    """Seen red: with a list of the faults that Jinja raises (a filter's AssertionError is none)."""
+    check_chance(source)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(BODIES)
+def test_many_templates_of_chance_do(source: str) -> None:
+    check_chance(source)

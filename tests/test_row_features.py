@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.audit.auditing import audit_run
 from pipeline.audit.gate import current_verdict
-from pipeline.audit.similarity import Encoder
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.errors import EngineError, InputError, RunDirectoryError, UsageError
@@ -38,11 +37,6 @@ EVERY_ROW = AuditSettings(audit_sample="100%", audit_arms=2)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"), sharpness=3.0)
-
-
-@pytest.fixture(autouse=True)
-def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
 
 
 def settings(model: Path, **flat: Any) -> JobSettings:

@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-from tests.night.conftest import audited, done_night, job, no_encoder  # noqa: F401
+from tests.night.conftest import audited, done_night, job  # noqa: F401
 from tests.storage.conftest import bucket, store, store_server  # noqa: F401

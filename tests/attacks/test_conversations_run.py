@@ -202,11 +202,11 @@ def test_conversations_outlive_kills(
     turns: list[Turn] = [
         (f"talk {talk}", turn, f"{talk % 3}{WORDS[(talk + turn) % 8]}")
         for turn in range(7)
-        for talk in range(20)
+        for talk in range(10)
     ]
     source = write_turns(tmp_path / "turns.parquet", turns)
     measured = (*MEASURED, "mass_kept")  # a float, by the rows beside it
     job = TurnsJob(tmp_path, source, model_folder, len(turns), 9, measured, flags)
     expected = expected_content(job, server)
-    figures = kill_until_done(job, server, expected, random.Random(5), most_kills=6)
+    figures = kill_until_done(job, server, expected, random.Random(5), most_kills=5)
     assert (figures.rows_lost, figures.rows_twice) == (0, 0)

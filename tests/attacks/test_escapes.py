@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.audit.similarity import Encoder
 from pipeline.cli.logs import log_to_stderr
 from pipeline.errors import CoppiceError
 from pipeline.visible import visible, visible_json
@@ -47,7 +46,6 @@ class SweptShell(Shell):
 
 @pytest.fixture
 def shell(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> SweptShell:
-    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
     return SweptShell(monkeypatch, capfd)
 
 

@@ -21,6 +21,7 @@ from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
 from pipeline.settings import ReadSettings
+from tests.sweeps import sweep
 from tests.tiny_job import write_prompts, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +115,7 @@ print("ready", flush=True)
     injected="while files are read, taken from, hashed, converted, planned",
     outcome="the process has ended within 5 seconds",
 )
-@pytest.mark.parametrize("stage", _STAGES)
+@pytest.mark.parametrize("stage", sweep(_STAGES, ("converting", "planning")))
 def test_a_job_ends_on_demand_in_every_stage(tmp_path: Path, stage: str) -> None:
     source = groups(tmp_path / "in.parquet", 3000)
     command = [

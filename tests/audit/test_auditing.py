@@ -13,7 +13,6 @@ import pytest
 from pipeline.audit.auditing import audit_opened, audit_run, describe_audit
 from pipeline.audit.gate import seed_of_output
 from pipeline.audit.other_arms import Arms
-from pipeline.audit.similarity import Encoder
 from pipeline.cli.tables import audit_table
 from pipeline.engine.verify import arms
 from pipeline.errors import CoppiceError, InputError, ModelError, RunDirectoryError, StorageError
@@ -33,12 +32,6 @@ EVERY_ROW = AuditSettings(audit_sample="100%")
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("audited-model"))
-
-
-@pytest.fixture(autouse=True)
-def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Similarity has tests of its own; loading its encoder takes seconds."""
-    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
 
 
 def make_run(folder: Path, model: Path, **flat: object) -> Path:

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.audit.auditing import audit_run, describe_audit
-from pipeline.audit.similarity import Encoder
 from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import AuditSettings, JobSettings
@@ -32,11 +31,6 @@ TURNS: list[Turn] = [
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("audited-model"), sharpness=4.0)
-
-
-@pytest.fixture(autouse=True)
-def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
 
 
 def make_run(folder: Path, model: Path, **flat: Any) -> Path:

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.audit.auditing import audit_run, describe_audit
-from pipeline.audit.similarity import Encoder
 from pipeline.cli.tables import audit_table
 from pipeline.engine.base import NO_HOOKS, EngineHooks, Indices, RunControl
 from pipeline.engine.load import make_engine
@@ -39,11 +38,6 @@ ORDERS = [(0, 1, 2), (2, 0), (3, 1, 0), (1,), (), (0, 0, 3)]
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sharper than at random, so that another place of a document changes what is said."""
     return write_model(tmp_path_factory.mktemp("model"), sharpness=12.0)
-
-
-@pytest.fixture(autouse=True)
-def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
 
 
 def write_table(path: Path) -> Path:

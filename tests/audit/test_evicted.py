@@ -11,7 +11,6 @@ import polars as pl
 import pytest
 
 from pipeline.audit.auditing import audit_run, describe_audit
-from pipeline.audit.similarity import Encoder
 from pipeline.engine.conversation import KeptRun, TurnPlacement
 from pipeline.job.committed_turns import eviction_log_of
 from pipeline.location import Location
@@ -34,11 +33,6 @@ NEW = 6
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sharper than at random, so that what is seen elsewhere changes what is said."""
     return write_model(tmp_path_factory.mktemp("model"), sharpness=12.0)
-
-
-@pytest.fixture(autouse=True)
-def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
 
 
 def make_run(folder: Path, model: Path, **flat: Any) -> Path:

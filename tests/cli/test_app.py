@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.audit.similarity import Encoder
 from pipeline.cli import app as cli
 from pipeline.cli.options import PANELS
 from pipeline.location import Location
@@ -244,7 +243,6 @@ def test_the_demo_runs_audits_and_reports(
         folder / "prompts.parquet", [f"what do you say to number {i}?" for i in range(20)]
     )
     monkeypatch.setattr("pipeline.cli.demo.demo_folder", lambda: folder)
-    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
     out = tmp_path / "out"
     monkeypatch.chdir(tmp_path)
     assert shell("demo", "-o", "out", "--progress", "plain") == 0

@@ -270,9 +270,8 @@ _QUICK = (
 )  # fmt: skip
 
 
-def some_quick(families: Sequence[Family]) -> list[object]:
-    """For a parameter: those that are unlike each other; the others are slow tests."""
-    return [
-        family if family.id in _QUICK else pytest.param(family, marks=pytest.mark.slow)
-        for family in families
-    ]
+def some_quick(families: Sequence[Family], *more: object) -> list[object]:
+    """For a parameter: those that are unlike each other; the others are slow tests. `more`: of
+    further parameters, the same for each."""
+    marks = {True: (), False: pytest.mark.slow}
+    return [pytest.param(f, *more, marks=marks[f.id in _QUICK]) for f in families]

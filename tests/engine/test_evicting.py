@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -30,12 +31,9 @@ from tests.engine.test_turns import (
     run,
     streams,
 )
+from tests.sweeps import diagonal, sweep
 
 ROTARY = [family for family in FAMILIES if family.model_type not in ("gpt2", "opt")]
-
-
-def _slow(value: object) -> object:
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 EVICTORS: tuple[Evictor, ...] = (
@@ -96,8 +94,7 @@ def apart(seed: int, turns: int = 7) -> list[Conversation]:
     ]
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("evictor", EVICTORS)
+@pytest.mark.parametrize(("evictor", "positions"), diagonal(EVICTORS, POSITIONS))
 def test_an_evictor_computes_what_the_reference_does(evictor: Evictor, positions: str) -> None:
     """Window 40: "auto" closes the gaps of the longer conversations."""
     eviction = evicting(evictor, positions, window=40)
@@ -121,8 +118,9 @@ def test_a_family_computes_what_the_reference_does(family: Family) -> None:
             check(engine_for(family), plan_of(apart(40, 6)[:2], eviction))
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("evictor", EVICTORS)
+@pytest.mark.parametrize(
+    ("evictor", "positions"), diagonal(EVICTORS, (*POSITIONS[1:], POSITIONS[0]))
+)
 def test_conversations_that_share_a_prompt_compute_what_the_reference_does(
     evictor: Evictor, positions: str
 ) -> None:
@@ -132,9 +130,17 @@ def test_conversations_that_share_a_prompt_compute_what_the_reference_does(
     check(engine_of(), plan_of(conversations, evicting(evictor, positions, window=40)))
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("evictor", ["sink-recent", _slow("random"), "h2o", _slow("snapkv")])
-@pytest.mark.parametrize("spill", [None, 0], ids=["saved", "computed again"])
+GIVING_WAY = [
+    ("sink-recent", "gap", None), ("sink-recent", "auto", 0), ("h2o", "auto", None),
+    ("h2o", "rerotate", 0),
+]  # fmt: skip
+"""`spill` None: what goes is saved; 0: it is computed again."""
+
+
+@pytest.mark.parametrize(
+    ("evictor", "positions", "spill"),
+    sweep(product(("sink-recent", "random", "h2o", "snapkv"), POSITIONS, (None, 0)), GIVING_WAY),
+)
 def test_conversations_that_give_way_compute_what_the_reference_does(
     evictor: Evictor, positions: str, spill: int | None
 ) -> None:
@@ -147,9 +153,15 @@ def test_conversations_that_give_way_compute_what_the_reference_does(
     assert spill is None or engine.counters.recomputed_tokens
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("evictor", ["gist-recent", "random", "h2o", "snapkv"])
-@pytest.mark.parametrize("cut", [_slow(1), 2, _slow(4)])
+KILLED = [
+    ("gist-recent", "gap", 2), ("random", "rerotate", 1), ("h2o", "auto", 4), ("snapkv", "gap", 2)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("evictor", "positions", "cut"),
+    sweep(product(("gist-recent", "random", "h2o", "snapkv"), POSITIONS, (1, 2, 4)), KILLED),
+)
 def test_a_killed_conversation_goes_on_as_the_reference_says(
     evictor: Evictor, positions: str, cut: int
 ) -> None:

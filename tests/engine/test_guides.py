@@ -26,6 +26,7 @@ from tests import conversation_plan
 from tests.engine import tiny
 from tests.engine.automata import Automata, Automaton, Thinks, accepts, anything, draw_constraint
 from tests.engine.tiny import EOS
+from tests.sweeps import diagonal, sweep
 
 GREEDY = SamplingParams(max_new_tokens=24)
 SAMPLED = SamplingParams(max_new_tokens=24, temperature=0.9, top_p=0.95, top_k=30, seed=3)
@@ -66,8 +67,7 @@ def check_words(plan: Plan, done: dict[int, Completion]) -> None:
             assert accepts(params.constraint, completion.token_ids), completion
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("family", "seed"), diagonal(tiny.FAMILIES, range(3)))
 def test_forced_runs_say_what_one_by_one_says(seed: int, family: str) -> None:
     plan, loaded = random_plan(seed), tiny.load_tiny(family)
     engine = PrefixEngine(loaded, EngineSettings(max_rows=11, max_batch_tokens=64))
@@ -362,7 +362,7 @@ def test_left_open_goes_by_the_last_tag_of_the_tail() -> None:
     assert not is_left_open([5] + [1] * 20, (5,), (6, 7))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", sweep(range(4), (0, 1)))
 def test_the_baseline_replays_under_the_same_masks(seed: int) -> None:
     plan, loaded, grammars = random_plan(seed), tiny.load_tiny(), Automata()
     done = run(PrefixEngine(loaded, EngineSettings()), plan)

@@ -17,6 +17,7 @@ from pipeline.plan.token_table import Ids
 from pipeline.settings import EngineSettings
 from tests.engine import tiny
 from tests.engine.test_prefix_engine import random_plan, run
+from tests.sweeps import diagonal, sweep
 
 
 class TokenStore:
@@ -57,8 +58,7 @@ def shared_tokens(plan: Plan) -> int:
     return int(plan.tree.edge_lengths[shared].sum())
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("family", "seed"), diagonal(tiny.FAMILIES, range(4)))
 def test_a_second_run_loads_what_the_first_one_shared(family: str, seed: int) -> None:
     """Seen red: head copies left out of what is loaded; a prompt's last token not computed."""
     plan = random_plan(seed, [1, 4, 16, 1000][seed])
@@ -82,7 +82,7 @@ def test_a_second_run_loads_what_the_first_one_shared(family: str, seed: int) ->
         assert completion.stored_tokens < plan.prompt_lengths[sequence]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", sweep(range(6), (0, 1, 2)))
 def test_states_of_another_job_serve_at_any_depth_and_may_fail(seed: int) -> None:
     """Tonight's prompts are others than last night's, room is short, and every third load fails."""
     draw = random.Random(seed)

@@ -41,6 +41,7 @@ from tests.engine import tiny
 from tests.engine.integrity import check_integrity
 from tests.engine.test_cuda_graphs import DirectCall
 from tests.engine.test_prefix_engine import FullMemory
+from tests.sweeps import sweep
 
 PARAMS = (
     SamplingParams(max_new_tokens=140),
@@ -249,21 +250,20 @@ def assert_same(plan: Plan, done: dict[int, Completion], free: dict[int, Complet
 
 # Kernels, blocks and seed: each kernel and all blocks in the fast suite; the oracle is the slowest.
 FAST = [
-    *(("auto", blocks, seed) for blocks in BLOCKS for seed in range(2)),
-    *(("torch", blocks, 3) for blocks in ("real blocks", "single slots")),
+    *(("auto", blocks, seed) for seed, blocks in enumerate(BLOCKS)),
+    ("torch", "single slots", 3),
     ("recorded", "small", 3),
 ]
-SLOW = [
-    *(("auto", blocks, seed) for blocks in BLOCKS for seed in range(2, 6)),
-    ("torch", "small", 3),
-    *(("recorded", blocks, 3) for blocks in ("real blocks", "single slots")),
+EVERY = [
+    *(("auto", blocks, seed) for blocks in BLOCKS for seed in range(6)),
+    *((kernels, blocks, 3) for kernels in ("torch", "recorded") for blocks in BLOCKS),
 ]
 
 
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize(
     ("kernels", "blocks", "seed"),
-    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    sweep(EVERY, FAST),
     indirect=["blocks"],
 )
 def test_any_budget_gives_the_same_answers(
@@ -297,9 +297,7 @@ def test_any_budget_gives_the_same_answers(
         watch.assert_all_released()
 
 
-@pytest.mark.parametrize(
-    "seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 12))]
-)
+@pytest.mark.parametrize("seed", sweep(range(12), range(3)))
 def test_rows_may_be_preempted_at_any_moment(
     seed: int, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,7 +324,7 @@ def test_rows_may_be_preempted_at_any_moment(
     watch.assert_all_released()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", sweep(range(4), (0, 1)))
 def test_exactly_the_rows_that_do_not_fit_alone_are_refused(seed: int, watch: Watch) -> None:
     """Red with: only the first block counted; the nodes above not counted; a refused row that does
     not give up its share in the nodes above, which then stay until the end."""

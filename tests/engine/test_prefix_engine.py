@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from pipeline.plan.plan import Plan
 from pipeline.records import Completion, SamplingParams
 from pipeline.settings import EngineSettings
 from tests.engine import tiny
+from tests.sweeps import sweep
 
 ALL = (tiny.GREEDY, tiny.LONGER, tiny.SAMPLED)
 
@@ -46,21 +48,27 @@ def random_plan(seed: int, min_prefix_tokens: int) -> Plan:
     )
 
 
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+LIMITS = [(0, 1, 16, 256), (1, 4, 64, 3), (2, 16, 4096, 256), (3, 1000, 16, 1), (4, 4, 4096, 7)]
+"""Seed, and tokens of a prefix, tokens of a batch and rows at most."""
+
+
 @pytest.mark.parametrize(
-    ("seed", "min_prefix_tokens", "max_batch_tokens", "max_rows"),
-    [(0, 1, 16, 256), (1, 4, 64, 3), (2, 16, 4096, 256), (3, 1000, 16, 1), (4, 4, 4096, 7)],
+    ("family", "kernels", "limits"),
+    sweep(
+        product(tiny.FAMILIES, ("auto", "torch"), LIMITS),
+        [
+            (tiny.FAMILIES[at % 4], ("auto", "torch")[at // 5], limits)
+            for at, limits in enumerate([*LIMITS, *LIMITS])
+        ],
+    ),
 )
 def test_every_logit_equals_plain_attention(
     family: str,
-    seed: int,
-    min_prefix_tokens: int,
-    max_batch_tokens: int,
-    max_rows: int,
+    limits: tuple[int, int, int, int],
     kernels: Literal["auto", "torch"],
 ) -> None:
     """Went red when a chunk's earlier keys, a copied edge or a level was left out."""
+    seed, min_prefix_tokens, max_batch_tokens, max_rows = limits
     plan = random_plan(seed, min_prefix_tokens)
     loaded = tiny.load_tiny(family)
     settings = EngineSettings(max_batch_tokens=max_batch_tokens, max_rows=max_rows, kernels=kernels)
@@ -88,7 +96,7 @@ def test_tokens_equal_the_naive_engine(family: str) -> None:
         assert ours[sequence].finish_reason == completion.finish_reason
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", sweep(range(6), (0, 1)))
 def test_every_distinct_token_is_prefilled_once(seed: int) -> None:
     plan = random_plan(seed, 4)
     engine = PrefixEngine(tiny.load_tiny(), EngineSettings(max_rows=5, max_batch_tokens=32))

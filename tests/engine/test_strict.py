@@ -36,6 +36,7 @@ from pipeline.records import SamplingParams
 from pipeline.settings import EngineSettings, JobSettings, ModelSettings
 from tests.engine import families, tiny
 from tests.engine.attention_cases import Tree, random_layer, trees
+from tests.sweeps import sweep
 
 Bits = dict[tuple[int, int], Tensor]
 """Logits [V] by (sequence, output position)."""
@@ -58,6 +59,19 @@ CHOSEN = (
     "gpt_neox, heads of 24",
     "phi, partial rotary, norms of heads",
     "opt, norm after, projected embedding",
+)
+chosen = pytest.mark.parametrize(
+    "name",
+    sweep(
+        CHOSEN,
+        (
+            "llama, grouped heads",
+            "mistral, window",
+            "gpt2, learned positions",
+            CHOSEN[6],
+            CHOSEN[7],
+        ),
+    ),
 )
 needs_native = pytest.mark.skipif(
     native.why_unavailable() is not None, reason="the compiled kernels are not available"
@@ -115,7 +129,7 @@ def num_unequal(got: Bits, expected: Bits) -> int:
     return sum(not torch.equal(got[key], expected[key]) for key in got)
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@chosen
 def test_no_bit_depends_on_what_runs_beside_a_row(name: str) -> None:
     """Went red when copies of short edges waited for the last tile of a forward, and in windows
     when the grid of key tiles began at the oldest key."""
@@ -306,7 +320,7 @@ def with_faults(by_slot: float = 0, by_size: float = 0, by_call: float = 0) -> P
     return engine
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@chosen
 def test_the_probe_passes_what_keeps_its_bits(name: str) -> None:
     assert strict_probe(engine_for(load(name))) > 3
 

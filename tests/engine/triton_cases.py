@@ -37,6 +37,7 @@ from tests.engine.attention_cases import (
     trees,
     trees_with_documents,
 )
+from tests.sweeps import diagonal
 
 # Triton 3.6's interpreter makes numbers of arrays of one element, which numpy 2.3 warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
@@ -106,8 +107,7 @@ def test_views_of_any_documents_equal_the_reference(
     assert_equals_reference(tree, layer, upload(plan, CPU), layer_rules)
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize(("head_dim", "dtype"), diagonal((64, 80, 128), tuple(TOLERANCE)))
 def test_head_sizes_and_dtypes(head_dim: int, dtype: torch.dtype) -> None:
     layer = random_layer(FOREST, (6, 2), head_dim, dtype)
     layer_rules = AttentionRules(head_dim**-0.5, window=25, softcap=5.0, sinks=torch.randn(6))

@@ -332,7 +332,7 @@ def test_conversations_are_whole_on_a_worker_and_answered_as_on_one_machine(
     turns: list[Turn] = [
         (f"talk {talk}", turn, f"{talk % 3}: {'why? and who ' if turn else 'hello all of you'}")
         for turn in range(5)
-        for talk in range(40)
+        for talk in range(12)
     ]
     table = write_turns(tmp_path / "turns.parquet", turns)
     flat: dict[str, Any] = {**AS_TURNS, "engine": "prefix", "rows_per_part": 5}

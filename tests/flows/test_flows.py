@@ -22,7 +22,6 @@ from flows.credentials import S3Credentials
 from flows.generate import generate
 from flows.nightly import nightly
 from flows.parameters import JobForm
-from pipeline.audit.similarity import Encoder
 from pipeline.engine.echo_engine import EchoEngine
 from pipeline.errors import AuditFailed, EngineError, InputError, UsageError
 from pipeline.job.outcome import RunOutcome
@@ -191,9 +190,8 @@ def test_a_failed_audit_fails_the_flow_and_is_reported(
 
 
 def test_a_passed_audit_is_the_flows_result_and_reported(
-    job: tuple[str, str, dict[str, Any]], model_folder: Path, monkeypatch: pytest.MonkeyPatch
+    job: tuple[str, str, dict[str, Any]], model_folder: Path
 ) -> None:
-    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))  # slow
     flat = {"model": str(model_folder), "engine": "naive", "max_new_tokens": 2}
     run_job(job[0], Path(job[1]), JobSettings.from_flat(flat))
     found = flow_audit(job[1], {"audit-arms": 0, "audit-sample": "100%"})

@@ -186,7 +186,7 @@ def test_a_failed_audit_publishes_nothing_and_somebody_is_told(
 def test_a_night_that_is_killed_is_resumed_by_the_next(
     server: PrefectServer, served: Process, make_job: MakeJob
 ) -> None:
-    job = make_job("killed", rows=40, **_SLOW)
+    job = make_job("killed", rows=20, **_SLOW)
     run = begin_slow(server, job, served)
     kept = parts(job)
     (night,) = nights_of(served)
@@ -194,7 +194,7 @@ def test_a_night_that_is_killed_is_resumed_by_the_next(
     assert server.ended(run)["type"] == "CRASHED"
     assert server.ended(begin(server, job))["name"] == "Completed"
     assert kept <= parts(job) and job.days_published() == [DAY.isoformat()]
-    assert "40 rows (" in served.log and "done before)" in served.log
+    assert "20 rows (" in served.log and "done before)" in served.log
 
 
 def nights_of(served: Process) -> list[psutil.Process]:
@@ -242,7 +242,7 @@ def test_two_jobs_on_one_device_queue_for_it(
 def test_a_night_needs_no_server_to_end(
     server: PrefectServer, served: Process, make_job: MakeJob
 ) -> None:
-    job = make_job("alone", rows=40, **_SLOW)
+    job = make_job("alone", rows=24, **_SLOW)
     run = begin_slow(server, job, served)
     server.stop()
     try:
@@ -250,7 +250,7 @@ def test_a_night_needs_no_server_to_end(
     finally:
         server.start()
     state = server.ended(run)
-    assert state["name"] == "Completed" and "Completed: 40 rows" in state["message"]
+    assert state["name"] == "Completed" and "Completed: 24 rows" in state["message"]
 
 
 @pytest.mark.slow

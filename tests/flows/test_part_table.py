@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flows.part_table import part_table
-from tests.night.conftest import job, no_encoder  # noqa: F401
+from tests.night.conftest import job  # noqa: F401
 from tests.night.job import NightlyJob
 
 

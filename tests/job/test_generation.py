@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import generation
 from pipeline.audit.auditing import audit_run
-from pipeline.audit.similarity import Encoder
 from pipeline.errors import CoppiceError, RunDirectoryError, UsageError
 from pipeline.generation import GenerationRules
 from pipeline.job.observer import SilentObserver
@@ -31,11 +30,6 @@ EVERY_ROW = AuditSettings(audit_sample="100%", audit_arms=2)
 @pytest.fixture(scope="module")
 def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("plain-model"))
-
-
-@pytest.fixture(autouse=True)
-def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
 
 
 def configured(plain: Path, folder: Path, **fields: Any) -> Path:

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pytest
 
 import kvcoppice
-from pipeline.audit.similarity import Encoder
 from tests.tiny_job import PROMPTS, write_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +24,6 @@ _FEW: dict[str, Any] = {"engine": "naive", "dtype": "float32", "max_new_tokens":
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
     return tmp_path / "cache" / "coppice"
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.night.units import make_schedule, serve
 from tests.night.test_settings import write
+from tests.sweeps import sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,7 +62,7 @@ def test_the_schedule_is_served(theirs: Path, monkeypatch: pytest.MonkeyPatch) -
         assert done.returncode == 2 and "no Prefect server is named" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("flow", ["generate", "audit", "nightly"])
+@pytest.mark.parametrize("flow", sweep(("generate", "audit", "nightly"), ("nightly",)))
 def test_prefect_finds_the_flow_of_a_deployment(theirs: Path, flow: str) -> None:
     """As `prefect deploy` and a worker load it. Seen red: "these are their flows"."""
     code = (

@@ -1,4 +1,4 @@
-"""A nightly job with a tiny model; the encoder of the audit is slow and tested elsewhere."""
+"""A nightly job with a tiny model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.audit.similarity import Encoder
 from tests.night.job import NightlyJob
 from tests.storage.conftest import bucket, store, store_server  # noqa: F401
-
-
-@pytest.fixture(autouse=True)
-def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
 
 
 @pytest.fixture
@@ -28,11 +22,9 @@ def job(tmp_path: Path, model_folder: Path) -> NightlyJob:
 @pytest.fixture(scope="session")
 def done_night(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     """The folder of a job whose night of DAY is audited and not published. Do not change it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Encoder, "load", classmethod(lambda cls, name=None: None))
-        job = NightlyJob(tmp_path_factory.mktemp("done"), model_folder, publish=None)
-        job.give_input()
-        (ending,) = job.sit()
+    job = NightlyJob(tmp_path_factory.mktemp("done"), model_folder, publish=None)
+    job.give_input()
+    (ending,) = job.sit()
     assert ending.state == "completed", ending.sentence()
     return job.folder
 

@@ -28,6 +28,7 @@ from tests.engine.tiny import (
     random_prompts,
     with_backend,
 )
+from tests.sweeps import diagonal
 
 SHARED = [5 + (7 * i) % 80 for i in range(40)]
 PROMPTS = [[*SHARED, *own] for own in ([9, 8], [50, 51, 52], [60], [33, 34, 9, 70])]
@@ -47,8 +48,7 @@ def forced_rows() -> list[ForcedRow]:
     ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("budget", [None, 90_000])
+@pytest.mark.parametrize(("family", "budget"), diagonal(FAMILIES, (None, 90_000)))
 def test_every_arm_says_what_full_prefill_says(family: str, budget: int | None) -> None:
     """Also where rows are preempted and come again, and after tokens that end an answer."""
     engine = PrefixEngine(load_tiny(family), EngineSettings(kv_budget=budget, max_rows=5))
@@ -89,8 +89,7 @@ def test_strict_mode_keeps_the_bits_of_a_row_and_the_default_does_not() -> None:
         assert all(same_bits_alone(engine, rows)) == (settings.fidelity == "strict")
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("fault", "dtype"), diagonal(FAULTS, (torch.float32, torch.bfloat16)))
 def test_a_planted_fault_changes_answers(fault: Fault, dtype: torch.dtype) -> None:
     """At some place; without one, answers are those of the engine, and it is whole afterwards."""
     engine = PrefixEngine(load_tiny(dtype=dtype), EngineSettings())

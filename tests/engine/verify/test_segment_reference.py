@@ -77,7 +77,7 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
 
 
-@pytest.mark.parametrize("family", ROTARY, ids=lambda family: family.id)
+@pytest.mark.parametrize("family", families.some_quick(ROTARY), ids=lambda family: family.id)
 def test_documents_alone_equal_a_block_diagonal_mask(family: Family) -> None:
     model = families.build(family.config())
     pieces = [
@@ -138,7 +138,7 @@ def test_modes_that_add_nothing_are_one(below: bool) -> None:
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("family", ROTARY, ids=lambda family: family.id)
+@pytest.mark.parametrize("family", families.some_quick(ROTARY), ids=lambda family: family.id)
 def test_what_is_exact_below_the_preamble_is_full_prefill(family: Family) -> None:
     """One document in any mode that adds nothing; several where each row repairs all of them."""
     model = families.build(family.config())

@@ -23,6 +23,7 @@ from pipeline.plan.conversations import BY_HEAD, Eviction, Evictor
 from pipeline.records import EvictionEvent
 from tests.engine import families
 from tests.engine.families import FAMILIES, Family
+from tests.sweeps import diagonal, sweep
 
 ROTARY = [family for family in FAMILIES if family.model_type not in ("gpt2", "opt")]
 GROUPED = next(family for family in ROTARY if family.id == "llama, grouped heads")
@@ -183,8 +184,7 @@ def run(
     return list(SlowTurns(slow, eviction, system).run(conversation()))
 
 
-@pytest.mark.parametrize("evictor", EVICTORS)
-@pytest.mark.parametrize("positions", ["gap", "rerotate"])
+@pytest.mark.parametrize(("evictor", "positions"), diagonal(EVICTORS, ("gap", "rerotate")))
 def test_every_evictor_stays_within_its_budget_and_replays(
     evictor: Evictor, positions: SlowPositions
 ) -> None:
@@ -207,7 +207,7 @@ def test_every_evictor_stays_within_its_budget_and_replays(
         same(again, masked_logits(model, ids, log))
 
 
-@pytest.mark.parametrize("evictor", EVICTORS)
+@pytest.mark.parametrize("evictor", sweep(EVICTORS, ("oldest", "sink-recent", "h2o", "random")))
 def test_a_budget_of_the_whole_history_evicts_nothing(evictor: Evictor) -> None:
     model = families.load(GROUPED).model
     count = len(ids_of(conversation()))

@@ -18,6 +18,7 @@ from tests.engine import tiny
 from tests.engine.test_documents import engine_of
 from tests.engine.test_evicting import apart
 from tests.engine.test_turns import NEW_TOKENS, evicting, plan_of, run
+from tests.sweeps import diagonal
 
 GREEDY = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
 
@@ -36,8 +37,10 @@ def prompt_of(story: Story) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize("evictor", ["sink-recent", "attention-top", "h2o", "snapkv"])
-@pytest.mark.parametrize("positions", ["gap", "rerotate", "auto"])
+@pytest.mark.parametrize(
+    ("evictor", "positions"),
+    diagonal(("sink-recent", "attention-top", "h2o", "snapkv"), ("gap", "rerotate", "auto")),
+)
 def test_a_turn_is_computed_again_as_it_was(evictor: Evictor, positions: str) -> None:
     eviction = evicting(evictor, positions, window=48)
     stories = stories_of(eviction)
@@ -71,8 +74,7 @@ def test_the_baseline_writes_the_same_answer_alone(positions: str) -> None:
         assert replay.predicted.tolist() == list(alone)
 
 
-@pytest.mark.parametrize("positions", ["gap", "rerotate"])
-@pytest.mark.parametrize("fault", EVICTION_FAULTS)
+@pytest.mark.parametrize(("fault", "positions"), diagonal(EVICTION_FAULTS, ("gap", "rerotate")))
 def test_a_planted_fault_is_seen(fault: EvictionFault, positions: str) -> None:
     """It changes what the engine says, and the baseline says no to that."""
     eviction = evicting("sink-recent", positions)
