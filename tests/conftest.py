@@ -53,6 +53,15 @@ def own_locks(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_flushes() -> Iterator[None]:
+    """The disk is not waited for: what was flushed and what was not reads the same until the power
+    goes, and that tests/torture plays by the calls that it sees."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which knows a bad file as well
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_encoder() -> Iterator[None]:
     """Audits describe no similarity, for to load MiniLM takes seconds; see `encoder`."""
     with pytest.MonkeyPatch.context() as patch:

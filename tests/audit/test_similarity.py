@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 
 from pipeline.audit import similarity
+from pipeline.audit.auditing import audit_run, describe_audit
 from pipeline.audit.similarity import DEFAULT_MODEL, Encoder
 from pipeline.errors import ModelError
+from pipeline.location import Location
+from pipeline.run import run_job
+from pipeline.settings import AuditSettings, JobSettings
+from tests.tiny_job import write_prompts
 
 pytestmark = pytest.mark.usefixtures("encoder")
 needs_package = pytest.mark.skipif(
@@ -48,6 +53,19 @@ def test_the_package_serves_without_the_hub(
     assert encoder.encode(["one", "two"]).dtype == np.float32
     assert encoder.cosine([], []).shape == (0,)
     assert capfd.readouterr() == ("", "")
+
+
+@needs_package
+def test_an_audit_says_how_alike_the_texts_are(tmp_path: Path, model_folder: Path) -> None:
+    """And chooses rows by what their prompts say."""
+    prompts: list[str | None] = [f"what of {word}?" for word in ("tar", "rope", "salt", "a cat")]
+    source = write_prompts(tmp_path / "p.parquet", prompts)
+    flat = {"model": str(model_folder), "max_new_tokens": 4, "dtype": "float32"}
+    run_job(str(source), tmp_path / "out", JobSettings.from_flat(flat))
+    out = Location(tmp_path / "out")
+    assert audit_run(out, AuditSettings(audit_sample="3", audit_arms=0)).passed
+    found = describe_audit(out)["similarity"]
+    assert found["encoder"] == DEFAULT_MODEL and found["min"] == pytest.approx(1.0, abs=1e-5)
 
 
 @needs_package

@@ -58,6 +58,10 @@ def random_plan(seed: int, rows: int = 30, **changes: object) -> Plan:
     return tiny.plan_of(prompts, params, [draw.randrange(len(params)) for _ in prompts])
 
 
+def ids_of(done: dict[int, Completion]) -> dict[int, tuple[int, ...]]:
+    return {sequence: completion.token_ids for sequence, completion in done.items()}
+
+
 def check_words(plan: Plan, done: dict[int, Completion]) -> None:
     """Every constrained answer is a word of its automaton, or says that it was cut."""
     for sequence, completion in done.items():
@@ -95,9 +99,7 @@ def test_forced_runs_take_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     without = run(engine, plan)
     assert engine.counters.forced_tokens == 0
     assert (steps, engine.counters.num_forwards) == (2, 17)
-    assert {s: c.token_ids for s, c in with_runs.items()} == {
-        s: c.token_ids for s, c in without.items()
-    }
+    assert ids_of(with_runs) == ids_of(without)
 
 
 @pytest.mark.parametrize("share", [2, 3, 6])
@@ -110,9 +112,7 @@ def test_a_small_budget_preempts_rows_and_changes_nothing(share: int) -> None:
     tight = PrefixEngine(loaded, EngineSettings(kv_budget=budget, max_batch_tokens=32))
     done = run(tight, plan)
     assert tight.counters.peak_kv_bytes <= budget
-    assert {s: c.token_ids for s, c in done.items()} == {
-        s: c.token_ids for s, c in expected.items()
-    }
+    assert ids_of(done) == ids_of(expected)
 
 
 def test_memory_that_ends_halves_the_forward_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,9 +130,7 @@ def test_memory_that_ends_halves_the_forward_of_a_run(monkeypatch: pytest.Monkey
 
     done = run(tiny.with_backend(engine, forward=small), plan)
     assert failed
-    assert {s: c.token_ids for s, c in done.items()} == {
-        s: c.token_ids for s, c in expected.items()
-    }
+    assert ids_of(done) == ids_of(expected)
 
 
 def test_free_rows_keep_their_bits_beside_masked_ones() -> None:
@@ -149,7 +147,7 @@ def test_free_rows_keep_their_bits_beside_masked_ones() -> None:
     params = (GREEDY, replace(GREEDY, seed=1, constraint=anything()))
     masked = run(PrefixEngine(loaded, EngineSettings()), tiny.plan_of(prompts, params, kinds),
                  hooks=beside)  # fmt: skip
-    assert {s: c.token_ids for s, c in plain.items()} == {s: c.token_ids for s, c in masked.items()}
+    assert ids_of(plain) == ids_of(masked)
     assert seen.keys() == free_logits.keys()
     assert all(torch.equal(seen[at], free_logits[at]) for at in seen)
 

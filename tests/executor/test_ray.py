@@ -108,11 +108,7 @@ def kill_all(numbers: list[int]) -> None:
 
 
 def test_two_workers_answer_as_one_and_count_every_token(
-    workers: Path,
-    source: Path,
-    tmp_path: Path,
-    settings_of: Settings,
-    expected: Expected,
+    workers: Path, source: Path, tmp_path: Path, settings_of: Settings, expected: Expected
 ) -> None:
     """The session itself holds prefilled and cached tokens against the plan; the audit is the one
     of any run."""
@@ -173,11 +169,7 @@ def test_killed_workers_cost_no_row(
     outcome="a row with status = error after a few replacements; all others answered",
 )
 def test_a_row_that_kills_its_workers_becomes_an_error(
-    workers: Path,
-    source: Path,
-    tmp_path: Path,
-    settings_of: Settings,
-    expected: Expected,
+    workers: Path, source: Path, tmp_path: Path, settings_of: Settings, expected: Expected
 ) -> None:
     from pipeline.tokens.tokenizer import PromptTokenizer
 

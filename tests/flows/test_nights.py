@@ -95,7 +95,7 @@ def test_the_schedule_fires_and_the_night_is_published_and_shown(
     wait_for(fired, "a scheduled night", process)
     run = fired()[0]
     day = run["expected_start_time"][:10]
-    assert run["auto_scheduled"] and run["name"] == f"stars {day}"
+    assert (run["auto_scheduled"], run["name"]) == (True, f"stars {day}")
     assert job.days_published() == [day]
     assert "Completed: 4 rows" in run["state"]["message"]
 

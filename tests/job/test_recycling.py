@@ -89,7 +89,7 @@ def test_the_second_night_computes_nothing_that_rows_shared(nights: Nights) -> N
     assert set(answers(first)["reuse_source"]) == {"run", "none"}
     assert set(answers(second)["reuse_source"]) == {"store"}
     assert f"{int(warm['loaded_tokens'])} prompt tokens loaded" in said
-    verdict = audit_run(Location(second), AuditSettings(audit_sample="100%"))
+    verdict = audit_run(Location(second), AuditSettings(audit_sample="100%", audit_arms=0))
     assert verdict.passed and verdict.rows_exact == verdict.rows_audited == len(PROMPTS)
 
 
