@@ -6,6 +6,7 @@ Compared with the slow reference. Each once ended a job, or told of other tokens
 from __future__ import annotations
 
 import random
+from itertools import product
 
 import pytest
 
@@ -22,6 +23,7 @@ from tests.engine.test_turns import (
     random_conversations,
     run,
 )
+from tests.sweeps import diagonal, sweep
 
 BYTES_A_TOKEN = 2 * 2 * 2 * 16 * 4  # of the tiny model
 
@@ -35,8 +37,9 @@ def alike(seed: int, count: int = 6, turns: int = 7) -> list[Conversation]:
     ]
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("evictor", ["sink-recent", "random", "h2o", "snapkv"])
+@pytest.mark.parametrize(
+    ("evictor", "positions"), diagonal(("sink-recent", "random", "h2o", "snapkv"), POSITIONS)
+)
 def test_positions_that_became_small_again_change_nothing(
     evictor: Evictor, positions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,9 +50,13 @@ def test_positions_that_became_small_again_change_nothing(
         check(engine_of(), plan_of(alike(5, turns=9), eviction))
 
 
-@pytest.mark.parametrize("evictor", EVICTORS)
-@pytest.mark.parametrize("unit", ["token", "turn"])
-@pytest.mark.parametrize("system", [0, SYSTEM])
+UNITS, SYSTEMS = ("token", "turn"), (0, SYSTEM)
+SOME = [(e, UNITS[at % 2], SYSTEMS[at // 2 % 2]) for at, e in enumerate(EVICTORS)]
+
+
+@pytest.mark.parametrize(
+    ("evictor", "unit", "system"), sweep(product(EVICTORS, UNITS, SYSTEMS), SOME)
+)
 def test_a_question_that_fills_the_budget_is_answered(
     evictor: Evictor, unit: str, system: int
 ) -> None:
@@ -64,13 +71,18 @@ def test_a_question_that_fills_the_budget_is_answered(
         check(engine_of(kv_budget=kv_budget), plan, new, system=system)
 
 
-@pytest.mark.parametrize("spill", [None, 0], ids=["saved", "computed again"])
-@pytest.mark.parametrize("evictor", ["random", "h2o", "snapkv"])
-@pytest.mark.parametrize("spare", [0, 8, 20])
+FULL = [("random", 0, 0), ("h2o", 0, None), ("h2o", 8, 0), ("snapkv", 20, None)]
+
+
+@pytest.mark.parametrize(
+    ("evictor", "spare", "spill"),
+    sweep(product(("random", "h2o", "snapkv"), (0, 8, 20), (None, 0)), FULL),
+)
 def test_what_is_gathered_finds_room_on_a_full_device(
     evictor: Evictor, spare: int, spill: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a conversation keeps of a shared prompt becomes its own: others, or it, give way."""
+    """What a conversation keeps of a shared prompt becomes its own: others, or it, give way; what
+    does is saved, or with a `spill` of 0 computed again."""
     monkeypatch.setattr(kept_kv, "MOST_RUNS", 1)
     conversations = alike(11, count=8)
     eviction = evicting(evictor, "auto", budget=34, window=40)

@@ -14,6 +14,7 @@ from pipeline.plan.conversations import BY_HEAD
 from pipeline.stateful.arms import Arm
 from pipeline.stateful.streaming import stream_arm
 from tests.stateful.models import build_llama, draw_group
+from tests.sweeps import diagonal
 
 KEEP = 48
 GROUP = draw_group(rows=2, tokens=260)
@@ -31,9 +32,12 @@ def weights_of(slow: SlowConversation, evictor: str, prefill: range) -> Any:
     return None
 
 
-@pytest.mark.parametrize("positions", ["gap", "rerotate", "stale"])
 @pytest.mark.parametrize(
-    "evictor", ["window", "gist-recent", "random", "attention-top", "h2o", "snapkv"]
+    ("evictor", "positions"),
+    diagonal(
+        ("window", "gist-recent", "random", "attention-top", "h2o", "snapkv"),
+        ("gap", "rerotate", "stale"),
+    ),
 )
 def test_answers_and_likelihoods_are_those_of_the_reference(evictor: Any, positions: Any) -> None:
     arm = Arm(evictor, positions, KEEP, KEEP // 2 if evictor == "gist-recent" else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from pipeline.stateful.arms import LIMIT, TOP, Arm, all_arms, headline_arms
 from pipeline.stateful.streaming import Answered, stream_arm
 from tests.stateful.models import build_llama, draw_group
+from tests.sweeps import sweep
 
 MODEL, GROUP = build_llama(), draw_group()
 
 
+@cache
 def run(*arm: object) -> list[Answered]:
     return stream_arm(MODEL, Arm(*arm), GROUP, 0)  # type: ignore[arg-type]
 
@@ -38,12 +41,12 @@ def test_without_evictions_every_answer_is_that_of_plain_full_prefill() -> None:
         assert one.history == ids.shape[1] - GROUP.prompts(turn).shape[1] - 2
 
 
-@pytest.mark.parametrize(
-    "arm", [arm for arm in [*all_arms((48,)), Arm("window", "anew", 48)] if not arm.each_token]
-)
+SMALL = [arm for arm in [*all_arms((48,)), Arm("window", "anew", 48)] if arm.keep == 48]
+SOME = {arm.positions: arm for arm in SMALL} | {arm.evictor: arm for arm in reversed(SMALL)}
+
+
+@pytest.mark.parametrize("arm", sweep(SMALL, SOME.values()))
 def test_a_budget_of_all_evicts_nothing_and_a_small_one_is_kept(arm: Arm) -> None:
-    if arm.evictor == "none" or arm.keep != 48:
-        return
     everything = run(arm.evictor, arm.positions, 10_000, arm.gist)
     assert torch.equal(said(everything), said(run("none", "gap")))
     within = stream_arm(MODEL, arm, GROUP, 0)
