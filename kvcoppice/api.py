@@ -126,7 +126,13 @@ def _with_schema(
         return {"json_schema": dict(schema)}
     if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
         raise UsageError("schema is a model of pydantic or a JSON schema as a mapping")
-    return {"json_schema": schema.model_json_schema()}
+    try:
+        return {"json_schema": schema.model_json_schema()}
+    except Exception as error:  # whatever a model of the caller raises
+        reason = (
+            f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else "no reason"
+        )
+        raise UsageError(f"{schema.__name__} has no JSON schema ({reason}); change it") from error
 
 
 def _input(prompts: Prompts) -> str:

@@ -26,20 +26,31 @@ def read_schema(value: object) -> str:
 def read_grammar(value: object) -> str:
     """A grammar, of a file or of its text, which has a rule `start`. Raises ValueError."""
     text = str(value)
-    if isinstance(value, str | Path) and not ("start" in text and ":" in text):
+    is_text = "start" in text and ":" in text and not _is_file(text)
+    if isinstance(value, str | Path) and not is_text:
         text = _read_text(Path(value), "of a grammar")
     constraints.of_grammar(text)
     return text
 
 
+def _is_file(text: str) -> bool:
+    return len(text) < 4096 and Path(text).is_file()
+
+
 def _read_text(path: Path, what: str) -> str:
+    most = 4 * constraints.MOST_CHARACTERS
     try:
-        if path.stat().st_size > 4 * constraints.MOST_CHARACTERS:
-            raise ValueError(f"{path} is too large to be the file {what}")
-        return path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        with path.open("rb") as file:
+            content = file.read(most + 1)  # of a device there is no size, and no end
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "that is no path"
         raise ValueError(f"cannot read the file {what}, {path} ({reason})") from None
+    if len(content) > most:
+        raise ValueError(f"{path} is too large to be the file {what}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"cannot read the file {what}, {path} (it is not UTF-8)") from None
 
 
 def flag_of(name: str) -> str:

@@ -14,7 +14,7 @@ nothing of how a grammar is compiled (`tokens/grammar.py`); quotes nothing of a 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 MOST_CHARACTERS: Final = 1 << 20
@@ -51,10 +51,7 @@ Constraint = dict[str, Any]
 
 def of_schema(schema: object) -> str:
     """A JSON schema, as value or as JSON text. Raises ValueError."""
-    if isinstance(schema, str):
-        schema = _read_json(schema, "the schema")
-    if not isinstance(schema, dict):
-        raise ValueError(f"the schema must be a JSON object, not {_kind(schema)}")
+    schema = _object(schema, "the schema")
     _check_schema(schema)
     return _canonical("json_schema", schema)
 
@@ -85,8 +82,14 @@ def _escaped(text: str) -> str:
 
 
 def of_request(name: str, value: object) -> str | None:
-    """What a field of a request asks for; None: nothing. Raises ValueError."""
-    return None if value in ([], {}, "") else _READERS[name](value)
+    """What a field of a request asks for; None: nothing. Raises ValueError, which names it."""
+    if value == "" or (name in _EMPTY and value == _EMPTY[name]):
+        return None
+    try:
+        return _READERS[name](value)
+    except ValueError as error:
+        said = str(error)
+        raise ValueError(said if name in said else f"{name}: {said}") from None
 
 
 def as_request(constraint: str) -> dict[str, Any]:
@@ -108,42 +111,61 @@ def schema_of(constraint: str) -> Constraint | None:
 
 def _of_response_format(value: object) -> str | None:
     """OpenAI's."""
-    said = _object(value, "response_format")
-    kind = said.get("type")
-    if kind == "text" or not said:
-        return None
-    if kind == "json_object":
-        return of_schema({"type": "object"})
-    if kind != "json_schema":
+    said = _fields(value, "response_format")
+    kind = said.pop("type", None) if said else "text"
+    if kind not in ("text", "json_object", "json_schema"):
         raise ValueError("response_format must be of the type text, json_object or json_schema")
-    inner = _object(said.get("json_schema"), "response_format.json_schema")
-    if inner.get("schema") is None:
+    inner = said.pop("json_schema", None) if kind == "json_schema" else {"schema": _OBJECT}
+    inner = _fields(inner, "response_format.json_schema")
+    _refuse_others(said, f"response_format of the type {kind}")
+    if "schema" not in inner:
         raise ValueError("response_format.json_schema has no schema")
-    return of_schema(inner["schema"])
+    _refuse_others(inner.keys() - _OF_SCHEMA, "response_format.json_schema")
+    return None if kind == "text" else of_schema(inner["schema"])
+
+
+_OBJECT: Final = {"type": "object"}
+_OF_SCHEMA: Final = {"schema", "name", "description", "strict"}  # which it is always
+_KNOWN: Final = (
+    "schema", "json_schema", "regex", "choice", "grammar", "pattern", "structural_tag",
+    "whitespace_pattern", "disable_additional_properties",
+)  # fmt: skip
+
+
+def _refuse_others(names: Iterable[str], what: str) -> None:
+    """Raises ValueError where a field is there that would be left out; names those of others."""
+    listed = sorted(names, key=lambda name: name not in _KNOWN)
+    if listed:
+        is_known = listed[0] in _KNOWN
+        field = f"the field {listed[0]!r}" if is_known else "a field that coppice does not know"
+        raise ValueError(f"{what} has {field}; leave it out")
 
 
 def _of_structured_outputs(value: object) -> str | None:
     """vLLM's."""
-    said = {k: v for k, v in _object(value, "structured_outputs").items() if v not in (None, False)}
-    said.pop("disable_any_whitespace", None)  # there is none anyway
+    said = _fields(value, "structured_outputs")
+    for name in _FLAGS & said.keys():
+        if not isinstance(said[name], bool):
+            raise ValueError(f"structured_outputs.{name} must be true or false")
+        if name in _ALWAYS or not said[name]:
+            del said[name]
+    _refuse_others(said.keys() - _STRUCTURED.keys(), "structured_outputs")
     if not said:
         return None
-    unknown = sorted(said.keys() - _STRUCTURED.keys())
-    if unknown or len(said) > 1:
-        named = [name for name in unknown if name in _NOT_HERE]
-        wrong = f"asks for {named[0]}" if named else "must ask for one thing"
-        raise ValueError(f"structured_outputs {wrong}; known are {', '.join(_STRUCTURED)}")
+    if len(said) > 1:
+        raise ValueError(f"structured_outputs must ask for one thing of {', '.join(_STRUCTURED)}")
     ((name, asked),) = said.items()
     return _STRUCTURED[name](asked)
 
 
-_NOT_HERE: Final = ("structural_tag", "whitespace_pattern")
+_ALWAYS: Final = {"disable_any_whitespace", "disable_fallback"}
+_FLAGS: Final = {"json_object", "disable_additional_properties"} | _ALWAYS
 _STRUCTURED: Final[Mapping[str, Callable[[object], str]]] = {
     "json": of_schema,
     "regex": of_regex,
     "choice": of_choices,
     "grammar": of_grammar,
-    "json_object": lambda asked: of_schema({"type": "object"}),
+    "json_object": lambda asked: of_schema(_OBJECT),
 }
 _READERS: Final[Mapping[str, Callable[[object], str | None]]] = {
     "response_format": _of_response_format,
@@ -153,9 +175,9 @@ _READERS: Final[Mapping[str, Callable[[object], str | None]]] = {
     "guided_choice": of_choices,
     "guided_grammar": of_grammar,
 }
+_EMPTY: Final[Constraint] = {"guided_json": {}, "guided_choice": []}  # the others know it
 REQUEST_FIELDS: Final = tuple(_READERS)
 """Fields of a request that ask for an answer of some form."""
-"""Those of them that are text and no JSON."""
 
 
 def _check_schema(schema: Constraint) -> None:
@@ -177,7 +199,7 @@ def _check_schema(schema: Constraint) -> None:
             todo += [(part, depth + 1) for part in value]
     for part in subschemas(schema):
         unknown = [k for k in part if k not in _CHECKED and k not in _BESIDE]
-        bad = [keyword for keyword in unknown if not keyword.startswith("x-")]
+        bad = [keyword for keyword in map(str, unknown) if not keyword.startswith("x-")]
         if bad:
             raise ValueError(
                 f"the schema has the keyword {bad[0][:40]!r}, which answers cannot be held to; "
@@ -233,21 +255,26 @@ def _is_joined(part: Constraint) -> bool:
 
 
 def _canonical(kind: str, value: object) -> str:
-    text = json.dumps({kind: value}, ensure_ascii=False, separators=(",", ":"))
+    try:
+        text = json.dumps({kind: value}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text.encode()
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("it holds NaN, half a surrogate pair, or what is no JSON") from None
     if len(text) > MOST_CHARACTERS:
-        raise ValueError(
-            f"what the answer must be has {len(text)} characters, and at most {MOST_CHARACTERS} "
-            "are taken; make it smaller"
-        )
+        raise ValueError(f"it has {len(text)} characters; at most {MOST_CHARACTERS} are taken")
     return text
 
 
 def _object(value: object, name: str) -> Constraint:
     if isinstance(value, str):
         value = _read_json(value, name)
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{name} must be a JSON object, not {_kind(value)}")
     return value
+
+
+def _fields(value: object, name: str) -> Constraint:
+    return {field: said for field, said in _object(value, name).items() if said is not None}
 
 
 def _text(value: object, name: str) -> str:
@@ -269,5 +296,5 @@ def _read_json(text: str, name: str) -> object:
 
 
 def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    names = {list: "a list", str: "a text", bool: "true or false", dict: "one with other names"}
     return "null" if value is None else names.get(type(value), "a number")

@@ -95,7 +95,7 @@ def render(kind: str, template: str, folder: Path) -> str:
     """The error that a person is told of, or "" where the template only printed something."""
     from pipeline.errors import UsageError
     from pipeline.inputs import prompt_template
-    from pipeline.inputs.cells import BadCell
+    from pipeline.inputs.bad_cell import BadCell
     from pipeline.inputs.prompt_template import PromptTemplate
     from pipeline.settings import TokenSettings
     from pipeline.tokens import chat_template

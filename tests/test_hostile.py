@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
 from pipeline.inputs import prompt_template
-from pipeline.inputs.cells import BadCell
+from pipeline.inputs.bad_cell import BadCell
 from pipeline.inputs.prompt_template import PromptTemplate
 from pipeline.tokens import chat_template
 from tests import hostile

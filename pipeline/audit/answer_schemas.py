@@ -1,46 +1,134 @@
-"""Whether answers fit their JSON schemas, by a validator that shares nothing with the masks."""
+"""Whether answers fit their JSON schemas, by a validator that shares nothing with the masks.
+
+A schema is a stranger's, and a pattern in it may take for ever, so it is looked at in a process of
+its own. Numbers are held to it as they are written: by floats, 0.07 is no multiple of 0.01.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from decimal import Decimal, localcontext
+from typing import Any, Final
 
 import polars as pl
+import pyarrow as pa
 
 from pipeline.audit.replay import AuditInput, RowAudit
-from pipeline.constraints import schema_of
+from pipeline.confined import Confined, Fault
+from pipeline.constraints import narrowed, schema_of
+from pipeline.job.answer_texts import Said
 from pipeline.job.job import Job
-from pipeline.job.parsed import behind_thinking
+from pipeline.job.parsed import form_text, parsed_value
+from pipeline.storage.schema_types import JSON_TEXT, Form, form_of
+
+_SECONDS: Final = 10.0  # for an answer
+_DIGITS: Final = 2_000  # of a number of an answer, and of what it is divided by
 
 
 def hold_to_schemas(
-    job: Job, chosen: pl.DataFrame, inputs: Sequence[AuditInput], audits: list[RowAudit]
+    job: Job,
+    chosen: pl.DataFrame,
+    inputs: Sequence[AuditInput],
+    audits: list[RowAudit],
+    say: Callable[[str], None],
 ) -> list[RowAudit]:
-    """The same audits; a complete answer that does not fit its schema, or that the column `parsed`
-    does not hold, is corrupt."""
-    texts = dict(zip(chosen["row_index"], chosen["generated_text"], strict=True))
-    parsed = {}
-    if "parsed" in chosen.columns:
-        parsed = dict(zip(chosen["row_index"], chosen["parsed"], strict=True))
-    found = []
-    for row, audit in zip(inputs, audits, strict=True):
-        is_whole = row.finish_reason == "stop" and not row.params.stop
-        if is_whole and schema_of(row.params.constraint) is not None:
-            text = behind_thinking(job.tokenizer, row.output, texts[row.row_index] or "")
-            if not fits(text, row.params.constraint) or parsed.get(row.row_index, "") is None:
-                audit = replace(audit, row_class="corrupt")
-        found.append(audit)
-    return found
+    """The same audits; an answer that is complete and does not fit its schema is corrupt, and so is
+    one whose column `parsed` says anything but the answer. `say`: takes what could not be seen."""
+    wrong = _misfits(job, chosen, inputs, say)
+    has_values = any(schema_of(row.params.constraint) is not None for row in inputs)
+    if has_values and "parsed" in chosen.columns:  # else it is one that the input brought
+        wrong |= _misread(job, chosen, inputs)
+    return [
+        replace(audit, row_class="corrupt") if row.row_index in wrong else audit
+        for row, audit in zip(inputs, audits, strict=True)
+    ]
+
+
+def _misfits(
+    job: Job, chosen: pl.DataFrame, inputs: Sequence[AuditInput], say: Callable[[str], None]
+) -> set[int]:
+    """The rows whose answers do not fit."""
+    whole = {
+        row.row_index: (form_text(job, _said(row), text or ""), row.params.constraint)
+        for row, text in zip(inputs, chosen["generated_text"], strict=True)
+        if row.finish_reason == "stop"
+        and not row.params.stop
+        and schema_of(row.params.constraint) is not None
+    }
+    if not whole:
+        return set()
+    said = Confined(make_judge, (), _SECONDS).map(list(whole.values()))
+    unknown = sum(not isinstance(answer, str) for answer in said)
+    if unknown:
+        say(f"{unknown} answers could not be held to their schemas, which take too long or are odd")
+    return {row for row, answer in zip(whole, said, strict=True) if answer == _DOES_NOT}
+
+
+def _misread(job: Job, chosen: pl.DataFrame, inputs: Sequence[AuditInput]) -> set[int]:
+    """The rows whose `parsed` is another value than the answer's."""
+    found, forms = chosen["parsed"], [JSON_TEXT]
+    own = schema_of(job.settings.sampling.constraint)
+    typed = None if own is None else form_of(narrowed(own))
+    if typed is not None and _as_column(typed, []).dtype == found.dtype:
+        forms.append(typed)  # a text may be meant either way
+    texts = [text or "" for text in chosen["generated_text"]]
+    pairs = list(zip(inputs, texts, strict=True))
+    meant = [
+        _as_column(form, [parsed_value(job, form, _said(row), text) for row, text in pairs])
+        for form in forms
+    ]
+    rows = zip(inputs, found, *meant, strict=True)
+    return {row.row_index for row, parsed, *either in rows if parsed not in either}
+
+
+def _as_column(form: Form, values: list[Any]) -> pl.Series:
+    """As a reader of the output has them."""
+    table = pa.table({"parsed": pa.array(values, form.type)})
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame["parsed"]
+
+
+def _said(row: AuditInput) -> Said:
+    return Said(row.prompt, tuple(row.output), row.finish_reason, row.params)
+
+
+_FITS: Final = "fits"
+_DOES_NOT: Final = "does not fit"
+
+
+def make_judge() -> Callable[[tuple[str, str]], str | Fault]:
+    """Of a text and a constraint: whether it fits; runs in the child."""
+
+    def judge(item: tuple[str, str]) -> str | Fault:
+        try:
+            return _FITS if fits(*item) else _DOES_NOT
+        except Exception as error:  # a reference that leads nowhere, a pattern of another dialect
+            return Fault(f"the schema cannot be used ({type(error).__name__})")
+
+    return judge
 
 
 def fits(text: str, constraint: str) -> bool:
     """Whether a text is JSON that fits the schema of a constraint."""
     from jsonschema import Draft202012Validator
+    from jsonschema.validators import extend
 
-    schema = schema_of(constraint)
-    assert schema is not None
+    validator = extend(
+        Draft202012Validator,
+        type_checker=Draft202012Validator.TYPE_CHECKER.redefine("integer", _is_whole),
+    )
+    schema = json.loads(constraint, parse_float=Decimal)["json_schema"]
     try:
-        return bool(Draft202012Validator(schema).is_valid(json.loads(text)))
+        with localcontext(prec=_DIGITS):
+            return bool(validator(schema).is_valid(json.loads(text, parse_float=Decimal)))
     except (ValueError, RecursionError):
         return False
+
+
+def _is_whole(_: object, value: object) -> bool:
+    if isinstance(value, Decimal):
+        return value == value.to_integral_value()
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -174,14 +174,14 @@ def _look_at_answers(asked: _Asked, chosen: pl.DataFrame) -> _Found:
     free = _free_rows(inputs, settings, seed)
     audits = _replay(baseline, modes, inputs, tier, free, observer)
     seconds = time.monotonic() - replay_started
-    audits = hold_to_schemas(job, chosen, inputs, audits)
+    audits = hold_to_schemas(job, chosen, inputs, audits, observer.say)
     similarity = _similarity(job, encoder, chosen, inputs, audits)
     evidence, kl, attention = NO_EVIDENCE, dict[int, float](), dict[int, Deviation]()
     if settings.audit_arms and inputs and ran.computes_once:
         observer.say(f"computing up to {settings.audit_arms} of them in other ways as well")
         arms = make_arms(job, loaded, baseline, tier, modes)
-        some = np.random.default_rng(seed).permutation(len(inputs))[: settings.audit_arms]
-        evidence = arms.gather(inputs, chosen["group_id"].to_list(), some.tolist())
+        some = np.random.default_rng(seed).permutation(len(inputs))[: settings.audit_arms].tolist()
+        evidence = arms.gather(inputs, chosen["group_id"].to_list(), some)
         kl, attention = arms.kl, arms.attention
         planted = plant_constraint_faults(job, loaded, baseline, inputs, tier)
         evidence = replace(evidence, faults=[*evidence.faults, *planted])
@@ -303,8 +303,7 @@ def _replayable(
     if len(greedy) < len(inputs):
         left_out = len(inputs) - len(greedy)
         observer.say(f"{left_out} of them are left out: the engine drew them with noise of its own")
-    rows = [row.row_index for row in greedy]
-    return chosen.filter(pl.col("row_index").is_in(rows)), greedy
+    return chosen.filter(pl.col("row_index").is_in([row.row_index for row in greedy])), greedy
 
 
 def _free_rows(inputs: list[AuditInput], settings: AuditSettings, seed: int) -> set[int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.engine.grammars import Matcher, Tags
 from pipeline.engine.kv_connector import KVConnector, KVFormat
 from pipeline.errors import EngineError
 from pipeline.plan.plan import Plan
@@ -74,34 +75,6 @@ class StopCheck(Protocol):
     def __call__(
         self, token_ids: Sequence[int], stop: tuple[str, ...], prompt: TokenIds
     ) -> bool: ...
-
-
-class Matcher(Protocol):
-    """How far an answer is in its grammar."""
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it is complete, and nothing may follow."""
-
-    @property
-    def may_end(self) -> bool:
-        """Whether it is complete as it is."""
-
-    def accept(self, token_id: int) -> str | None:
-        """The answer goes on with this token. Returns why it may not, or None."""
-
-    def forced(self) -> list[int]:
-        """The only tokens that may follow, one after the other."""
-
-
-class Tags(Protocol):
-    """The tokens between which a model thinks."""
-
-    @property
-    def begin_ids(self) -> Sequence[int]: ...
-
-    @property
-    def end_ids(self) -> Sequence[int]: ...
 
 
 class Grammars(Protocol):

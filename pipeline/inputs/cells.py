@@ -5,10 +5,10 @@ Knows nothing about files or columns. No message quotes what a cell holds: it ma
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 from pipeline import constraints
+from pipeline.inputs.bad_cell import BadCell, check_unicode, read_json
 from pipeline.inputs.chat_fields import CHAT_FIELDS, GIVEN, read_chat_fields, read_tool_calls
 from pipeline.inputs.request_fields import (
     BESIDE,
@@ -19,10 +19,6 @@ from pipeline.inputs.request_fields import (
 )
 from pipeline.inputs.request_values import read_value
 from pipeline.records import MOST_LOGPROBS, Message, SegmentedPrompt
-
-
-class BadCell(ValueError):
-    """The cell cannot be used; the message says why, without quoting it."""
 
 
 def read_text(cell: str) -> str:
@@ -41,7 +37,7 @@ def read_messages(cell: object) -> list[Message]:
     them. Raises BadCell.
     """
     is_json = isinstance(cell, str)
-    turns = _read_json(cell) if isinstance(cell, str) else cell
+    turns = read_json(cell) if isinstance(cell, str) else cell
     if not isinstance(turns, list):
         raise BadCell("messages is not a list of {role, content}")
     if not turns:
@@ -76,7 +72,9 @@ def _read_message(number: int, turn: object) -> Message:
 
 def _read_calls(number: int, calls: object) -> str:
     try:
-        return read_tool_calls(calls)
+        found = read_tool_calls(calls)
+        check_unicode(found)  # their arguments may be JSON text, which can spell what is none
+        return found
     except ValueError as error:
         raise BadCell(f"message {number}: {error}") from None
 
@@ -114,7 +112,7 @@ def read_segments(cell: object) -> SegmentedPrompt:
     First those of the role system, if any, then the documents, then the query; texts of system, and
     of query, are put together as they are. Raises BadCell.
     """
-    parts = _read_json(cell) if isinstance(cell, str) else cell
+    parts = read_json(cell) if isinstance(cell, str) else cell
     if not isinstance(parts, list):
         raise BadCell("segments is not a list of {role, text}")
     texts: dict[str, list[str]] = {role: [] for role in SEGMENT_ROLES}
@@ -169,7 +167,7 @@ SEGMENT_ROLES = ("system", "document", "query")
 
 def read_sampling(cell: object) -> dict[str, object]:
     """Sampling fields from a struct or a JSON object, as `read_fields` has them. Raises BadCell."""
-    fields = _read_json(cell) if isinstance(cell, str) else without_gaps(cell)
+    fields = read_json(cell) if isinstance(cell, str) else without_gaps(cell)
     if not isinstance(fields, dict):
         raise BadCell("sampling_params is not an object")
     return read_fields(fields)
@@ -207,7 +205,7 @@ def read_fields(fields: Mapping[str, object]) -> dict[str, object]:
         raise BadCell(f"the row {describe_unsupported(refused, num_unknown)}")
     chosen: dict[str, object] = {}
     for name in filter(OBEYED.__contains__, said):
-        value = _read_field(name, said[name])
+        value = read_value(name, said[name])
         if value is None:
             continue
         before = chosen.setdefault(OBEYED[name], value)
@@ -246,36 +244,3 @@ def _read_logprobs(chosen: dict[str, object]) -> None:
             raise BadCell("top_logprobs is nothing without logprobs; say logprobs: true as well")
     elif top not in (None, asked):
         raise BadCell("logprobs and top_logprobs differ; leave one of them")
-
-
-def _read_field(name: str, value: object) -> object:
-    if OBEYED[name] == "constraint":
-        return _read_constraint(name, value)
-    try:
-        return read_value(name, OBEYED[name], value)
-    except ValueError as error:
-        raise BadCell(str(error)) from None
-
-
-def _read_constraint(name: str, value: object) -> str | None:
-    try:
-        return constraints.of_request(name, value)
-    except ValueError as error:
-        raise BadCell(str(error)) from None
-
-
-def _read_json(text: str) -> object:
-    try:
-        value: object = json.loads(text)
-    except (ValueError, RecursionError):
-        raise BadCell("the cell is not valid JSON") from None
-    return value
-
-
-def check_unicode(*texts: str) -> None:
-    """Raises BadCell for half a surrogate pair."""
-    # JSON can spell half a surrogate pair; no tokenizer can encode it and no Parquet file hold it.
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        raise BadCell("a text holds half a surrogate pair, which is not text") from None

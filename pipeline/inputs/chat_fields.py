@@ -26,22 +26,22 @@ def read_chat_fields(said: Mapping[str, object]) -> str:
     Raises ValueError, which names the field and quotes no value.
     """
     given: dict[str, Any] = {}
-    arguments = _parsed(said.get("chat_template_kwargs")) or {}
+    arguments = _parsed(said, "chat_template_kwargs") or {}
     if not isinstance(arguments, dict):
         raise ValueError("chat_template_kwargs must be an object")
     given |= read_template_arguments(_without_nulls(arguments))
     effort = said.get("reasoning_effort")
-    if effort is not None and effort != "none":
+    if effort is not None:
         if not isinstance(effort, str):
             raise ValueError("reasoning_effort must be text")
         given["reasoning_effort"] = effort
-    tools, choice = _tools(_parsed(said.get("tools"))), said.get("tool_choice", "auto")
+    tools, choice = _tools(_parsed(said, "tools")), said.get("tool_choice", "auto")
     if choice not in ("auto", "none"):
         raise ValueError(
             "tool_choice asks for what coppice cannot force; leave it out, or say auto or none"
         )
     if tools and choice == "auto":
-        if said.get("parallel_tool_calls") is False:
+        if said.get("parallel_tool_calls") not in (None, True):
             raise ValueError("parallel_tool_calls must be true: nothing stops a second call")
         given["tools"] = tools
     try:
@@ -60,7 +60,7 @@ def fields_of(given: str) -> dict[str, Any]:
 def read_tool_calls(value: object) -> str:
     """Calls in a message of an earlier turn, as JSON text with arguments as objects, which is what
     templates take. Raises ValueError."""
-    calls = _parsed(value)
+    calls = _parsed({"tool_calls": value}, "tool_calls")
     if not isinstance(calls, list):
         raise ValueError("tool_calls is not a list")
     return json.dumps([_read_call(call) for call in calls], ensure_ascii=False)
@@ -79,7 +79,7 @@ def _read_call(call: object) -> dict[str, Any]:
     function = said.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError("tool_calls has a call without the name of a function")
-    arguments = _parsed(function.get("arguments", {}))
+    arguments = _parsed({"arguments": {}} | function, "arguments")
     if not isinstance(arguments, dict):
         raise ValueError("tool_calls has a call whose arguments are no object")
     return {**said, "function": {**function, "arguments": arguments}}
@@ -96,15 +96,23 @@ def _tools(value: object) -> list[dict[str, Any]]:
             raise ValueError("tools must be a list of functions, each with a name")
         if tool.get("type", "function") != "function":
             raise ValueError("tools holds one that is no function")
+        if not isinstance(function.get("parameters") or {}, dict):
+            raise ValueError("tools has a function whose parameters are no object")
+        if function.get("strict") not in (None, False):
+            raise ValueError(
+                "tools has a function with strict, and nothing holds calls to their parameters; "
+                "leave strict out"
+            )
     return [_without_nulls(tool) for tool in value]
 
 
-def _parsed(value: object) -> Any:
-    """Objects and lists may be JSON text, as a column of a table has them."""
+def _parsed(said: Mapping[str, object], name: str) -> Any:
+    """A field. Objects and lists may be JSON text, as a column of a table has them."""
+    value = said.get(name)
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
-        raise ValueError("a field that must be an object or a list is no JSON") from None
+        raise ValueError(f"{name} must be an object or a list, and is no JSON") from None
 
 
 def _without_nulls(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.inputs.cells import BadCell, check_unicode
+from pipeline.inputs.bad_cell import BadCell, check_unicode
 from pipeline.questions import Questionnaire
 from pipeline.storage.plain_types import python_cells
 

@@ -182,7 +182,7 @@ def _is_request_field(field: pa.Field) -> bool:
         return False
     match OBEYED.get(field.name):
         case None:
-            return field.name in REFUSED
+            return field.name in REFUSED or field.name == "parallel_tool_calls"
         case "stop" | "bad_words":
             return is_text(kind) or (pa.types.is_large_list(kind) and is_text(kind.value_type))
         case "constraint":
@@ -203,9 +203,8 @@ def _is_json(kind: pa.DataType) -> bool:
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-    )
+    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+    return any(fits(kind) for fits in kinds)
 
 
 def _turn_fields(schema: pa.Schema, messages: str | None) -> tuple[str, ...]:

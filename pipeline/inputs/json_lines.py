@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.constraints import REQUEST_FIELDS
 from pipeline.errors import InputError
 from pipeline.inputs.columns import REFUSED_COLUMN
 from pipeline.inputs.input_files import InputFile
@@ -33,6 +34,8 @@ from pipeline.inputs.refused_lines import (
 
 _DEEPEST = 30  # lists in lists; each is three levels of a Parquet schema
 _TEXT = "prompt"
+_WITH_SCHEMAS = (*REQUEST_FIELDS, "sampling_params", "tools")
+_WORDS_OF_SCHEMAS = {"properties", "$ref", "$defs", "anyOf", "oneOf", "allOf", "enum", "const"}
 _REQUEST_SCHEMA = pa.schema(
     {
         "custom_id": pa.large_string(),
@@ -116,7 +119,8 @@ def _plain(
     for batch in read_batches(source):
         kind = _widen_by(source, kind, batch, bad, mixed)
         check_fields(source, _count_fields(kind), batch[-1][0])
-    as_json = [field.name for field in kind if not _is_storable(field.type)] + sorted(mixed)
+    texts = (f.name for f in kind if _may_hold_schema(f) or not _is_storable(f.type))
+    as_json = [*texts, *sorted(mixed)]
     types = {field.name: field.type for field in kind}
     types |= dict.fromkeys(as_json, pa.string())
     stored = pa.struct(types)
@@ -222,6 +226,15 @@ def _blame(
     return InputError(
         f"the lines of {source.name} do not fit into columns; give each field one type"
     )
+
+
+def _may_hold_schema(field: pa.Field) -> bool:
+    """Of a JSON schema the order of names counts, and 1 is not 1.0. A column of objects has one
+    order and one type for all rows, and null where a row has no such name."""
+    if not pa.types.is_nested(field.type):
+        return False
+    names = [field.type.field(n).name for n in range(field.type.num_fields)]
+    return field.name in _WITH_SCHEMAS or not _WORDS_OF_SCHEMAS.isdisjoint(names)
 
 
 def _is_storable(kind: pa.DataType, depth: int = 0) -> bool:

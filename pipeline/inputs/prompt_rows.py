@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from pipeline.errors import UsageError
+from pipeline.inputs.bad_cell import BadCell
 from pipeline.inputs.cells import (
-    BadCell,
     read_documents,
     read_fields,
     read_messages,
@@ -75,9 +75,8 @@ class RowReader:
         """
         columns = self.columns
         ids, faults = _read_ids(table, columns.id, make_ids)
-        for row, reason in enumerate(_cells(table, columns.refused)):
-            if reason is not None:
-                faults[row] = _Fault("BadRequest", reason)
+        refused = enumerate(_cells(table, columns.refused))
+        faults |= {row: _Fault("BadRequest", why) for row, why in refused if why is not None}
         contents = self._contents(table, orders, faults)
         if self.texts is not None:
             contents = self._asked(self.texts, table, contents, faults)
@@ -275,13 +274,13 @@ def _read_overrides(
 
 
 def _field_cells(table: pa.Table, name: str, columns: ColumnMap) -> list[Any]:
-    """The values; of a column that is marked as JSON what they say. Of `sampling_params`,
-    `read_sampling` reads the text itself."""
+    """The values; of a column that is marked as JSON what they say, unless it is read whole."""
     column = table.column(name)
     cells = python_cells(column)
-    whole = (columns.sampling_params, columns.json_schema)
-    if name in whole or not isinstance(column.type, pa.JsonType):
+    if name in (columns.sampling_params, columns.json_schema):
         return cells
+    if not isinstance(column.type, pa.JsonType):
+        return [without_gaps(cell) for cell in cells]
     return [_said_by_json(cell) if isinstance(cell, str) else cell for cell in cells]
 
 
@@ -309,7 +308,7 @@ def _override(names: Sequence[str], cells: Sequence[Any], columns: ColumnMap) ->
     if columns.json_schema is not None:
         cell = said.pop(columns.json_schema)
         own = own | {"constraint": _only_constraint(own, read_schema(cell))}
-    return own | read_fields({name: without_gaps(value) for name, value in said.items()})
+    return own | read_fields(said)
 
 
 def _only_constraint(own: dict[str, object], constraint: str) -> str:

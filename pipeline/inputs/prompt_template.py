@@ -21,7 +21,7 @@ from jinja2 import meta, nodes
 
 from pipeline.confined import Confined, Ended, Fault, NotMade
 from pipeline.errors import UsageError
-from pipeline.inputs.cells import BadCell
+from pipeline.inputs.bad_cell import BadCell
 from pipeline.inputs.template_renderer import Renderer, make_environment
 
 _MOST_SECONDS = 10.0  # for a row

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import UsageError
-from pipeline.inputs.cells import BadCell, check_unicode
+from pipeline.inputs.bad_cell import BadCell, check_unicode
 from pipeline.inputs.prompt_template import PromptTemplate
 from pipeline.questions import Question, Questionnaire
 

@@ -1,4 +1,4 @@
-"""Values of the fields of a request, as JSON and columns have them. Knows no cells and no rows."""
+"""The values of a request's fields, checked by their types. Knows no fields together."""
 
 from __future__ import annotations
 
@@ -6,25 +6,31 @@ import json
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 
-from pipeline.forms import are_texts
+from pipeline import constraints
 from pipeline.generation import ROW_RULES
+from pipeline.inputs.bad_cell import BadCell, check_unicode
+from pipeline.inputs.request_fields import OBEYED
 from pipeline.request_rules import REQUEST_RULES
 
 
-class _Said(ValueError):
-    """The message is a whole sentence."""
-
-
-def read_value(name: str, field: str, value: object) -> object:
-    """The value of what is called `name` and means `field`, or None where it says nothing. Types
-    are checked here, ranges by `SamplingParams`. Raises ValueError, which quotes no value."""
-    wanted, read = _READERS[field]
+def read_value(name: str, value: object) -> object:
+    """What the field `name` of a request says; None: nothing. Raises BadCell."""
+    if OBEYED[name] == "constraint":
+        return _read_constraint(name, value)
+    wanted, read = _READERS[OBEYED[name]]
     try:
         return read(value)
-    except _Said:
-        raise
+    except BadCell as error:
+        raise BadCell(f"{name}: {error}") from None
     except (TypeError, ValueError, OverflowError, RecursionError):
-        raise ValueError(f"{name} must be {wanted}, not {type(value).__name__}") from None
+        raise BadCell(f"{name} must be {wanted}, not {type(value).__name__}") from None
+
+
+def _read_constraint(name: str, value: object) -> str | None:
+    try:
+        return constraints.of_request(name, value)
+    except ValueError as error:
+        raise BadCell(str(error)) from None
 
 
 def _number(value: object) -> float:
@@ -54,8 +60,7 @@ def _stops(value: object) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise TypeError
-    if not are_texts(stops):
-        raise _Said("a text holds half a surrogate pair, which is not text")
+    check_unicode(*stops)
     return tuple(stops)
 
 
@@ -76,14 +81,17 @@ def _biases(value: object) -> dict[int, float]:
     pairs = list(said.items()) if isinstance(said, dict) else said
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
         raise TypeError
-    pairs = [(_token(token), _number(bias)) for token, bias in pairs if bias is not None]
+    pairs = [(_token_id(token), _number(bias)) for token, bias in pairs if bias is not None]
     if len({token for token, _ in pairs}) < len(pairs):
-        raise _Said("logit_bias names a token twice; leave one of the two")
+        raise BadCell("a token is named twice; leave one of the two")
     return dict(pairs)
 
 
-def _token(said: object) -> int:
-    return int(said) if isinstance(said, str) else _integer(said)
+def _token_id(name: object) -> int:
+    """Python would take " 5", "5_0" and "05" as well, and one of two that are the same would go."""
+    if isinstance(name, str) and name != str(int(name)):
+        raise ValueError
+    return _integer(int(name) if isinstance(name, str) else name)
 
 
 def _budget(value: object) -> int | None:

@@ -9,7 +9,7 @@ import jinja2
 from jinja2.runtime import TemplateReference
 
 from pipeline.confined import Fault
-from pipeline.inputs.cells import BadCell
+from pipeline.inputs.bad_cell import BadCell
 from pipeline.inputs.sandbox import Sandbox
 from pipeline.time_limit import TimeLimit, TookTooLong
 

@@ -20,14 +20,7 @@ from pipeline.job.row_faults import call_by_halves, sentence
 from pipeline.job.row_scores import NoLikelyChoice, ScoredRow, score_columns
 from pipeline.job.row_tools import add_tool_calls
 from pipeline.plan.plan import Plan
-from pipeline.records import (
-    PRIOR_TURN_FAILED,
-    Completion,
-    Rejected,
-    SamplingParams,
-    Timing,
-    TurnState,
-)
+from pipeline.records import PRIOR_TURN_FAILED, Completion, Rejected, Timing, TurnState
 from pipeline.storage.schema import carry_columns, result_fields
 from pipeline.tokens.reasoning import AnswerParts
 
@@ -76,9 +69,9 @@ def decode(planned: PlannedJob, answered: Sequence[Answered]) -> tuple[list[Answ
     """The same rows, an error where an answer has no text; and the text of each answer, cut before
     the stop string that ended it unless the row wants it otherwise, apart from what was thought
     before it."""
-    plan, job = planned.plan, planned.job
+    job = planned.job
     completions = {key_of(c): c for a in answered for c in a.completions()}
-    items = [_said(planned, c, plan.params_of(*key)) for key, c in completions.items()]
+    items = [_said(planned, completion) for completion in completions.values()]
     eos = () if job.shape is None else job.shape.eos_token_ids
     keys = list(completions)
     texts: dict[tuple[int, int], AnswerParts] = {}
@@ -95,11 +88,12 @@ def decode(planned: PlannedJob, answered: Sequence[Answered]) -> tuple[list[Answ
     return [_as_decoded(item, faults) for item in answered], texts
 
 
-def _said(planned: PlannedJob, completion: Completion, params: SamplingParams) -> Said:
+def _said(planned: PlannedJob, completion: Completion) -> Said:
     """Behind the prompt without the opening, which is of the answer."""
     row = first_row(planned.plan, completion)
     prompt, opening = planned.plan.table[row], planned.opening(row)
     own = prompt[: len(prompt) - len(opening)]
+    params = planned.plan.params_of(*key_of(completion))
     return Said(own, completion.token_ids, completion.finish_reason, params)
 
 
@@ -229,7 +223,9 @@ def _output_row(planned: PlannedJob, item: Answered, texts: Texts) -> dict[str, 
     if planned.job.reasoning is not None:
         columns |= {"reasoning": said.reasoning, "reasoning_tokens": said.reasoning_tokens}
     columns["cached_tokens"] = _within_prompt(planned, row, columns["cached_tokens"])
-    return columns | guided_columns(planned, completion, said.text)
+    if planned.columns.is_guided:
+        columns |= guided_columns(planned, completion, _said(planned, completion), said.text)
+    return columns
 
 
 def _prompt_tokens(planned: PlannedJob, item: Answered) -> int | None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pipeline.records import FinishReason, SamplingParams
 from pipeline.request_rules import read_asked
 from pipeline.tokens.answer_text import AnswerText, Ids, Shown
-from pipeline.tokens.reasoning import AnswerParts, ReasoningTags, decode_parts
+from pipeline.tokens.reasoning import AnswerParts, ReasoningTags, Split, decode_parts
 
 
 class Said(NamedTuple):
@@ -35,6 +35,7 @@ def decode_answers(
     def decode(prompts: Sequence[Ids], ids: Sequence[Ids]) -> list[str]:
         return _decode(text, [_rest(*one) for one in zip(said, prompts, ids, strict=True)], eos)
 
+    splits = None if tags is None else [split_of(tags, *one[:2], one.params) for one in said]
     return decode_parts(
         text,
         tags,
@@ -42,7 +43,17 @@ def decode_answers(
         [one.token_ids for one in said],
         [one.params.stop for one in said],
         decode,
+        splits,
     )
+
+
+def split_of(
+    tags: ReasoningTags, prompt: Ids, token_ids: Ids, params: SamplingParams
+) -> Split | None:
+    """Where an answer was thought, as its guide had it; None: nowhere."""
+    if not params.constraint:
+        return tags.split(prompt, token_ids)
+    return tags.split_form(prompt, token_ids, params.thinking_budget is not None)
 
 
 def _rest(said: Said, prompt: Ids, token_ids: Ids) -> Said:

@@ -110,11 +110,9 @@ class Limits:
                 "into several turns"
             )
             return Rejected(row, "TurnTooLong", message)
-        message = (
-            f"the prompt has {length} tokens, the model's context {self.context_length}; shorten it"
-        )
+        said = f"the prompt has {length} tokens, the model's context {self.context_length}"
         advice = "" if self.in_segments else ", or choose --on-overlong truncate-left"
-        return Rejected(row, "OverlongPrompt", message + advice)
+        return Rejected(row, "OverlongPrompt", f"{said}; shorten it{advice}")
 
 
 class Preparing(Protocol):
@@ -160,7 +158,7 @@ class Preparation:
                 rejected.setdefault(row, resolved)
                 resolved = SamplingParams()
             params.append(resolved)
-        openings = self._forms.check(batch.row_start, params, rejected)
+        openings = self._forms.check(batch, params, rejected)
         flat, lengths, segments, system_tokens = self._encode(batch, rejected)
         added = np.zeros(len(lengths), np.int64)
         for index, parts in segments.items():

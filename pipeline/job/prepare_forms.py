@@ -7,13 +7,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.plan.openings import append_openings, is_left_open, opened
-from pipeline.records import Rejected, SamplingParams
+from pipeline.constraints import schema_of
+from pipeline.plan.openings import append_openings, opened
+from pipeline.records import ChatPrompt, Content, PromptBatch, Rejected, SamplingParams
 from pipeline.tokens.constraint_check import ConstraintChecker
 from pipeline.tokens.tokenizer import PromptTokenizer
 
@@ -29,22 +31,31 @@ class Forms:
         self._checker = checker
 
     def check(
-        self, row_start: int, params: list[SamplingParams], rejected: dict[int, Rejected]
+        self, batch: PromptBatch, params: list[SamplingParams], rejected: dict[int, Rejected]
     ) -> Openings:
-        """Refuses rows that ask for what cannot be kept; empty where no row asks for anything."""
+        """Refuses rows that ask for what cannot be kept, and makes their parameters plain; empty
+        where no row asks for anything."""
         distinct = {id(p): p for p in params}.values()  # of a million rows, which say the same
         if not any(p.is_guided for p in distinct):
             return {}
         checked = self._checker.check(p.constraint for p in distinct)
         has_tags = self._tokenizer.grammars.tags is not None
-        for row, chosen in enumerate(params, row_start):
+        for index, (content, chosen) in enumerate(zip(batch.contents, params, strict=True)):
+            row, kind = batch.row_start + index, "BadSamplingParams"
             reason = checked[chosen.constraint].reason
             if reason is not None:
-                rejected.setdefault(row, Rejected(row, "BadConstraint", reason))
+                kind = "BadConstraint"
             elif chosen.thinking_budget is not None and not has_tags:
-                message = "thinking_budget means nothing to a model without tags of thinking"
-                rejected.setdefault(row, Rejected(row, "BadSamplingParams", message))
-        return {constraint: found.opening for constraint, found in checked.items()}
+                reason = "thinking_budget means nothing to a model without tags of thinking"
+            elif _may_call(content) and schema_of(chosen.constraint) is not None:
+                reason = (
+                    "the row has tools, and its answer must be JSON of a schema, which calls none; "
+                    "leave one of the two out, or say tool_choice: none"
+                )
+            if reason is not None:
+                rejected.setdefault(row, Rejected(row, kind, reason))
+                params[index] = SamplingParams()
+        return {"": ()} | {constraint: found.opening for constraint, found in checked.items()}
 
     def open(
         self,
@@ -66,7 +77,7 @@ class Forms:
             if not openings[chosen.constraint] or not lengths[index] or not _opens(chosen):
                 continue
             prompt = flat[ends[index] - lengths[index] : ends[index]]
-            if tags is not None and is_left_open(prompt, tags.begin_ids, tags.end_ids):
+            if tags is not None and tags.is_open(prompt):
                 continue
             if chosen not in known:
                 known[chosen] = opened(chosen, openings[chosen.constraint])
@@ -76,7 +87,10 @@ class Forms:
         return append_openings(flat, lengths, params)
 
 
+def _may_call(content: Content | None) -> bool:
+    return isinstance(content, ChatPrompt) and "tools" in json.loads(content.given)
+
+
 def _opens(params: SamplingParams) -> bool:
     """Whether nothing else asks to see the first tokens of the answer one by one."""
-    logprobs = getattr(params, "logprobs", None)
-    return not params.stop and params.thinking_budget is None and logprobs is None
+    return not params.stop and params.thinking_budget is None and params.logprobs is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.job.answer_texts import split_of
 from pipeline.records import Completion
 from pipeline.tokens.reasoning import ReasoningTags
 
@@ -33,7 +34,7 @@ def add_tool_calls(
     texts = [str(row["generated_text"]) for row, _ in asked]
     if form.needs_control_tokens:
         ids = [_answer_ids(planned, completion) for _, completion in asked]
-        texts = tokenizer.decode_raw(ids)
+        texts = tokenizer.decode_batch(ids, specials=True)
     found = form.read_all(texts)
     for (row, _), said in zip(asked, found, strict=True):
         row["tool_calls"] = [call._asdict() for call in said.calls]
@@ -46,5 +47,6 @@ def _answer_ids(planned: PlannedJob, completion: Completion) -> Sequence[int]:
     tags: ReasoningTags | None = planned.job.reasoning
     plan = planned.plan
     prompt = plan.table[plan.row_of(completion.sequence, completion.turn)]
-    split = None if tags is None else tags.split(prompt, completion.token_ids)
+    params = plan.params_of(completion.sequence, completion.turn)
+    split = None if tags is None else split_of(tags, prompt, completion.token_ids, params)
     return completion.token_ids if split is None else completion.token_ids[split.rest :]

@@ -12,28 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.records import SamplingParams
-
-TokenIds = Sequence[int] | NDArray[np.unsignedinteger]
-_TAIL_TOKENS: Final = 16  # of a prompt, in which a template may open the thinking
-
-
-def is_left_open(prompt: TokenIds, begin: Sequence[int], end: Sequence[int]) -> bool:
-    """Whether a template has begun the thinking at the end of a prompt, and not ended it."""
-    tail = [int(token_id) for token_id in prompt[-_TAIL_TOKENS:]]
-    return last_place(tail, begin) > last_place(tail, end)
-
-
-def last_place(ids: Sequence[int], part: Sequence[int]) -> int:
-    """Where it begins for the last time; -1: nowhere."""
-    starts = range(len(ids) - len(part), -1, -1)
-    found = (at for at in starts if part and list(ids[at : at + len(part)]) == list(part))
-    return next(found, -1)
 
 
 def opened(params: SamplingParams, opening: tuple[int, ...]) -> SamplingParams:

@@ -1,7 +1,8 @@
 """The Arrow type of what a JSON schema describes, and values as that type takes them.
 
 What no Arrow type holds exactly (objects with free names, alternatives of several types, recursion)
-is kept as JSON text, as small a part of it as can be. Knows no files.
+is kept as JSON text, as small a part of it as can be; so is what would be too deep or wide a
+type. Knows no files.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ def _in_64_bits(value: int) -> int:
 
 JSON_TEXT: Final = Form(pa.string(), _as_text)
 _NULL: Final = Form(pa.null(), _as_it_is)
+_DEEPEST: Final = 32
+"""Levels of a type: few readers take many more."""
+_MOST_PARTS: Final = 2_000
+"""Of a schema whose references are followed: each may stand in many places, and these in others."""
 _SCALARS: Final = {
     "string": Form(pa.string(), _encodable),
     "boolean": Form(pa.bool_(), _as_it_is),
@@ -60,7 +65,14 @@ _DECIDED_ELSEWHERE: Final = {"properties", "items", "type", "$ref", "anyOf", "on
 
 def form_of(schema: Schema) -> Form:
     """Of a column that holds what fits the schema."""
-    return _Forms(schema).of(schema, ()) or JSON_TEXT
+    try:
+        return _Forms(schema).of(schema, ()) or JSON_TEXT
+    except _TooWide:
+        return JSON_TEXT
+
+
+class _TooWide(Exception):
+    """The type would have more parts than a table should have columns."""
 
 
 class _Forms:
@@ -69,10 +81,21 @@ class _Forms:
 
     def __init__(self, root: Schema) -> None:
         self._root = root
+        self._depth = self._parts = 0
 
     def of(self, schema: object, above: tuple[str, ...]) -> Form | None:
-        if not isinstance(schema, dict):
+        """Raises _TooWide."""
+        self._parts += 1
+        if self._parts > _MOST_PARTS:
+            raise _TooWide
+        if not isinstance(schema, dict) or self._depth > _DEEPEST:
             return None
+        self._depth += 1
+        form = self._of(schema, above)
+        self._depth -= 1
+        return form
+
+    def _of(self, schema: Schema, above: tuple[str, ...]) -> Form | None:
         if "$ref" in schema:
             return self._referred(schema, above)
         if "const" in schema or "enum" in schema:
@@ -117,6 +140,8 @@ class _Forms:
         if not isinstance(properties, dict) or not properties or not is_closed:
             return None
         if "patternProperties" in schema:
+            return None
+        if any("\0" in name for name in properties):  # where C ends a name
             return None
         forms = {name: self.of(part, above) or JSON_TEXT for name, part in properties.items()}
         kind = pa.struct([pa.field(name, form.type) for name, form in forms.items()])

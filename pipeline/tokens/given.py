@@ -7,12 +7,16 @@ control tokens in these hides those in it as well.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from pipeline.records import Message
+from pipeline.records import ChatPrompt, Message
 from pipeline.tokens.chat_template import ChatTemplate, TemplateFault
 
 _GIVEN = "given"
+_EFFORT = "reasoning_effort"
+_SWITCHES = ("enable_thinking", "thinking")
+"""Arguments that templates are told not to think by."""
 
 
 def with_given(
@@ -35,6 +39,24 @@ def render_given(
     given = [c[-1][_GIVEN] if own else "{}" for c, own in zip(chats, is_given, strict=True)]
     found = template.render_all(messages, given)
     return [_without_lost_tools(text, own) for text, own in zip(found, given, strict=True)]
+
+
+def as_taken(
+    template: ChatTemplate | None, prompt: ChatPrompt, thinks: Callable[[], bool]
+) -> ChatPrompt:
+    """The same, where no effort is no thinking to a template that has a switch for it, and nothing
+    to a model that does not think; `template`: None where none is used."""
+    arguments = json.loads(prompt.given)
+    names = frozenset[str]() if template is None else template.names
+    if arguments.get(_EFFORT) != "none" or _EFFORT in names:
+        return prompt
+    switch = next((name for name in _SWITCHES if name in names), None)
+    if switch is not None:
+        arguments = {switch: False} | arguments
+    elif template is not None and thinks():
+        return prompt  # to be refused
+    del arguments[_EFFORT]
+    return replace(prompt, given=json.dumps(arguments, ensure_ascii=False))
 
 
 def why_not_given(template: ChatTemplate, given: str, can_call: bool) -> str | None:

@@ -80,6 +80,18 @@ class ReasoningTags:
             start = 0
         else:
             return None
+        return self._split_at(ids, start)
+
+    def split_form(self, prompt: Ids, answer: Ids, may_begin: bool) -> Split | None:
+        """The same of an answer that is held to a form: what looks like a tag within it is none.
+        `may_begin`: its first token may open the thinking, where the prompt does not."""
+        ids = tuple(int(token) for token in answer)
+        begins = may_begin and ids[: len(self.begin_ids)] == self.begin_ids
+        if not begins and not self.is_open(prompt):
+            return None
+        return self._split_at(ids, len(self.begin_ids) if begins else 0)
+
+    def _split_at(self, ids: tuple[int, ...], start: int) -> Split:
         stop = find(ids, self.end_ids, start)
         if stop is None:
             return Split(start, len(ids), len(ids))
@@ -115,13 +127,15 @@ def decode_parts(
     ids: Sequence[Ids],
     stops: Sequence[tuple[str, ...]],
     decode: Decode | None = None,
+    splits: Sequence[Split | None] | None = None,
 ) -> list[AnswerParts]:
     """The text of each answer up to its first stop string, apart from its reasoning; by `decode`,
-    where that shall be otherwise."""
+    and cut at `splits`, where that shall be otherwise."""
     decode = decode or partial(_decode, answers, stops)
     if tags is None:
         return [AnswerParts(text) for text in decode(prompts, ids)]
-    splits = [tags.split(*pair) for pair in zip(prompts, ids, strict=True)]
+    if splits is None:
+        splits = [tags.split(*pair) for pair in zip(prompts, ids, strict=True)]
     rests = [
         _unmarked(answer, tags) if split is None else split.rest
         for answer, split in zip(ids, splits, strict=True)

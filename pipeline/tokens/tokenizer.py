@@ -30,7 +30,7 @@ from pipeline.tokens.answer_text import AnswerText
 from pipeline.tokens.chat_template import ChatTemplate, TemplateFault, find_template
 from pipeline.tokens.control_tokens import ControlTokens
 from pipeline.tokens.encoded import EncodedBatch, EncodedRows, encode_each
-from pipeline.tokens.given import render_given, why_not_given, with_given
+from pipeline.tokens.given import as_taken, render_given, why_not_given, with_given
 from pipeline.tokens.grammar import Grammars
 from pipeline.tokens.loading import load_tokenizer
 from pipeline.tokens.pairs import EncodedPairs, PairEncoder
@@ -112,7 +112,7 @@ class PromptTokenizer:
         first = {row: turn.content for row, turn in turns.items() if turn.is_first}
         later = {row: turn.content for row, turn in turns.items() if not turn.is_first}
         parts = {row: c for row, c in enumerate(contents) if isinstance(c, SegmentedPrompt)}
-        given = {row: c for row, c in enumerate(contents) if isinstance(c, ChatPrompt)}
+        given = {r: self._taken(c) for r, c in enumerate(contents) if isinstance(c, ChatPrompt)}
         whole = {row: c for row, c in enumerate(contents) if isinstance(c, str | list)} | first
         whole |= {row: prompt.content for row, prompt in given.items()}
         for row, prompt in given.items():
@@ -158,8 +158,11 @@ class PromptTokenizer:
         if isinstance(content, ScoredPrompt):
             content = content.context
         if isinstance(content, ChatPrompt):
-            messages = self._as_messages(content.content)
-            return self._require_template().render(messages, content.given)
+            prompt = self._taken(content)
+            if prompt.given != "{}":
+                messages = self._as_messages(prompt.content)
+                return self._require_template().render(messages, prompt.given)
+            content = prompt.content
         if isinstance(content, TurnPrompt):
             if not content.is_first and not self._is_plain(content.content):
                 (text,) = self._later.render([self._later.behind(content.content)])
@@ -192,23 +195,15 @@ class PromptTokenizer:
             return as_messages(prompt, documents)
         return prompt.preamble + documents + prompt.question
 
-    def decode_batch(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
-        """The text of each answer; special tokens are left out."""
-        texts: list[str] = self._backend.decode_batch(
-            [list(ids) for ids in token_ids], skip_special_tokens=True
-        )
+    def decode_batch(self, token_ids: Sequence[Sequence[int]], specials: bool = False) -> list[str]:
+        """The text of each answer."""
+        all_ids, skips = [list(ids) for ids in token_ids], not specials
+        texts: list[str] = self._backend.decode_batch(all_ids, skip_special_tokens=skips)
         return texts
 
     def encode_word(self, text: str) -> list[int]:
         """The token ids of a text as it stands within others; control tokens are such."""
         return self._texts.encode([text], parse_specials=True, add_specials=False)[0]
-
-    def decode_raw(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
-        """As `decode_batch`, with special tokens."""
-        texts: list[str] = self._backend.decode_batch(
-            [list(ids) for ids in token_ids], skip_special_tokens=False
-        )
-        return texts
 
     @cached_property
     def answers(self) -> AnswerText:
@@ -218,8 +213,7 @@ class PromptTokenizer:
     def grammars(self) -> Grammars:
         """What constraints mean in its ids."""
         eos: int | None = self._tokenizer.eos_token_id
-        named = self._settings.named_tags
-        tags = find_tags(self._tokenizer) if named is None else named_tags(self._tokenizer, *named)
+        tags = self.find_reasoning(True) or find_tags(self._tokenizer)
         return Grammars(self._backend.to_str(), self.vocabulary_size, eos, tags)
 
     def looks_rendered(self, texts: Sequence[str]) -> str | None:
@@ -351,8 +345,14 @@ class PromptTokenizer:
             partial(self._texts.encode, parse_specials=True, add_specials=False), whole, rows
         )
 
+    def _taken(self, prompt: ChatPrompt) -> ChatPrompt:
+        template = None if self._is_plain(prompt.content) else self._template
+        return as_taken(template, prompt, lambda: self.find_reasoning(True) is not None)
+
     def _why_not(self, prompt: ChatPrompt) -> str | None:
         """Why a row cannot be given what it asks for; None: it can."""
+        if prompt.given == "{}":
+            return None
         if self._template is None or self._is_plain(prompt.content):
             return "the row asks for what only a chat template does; add --apply-chat-template"
         can_call = '"tools"' in prompt.given and self.tool_calls is not None

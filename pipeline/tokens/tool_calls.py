@@ -186,7 +186,12 @@ def _call(value: object) -> ToolCall | None:
             return None
     if not isinstance(arguments, dict):
         return None
-    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+    try:
+        call = ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+        "".join(call).encode()
+    except (ValueError, RecursionError):  # NaN is no JSON, and half a surrogate pair no text
+        return None
+    return call
 
 
 def _of_message(message: Mapping[str, Any], text: str) -> Answered:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.inputs.cells import BadCell, read_fields, read_messages
+from pipeline.inputs.bad_cell import BadCell
+from pipeline.inputs.cells import read_fields, read_messages
 from pipeline.inputs.chat_fields import CHAT_FIELDS, GIVEN, fields_of
 from pipeline.inputs.openai_batch import BadRequest, row_of_request
 from pipeline.records import ChatPrompt
@@ -48,10 +49,10 @@ def test_a_field_of_any_value_is_read_or_refused_in_a_sentence(field: str, value
     ],
 )  # fmt: skip
 def test_tools_that_are_none_are_refused_by_name(tools: Any) -> None:
-    with pytest.raises(BadCell, match="tools|a field that must be"):
+    with pytest.raises(BadCell, match="tools|must be an object"):
         read_fields({"tools": tools})
     body = {"messages": ASKED, "tools": tools}
-    with pytest.raises(BadRequest, match="tools|a field that must be"):
+    with pytest.raises(BadRequest, match="tools|must be an object"):
         row_of_request({"custom_id": "a", "body": body})
 
 
@@ -76,7 +77,7 @@ def test_an_argument_cannot_take_the_place_of_what_coppice_gives(name: str) -> N
 )  # fmt: skip
 def test_calls_that_are_none_are_refused_by_name(calls: Any) -> None:
     messages = [*ASKED, {"role": "assistant", "content": None, "tool_calls": calls}]
-    with pytest.raises(BadCell, match="message 1: (tool_calls|a field)"):
+    with pytest.raises(BadCell, match="message 1: (tool_calls|arguments)"):
         read_messages(messages)
 
 

@@ -10,12 +10,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.engine.base import TokenIds
 from tests.engine.tiny import EOS, VOCABULARY
 
 
 class Thinks(NamedTuple):
     begin_ids: tuple[int, ...] = (5,)
     end_ids: tuple[int, ...] = (6, 7)
+    blank_ids: frozenset[int] = frozenset({8})
+
+    def is_open(self, prompt: TokenIds) -> bool:
+        said = [token for token in prompt if token not in self.blank_ids]
+        return tuple(said[-len(self.begin_ids) :]) == self.begin_ids
 
 
 class Automaton:

@@ -18,7 +18,7 @@ from pipeline.engine.guides import Guide, over_at, prepare
 from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.errors import EngineError
-from pipeline.plan.openings import append_openings, is_left_open, opened
+from pipeline.plan.openings import append_openings, opened
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, SamplingParams
 from pipeline.settings import EngineSettings
@@ -353,11 +353,24 @@ def test_engines_force_the_end_of_thinking(budget: int) -> None:
         assert any(said[i : i + 2] == (6, 7) for i in range(budget + 1))
 
 
-def test_left_open_goes_by_the_last_tag_of_the_tail() -> None:
-    assert is_left_open([1, 5, 2], (5,), (6, 7))
-    assert not is_left_open([1, 5, 2, 6, 7, 3], (5,), (6, 7))
-    assert not is_left_open([1, 2], (5,), (6, 7))
-    assert not is_left_open([5] + [1] * 20, (5,), (6, 7))
+def test_a_tag_opens_the_thinking_at_the_end_of_a_prompt_alone() -> None:
+    """What a person has written into a prompt frees no answer from its form."""
+    word = json.dumps({"next": [{"20": 1}, {}], "ends": [1]})
+    params = SamplingParams(constraint=word)
+
+    def is_free(*prompt: int) -> bool:
+        return Guide(Automata(Thinks()), params, prompt, frozenset({EOS})).forced() == []
+
+    assert is_free(1, 5) and is_free(1, 5, 8, 8)
+    assert not is_free(1, 5, 2) and not is_free(5, 6, 7) and not is_free(1, 2)
+
+
+def test_a_budget_holds_where_blanks_stand_before_the_tag() -> None:
+    guide = Guide(Automata(Thinks()), SamplingParams(thinking_budget=1), [1], frozenset({EOS}))
+    for token_id in (8, 8, 5, 30):
+        assert guide.forced() == []
+        guide.accept(token_id)
+    assert guide.forced() == [6, 7]
 
 
 @pytest.mark.parametrize("seed", sweep(range(4), (0, 1)))

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.inputs.cells import BadCell
+from pipeline.inputs.bad_cell import BadCell
 from pipeline.inputs.prompt_source import open_source
 from pipeline.inputs.prompt_template import PromptTemplate
 from pipeline.location import Location

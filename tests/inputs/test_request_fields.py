@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.inputs.cells import BadCell, read_fields
+from pipeline.inputs.bad_cell import BadCell
+from pipeline.inputs.cells import read_fields
 from pipeline.inputs.request_fields import AMBIGUOUS, BESIDE, OBEYED, REFUSED, is_neutral
 from pipeline.request_rules import REQUEST_RULES
 
