@@ -39,7 +39,7 @@ HEADS = (32, 8)
 _PROGRAMS = 528  # as on an H100
 _TOKEN, _TOKENS = 5, 64
 _FEW, _MANY = 33, 257
-_TRIES = 5
+_TRIES = 3
 KINDS: dict[str, SamplingParams] = {
     "greedy": SamplingParams(ignore_eos=True),
     "stop strings": SamplingParams(ignore_eos=True, stop=("never",)),

@@ -79,6 +79,13 @@ class LiveRow:
         """Where the last generated token goes when it is fed back."""
         return self.end + len(self.token_ids) - 1
 
+    def has_slots(self, count: int) -> bool:
+        """For its next `count` tokens, in its last block."""
+        if not self.blocks:
+            return False
+        last = self.blocks[-1]
+        return self.end + len(self.token_ids) - 1 + count <= last.position + last.kv.length
+
     @property
     def last_position(self) -> int:
         """First position that never needs a slot: the last generated token is not fed back, or

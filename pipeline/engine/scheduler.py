@@ -114,9 +114,7 @@ class Scheduler:
         is left then, for its next `ahead` tokens: returns for how many of them all rows have it."""
         short = []
         for row in list(self.rows):
-            if row.is_waiting or row.run:
-                continue
-            if row.blocks and row.next_position + ahead <= row.blocks[-1].end:
+            if row.is_waiting or row.run or row.has_slots(ahead):
                 continue
             while row.next_position >= row.reserved_end and self.has_place(row):
                 if not self._extend(row):
