@@ -19,8 +19,6 @@ from typing import Any, Final
 
 MOST_CHARACTERS: Final = 1 << 20
 """Of a constraint, as text."""
-MOST_WHOLE: Final = 2**63 - 1024
-"""A whole number without bounds of its own stays below: a column holds it, and so does a float."""
 _MOST_DEPTH: Final = 64
 _MOST_PARTS: Final = 100_000  # values within a schema
 _MOST_CHOICES: Final = 10_000
@@ -205,11 +203,28 @@ def _check_schema(schema: Constraint) -> None:
                 f"the schema has the keyword {bad[0][:40]!r}, which answers cannot be held to; "
                 "leave it out"
             )
+        if any(_is_beyond(value) for value in _values_in([part.get("enum"), part.get("const")])):
+            raise ValueError(
+                "the schema has an enum or const with a number beyond 64 bits; make it a text"
+            )
         reference = part.get("$ref", "#")
         if not isinstance(reference, str) or not reference.startswith("#"):
             raise ValueError("the schema has a $ref to another document; bring that into $defs")
         if "x-guidance" in part:
             raise ValueError("the schema has the keyword 'x-guidance', which is not for users")
+
+
+def _values_in(value: object) -> Iterator[object]:
+    todo = [value]
+    while todo:
+        part = todo.pop()
+        yield part
+        inner = list(part.values()) if isinstance(part, dict) else part
+        todo += inner if isinstance(inner, list) else ()
+
+
+def _is_beyond(value: object) -> bool:
+    return isinstance(value, int) and not -(2**63) < value < 2**63
 
 
 def subschemas(schema: Constraint) -> Iterator[Constraint]:
@@ -226,32 +241,6 @@ def subschemas(schema: Constraint) -> Iterator[Constraint]:
         for name in (*_LISTS, *_SINGLE):
             inner = part.get(name)
             todo += inner if isinstance(inner, list) else [inner]
-
-
-def narrowed(schema: Constraint) -> Constraint:
-    """A schema whose answers fit the given one as well: a whole number has 64 bits, which a column
-    can hold, and an object with named properties has no others, so that its end is known.
-
-    Where schemas are put together objects stay open: what one part names the other may not know.
-    """
-    schema = json.loads(json.dumps(schema))
-    parts = list(subschemas(schema))
-    closes = not any("allOf" in part or _is_joined(part) for part in parts)
-    for part in parts:
-        kinds = part.get("type")
-        listed = kinds if isinstance(kinds, list) else [kinds]
-        if "integer" in listed and "number" not in listed:
-            if not part.keys() & {"minimum", "exclusiveMinimum"}:
-                part["minimum"] = -MOST_WHOLE
-            if not part.keys() & {"maximum", "exclusiveMaximum"}:
-                part["maximum"] = MOST_WHOLE
-        if closes and part.get("properties") and "patternProperties" not in part:
-            part.setdefault("additionalProperties", False)
-    return schema
-
-
-def _is_joined(part: Constraint) -> bool:
-    return "properties" in part and bool(part.keys() & {"$ref", "anyOf", "oneOf"})
 
 
 def _canonical(kind: str, value: object) -> str:

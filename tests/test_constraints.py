@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from pipeline import constraints
-from pipeline.constraints import as_request, narrowed, of_request, schema_of
+from pipeline.constraints import as_request, of_request, schema_of
+from pipeline.narrowed_schemas import MOST_WHOLE, narrowed
 
 OBJECT = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "null"}}}
 
@@ -106,10 +107,10 @@ def test_a_constraint_is_the_same_again_as_a_field_of_a_request(constraint: str)
 def test_whole_numbers_get_bounds_and_objects_an_end() -> None:
     found = narrowed({"properties": {"a": {"type": ["integer", "null"]}, "b": {"properties": {}}}})
     assert found["additionalProperties"] is False
-    assert found["properties"]["a"]["maximum"] == constraints.MOST_WHOLE == 2**63 - 1024
+    assert found["properties"]["a"]["maximum"] == MOST_WHOLE == 2**63 - 1024
     assert "additionalProperties" not in found["properties"]["b"]  # it names none
     assert narrowed({"type": "integer", "minimum": 3}) == {
-        "type": "integer", "minimum": 3, "maximum": constraints.MOST_WHOLE,
+        "type": "integer", "minimum": 3, "maximum": MOST_WHOLE,
     }  # fmt: skip
     joined: dict[str, Any] = {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}
     assert narrowed(joined) == joined

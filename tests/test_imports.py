@@ -22,8 +22,9 @@ _FIRST = {
     for name in (
         "records", "errors", "forms", "generation", "settings", "reuse_settings",
         "conversation_settings", "scoring_settings", "questions", "time_limit",
-        "constraints", "constraint_settings", "request_rules", "template_arguments", "costs",
-        "visible", "private_folder", "confined", "unheard", "location", "binomial",
+        "constraints", "constraint_settings", "narrowed_schemas", "request_rules",
+        "template_arguments", "costs", "visible", "private_folder", "confined", "unheard",
+        "location", "binomial",
     )
 }  # fmt: skip
 
@@ -38,6 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.records": {"pipeline.questions"},
     "pipeline.constraints": set(),
     "pipeline.constraint_settings": _FIRST,
+    "pipeline.narrowed_schemas": _FIRST,
     "pipeline.visible": set(),
     "pipeline.forms": set(),
     "pipeline.request_rules": set(),

@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from decimal import Decimal, localcontext
-from typing import Any, Final
+from decimal import Decimal, InvalidOperation, localcontext
+from typing import Final
 
 import polars as pl
-import pyarrow as pa
 
 from pipeline.audit.replay import AuditInput, RowAudit
 from pipeline.confined import Confined, Fault
-from pipeline.constraints import narrowed, schema_of
+from pipeline.constraints import schema_of
 from pipeline.job.answer_texts import Said
 from pipeline.job.job import Job
 from pipeline.job.parsed import form_text, parsed_value
-from pipeline.storage.schema_types import JSON_TEXT, Form, form_of
+from pipeline.narrowed_schemas import narrowed
+from pipeline.storage.schema_types import JSON_TEXT, form_of
 
 _SECONDS: Final = 10.0  # for an answer
 _DIGITS: Final = 2_000  # of a number of an answer, and of what it is divided by
@@ -68,27 +68,17 @@ def _misfits(
 
 def _misread(job: Job, chosen: pl.DataFrame, inputs: Sequence[AuditInput]) -> set[int]:
     """The rows whose `parsed` is another value than the answer's."""
-    found, forms = chosen["parsed"], [JSON_TEXT]
-    own = schema_of(job.settings.sampling.constraint)
+    asked = job.settings.sampling.constraint
+    own = schema_of(asked)
     typed = None if own is None else form_of(narrowed(own))
-    if typed is not None and _as_column(typed, []).dtype == found.dtype:
-        forms.append(typed)  # a text may be meant either way
-    texts = [text or "" for text in chosen["generated_text"]]
-    pairs = list(zip(inputs, texts, strict=True))
-    meant = [
-        _as_column(form, [parsed_value(job, form, _said(row), text) for row, text in pairs])
-        for form in forms
-    ]
-    rows = zip(inputs, found, *meant, strict=True)
-    return {row.row_index for row, parsed, *either in rows if parsed not in either}
-
-
-def _as_column(form: Form, values: list[Any]) -> pl.Series:
-    """As a reader of the output has them."""
-    table = pa.table({"parsed": pa.array(values, form.type)})
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    return frame["parsed"]
+    found = set()
+    for row, text, parsed in zip(inputs, chosen["generated_text"], chosen["parsed"], strict=True):
+        is_own = typed is not None and row.params.constraint == asked
+        forms = [JSON_TEXT, typed] if is_own else [JSON_TEXT]  # by what the other rows ask for
+        meant = [f.kept(parsed_value(job, f, _said(row), text or "")) for f in forms if f]
+        if parsed not in meant:
+            found.add(row.row_index)
+    return found
 
 
 def _said(row: AuditInput) -> Said:
@@ -120,12 +110,19 @@ def fits(text: str, constraint: str) -> bool:
         Draft202012Validator,
         type_checker=Draft202012Validator.TYPE_CHECKER.redefine("integer", _is_whole),
     )
-    schema = json.loads(constraint, parse_float=Decimal)["json_schema"]
+    schema = json.loads(constraint, parse_float=_number)["json_schema"]
     try:
         with localcontext(prec=_DIGITS):
-            return bool(validator(schema).is_valid(json.loads(text, parse_float=Decimal)))
+            return bool(validator(schema).is_valid(json.loads(text, parse_float=_number)))
     except (ValueError, RecursionError):
         return False
+
+
+def _number(text: str) -> Decimal | float:
+    try:
+        return Decimal(text)
+    except InvalidOperation:  # of an exponent with twenty digits
+        return float(text)
 
 
 def _is_whole(_: object, value: object) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from pipeline.constraints import narrowed, schema_of
+from pipeline.constraints import schema_of
 from pipeline.inputs.columns import ColumnMap
 from pipeline.inputs.prompt_source import refuse_duplicate_ids
 from pipeline.job.channel import Stages
@@ -37,6 +37,7 @@ from pipeline.job.planning_limits import (
 from pipeline.job.prepared_rows import PreparedRows
 from pipeline.job.rejections import describe_rejected
 from pipeline.job.witnesses import Witnesses
+from pipeline.narrowed_schemas import narrowed
 from pipeline.plan.document_figures import DocumentFigures, count_figures
 from pipeline.plan.document_rows import DocumentCounts, count_documents, with_documents
 from pipeline.plan.frames import plan_frame
@@ -176,16 +177,16 @@ class PlannedJob:
     @cached_property
     def columns(self) -> ColumnMap:
         """Of the input, and what the output has besides. Raises InputError where names clash."""
-        source, parsed = self.job.source, None if self.parsed is None else self.parsed.type
+        parsed = None if self.parsed is None else self.parsed.type
         columns = replace(
-            source.columns,
+            self.job.source.columns,
             is_guided=parsed is not None or any(p.is_guided for p in self.plan.params),
             parsed=parsed,
             has_logprobs=any(p.logprobs is not None for p in self.plan.params),
             has_samples=self.samples.are_several,
             is_exploded=self.job.settings.write.explode,
         )
-        output_schema(source.schema, columns)
+        output_schema(self.job.source.schema, columns)
         return columns
 
     @cached_property

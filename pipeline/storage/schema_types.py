@@ -22,6 +22,10 @@ class Form(NamedTuple):
     type: pa.DataType
     convert: Callable[[Any], Any]
 
+    def kept(self, value: Any) -> Any:
+        """What a reader of the column finds of a converted value."""
+        return pa.array([value], self.type).to_pylist()[0]
+
 
 def _as_it_is(value: Any) -> Any:
     return value

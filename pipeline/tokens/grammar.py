@@ -20,7 +20,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.constraints import Constraint, narrowed
+from pipeline.constraints import Constraint
+from pipeline.narrowed_schemas import narrowed
 from pipeline.tokens.reasoning import ReasoningTags
 
 _MOST_COMPILED: Final = 256

@@ -18,13 +18,14 @@ import pytest
 from pipeline import constraints
 from pipeline.audit.answer_schemas import fits
 from pipeline.audit.auditing import audit_run
-from pipeline.constraints import narrowed
 from pipeline.errors import UsageError
 from pipeline.location import Location
+from pipeline.narrowed_schemas import MOST_WHOLE, narrowed
 from pipeline.run import run_job
 from pipeline.settings import AuditSettings, TokenSettings
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.schema_types import JSON_TEXT, form_of
+from pipeline.tokens.constraint_check import ConstraintChecker
 from pipeline.tokens.grammar import Grammars
 from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.test_structured import DEMO, LABEL, PROMPTS, rewrite, settings_of, write_schema
@@ -39,8 +40,8 @@ def of(**properties: Any) -> dict[str, Any]:
 
 
 KINDS: dict[str, dict[str, Any]] = {
-    "integer at its borders": {"enum": [2**63 - 1, -(2**63), 0]},
-    "integer beyond a column": {"enum": [2**63, -(2**63) - 1, 10**30]},
+    "integer at its borders": {"enum": [2**63 - 1, -MOST_WHOLE, 0]},
+    "integer of 64 bits": {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
     "integer with one wide bound": {"type": "integer", "minimum": -(10**25)},
     "number": {"type": "number", "minimum": -5, "maximum": 5},
     "numbers that floats cannot say": {"enum": [0.1, 1e308, 5e-324, -0.0]},
@@ -172,6 +173,27 @@ def test_parsed_is_what_json_says_in_type_and_value(name: str, tmp_path: Path) -
         assert fits(text, constraints.of_schema(schema)), text
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "number", "minimum": -1e308, "maximum": 1e308},
+        {"type": "integer", "minimum": 2**63}, {"type": "integer", "multipleOf": 10**12}, {"type": "number", "minimum": 10**320},
+    ],
+)  # fmt: skip
+def test_numbers_that_no_compiler_takes_are_refused_in_a_sentence(schema: dict[str, Any]) -> None:
+    checked = ConstraintChecker(grammars).check([constraints.of_schema(schema)])
+    (found,) = checked.values()
+    assert found.reason is not None and found.reason.startswith(("answers cannot", "what the"))
+
+
+@pytest.mark.parametrize("number", [2**63, 2**64, -(2**63), 10**30])
+def test_numbers_beyond_64_bits_are_none_that_an_answer_is_held_to(number: int) -> None:
+    """The compiler would write 9223372036854776000 for the first, and the third one ends it."""
+    for schema in ({"const": number}, {"enum": [1, {"a": [number]}]}, of(a={"const": number})):
+        with pytest.raises(ValueError, match="beyond 64 bits"):
+            constraints.of_schema(schema)
+
+
 def referring(depth: int, width: int) -> dict[str, Any]:
     """Objects of `width` fields, each of which is the next one."""
     parts = {f"d{i}": of(**{f"f{j}": {"$ref": f"#/$defs/d{i + 1}"} for j in range(width)})
@@ -211,7 +233,6 @@ AUDITED: dict[str, dict[str, Any]] = {
     "an answer that is null": {"enum": [None]},
     "nullable": {"type": ["integer", "null"], "minimum": 0, "maximum": 9},
     "parts of a hundred": {"type": "number", "multipleOf": 0.01, "minimum": 0, "maximum": 1},
-    "more than a float": {"type": "number", "minimum": 10**320},
     "an object with null": of(a={"type": "null"}, b={"enum": [1]}),
     "whole floats": of(a={"type": "integer", "const": 1.0}),
     "a pattern that python takes for ever": {

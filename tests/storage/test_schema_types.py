@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.constraints import narrowed
+from pipeline.narrowed_schemas import narrowed
 from pipeline.storage.schema_types import JSON_TEXT, form_of
 from tests.tokens.test_grammar import draw_schema
 

@@ -14,7 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from pipeline import constraints
-from pipeline.constraints import narrowed
+from pipeline.narrowed_schemas import narrowed
 from pipeline.settings import TokenSettings
 from pipeline.tokens import constraint_check
 from pipeline.tokens.constraint_check import ConstraintChecker
