@@ -177,7 +177,8 @@ def test_parsed_is_what_json_says_in_type_and_value(name: str, tmp_path: Path) -
     "schema",
     [
         {"type": "number", "minimum": -1e308, "maximum": 1e308},
-        {"type": "integer", "minimum": 2**63}, {"type": "integer", "multipleOf": 10**12}, {"type": "number", "minimum": 10**320},
+        {"type": "integer", "minimum": 2**63}, {"type": "integer", "multipleOf": 10**12},
+        {"type": "number", "minimum": 10**320},
     ],
 )  # fmt: skip
 def test_numbers_that_no_compiler_takes_are_refused_in_a_sentence(schema: dict[str, Any]) -> None:

@@ -226,7 +226,7 @@ def test_what_cannot_be_done_with_tools_is_refused_by_name(model: Path, tmp_path
     rows = answers(tmp_path / "out")
     assert rows["status"].to_list() == ["ok", *["error"] * 5]
     said = rows["error_message"].to_list()[1:]
-    named = ["tool_choice", "tool_choice", "parallel_tool_calls", "a field", "functions"]
+    named = ["tool_choice", "tool_choice", "parallel_tool_calls", "tools", "functions"]
     assert all(name in message for name, message in zip(named, said, strict=True))
 
 
