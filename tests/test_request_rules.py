@@ -32,9 +32,10 @@ def test_every_field_is_read_as_it_was_written_and_defaults_are_nothing() -> Non
         assert getattr(rules, name) == (tuple(said) if isinstance(said, list) else said)
         alone = read_asked(write_asked({name: value}))
         assert alone != NOTHING and getattr(alone, name) == getattr(rules, name)
-    assert (
-        write_asked({}) == write_asked(NOTHING.model_dump()) == write_asked({"min_tokens": 0}) == ""
-    )
+    defaults = {n: v for n, v in NOTHING.model_dump().items() if n != "allowed_token_ids"}
+    assert write_asked({}) == write_asked(defaults) == write_asked({"min_tokens": 0}) == ""
+    with pytest.raises(ValueError, match="allowed_token_ids: allows no token"):
+        write_asked({"allowed_token_ids": []})  # as vLLM has it: no answer could be
     assert write_asked(dict.fromkeys(EACH)) == ""
     assert read_asked("") is NOTHING
 

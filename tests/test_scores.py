@@ -116,7 +116,7 @@ def test_other_ways_of_computing_agree(model: Path, tmp_path: Path, flat: dict[s
 def test_the_same_choices_for_every_row(model: Path, tmp_path: Path) -> None:
     source = write_prompts(tmp_path / "in.parquet", ["is it?", "was it?", "is it?", ""])
     output = tmp_path / "out"
-    run_job(str(source), output, settings_of(model, choices=["y,n"]))
+    run_job(str(source), output, settings_of(model, choices="y,n"))
     rows = answers(output)
     for row in rows.iter_rows(named=True):
         check_row(model, row | {"choices": ["y", "n"]})

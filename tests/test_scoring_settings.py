@@ -34,7 +34,8 @@ def test_nothing_is_scored_unless_somebody_asks() -> None:
     ("said", "meant"),
     [
         ("yes,no", ("yes", "no")),
-        (["yes, no"], ("yes", " no")),
+        ("yes, no", ("yes", " no")),
+        (["yes, no"], ("yes, no",)),
         ([" a, b", "c"], (" a, b", "c")),
         (("one",), ("one",)),
     ],

@@ -76,7 +76,8 @@ def logits_after(network: Any, ids: list[int]) -> NDArray[np.float32]:
 def decode(model: Path, prompt: str, asked: Row) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Greedy: each token, and the model's own logits for it."""
     tokenizer, network = loaded(str(model))
-    begin, out = tokenizer(prompt)["input_ids"], []
+    begin: list[int] = tokenizer(prompt)["input_ids"]
+    out: list[int] = []
     words = [tokenizer(word.lstrip())["input_ids"] for word in asked.get("bad_words", [])]
     words += [tokenizer(" " + word)["input_ids"] for word in asked.get("bad_words", [])]
     words = [w for i, w in enumerate(words) if i < len(words) // 2 or _stands_within(words, i)]

@@ -148,7 +148,7 @@ def test_shards_have_the_samples_of_the_whole(
 class _Losing:
     """An engine that has no room for some sequences."""
 
-    def __init__(self, engine: Engine, failing: set[int]) -> None:
+    def __init__(self, engine: Engine, failing: set[tuple[int, int]]) -> None:
         self._engine, self._failing = engine, failing
 
     def __getattr__(self, name: str) -> Any:
@@ -157,8 +157,9 @@ class _Losing:
     def generate(self, plan: Any, *others: Any) -> Iterator[Completion]:
         for done in self._engine.generate(plan, *others):
             failed = Completion(done.sequence, (), "error", 0, Timing(), "OutOfMemory", "no room")
-            row, sample = (x[done.sequence] for x in (plan.sequences.row, plan.sequences.sample))
-            yield failed if (int(row), int(sample)) in self._failing else done
+            at = (plan.sequences.row, plan.sequences.sample)
+            row, sample = (int(numbers[done.sequence]) for numbers in at)
+            yield failed if (row, sample) in self._failing else done
 
 
 @pytest.mark.parametrize("explode", [False, True])
@@ -169,7 +170,7 @@ def test_a_row_one_of_whose_samples_fails_is_retried_as_it_would_have_been(
     chosen = of(model, rows_per_part=2, explode=explode)
     run_job(
         str(source), output, chosen,
-        make_engine=lambda settings: _Losing(make_engine(settings), failing),  # type: ignore[arg-type,return-value]
+        make_engine=lambda settings: _Losing(make_engine(settings), failing),  # type: ignore[arg-type]
     )  # fmt: skip
     rows = answers(output)
     failed = rows.filter(pl.col("status") == "error")
