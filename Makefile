@@ -10,8 +10,9 @@ demo: $(VENV)/.installed  ## run the main job on the embedded model and prompts,
 	$(BIN)/coppice demo -o $(DEMO)
 
 # A file is one worker's: fixtures of a module (a Prefect server, a Ray cluster) start once. Files
-# with few and long tests must not come last, where one worker would wait for the others; and since
-# a third of the time they wait for processes, there is one worker more than the two cores of CI.
+# with few and long tests must not come last, where one worker would wait for the others, so that
+# tests/conftest.py names them first; and since a third of the time they wait for processes, there is
+# one worker more than the two cores of CI.
 test: $(VENV)/.installed-dev  ## the whole test suite
 	-$(BIN)/python -m pipeline.engine.kernels.native  # compiled once, and not by each worker
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder

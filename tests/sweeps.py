@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
 
 
-def sweep(cases: Iterable[Any], fast: Collection[Any]) -> list[Any]:
+def sweep(cases: Iterable[Any], fast: Iterable[Any]) -> list[Any]:
     """For a parameter, or a tuple of them: all of the cases, slow but for those in `fast`."""
-    every = list(cases)
-    unknown = [case for case in fast if case not in every]
+    every, chosen = list(cases), list(fast)
+    unknown = [case for case in chosen if case not in every]
     assert not unknown, f"no such case: {unknown}"
-    return [case if case in fast else _slow(case) for case in every]
+    return [case if case in chosen else _slow(case) for case in every]
 
 
 def diagonal(*axes: Sequence[Any]) -> list[Any]:
