@@ -12,6 +12,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from pipeline.audit import other_arms
 from pipeline.cli.demo import run_conversations_demo, run_segments_demo
 from tests.tiny_job import hide_encoder
 
@@ -67,8 +68,9 @@ def test_the_demo_of_documents_computes_a_twentieth_and_says_the_same(
 
 
 def test_the_demo_of_conversations_computes_new_tokens_alone_and_tells_what_each_keeps(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(other_arms, "_FAULT_ROWS", 1)  # whole conversations again for each fault
     run_conversations_demo(tmp_path / "demo", "none", "text")
     for evictor in ("sink-recent", "gist-recent"):
         counters = json.loads((tmp_path / "demo" / evictor / "run.json").read_text())["counters"]
