@@ -54,8 +54,9 @@ def test_the_demo_answers_audits_and_reports(tmp_path: Path, is_whole: bool) -> 
 
 
 def test_the_demo_of_documents_computes_a_twentieth_and_says_the_same(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(other_arms, "_FAULT_ROWS", 1)
     run_segments_demo(tmp_path / "demo", "none", "text")
     counters = [
         json.loads((tmp_path / "demo" / mode / "run.json").read_text())["counters"]

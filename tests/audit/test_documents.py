@@ -29,7 +29,9 @@ from pipeline.run import run_job, write_report
 from pipeline.settings import AuditSettings, JobSettings, ModelSettings
 from tests.tiny_job import answers, write_model
 
-EVERY_ROW = AuditSettings(audit_sample="100%", audit_free_running=4, audit_arms=6)
+EVERY_ROW = AuditSettings(audit_sample="100%", audit_free_running=3)
+NO_ARMS = EVERY_ROW.model_copy(update={"audit_arms": 0})
+pytestmark = pytest.mark.usefixtures("few_faults")
 DOCUMENTS = [" the sky is blue.", " grass is green, mostly.", " snow.", " the sea has salt in it."]
 ORDERS = [(0, 1, 2), (2, 0), (3, 1, 0), (1,), (), (0, 0, 3)]
 
@@ -149,7 +151,7 @@ def test_a_run_that_saw_documents_wrongly_fails(
 
     source = write_table(tmp_path / "rows.parquet")
     run_job(str(source), tmp_path / "out", settings_of(model, reuse="concat"), None, make_spoilt)
-    assert not audit_run(Location(tmp_path / "out"), EVERY_ROW).passed
+    assert not audit_run(Location(tmp_path / "out"), NO_ARMS).passed
 
 
 @pytest.mark.parametrize("reuse", ["prefix", "concat"])
@@ -161,8 +163,7 @@ def test_documents_in_the_best_order_are_audited_in_it(
     flat |= {"max_new_tokens": 4, "calibration_rows": 0, "device": "cpu"}
     source = write_table(tmp_path / "rag.parquet")
     run_job(str(source), tmp_path / "out", JobSettings.from_flat(flat))
-    asked = AuditSettings(audit_sample="100%", audit_arms=0)
-    verdict = audit_run(Location(tmp_path / "out"), asked)
+    verdict = audit_run(Location(tmp_path / "out"), NO_ARMS)
     assert verdict.passed and sum(verdict.classes.values()) == len(ORDERS)
     plan = tmp_path / "out" / "plan" / "plan.parquet"
     whole = pl.read_parquet(plan)
@@ -172,4 +173,4 @@ def test_documents_in_the_best_order_are_audited_in_it(
     ):
         broken.write_parquet(plan)
         with pytest.raises(RunDirectoryError, match="does not say in which order"):
-            audit_run(Location(tmp_path / "out"), asked)
+            audit_run(Location(tmp_path / "out"), NO_ARMS)

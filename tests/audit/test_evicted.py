@@ -10,7 +10,6 @@ from typing import Any
 import polars as pl
 import pytest
 
-from pipeline.audit import other_arms
 from pipeline.audit.auditing import audit_run, describe_audit
 from pipeline.engine.conversation import KeptRun, TurnPlacement
 from pipeline.job.committed_turns import eviction_log_of
@@ -22,6 +21,7 @@ from tests.tiny_job import write_model
 
 EVERY_ROW = AuditSettings(audit_sample="100%", audit_free_running=3, audit_arms=4)
 NO_ARMS = EVERY_ROW.model_copy(update={"audit_arms": 0})
+pytestmark = pytest.mark.usefixtures("few_faults")
 WORDS = ["why?", "and then", "no", "go on.", "yes, but when", "a", "hm", "what is it"]
 TURNS: list[Turn] = [
     (f"talk {talk}", turn, f"{talk}: {WORDS[(talk + turn) % 8]}")
@@ -35,12 +35,6 @@ NEW = 6
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sharper than at random, so that what is seen elsewhere changes what is said."""
     return write_model(tmp_path_factory.mktemp("model"), sharpness=12.0)
-
-
-@pytest.fixture(autouse=True)
-def few_faults(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is planted in 4 turns instead of 8: whole conversations are computed again for each."""
-    monkeypatch.setattr(other_arms, "_FAULT_ROWS", 2)
 
 
 def make_run(folder: Path, model: Path, **flat: Any) -> Path:
