@@ -20,6 +20,7 @@ from pipeline.engine.load import make_engine
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion
 from pipeline.settings import JobSettings
+from tests.job.carrying_engine import CarryingEngine
 
 FOLDER = "COPPICE_TEST_WORKERS"
 
@@ -42,7 +43,7 @@ def make_watched(settings: JobSettings) -> Engine:
         hooks: EngineHooks = NO_HOOKS,
     ) -> Iterator[Completion]:
         poison = _read("poison")
-        for completion in generate(plan, sequences, control, hooks):
+        for completion in generate(plan, sequences, control):
             ids = plan.prompt_token_ids(completion.sequence).tolist()
             if poison and poison == " ".join(map(str, ids)):
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -52,6 +53,11 @@ def make_watched(settings: JobSettings) -> Engine:
 
     engine.generate = watched  # type: ignore[method-assign]
     return engine
+
+
+def make_carrying(settings: JobSettings) -> Engine:
+    """One without a model, whose turns tell what was given up."""
+    return CarryingEngine()
 
 
 def _read(name: str) -> str:

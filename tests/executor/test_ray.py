@@ -20,13 +20,15 @@ import polars as pl
 import pytest
 
 from pipeline.audit.auditing import audit_run
+from pipeline.engine.base import EngineFactory
+from pipeline.engine.load import make_engine
 from pipeline.errors import Interrupted, TimeBudgetReached, UsageError
 from pipeline.job import stopping
 from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import AuditSettings, FleetSettings, JobSettings
 from tests.conversation_job import AS_TURNS, Turn, write_turns
-from tests.executor.ray_engines import make_watched
+from tests.executor.ray_engines import make_carrying, make_watched
 from tests.tiny_job import answers, write_prompts
 
 ROWS = 240
@@ -141,11 +143,7 @@ def test_two_workers_answer_as_one_and_count_every_token(
     ],
 )
 def test_killed_workers_cost_no_row(
-    workers: Path,
-    source: Path,
-    tmp_path: Path,
-    settings_of: Settings,
-    expected: Expected,
+    workers: Path, source: Path, tmp_path: Path, settings_of: Settings, expected: Expected
     engine: str,
     victims: int,
     caplog: pytest.LogCaptureFixture,
@@ -190,11 +188,7 @@ def test_a_row_that_kills_its_workers_becomes_an_error(
 
 @pytest.mark.parametrize("first", ["ray", "local"])
 def test_an_interrupted_job_goes_on_elsewhere(
-    workers: Path,
-    source: Path,
-    tmp_path: Path,
-    settings_of: Settings,
-    expected: Expected,
+    workers: Path, source: Path, tmp_path: Path, settings_of: Settings, expected: Expected
     first: str,
 ) -> None:
     """On Ray what was begun here, and the other way round: where is no part of what a job is."""
@@ -294,52 +288,57 @@ def test_each_worker_computes_with_its_share_of_the_cpus(cluster: Path) -> None:
             share_out(nodes, FleetSettings(executor="ray"), device)
 
 
-def run_with_sigterm(workers: Path, source: Path, out: Path, settings: JobSettings) -> pl.DataFrame:
-    """A session that ends in the middle, and one that goes on to the end; the rows of the first."""
-    (workers / "pace").write_text("0.02")
-    committed = out / "data"
-    with (
-        meanwhile(
-            lambda: any(committed.glob("part-*")), lambda: os.kill(os.getpid(), signal.SIGTERM)
-        ),
-        pytest.raises(Interrupted, match="same command"),
-    ):
-        run_job(str(source), out, settings, make_engine=make_watched)
-    before = answers(out)
-    (workers / "pace").unlink()
-    run_job(str(source), out, settings, make_engine=make_watched)
-    assert 0 < len(before) < len(answers(out))
-    return before
+TALKS: list[Turn] = [
+    (f"talk {talk}", turn, f"{talk % 3}: {'why? and who ' if turn else 'hello all of you'}")
+    for turn in range(5)
+    for talk in range(40)
+]
+
+
+@pytest.mark.parametrize("make", [make_carrying, pytest.param(make_engine, marks=pytest.mark.slow)])
+def test_conversations_are_whole_on_a_worker_and_answered_as_on_one_machine(
+    workers: Path, tmp_path: Path, settings_of: Settings, make: EngineFactory
+) -> None:
+    """With tokens given up, which the workers tell."""
+    table = write_turns(tmp_path / "turns.parquet", TALKS)
+    flat = {**AS_TURNS, "engine": "prefix", "evict": "sink-recent", "budget_tokens": 48}
+    run_job(str(table), tmp_path / "local", settings_of("local", **flat), make_engine=make)
+    run_job(str(table), tmp_path / "ray", settings_of(**flat), make_engine=make)
+    here, there = answers(tmp_path / "local"), answers(tmp_path / "ray")
+    names = ["id", "turn", "completion_token_ids", "prompt_tokens", "evictions", "eviction_log"]
+    assert here["evictions"].sum() and there.select(names).equals(here.select(names))
 
 
 @pytest.mark.fault(
     "conversations",
-    injected="SIGTERM while Ray actors are in the middle of turns, tokens given up before",
+    injected="SIGTERM while Ray actors are in the middle of turns",
     outcome="the next call goes on after the turns that are there; all as on one machine",
 )
-def test_conversations_are_whole_on_a_worker_and_answered_as_on_one_machine(
+def test_conversations_on_workers_go_on_after_a_signal(
     workers: Path, tmp_path: Path, settings_of: Settings
 ) -> None:
-    """With tokens given up, which the workers tell, and a signal in the middle."""
-    turns: list[Turn] = [
-        (f"talk {talk}", turn, f"{talk % 3}: {'why? and who ' if turn else 'hello all of you'}")
-        for turn in range(5)
-        for talk in range(12)
-    ]
-    table = write_turns(tmp_path / "turns.parquet", turns)
-    flat: dict[str, Any] = {**AS_TURNS, "engine": "prefix", "rows_per_part": 5}
-    flat |= {"evict": "sink-recent", "budget_tokens": 48}
+    table, out = write_turns(tmp_path / "turns.parquet", TALKS), tmp_path / "ray"
+    flat: dict[str, Any] = {**AS_TURNS, "rows_per_part": 5}
     run_job(str(table), tmp_path / "local", settings_of("local", **flat))
-    before = run_with_sigterm(workers, table, tmp_path / "ray", settings_of(**flat))
-    here, there = answers(tmp_path / "local"), answers(tmp_path / "ray")
-    names = ["id", "turn", "completion_token_ids", "prompt_tokens", "evictions", "eviction_log"]
-    assert here["evictions"].sum() and there.select(names).equals(here.select(names))
-    in_part = before.group_by("conversation_id").len().filter(pl.col("len") < 5)
-    assert len(in_part), "nobody had to go on in the middle"
+    (workers / "pace").write_text("0.02")
+    with (
+        meanwhile(
+            lambda: any((out / "data").glob("part-*")),
+            lambda: os.kill(os.getpid(), signal.SIGTERM),
+        ),
+        pytest.raises(Interrupted, match="same command"),
+    ):
+        run_job(str(table), out, settings_of(**flat), make_engine=make_watched)
+    turns = answers(out).group_by("conversation_id").len()["len"]
+    assert turns.is_between(1, 4).any(), "nobody has to go on in the middle"
+    (workers / "pace").unlink()
+    run_job(str(table), out, settings_of(**flat), make_engine=make_watched)
+    names = ["id", "turn", "completion_token_ids", "prompt_tokens", "history_tokens"]
+    assert answers(out).select(names).equals(answers(tmp_path / "local").select(names))
 
 
-def test_scores_by_workers_are_those_of_one_machine_though_a_signal_came(
-    workers: Path, tmp_path: Path, settings_of: Settings
+def test_workers_score_as_one_machine_does(
+    cluster: Path, tmp_path: Path, settings_of: Settings
 ) -> None:
     texts: list[str | None] = [
         f"{'yes' if n % 2 else 'no'} is what {n // 4} says:" for n in range(60)
@@ -347,12 +346,13 @@ def test_scores_by_workers_are_those_of_one_machine_though_a_signal_came(
     source = write_prompts(
         tmp_path / "in.parquet", texts, choices=[[" yes", " no", " nobody"]] * 60
     )
-    flat: dict[str, Any] = {"engine": "prefix", "max_new_tokens": None, "rows_per_part": 5}
-    flat["choices_column"] = "choices"
+    flat: dict[str, Any] = {"engine": "prefix", "max_new_tokens": None, "choices_column": "choices"}
     run_job(str(source), tmp_path / "local", settings_of("local", **flat))
-    run_with_sigterm(workers, source, tmp_path / "ray", settings_of(**flat))
+    run_job(str(source), tmp_path / "ray", settings_of(**flat))
     here, there = answers(tmp_path / "local"), answers(tmp_path / "ray")
     names = ["id", "choice_index", "token_counts", "prompt_tokens"]
     assert there.select(names).equals(here.select(names))
     gap = here["loglikelihoods"].explode() - there["loglikelihoods"].explode()
     assert gap.abs().max() < 1e-4  # type: ignore[operator]
+    counted = counters(tmp_path / "ray")
+    assert counted["prefilled_tokens"] == counted["unique_tokens"] + counted["replicated_tokens"]
