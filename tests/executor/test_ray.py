@@ -110,7 +110,11 @@ def kill_all(numbers: list[int]) -> None:
 
 
 def test_two_workers_answer_as_one_and_count_every_token(
-    workers: Path, source: Path, tmp_path: Path, settings_of: Settings, expected: Expected
+    workers: Path,
+    source: Path,
+    tmp_path: Path,
+    settings_of: Settings,
+    expected: Expected,
 ) -> None:
     """The session itself holds prefilled and cached tokens against the plan; the audit is the one
     of any run."""
@@ -143,7 +147,11 @@ def test_two_workers_answer_as_one_and_count_every_token(
     ],
 )
 def test_killed_workers_cost_no_row(
-    workers: Path, source: Path, tmp_path: Path, settings_of: Settings, expected: Expected
+    workers: Path,
+    source: Path,
+    tmp_path: Path,
+    settings_of: Settings,
+    expected: Expected,
     engine: str,
     victims: int,
     caplog: pytest.LogCaptureFixture,
@@ -167,7 +175,11 @@ def test_killed_workers_cost_no_row(
     outcome="a row with status = error after a few replacements; all others answered",
 )
 def test_a_row_that_kills_its_workers_becomes_an_error(
-    workers: Path, source: Path, tmp_path: Path, settings_of: Settings, expected: Expected
+    workers: Path,
+    source: Path,
+    tmp_path: Path,
+    settings_of: Settings,
+    expected: Expected,
 ) -> None:
     from pipeline.tokens.tokenizer import PromptTokenizer
 
@@ -188,7 +200,11 @@ def test_a_row_that_kills_its_workers_becomes_an_error(
 
 @pytest.mark.parametrize("first", ["ray", "local"])
 def test_an_interrupted_job_goes_on_elsewhere(
-    workers: Path, source: Path, tmp_path: Path, settings_of: Settings, expected: Expected
+    workers: Path,
+    source: Path,
+    tmp_path: Path,
+    settings_of: Settings,
+    expected: Expected,
     first: str,
 ) -> None:
     """On Ray what was begun here, and the other way round: where is no part of what a job is."""

@@ -10,6 +10,7 @@ from pipeline.model.identity import identify_model
 from pipeline.model.rates import Rates, recall_rates, remember_rates
 from pipeline.run import plan_job, run_job
 from pipeline.settings import JobSettings
+from tests.conversation_job import AS_TURNS, write_turns
 from tests.tiny_job import write_prompts
 
 RUN = {"prefilled_tokens": 4000, "generated_tokens": 1000, "prefill_s": 2.0, "decode_s": 5.0}
@@ -56,3 +57,22 @@ def test_a_plan_estimates_from_the_last_run(tmp_path: Path, model_folder: Path) 
     assert estimate["prefill_s"] == pytest.approx(counters["prefill_s"])
     assert estimate["decode_s"] == pytest.approx(counters["decode_s"])
     assert isinstance(recall_rates(settings.model, identify_model(settings.model)), Rates)
+
+
+def test_a_plan_of_conversations_says_what_becomes_of_those_that_give_way(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    """As the last job with conversations measured it, whatever ran since."""
+    source = write_turns(tmp_path / "turns.parquet")
+    settings = JobSettings.from_flat({"model": str(model_folder), **AS_TURNS})
+
+    def giving_way() -> object:
+        conversations = plan_job(str(source), settings).summary.conversations
+        assert conversations is not None
+        return conversations["giving_way"]
+
+    assert giving_way() is None
+    identity = identify_model(settings.model)
+    remember_rates(settings.model, identity, RUN, saves_from=1234)
+    remember_rates(settings.model, identity, RUN)
+    assert "from 1,234 tokens on" in str(giving_way())

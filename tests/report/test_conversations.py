@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,19 @@ def test_the_page_begins_with_the_alarm_and_shows_the_rest(tmp_path: Path) -> No
 def test_a_run_that_has_just_begun_has_a_page_too(tmp_path: Path) -> None:
     render(make_run(tmp_path / "run", rows_of().filter(pl.col("status") == "error")))
     assert "0</b> turns of" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_page_of_nights_tells_how_conversations_fared_in_each(tmp_path: Path) -> None:
+    for day, degenerate in ((10, 12), (11, 60)):
+        run = make_run(tmp_path / f"2026-11-{day}", rows_of())
+        health = {"rows_degenerate": degenerate, "rows_evicting": 300, "rows_skewed": 0}
+        manifest = json.loads((run.root / "run.json").read_text())
+        manifest["counters"] |= health
+        (run.root / "run.json").write_text(json.dumps(manifest))
+    render(RunDirectory.open(tmp_path / "2026-11-11"))
+    page = (tmp_path / "2026-11-11" / "report.html").read_text()
+    nights = page[page.index('id="night-table"') :]
+    for shown in ("repeat themselves", "gave up tokens", "skewed", "1.0 %", "5.0 %", "25.0 %"):
+        assert shown in nights, shown
+    markdown = (tmp_path / "2026-11-11" / "report.md").read_text()
+    assert "turns that repeat themselves 5.0 % (was 1.0 %)" in markdown
