@@ -170,7 +170,7 @@ def test_a_row_one_of_whose_samples_fails_is_retried_as_it_would_have_been(
     chosen = of(model, rows_per_part=2, explode=explode)
     run_job(
         str(source), output, chosen,
-        make_engine=lambda settings: _Losing(make_engine(settings), failing),  # type: ignore[arg-type]
+        make_engine=lambda settings: _Losing(make_engine(settings), failing),
     )  # fmt: skip
     rows = answers(output)
     failed = rows.filter(pl.col("status") == "error")

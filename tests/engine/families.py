@@ -273,8 +273,7 @@ _QUICK = (
 def some_quick(families: Sequence[Family], *more: object) -> list[object]:
     """For a parameter: those that are unlike each other; the others are slow tests. `more`: of
     further parameters, the same for each."""
-    marks = {True: (), False: pytest.mark.slow}
-    return [pytest.param(f, *more, marks=marks[is_quick(f)]) for f in families]
+    return [pytest.param(f, *more, marks=() if is_quick(f) else pytest.mark.slow) for f in families]
 
 
 def is_quick(family: Family) -> bool:
