@@ -45,14 +45,6 @@ some_dtype = st.sampled_from(list(TOLERANCE))
 some_width = st.sampled_from([1, 2, 7, 16, 33, 64, 100, 129])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fresh_memory_is_nan() -> Iterator[None]:
-    """So that a number that is not written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 class Guarded(NamedTuple):
     """A dense tensor amid NaN, which must be neither read nor written."""
 
@@ -67,6 +59,28 @@ class Guarded(NamedTuple):
 
     def is_whole(self) -> bool:
         return bool(self.room[:MARGIN].isnan().all() and self.room[-MARGIN:].isnan().all())
+
+
+FRESH: list[Guarded] = []
+"""What the steps have allocated since margins were last looked at."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_memory_is_nan() -> Iterator[None]:
+    """And lies amid NaN, so that a number shows that is not written, or beyond what is there."""
+
+    plain = Tensor.new_empty
+
+    def new_empty(like: Tensor, *sizes: Any, **options: Any) -> Tensor:
+        made = plain(like, *sizes, **options)
+        if "device" in options:  # the interpreter's own
+            return made
+        FRESH.append(Guarded.of(made.fill_(NAN)))
+        return FRESH[-1].tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", new_empty)
+        yield
 
 
 class Chance:
@@ -92,7 +106,8 @@ class Chance:
         return torch.randperm(capacity, generator=self._draw)[:count]
 
     def assert_margins(self) -> None:
-        assert all(made.is_whole() for made in self._made)
+        assert all(made.is_whole() for made in (*self._made, *FRESH))
+        FRESH.clear()
 
 
 def assert_same(out: Tensor, expected: Tensor) -> None:
@@ -163,6 +178,25 @@ def test_heads_are_normed_turned_and_stored(
     out = rotate_and_store(qkv, heads, Place(arena[0], arena[1], slots), viewing)
     expected = rotate_and_store_reference(qkv, heads, Place(other[0], other[1], slots), viewing)
     assert_same(out, expected)
+    assert_same(arena, other)
+    chance.assert_margins()
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 80, 16), (2, 1, 10, 2), (1, 1, 96, 24)])
+@pytest.mark.parametrize("is_of_all", [False, True])
+def test_what_is_not_turned_is_normed_all_the_same(
+    shape: tuple[int, int, int, int], is_of_all: bool
+) -> None:
+    num_heads, kv_heads, size, pairs = shape
+    chance = Chance(size, torch.float32)
+    qkv = chance.tensor(2, (num_heads + 2 * kv_heads) * size)
+    weight = chance.tensor(num_heads + kv_heads if is_of_all else 2, size)
+    turn = (chance.tensor(2, 2 * pairs), chance.tensor(2, 2 * pairs))
+    heads = Heads(HeadNorms(weight, 1e-5), turn, pairs)
+    arena = torch.full((2, kv_heads, 5, size), NAN)
+    other, slots = arena.clone(), torch.tensor([4, 1])
+    out = rotate_and_store(qkv, heads, Place(arena[0], arena[1], slots))
+    assert_same(out, rotate_and_store_reference(qkv, heads, Place(other[0], other[1], slots)))
     assert_same(arena, other)
     chance.assert_margins()
 

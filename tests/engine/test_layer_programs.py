@@ -1,6 +1,12 @@
 """The Triton programs around attention: right when interpreted, and lean machine code for a card.
 
-Faults planted one at a time, each of which turned `layer_cases` red: FAULTS_HERE
+Faults planted one at a time, each of which turned `layer_cases` red: the sum not kept, or kept
+where chosen rows are joined; the first rows for the chosen ones; a mean over the padded block; the
+multiplier or the weight of the norm behind a sublayer left out; the second half turned by the
+turned first; values turned or normed as keys are; tokens turned as views, all views by the first
+one's turn, or by the table of another token; keys normed by the queries' mean or weight; numbers
+beyond the pairs left out of the norm or not stored; gate and up exchanged; tanh in place of erf; a
+number beyond a row written.
 """
 
 from __future__ import annotations
