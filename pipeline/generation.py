@@ -63,6 +63,10 @@ _AGAINST_CONSTRAINTS: Final = {
     "remove_invalid_values",
 }  # fmt: skip
 """Rules that give a token back which was ruled out."""
+_BANS: Final = {
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias",
+    "suppress_tokens", "begin_suppress_tokens",
+}  # fmt: skip
 _TRANSFORMERS_TOP_K: Final = 50  # where a model samples and does not say how many tokens it keeps
 
 TokenId = int
@@ -239,6 +243,13 @@ def active_rules(rules: str) -> frozenset[str]:
     """The names of the rules that change logits: those that do more than overrule the model."""
     said = read_rules(rules)
     return frozenset(n for n in RULES if said.get(n) is not None and n != "max_length")
+
+
+def may_rule_out(params: SamplingParams) -> bool:
+    """Whether a token may be ruled out however likely it is, one that must follow as well."""
+    asked = read_asked(params.asked)
+    banned = active_rules(params.rules) & _BANS or asked.allowed_token_ids or asked.bad_words
+    return bool(banned or (asked.min_tokens and asked.stop_token_ids))
 
 
 def length_limit(params: SamplingParams) -> int | None:

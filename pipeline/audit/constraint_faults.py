@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 _ROWS: Final = 4
 _TOKENS: Final = 16
+_PLAIN: Final[dict[str, Any]] = {
+    "temperature": 0.0, "max_new_tokens": _TOKENS, "stop": (), "rules": "", "asked": "", "n": 1,
+    "logprobs": None,
+}  # fmt: skip
+"""One greedy answer that nothing but its form decides."""
 
 
 def plant_constraint_faults(
@@ -62,10 +67,7 @@ def _write(job: Job, loaded: LoadedModel, rows: Sequence[AuditInput]) -> list[Au
     from pipeline.engine.guides import over_at
     from pipeline.engine.prefix_engine import PrefixEngine
 
-    params = tuple(
-        replace(row.params, temperature=0.0, max_new_tokens=_TOKENS, seed=i, stop=(), rules="")
-        for i, row in enumerate(rows)
-    )
+    params = tuple(replace(row.params, seed=i, **_PLAIN) for i, row in enumerate(rows))
     indices = np.arange(len(rows))
     prompts = [list(row.prompt) for row in rows]
     table = TokenTable.from_lists(prompts, loaded.shape.vocabulary_size)

@@ -89,8 +89,7 @@ class NaiveEngine(LocalEngine):
         )
 
     def _complete(self, turn: Turn, control: RunControl, start: float) -> Completion:
-        counters, prompt = self.counters, turn.prompt
-        begin = time.perf_counter()
+        counters, prompt, begin = self.counters, turn.prompt, time.perf_counter()
         error_type = message = None
         logprobs: tuple[TokenLogprobs, ...] = ()
         try:
@@ -140,10 +139,13 @@ class NaiveEngine(LocalEngine):
         return with_scores(Completion(turn.sequence, (), "length", 0, timing), scores)
 
     def generate_one(self, prompt: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
-        if params.is_guided:
-            blind = replace(params, stop=())
-            return self._step_by_step([*prompt], blind, 0, RunControl(grammars=self._grammars))[0]
-        return self._generate(prompt, params, [])
+        control, blind = RunControl(grammars=self._grammars), replace(params, stop=())
+        try:
+            if params.is_guided:
+                return self._step_by_step([*prompt], blind, 0, control)[0]
+            return self._generate(prompt, params, [])
+        except NoTokenError as error:  # after another token than ours, perhaps
+            return error.said
 
     def writer(self, prompt: Sequence[int], params: SamplingParams) -> GreedyWriter:
         """Of a baseline that makes its logits otherwise."""
@@ -236,6 +238,10 @@ class NaiveEngine(LocalEngine):
         fed, cache, counts = prompt, None, TokenCounts()
         own = prompt[: len(prompt) - len(opening)]
         guide = guides.open(control.grammars, params, prompt, self._eos)
+
+        def context(_: int) -> Context:
+            return Context(own, [*opening, *token_ids], counts)
+
         while len(token_ids) < params.max_new_tokens:
             self._make_ready()
             ids = torch.tensor([fed], device=self.loaded.device)
@@ -245,23 +251,16 @@ class NaiveEngine(LocalEngine):
             is_sound = bool(logits.max().isfinite())
             if guide is not None and guide.mask is not None:
                 guides.apply(logits, [0], [guide.mask])
-            chosen = self._sampler.sample(
-                logits,
-                [params],
-                key,
-                position,
-                lambda _: Context(own, [*opening, *token_ids], counts),
-            )
-            if not chosen.is_finite[0] and guide is not None and is_sound:
-                raise ConstraintError(len(token_ids) + 1, NO_TOKEN)
+            chosen = self._sampler.sample(logits, [params], key, position, context)
             if not chosen.is_finite[0]:
-                raise NoTokenError(len(token_ids) + 1)
+                is_form = guide is not None and is_sound
+                raise ConstraintError(token_ids, NO_TOKEN) if is_form else NoTokenError(token_ids)
             token_ids.append(int(chosen.token_ids[0]))
             fed = token_ids[-1:]
             if guide is not None:
                 guides.advance(control.grammars, guide, fed[0])
                 if guide.fault is not None:
-                    raise ConstraintError(len(token_ids), guide.fault)
+                    raise ConstraintError(token_ids[:-1], guide.fault)
             if ends_by_token(token_ids[-1], params, self._eos):
                 break
             if guide is not None and guide.is_over:

@@ -11,12 +11,13 @@ from pipeline.records import SamplingParams
 
 
 class NoTokenError(Exception):
-    """No token can be chosen for this place of an output, counted from 1."""
+    """No token can be chosen behind what was `said` of an output."""
 
     error_type = "NonFiniteLogits"
 
-    def __init__(self, number: int, why: str = "the model gave no finite logits") -> None:
-        super().__init__(f"{why} at output token {number}")
+    def __init__(self, said: Sequence[int], why: str = "the model gave no finite logits") -> None:
+        super().__init__(f"{why} at output token {len(said) + 1}")
+        self.said = tuple(said)
 
 
 class ConstraintError(NoTokenError):
@@ -34,7 +35,7 @@ class FiniteLogits:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The scores as they are. Raises NoTokenError."""
         if not scores.max().isfinite():
-            raise NoTokenError(input_ids.shape[1] - self._prompt_length + 1)
+            raise NoTokenError(input_ids[0, self._prompt_length :].tolist())
         return scores
 
 

@@ -48,6 +48,13 @@ def _in_64_bits(value: int) -> int:
     return value
 
 
+def _as_float(value: float) -> float:
+    """Raises OverflowError for a whole number that a float would change."""
+    if float(value) != value:
+        raise OverflowError
+    return float(value)
+
+
 JSON_TEXT: Final = Form(pa.string(), _as_text)
 _NULL: Final = Form(pa.null(), _as_it_is)
 _DEEPEST: Final = 32
@@ -58,7 +65,7 @@ _SCALARS: Final = {
     "string": Form(pa.string(), _encodable),
     "boolean": Form(pa.bool_(), _as_it_is),
     "integer": Form(pa.int64(), _in_64_bits),
-    "number": Form(pa.float64(), float),
+    "number": Form(pa.float64(), _as_float),
     "null": _NULL,
 }
 _BESIDE_REFERENCE: Final = {

@@ -195,6 +195,14 @@ def test_numbers_beyond_64_bits_are_none_that_an_answer_is_held_to(number: int) 
             constraints.of_schema(schema)
 
 
+def test_a_whole_number_that_a_float_would_change_has_no_value() -> None:
+    form = form_of({"type": "number"})
+    assert form.convert(3) == 3.0 and form.convert(2**53) == 2.0**53
+    for number in (2**53 + 1, 3187336027813411298945968, 10**400):
+        with pytest.raises(OverflowError):
+            form.convert(number)
+
+
 def referring(depth: int, width: int) -> dict[str, Any]:
     """Objects of `width` fields, each of which is the next one."""
     parts = {f"d{i}": of(**{f"f{j}": {"$ref": f"#/$defs/d{i + 1}"} for j in range(width)})
@@ -252,6 +260,41 @@ def test_an_audit_passes_what_is_right(tmp_path: Path, name: str) -> None:
     verdict = audit_run(Location(tmp_path / "out"), FULL)
     assert verdict.passed
     assert time.monotonic() - begin < 60
+
+
+@pytest.mark.parametrize("engine", ["prefix", "naive"])
+def test_a_token_that_must_follow_and_is_ruled_out_is_the_rows_error(
+    tmp_path: Path, engine: str
+) -> None:
+    """What must follow is not decoded, but a row that forbids it is not left out for that."""
+    asked = [{"bad_words": ["label"]}, {"bad_words": ["zzz"]}, {"allowed_token_ids": [5, 6]}, {}]
+    prompts = write_prompts(tmp_path / "p.parquet", PROMPTS[:4],
+                            sampling_params=[json.dumps(said) for said in asked])  # fmt: skip
+    run_job(str(prompts), tmp_path / "out", settings_of(json_schema=LABEL, engine=engine))
+    rows = answers(tmp_path / "out")
+    assert rows["status"].to_list() == ["error", "ok", "error", "ok"]
+    assert rows["error_type"].to_list()[0] == rows["error_type"].to_list()[2] == "ConstraintFault"
+    assert rows["parsed"].to_list()[1] is not None
+    if engine == "prefix":
+        assert audit_run(Location(tmp_path / "out"), FULL).passed
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        {"n": 3, "temperature": 1.0}, {"n": 2, "temperature": 1.0, "explode": True},
+        {"logprobs": 2, "generation_options": ["min_tokens=30"], "stop": ["9"]},
+    ],
+)  # fmt: skip
+def test_an_audit_plants_its_faults_whatever_rows_ask_for(
+    tmp_path: Path, flat: dict[str, Any]
+) -> None:
+    prompts = write_prompts(tmp_path / "p.parquet", PROMPTS[:3])
+    run_job(str(prompts), tmp_path / "out", settings_of(json_schema=LABEL, **flat))
+    verdict = audit_run(
+        Location(tmp_path / "out"), AuditSettings(audit_sample="100%", audit_arms=2)
+    )
+    assert verdict.passed
 
 
 @pytest.mark.fault(
