@@ -68,7 +68,9 @@ class Histories:
         return Story(tuple(turns), system_tokens.get(rows[0], 0))
 
     def fit(self, params: SamplingParams, prompt_tokens: int) -> SamplingParams:
-        """What a turn's answer could have: what is left beside all that was said before."""
+        """Of the one answer that is audited: one sample, and of a turn what is left beside all that
+        was said before."""
+        params = replace(params, n=1)
         if self._eviction is None:
             return params
         return self._eviction.fit(params, prompt_tokens) or replace(params, max_new_tokens=1)

@@ -264,3 +264,15 @@ def test_the_card_names_the_columns_that_are_there_with_their_types(
     flat = {"json_schema": json.dumps(schema), "max_new_tokens": 40}
     run_job(str(plain), tmp_path / "formed", of(model, **flat))
     assert "| `parsed` | bool |" in (tmp_path / "formed" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("explode", [False, True])
+def test_samples_that_must_have_a_form_are_audited(
+    model: Path, tmp_path: Path, explode: bool
+) -> None:
+    """Seen red: faults were planted in greedy answers of rows that still asked for several."""
+    source = write_prompts(tmp_path / "p.parquet", list(PROMPTS[:4]))
+    asked = {"regex": "(yes|no), [a-d]{2,5}", "n": 3, "logprobs": 1, "max_new_tokens": 12}
+    run_job(str(source), tmp_path / "out", of(model, explode=explode, **asked))
+    verdict = audit_run(Location(str(tmp_path / "out")), AuditSettings(audit_sample="100%"))
+    assert verdict.passed, verdict.reasons
