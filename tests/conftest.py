@@ -29,7 +29,9 @@ hypothesis.settings.load_profile("coppice")
 _LOAD_ENCODER = vars(Encoder)["load"]
 _LONGEST = (
     "flows/test_nights", "executor/test_ray", "test_hostile", "engine/test_triton_kernel",
-    "test_demo",
+    "test_demo", "benchmarks/test_gpu", "torture/test_kills", "attacks/test_conversations_run",
+    "torture/test_sweep", "audit/test_evicted", "engine/test_evicting", "experiment/test_paper",
+    "torture/test_stalls", "torture/test_retries", "torture/test_power_cut",
 )  # fmt: skip
 """Files of `tests`, longest first: one that comes last keeps one worker busy while others rest."""
 

@@ -74,7 +74,7 @@ def test_a_complete_run_exits_with_0_whatever_became_of_stdout(box: Box) -> None
     assert json.loads((box.folder / "deaf" / "run.json").read_text())["status"] == "complete"
 
 
-@pytest.mark.parametrize("form", [(), ("--json",)])
+@pytest.mark.parametrize("form", [(), pytest.param(("--json",), marks=pytest.mark.slow)])
 def test_a_result_that_is_lost_is_a_failure_that_says_so(box: Box, form: tuple[str, ...]) -> None:
     with open("/dev/full", "wb") as full:
         done = box(*box.job("plan", *form), stdout=full)
@@ -96,7 +96,7 @@ def test_a_reader_that_has_gone_is_no_fault_to_report(box: Box) -> None:
     "locale",
     [
         {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
-        {"PYTHONIOENCODING": "ascii:strict"},
+        pytest.param({"PYTHONIOENCODING": "ascii:strict"}, marks=pytest.mark.slow),
     ],
 )
 def test_no_locale_stops_a_command(box: Box, locale: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from pipeline.kvstore import entry, store
 from pipeline.storage import durable
 from tests.kvstore import torture
+from tests.sweeps import diagonal
 from tests.torture.disk import When
 from tests.torture.test_power_cut import rename_only
 from tests.torture.victim import Server
@@ -22,13 +23,16 @@ from tests.torture.victim import Server
     outcome="the job goes on without what could not be kept; what was kept is there and right",
 )
 @pytest.mark.parametrize(
-    ("code", "lasts"), [(errno.EIO, False), (errno.ENOSPC, False), (errno.ENOSPC, True)]
+    ("failure", "budget"),
+    diagonal(
+        ((errno.EIO, False), (errno.ENOSPC, True), (errno.ENOSPC, False)),
+        (torture.SMALL, torture.LARGE),
+    ),
 )
-@pytest.mark.parametrize("budget", [torture.SMALL, torture.LARGE])
-def test_any_operation_may_fail(tmp_path: Path, code: int, lasts: bool, budget: int) -> None:
+def test_any_operation_may_fail(tmp_path: Path, failure: tuple[int, bool], budget: int) -> None:
     """Seen red: an entry that was renamed and counted nowhere, because its folder could not be
     flushed: the store outgrew its budget."""
-    assert torture.sweep_errors(tmp_path, code, lasts, range(0, 10_000, 2), budget) > 30
+    assert torture.sweep_errors(tmp_path, *failure, range(0, 10_000, 2), budget) > 30
 
 
 @pytest.mark.fault(
