@@ -1,4 +1,4 @@
-"""The demo as a newcomer runs it: the command, in a process of its own, on the shipped files."""
+"""The demos on the shipped files; in full, as a newcomer runs them, in the slow suite."""
 
 from __future__ import annotations
 
@@ -13,21 +13,45 @@ import polars as pl
 import pytest
 
 from pipeline.audit import other_arms
-from pipeline.cli.demo import run_conversations_demo, run_segments_demo
-from tests.tiny_job import hide_encoder
+from pipeline.cli import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_demo_answers_audits_and_reports(tmp_path: Path, is_whole: bool) -> None:
-    """All of it with all threads, and an encoder for the texts that are audited."""
+def check(output: Path, said: str, rows: int, groups: int) -> None:
+    """A demo of so many rows, and of more groups."""
+    counters = json.loads((output / "run.json").read_text())["counters"]
+    assert counters["rows_in"] == counters["rows_ok"] == rows
+    assert counters["prefilled_tokens"] == counters["unique_tokens"]
+    assert counters["cached_tokens"] == counters["prompt_tokens"] - counters["unique_tokens"]
+    audit = json.loads((output / "audit" / "summary.json").read_text())
+    assert audit["verdict"] == "pass" and audit["classes"]["identical"] == audit["rows_audited"]
+    assert audit["groups_covered"] == audit["groups_total"] > groups
+    answers = pl.read_parquet(output / "data" / "*.parquet")
+    right = (answers["generated_text"].str.strip_chars() == answers["answer"]).mean()
+    assert isinstance(right, float) and right >= 0.95
+    assert "Audit" in said and str(output) in "".join(said.split())
+    assert (output / "report.html").stat().st_size > 10_000
+
+
+def test_the_demo_answers_audits_and_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On 400 of its prompts, in this process."""
+    (tmp_path / "demo_model").symlink_to(ROOT / "data" / "demo_model")
+    prompts = pl.read_parquet(ROOT / "data" / "prompts.parquet").head(400)
+    prompts.write_parquet(tmp_path / "prompts.parquet")
+    monkeypatch.setattr(demo, "demo_folder", lambda: tmp_path)
+    demo.run_demo(tmp_path / "demo", "none", "text")
+    check(tmp_path / "demo", capsys.readouterr().out, 400, 20)
+
+
+@pytest.mark.slow
+def test_the_command_runs_all_of_the_demo(tmp_path: Path) -> None:
+    """With all threads, and an encoder for the texts that are audited."""
     output = tmp_path / "demo"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
-    if is_whole:
-        environment.pop("OMP_NUM_THREADS")
-    else:
-        environment["PYTHONPATH"] = hide_encoder(tmp_path / "no_encoder")
+    environment.pop("OMP_NUM_THREADS")  # that of the other tests
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", "demo", "-o", str(output), "--progress", "plain"],
         cwd=ROOT,
@@ -37,27 +61,16 @@ def test_the_demo_answers_audits_and_reports(tmp_path: Path, is_whole: bool) -> 
     )
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80 + len(str(tmp_path))
-    counters = json.loads((output / "run.json").read_text())["counters"]
-    prompts = pl.read_parquet(ROOT / "data" / "prompts.parquet")
-    assert counters["rows_in"] == counters["rows_ok"] == len(prompts) >= 2000
-    assert counters["prefilled_tokens"] == counters["unique_tokens"]
-    assert counters["cached_tokens"] == counters["prompt_tokens"] - counters["unique_tokens"]
-    audit = json.loads((output / "audit" / "summary.json").read_text())
-    assert audit["verdict"] == "pass" and audit["classes"]["identical"] == audit["rows_audited"]
-    assert audit["groups_covered"] == audit["groups_total"] > 100
-    assert (audit["similarity"]["encoder"] is not None) == is_whole
-    answers = pl.read_parquet(output / "data" / "*.parquet")
-    right = (answers["generated_text"].str.strip_chars() == answers["answer"]).mean()
-    assert isinstance(right, float) and right >= 0.95
-    assert "Audit" in done.stdout and str(output) in "".join(done.stdout.split())
-    assert (output / "report.html").stat().st_size > 10_000
+    rows = len(pl.read_parquet(ROOT / "data" / "prompts.parquet"))
+    assert rows >= 2000
+    check(output, done.stdout, rows, 100)
 
 
 def test_the_demo_of_documents_computes_a_twentieth_and_says_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(other_arms, "_FAULT_ROWS", 1)
-    run_segments_demo(tmp_path / "demo", "none", "text")
+    demo.run_segments_demo(tmp_path / "demo", "none", "text")
     counters = [
         json.loads((tmp_path / "demo" / mode / "run.json").read_text())["counters"]
         for mode in ("prefix", "concat")
@@ -72,7 +85,7 @@ def test_the_demo_of_conversations_computes_new_tokens_alone_and_tells_what_each
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(other_arms, "_FAULT_ROWS", 1)  # whole conversations again for each fault
-    run_conversations_demo(tmp_path / "demo", "none", "text")
+    demo.run_conversations_demo(tmp_path / "demo", "none", "text")
     for evictor in ("sink-recent", "gist-recent"):
         counters = json.loads((tmp_path / "demo" / evictor / "run.json").read_text())["counters"]
         assert counters["rows_ok"] == 488

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import jinja2.ext
@@ -18,8 +18,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.confined import Fault
 from pipeline.namespace import SafeNamespace
-from pipeline.records import Message
 from pipeline.time_limit import TimeLimit, TookTooLong
+
+if TYPE_CHECKING:
+    from pipeline.records import Message  # which brings pydantic; this is started for each template
 
 CLOCK_NAME = "strftime_now"  # the only way to the time that transformers gives a template
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, the first leads
