@@ -143,7 +143,7 @@ def test_any_budget_and_batch_gives_the_same_answers(
     monkeypatch.setattr(live, "FIRST_NEW_TOKENS", 3)
     monkeypatch.setattr(scheduler, "BLOCK_TOKENS", 5)
     draw = random.Random(seed)
-    rows = random_rows(draw, 12)
+    rows = random_rows(draw, 8)
     plan = plan_rows(rows, reuse, [draw.randrange(2) for _ in rows])
     every = np.arange(len(plan.sequences))
     assert plan.documents is not None

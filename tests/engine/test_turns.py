@@ -187,11 +187,11 @@ def test_a_killed_conversation_goes_on_where_it_was() -> None:
     "evictor", ["none", "sink-recent", pytest.param("random", marks=pytest.mark.slow)]
 )
 def test_conversations_that_give_way_come_back_as_they_were(evictor: str) -> None:
-    conversations = random_conversations(random.Random(4), count=8, turns=9)
+    conversations = random_conversations(random.Random(4), count=8, turns=6)
     eviction = Eviction() if evictor == "none" else evicting(evictor, budget=70)
-    plan = plan_of(conversations, eviction, new=40 if evictor == "none" else 60)
+    plan = plan_of(conversations, eviction, new=24 if evictor == "none" else 36)
     plenty = run(engine_of(), plan)
-    slots, again = 460 if evictor == "none" else 150, []
+    slots, again = 250 if evictor == "none" else 150, []
     for spill in (None, 0):
         kv = engine_of().capabilities.kv
         assert kv is not None
