@@ -148,9 +148,7 @@ class Arrivals:
             return AssembledPlacement(
                 place.span, place.position, place.above, seen, needs, layout.assembled
             )
-        return ScatteredPlacement(
-            place.span, place.position, place.above, seen, needs, layout.runs, layout.by_place
-        )
+        return ScatteredPlacement(place.span, place.position, place.above, seen, needs, layout.runs)
 
     def _place(self, part: SharedPart, sequence: int) -> None:
         """`sequence` is one of those that see it; what it stands below is placed."""

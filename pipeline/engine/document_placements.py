@@ -32,13 +32,9 @@ class DocumentPlacement(Placement):
 @dataclass(frozen=True, eq=False, slots=True)
 class ScatteredPlacement(DocumentPlacement):
     """A row's own tokens between documents. What stands before the last run is placed by `runs`;
-    to all of them slots are given as if they lay side by side, so that `position` is not theirs.
-
-    `by_place`: what is seen of earlier runs may be taken to stand there, in one piece with what
-    follows. All of it stands before whoever looks, and only layers with windows ask how far."""
+    to all of them slots are given as if they lay side by side, so that `position` is not theirs."""
 
     runs: tuple[OwnRun, ...]
-    by_place: bool = False
 
     @property
     def documents(self) -> SeenDocuments:
@@ -46,28 +42,24 @@ class ScatteredPlacement(DocumentPlacement):
 
     @property
     def last_run(self) -> int:
-        return self.position if self.by_place else self._last_start
-
-    @property
-    def _last_start(self) -> int:
         return self.position + sum(run.length for run in self.runs)
 
     def pieces(self, low: int, high: int) -> Iterator[PlacedPiece]:
-        seen, last = self.seen_before(low), self._last_start
-        question = OwnRun(last - self.position, max(0, high - last), last)
-        for run in (*self.runs, question):
+        seen = self.seen_before(low)
+        for run in self.runs:
             first = self.position + run.offset
             start, stop = max(low, first), min(high, first + run.length)
             if start < stop:
-                slot = self.slots(start, stop).start
-                past = start - (self.position if self.by_place else first)
-                yield PlacedPiece(start, stop, run.position + start - first, slot, past, seen)
-            if not self.by_place:
-                seen = (*seen, self._placed(run))
+                past, slot = start - first, self.slots(start, stop).start
+                yield PlacedPiece(start, stop, run.position + past, slot, past, seen)
+            seen = (*seen, self._placed(run))
+        start = max(low, self.last_run)
+        if start < high:
+            slot = self.slots(start, high).start
+            yield PlacedPiece(start, high, start, slot, start - self.last_run, seen)
 
     def closed_slots(self, blocks: list[Block]) -> Iterator[PlacedSlots]:
-        if not self.by_place:
-            yield from map(self._placed, self.runs)
+        yield from map(self._placed, self.runs)
         yield from super(ScatteredPlacement, self).closed_slots(blocks)
 
     def _placed(self, run: OwnRun) -> PlacedSlots:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.plan.document_order import run_order
+from pipeline.plan.documents import DocumentPlan
 from pipeline.plan.plan import Plan
 from pipeline.plan.token_table import Ids
 
@@ -61,8 +62,7 @@ class RowLayout(NamedTuple):
 
     Where its own tokens stand between documents, `runs` are those before the last one, and
     `position` is where the first would stand if all of them lay right before the last run.
-    `repaired`: its own tokens that a document holds as well. `by_place`: earlier runs may be seen
-    as if they stood right before, since every layer sees all of the past.
+    `repaired`: its own tokens that a document holds as well.
 
     `assembled`: the row keeps a copy of all that it sees of documents, from `position` on, and
     computes again the tokens at these positions; its own are those, and then the question's.
@@ -78,7 +78,6 @@ class RowLayout(NamedTuple):
     runs: tuple[OwnRun, ...] = ()
     repaired: int = 0
     assembled: Positions | None = None
-    by_place: bool = False
 
 
 class Layout(Protocol):
@@ -99,16 +98,12 @@ class Layout(Protocol):
 
 
 def layout_of(
-    plan: Plan,
-    sequences: NDArray[np.int64],
-    choose: ChooseTokens | None = None,
-    slides: bool = True,
+    plan: Plan, sequences: NDArray[np.int64], choose: ChooseTokens | None = None
 ) -> Layout:
-    """The one that the plan asks for; `choose` where documents are blended; `slides`: some layers
-    of the model see the last tokens alone."""
+    """The one that the plan asks for; `choose` where documents are blended."""
     if plan.documents is None:
         return PrefixLayout(plan, sequences)
-    return DocumentLayout(plan, sequences, choose, slides)
+    return DocumentLayout(plan, plan.documents, sequences, choose)
 
 
 class PrefixLayout:
@@ -156,13 +151,10 @@ class DocumentLayout:
     def __init__(
         self,
         plan: Plan,
+        documents: DocumentPlan,
         sequences: NDArray[np.int64],
         choose: ChooseTokens | None = None,
-        slides: bool = True,
     ) -> None:
-        documents = plan.documents
-        assert documents is not None
-        self._slides = slides
         self._choose = choose
         self._chosen: dict[int, Positions] = {}
         self.order = run_order(documents, sequences)
@@ -205,7 +197,7 @@ class DocumentLayout:
         end = last.position + last.length
         return RowLayout(
             [*parts.values()], above, position, position, end, ids, seen, tuple(runs[:-1]),
-            int(self._repaired[sequence]), by_place=not self._slides,
+            int(self._repaired[sequence]),
         )  # fmt: skip
 
     def _assemble(

@@ -139,4 +139,4 @@ def _lay_out(
     choose, documents = None, plan.documents
     if documents is not None and rotary is not None and documents.reuse.blend_share:
         choose = Blend(engine.loaded.model, rotary, documents.reuse).choose
-    return layout_of(plan, sequences, choose, engine.loaded.shape.slides)
+    return layout_of(plan, sequences, choose)

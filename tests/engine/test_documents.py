@@ -94,6 +94,9 @@ def check(engine: PrefixEngine, rows: list[Row], reuse: Reuse, soft: Tensor | No
     assert len(done) == len(every) and not any(c.error_type for c in done)
     assert plan.documents is not None
     assert engine.counters.prefilled_tokens == plan.documents.tokens_to_compute(every)
+    needed = int((plan.documents.prompt_ends + plan.documents.repaired_tokens).sum())
+    cached = sum(completion.cached_tokens for completion in done)
+    assert cached == needed - engine.counters.prefilled_tokens
     plain = engine.loaded.model.get_input_embeddings()
     reference = SegmentReference(engine.loaded.model, reuse, soft)
     for completion in done:
@@ -150,7 +153,7 @@ def test_any_budget_and_batch_gives_the_same_answers(
     expected, free = answers(engine_of(), plan)
     assert free.recomputed_tokens == 0
     choose = None if reuse.mode != "cacheblend" else lambda *_: np.zeros(0, np.int64)
-    needs = DocumentLayout(plan, every, choose)
+    needs = DocumentLayout(plan, plan.documents, every, choose)
     smallest = max(
         sum(part.end - part.start for part in needs.of(s).shared)
         + needs.of(s).end - needs.of(s).position + int(plan.max_new_tokens[s]) - 1

@@ -188,6 +188,22 @@ def test_epic_computes_the_first_tokens_of_all_documents_but_the_exact_one() -> 
     assert [run.position for run in alone.runs] == [1, 4, 7]
 
 
+@pytest.mark.parametrize(("is_below", "repaired"), [(True, 0), (False, 2)])
+def test_a_document_that_rows_compute_whole_is_encoded_for_nobody(
+    is_below: bool, repaired: int
+) -> None:
+    """Seen red: the second and the third were encoded though no row looked at them."""
+    rows: list[Row] = [([1], [[2, 3, 4], [5], [6, 7]], [8]), ([1], [[2, 3, 4], [6, 7]], [9])]
+    table, segments = table_of(rows)
+    reuse = Reuse("epic", VOCABULARY, is_below, 2)
+    plan = plan_documents(table, np.arange(2), segments, reuse)
+    own = [1 + 2 + 1 + repaired, 2 + 1 + repaired]
+    assert plan.own.lengths.tolist() == own
+    assert plan.tokens_to_compute(np.arange(2)) == 1 + 3 + sum(own)
+    assert plan.repaired_tokens.tolist() == [repaired] * 2
+    assert np.diff(plan.use_bounds).tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("documents", [1, 3])
 def test_link_tokens_are_numbered_by_their_place(documents: int) -> None:
     parts = [np.zeros(2, np.int64), *[np.ones(3, np.int64)] * documents, np.ones(1, np.int64)]
