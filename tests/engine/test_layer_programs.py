@@ -15,12 +15,18 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.gpu.around import CASES, Sizes
+from pipeline.engine.kernels.torch_kernel import TorchKernel
+from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.packing import Packer, pack_decode
+from pipeline.engine.triton_forward import TritonForward
 
 CASES_FILE = Path(__file__).with_name("layer_cases.py")
 MOST_REGISTERS = {"join": 64, "rotate_and_store": 48, "gate": 40}
@@ -49,6 +55,27 @@ def test_code_for_a_card_spills_nothing(sizes: Sizes) -> None:
     for name, taken in compile_steps(sizes, is_whole=True).items():
         assert taken.stack == 0, f"{name} spills registers: {taken}"
         assert taken.registers <= MOST_REGISTERS[name], (name, taken)
+
+
+def test_what_is_compiled_beforehand_is_what_a_forward_starts() -> None:
+    """Else a card's minutes would go into compiling: sizes and addresses decide about it, too."""
+    pytest.importorskip("triton", reason="triton is not installed; it comes for Linux alone")
+    from benchmarks.gpu.compiled_steps import compiling, start
+    from benchmarks.gpu.launches import small_llama
+
+    cpu, model = torch.device("cpu"), small_llama(2)
+    rows, nothing = np.arange(7), np.zeros((0, 5), np.int64)
+    own = (rows * 5, rows * 5 + 3)
+    batch = pack_decode(rows, rows * 0 + 2, own, nothing, Packer(TorchKernel(cpu), cpu))
+    at_odd_addresses = torch.cat([batch.slots[:1], batch.slots])[1:]
+    cache = KVCache((2, 2, 16), 60, like=next(model.parameters()))
+    with compiling() as started, torch.no_grad():
+        TritonForward(model)(replace(batch, slots=at_odd_addresses), cache, torch.arange(7)[1:4])
+    with compiling() as known:
+        start(Sizes(torch.bfloat16, 64, 96, (4, 2), 16, 8), is_whole=True)
+    for name, program in started.items():
+        hashes = {compiled.hash for compiled in program.compiled}
+        assert hashes and hashes <= {compiled.hash for compiled in known[name].compiled}, name
 
 
 @pytest.mark.gpu
