@@ -89,7 +89,8 @@ GPU_PYTHON ?= python3.12
 CARRIED    ?= gpu-carried
 gpu-rehearsal: $(GPU_VENV)/.installed  ## rehearse the script for a card on its versions, on a CPU; gather what it needs
 	$(GPU_VENV)/bin/python -m benchmarks.gpu --dry --out $(CARRIED)/rehearsal
-	$(GPU_VENV)/bin/python -m pytest tests/engine/test_parts.py tests/engine/test_families.py tests/engine/test_cuda_graphs.py tests/engine/test_triton_kernel.py
+	$(GPU_VENV)/bin/python -m pytest tests/engine/test_parts.py tests/engine/test_families.py tests/engine/test_cuda_graphs.py tests/engine/test_triton_kernel.py \
+		tests/engine/test_layer_programs.py tests/engine/test_triton_forward.py
 	rm -rf /tmp/coppice-triton
 	TRITON_CACHE_DIR=/tmp/coppice-triton $(GPU_VENV)/bin/python -m benchmarks.gpu.prewarm
 	tar -cJf $(CARRIED)/triton.tar.xz -C /tmp coppice-triton
