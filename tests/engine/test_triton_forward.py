@@ -79,7 +79,11 @@ def test_every_logit_of_a_family_equals_its_eager_attention(family: Family) -> N
 
 @every_known
 @pytest.mark.usefixtures("fused")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
+    ids=["bfloat16", "float16"],
+)
 def test_half_precision_passes_the_test_at_load(family: Family, dtype: torch.dtype) -> None:
     assert self_test(PrefixEngine(families.load(family, dtype), EngineSettings())) >= 0.0
 
