@@ -72,7 +72,9 @@ def _misread(job: Job, chosen: pl.DataFrame, inputs: Sequence[AuditInput]) -> se
     own = schema_of(asked)
     typed = None if own is None else form_of(narrowed(own))
     found = set()
-    for row, text, parsed in zip(inputs, chosen["generated_text"], chosen["parsed"], strict=True):
+    for row, text, parsed in zip(
+        inputs, chosen["generated_text"], chosen["parsed"].to_list(), strict=True
+    ):
         is_own = typed is not None and row.params.constraint == asked
         forms = [JSON_TEXT, typed] if is_own else [JSON_TEXT]  # by what the other rows ask for
         meant = [f.kept(parsed_value(job, f, _said(row), text or "")) for f in forms if f]
