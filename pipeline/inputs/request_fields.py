@@ -41,8 +41,7 @@ BESIDE = frozenset(
         "metadata", "user", "store", "service_tier", "safety_identifier", "prompt_cache_key",
         "prompt_cache_retention", "parallel_tool_calls", "priority", "request_id", "cache_salt",
         "stream_options", "timeout", "detokenize", "return_token_ids",
-        "return_tokens_as_token_ids", "return_token_offsets", "return_mm_kwargs",
-        "return_prompt_text", "routed_experts_prompt_start", "session_id", "stream_interval",
+        "return_token_offsets", "return_mm_kwargs", "return_prompt_text", "routed_experts_prompt_start", "session_id", "stream_interval",
         "output_kind", "flat_logprobs", "skip_clone", "skip_reading_prefix_cache",
         "output_text_buffer_length", "kv_transfer_params", "ec_transfer_params",
     )
@@ -55,8 +54,8 @@ _USUAL: tuple[tuple[tuple[object, ...], tuple[str, ...]], ...] = (
         "spaces_between_special_tokens",
     )),
     ((False,), (
-        "continue_final_message", "early_stopping", "echo", "stream", "use_beam_search",
-        "watermarking",
+        "continue_final_message", "early_stopping", "echo", "return_tokens_as_token_ids", "stream",
+        "use_beam_search", "watermarking",
     )),
     ((0,), ("min_length", "prompt_logprob_start")),
     ((1,), ("beam_width", "length_penalty", "num_beams", "num_return_sequences")),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.generation import ROW_RULES, resolve_sampling
+from pipeline.inputs.cells import BadCell, read_fields
 from pipeline.job.prepare import Limits, Preparation
 from pipeline.records import PromptBatch, SamplingParams
 from pipeline.request_rules import REQUEST_RULES
@@ -113,3 +114,25 @@ def test_what_a_request_lists_without_end_is_its_row_s_error(
         )
     else:
         assert "\U0001f600" in str(fields)  # words that the tokenizer spells somehow
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias names a token twice"),
+        ({"logit_bias": [(5, 1.0), (5, 2.0)]}, "logit_bias names a token twice"),
+        ({"logit_bias": [(5.5, 1.0)]}, "logit_bias must be an object of token ids"),
+        ({"logit_bias": "[[[["}, "logit_bias must be an object of token ids"),
+        ({"logit_bias": "[" * 10**5}, "logit_bias must be an object of token ids"),
+        ({"return_tokens_as_token_ids": True}, "asks for return_tokens_as_token_ids"),
+    ],
+)
+def test_what_would_be_dropped_in_silence_is_named(said: dict[str, Any], message: str) -> None:
+    """Of a token that stood there twice the last bias counted; 5.5 was the token 5."""
+    with pytest.raises(BadCell, match=message):
+        read_fields(said)
+
+
+def test_a_list_that_allows_no_token_is_refused_as_by_vllm() -> None:
+    with pytest.raises(ValueError, match="allowed_token_ids: allows no token"):
+        resolve_sampling(SamplingSettings(), {}, read_fields({"allowed_token_ids": []}))
