@@ -221,8 +221,7 @@ def describe_setting(section: str, name: str) -> str:
 
 def _completion(asked: Any) -> Callable[[str], list[str]] | None:
     """What a shell completes the value with; None: as it thinks fit."""
-    words = _words(asked)
-    if not words:
+    if not (words := _words(asked)):
         return None
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
@@ -267,16 +266,14 @@ def _plain(annotation: Any) -> Any:
 
 def merge(flags: dict[str, Any], config: Path | None) -> JobSettings:
     """Flags over the YAML file over the defaults. Raises UsageError naming field or file."""
-    said = _said(flags)
+    said, written = _said(flags), {} if config is None else read_config(config)
     if len(said.get("choices", ())) == 1:  # a flag that is given once has them all
         (said["choices"],) = said["choices"]
-    written = {} if config is None else read_config(config)
     merged = written | said
     if "storage_options" in written.keys() & said.keys():
         # The file says where the store is, a flag brings the key: neither drops the other.
-        both = (written["storage_options"], said["storage_options"])
         try:
-            below, above = map(parse_storage_options, both)
+            below, above = (parse_storage_options(x["storage_options"]) for x in (written, said))
         except ValueError as error:
             raise UsageError(f"setting storage-options: {error}") from None
         merged["storage_options"] = below | above

@@ -41,7 +41,8 @@ BESIDE = frozenset(
         "metadata", "user", "store", "service_tier", "safety_identifier", "prompt_cache_key",
         "prompt_cache_retention", "parallel_tool_calls", "priority", "request_id", "cache_salt",
         "stream_options", "timeout", "detokenize", "return_token_ids",
-        "return_token_offsets", "return_mm_kwargs", "return_prompt_text", "routed_experts_prompt_start", "session_id", "stream_interval",
+        "return_token_offsets", "return_mm_kwargs", "return_prompt_text",
+        "routed_experts_prompt_start", "session_id", "stream_interval",
         "output_kind", "flat_logprobs", "skip_clone", "skip_reading_prefix_cache",
         "output_text_buffer_length", "kv_transfer_params", "ec_transfer_params",
     )
