@@ -34,7 +34,7 @@ from pipeline.settings import ReadSettings
 from pipeline.storage.durable import write_whole
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import holds_run, reading_run
-from pipeline.storage.schema import fields_among
+from pipeline.storage.schema import SCORE_FIELDS, fields_among
 
 _ROWS_AT_A_TIME = 4096
 _FURTHER = ("reasoning", "reasoning_tokens", "tool_calls")
@@ -121,6 +121,11 @@ def _write_responses(directory: RunDirectory, file: BinaryIO, folder: Path) -> i
         raise RunDirectoryError(
             f"{directory.name} has a row for each sample, and a response has all of them; run "
             "without --explode"
+        )
+    schema = directory.schema()
+    if all(schema.get_field_index(f.name) >= 0 for f in SCORE_FIELDS):
+        raise RunDirectoryError(
+            f"{directory.name} has scores, which no response of a batch says; read its data/*.parquet"
         )
     run_id, is_chat = directory.run_id, _is_chat(directory)
     rows, sizes = array("q"), array("q")

@@ -14,8 +14,10 @@ import pytest
 
 from pipeline.engine.base import Engine
 from pipeline.engine.load import make_engine
-from pipeline.errors import InputError, ModelError
+from pipeline.errors import InputError, ModelError, RunDirectoryError
+from pipeline.inputs.conversion import convert
 from pipeline.job.job import open_job
+from pipeline.location import Location
 from pipeline.records import Scored
 from pipeline.run import plan_job, run_job
 from pipeline.settings import JobSettings
@@ -313,3 +315,11 @@ def test_what_is_too_long_to_be_tokenised_is_a_row_error(
     rows = run(model, tmp_path, table, choices_column="choices", on_overlong="keep")
     assert [row["status"] for row in rows] == ["ok", "error", "error"]
     assert all("too long to be tokenised" in row["error_message"] for row in rows[1:])
+
+
+def test_scores_are_no_responses(model: Path, tmp_path: Path) -> None:
+    """Seen red: each was a response with status 200 and no text."""
+    run(model, tmp_path, of_choices(["a", "b"]), choices_column="choices")
+    with pytest.raises(RunDirectoryError, match="has scores, which no response"):
+        convert(Location(str(tmp_path / "out")), Location(str(tmp_path / "r.jsonl")))
+    assert not (tmp_path / "r.jsonl").exists()
