@@ -125,7 +125,7 @@ def _write_responses(directory: RunDirectory, file: BinaryIO, folder: Path) -> i
     schema = directory.schema()
     if all(schema.get_field_index(f.name) >= 0 for f in SCORE_FIELDS):
         raise RunDirectoryError(
-            f"{directory.name} has scores, which no response of a batch says; read its data/*.parquet"
+            f"{directory.name} has scores, which no response of a batch says; read its parts"
         )
     run_id, is_chat = directory.run_id, _is_chat(directory)
     rows, sizes = array("q"), array("q")
