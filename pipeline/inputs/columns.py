@@ -190,7 +190,8 @@ def _is_request_field(field: pa.Field) -> bool:
         case "ignore_eos" | "include_stop_str_in_output" | "skip_special_tokens":
             return bool(pa.types.is_boolean(kind))
         case "allowed_token_ids" | "stop_token_ids":
-            return bool(pa.types.is_large_list(kind) and pa.types.is_integer(kind.value_type))
+            is_list = pa.types.is_large_list(kind)
+            return is_text(kind) or bool(is_list and pa.types.is_integer(kind.value_type))
         case "logit_bias":
             return is_text(kind) or bool(pa.types.is_struct(kind) or pa.types.is_map(kind))
         case "logprobs":

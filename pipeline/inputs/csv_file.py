@@ -32,7 +32,8 @@ _TEXTS: Final = frozenset(
     (
         "prompt", "messages", "segments", "documents", "id", "custom_id", "sampling_params",
         "tenant", "conversation_id", "stop", "choices", "continuation", "regex", "grammar",
-        "json_schema", "response_format", "bad_words", REFUSED_COLUMN,
+        "json_schema", "response_format", "bad_words", "stop_token_ids", "allowed_token_ids",
+        REFUSED_COLUMN,
     )
 )  # fmt: skip
 NUMBERS: Final = frozenset(

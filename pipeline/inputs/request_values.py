@@ -69,9 +69,11 @@ def _logprobs(value: object) -> int | bool:
 
 
 def _token_ids(value: object) -> list[int]:
-    if not isinstance(value, list):
+    """Also as JSON text, as a cell of a CSV file has them."""
+    said = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(said, list):
         raise TypeError
-    return [_integer(item) for item in value]
+    return [_integer(item) for item in said]
 
 
 def _biases(value: object) -> dict[int, float]:

@@ -162,3 +162,13 @@ def test_switches_and_log_probabilities_of_csv(tmp_path: Path) -> None:
     assert found[0] == {"logprobs": 3, "skip_special_tokens": False, "ignore_eos": True}
     assert found[2] == {"logprobs": 0, "skip_special_tokens": True}
     assert list(bad) == [1] and "'ignore_eos' that is not true or false" in bad[1]
+
+
+def test_lists_of_token_ids_are_json_in_a_cell(tmp_path: Path) -> None:
+    """Seen red: a column of text was no field, and its rows ran without."""
+    header = "prompt,stop_token_ids,allowed_token_ids,logit_bias\n"
+    text = header + 'x,"[5, 6]",,"{""7"": 1}"\nx,5,[1],\nx,,,\n'
+    found, bad = overrides_of(tmp_path, text)
+    assert found[0] == {"stop_token_ids": [5, 6], "logit_bias": {7: 1.0}}
+    assert found[2] == {} and list(bad) == [1]
+    assert bad[1] == "stop_token_ids must be a list of token ids, not str"
