@@ -55,7 +55,7 @@ class PromptTemplate:
         try:
             tree = environment.parse(source)
             self.fields = _find_fields(tree, name)
-            named = meta.find_undeclared_variables(tree) - ({"fields"} if self.fields else set())
+            named = _find_names(tree) - ({"fields"} if self.fields else set())
             self.columns = tuple(sorted({*named, *self.fields}))
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
@@ -131,6 +131,15 @@ class PromptTemplate:
                 f"{self._name} takes over {_MOST_SECONDS:g} s on row after row; simplify it"
             )
         return BadCell(result.message)
+
+
+def _find_names(tree: nodes.Template) -> set[str]:
+    """As `meta.find_undeclared_variables`, which would compute what is constant: `x if 1[1] else x`
+    raises what a template may raise on its rows alone."""
+    generator = meta.TrackingCodeGenerator(tree.environment)
+    generator.optimizer = None
+    generator.visit(tree)
+    return generator.undeclared_identifiers
 
 
 def _find_fields(tree: nodes.Template, template: str) -> tuple[str, ...]:

@@ -120,3 +120,11 @@ def test_a_template_reaches_nothing_but_its_row(attack: str) -> None:
     with pytest.raises(BadCell, match="fails on this row"):
         template = PromptTemplate(attack + "{{ text }}{{ rows }}", ["text", "rows"])
         template.render({"text": "secret", "rows": [1]})
+
+
+def test_what_is_constant_fails_on_a_row_and_not_before() -> None:
+    """Seen red: UndefinedError, out of the search for names of columns."""
+    template = PromptTemplate("{{ x if 1[1] else x }}", ["x"])
+    assert template.columns == ("x",)
+    with pytest.raises(BadCell, match="line 1 .*UndefinedError"):
+        template.render({"x": "a"})
