@@ -79,6 +79,15 @@ def encoder() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def one_encoder(encoder: None) -> Iterator[None]:
+    """As `encoder`, loaded once."""
+    loaded = Encoder.load()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Encoder, "load", classmethod(lambda cls, name=None: loaded))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))

@@ -30,7 +30,7 @@ from pipeline.experiment.subjects import Sizes, timing_subject
 from pipeline.storage.lock import LOCK_NAME, FolderLock
 from tests.tiny_job import write_prompts
 
-pytestmark = pytest.mark.usefixtures("encoder")
+pytestmark = pytest.mark.usefixtures("one_encoder")
 EXPERIMENT = (
     "recycle",
     "experiment",
