@@ -106,4 +106,6 @@ def test_a_history_that_gives_nothing_up_is_never_moved(monkeypatch: pytest.Monk
     """Seen red, where a first prompt is shared: its positions were to become small again, of which
     nothing but an evicting engine knows how."""
     monkeypatch.setattr(evictions, "REBASE_AT", 20)
-    check_gap(engine_of(), plan_of(random_conversations(random.Random(1), turns=6)))
+    told = random_conversations(random.Random(1), turns=6)
+    shared = [[[*range(5, 25), *first], *later] for first, *later in told]
+    check_gap(engine_of(), plan_of(shared, system=20))
