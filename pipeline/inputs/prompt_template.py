@@ -55,7 +55,7 @@ class PromptTemplate:
         try:
             tree = environment.parse(source)
             self.fields = _find_fields(tree, name)
-            named = _find_names(tree) - ({"fields"} if self.fields else set())
+            named = _find_names(tree, environment) - ({"fields"} if self.fields else set())
             self.columns = tuple(sorted({*named, *self.fields}))
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
@@ -133,10 +133,10 @@ class PromptTemplate:
         return BadCell(result.message)
 
 
-def _find_names(tree: nodes.Template) -> set[str]:
+def _find_names(tree: nodes.Template, environment: jinja2.Environment) -> set[str]:
     """As `meta.find_undeclared_variables`, which would compute what is constant: `x if 1[1] else x`
     raises what a template may raise on its rows alone."""
-    generator = meta.TrackingCodeGenerator(tree.environment)
+    generator = meta.TrackingCodeGenerator(environment)
     generator.optimizer = None
     generator.visit(tree)
     return generator.undeclared_identifiers
