@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pipeline.generation import ROW_RULES, resolve_sampling
-from pipeline.inputs.cells import BadCell, read_fields
+from pipeline.inputs.bad_cell import BadCell
+from pipeline.inputs.cells import read_fields
 from pipeline.job.prepare import Limits, Preparation
 from pipeline.records import PromptBatch, SamplingParams
 from pipeline.request_rules import REQUEST_RULES
