@@ -91,9 +91,11 @@ def _biases(value: object) -> dict[int, float]:
 
 def _token_id(name: object) -> int:
     """Python would take " 5", "5_0" and "05" as well, and one of two that are the same would go."""
-    if isinstance(name, str) and name != str(int(name)):
-        raise ValueError
-    return _integer(int(name) if isinstance(name, str) else name)
+    if isinstance(name, str):
+        if not name.isascii() or not name.isdecimal() or name != str(int(name[:20])):
+            raise BadCell("a token id must be a whole number without zeros or blanks before it")
+        name = int(name)
+    return _integer(name)
 
 
 def _budget(value: object) -> int | None:

@@ -120,8 +120,8 @@ def test_what_a_request_lists_without_end_is_its_row_s_error(
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias names a token twice"),
-        ({"logit_bias": [(5, 1.0), (5, 2.0)]}, "logit_bias names a token twice"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias: a token id must be a whole number"),
+        ({"logit_bias": [(5, 1.0), (5, 2.0)]}, "logit_bias: a token is named twice"),
         ({"logit_bias": [(5.5, 1.0)]}, "logit_bias must be an object of token ids"),
         ({"logit_bias": "[[[["}, "logit_bias must be an object of token ids"),
         ({"logit_bias": "[" * 10**5}, "logit_bias must be an object of token ids"),
