@@ -152,8 +152,6 @@ class _Forms:
             return None
         if "patternProperties" in schema:
             return None
-        if any("\0" in name for name in properties):  # where C ends a name
-            return None
         forms = {name: self.of(part, above) or JSON_TEXT for name, part in properties.items()}
         kind = pa.struct([pa.field(name, form.type) for name, form in forms.items()])
         return Form(kind, lambda value: {
