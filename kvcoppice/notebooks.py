@@ -4,8 +4,9 @@
  frame ─► frames/<hash of its rows>/prompts.parquet ─► frames/<...>/runs/<run id>/ ─► answered frame
 ```
 
-The run id stands for all that decides an answer: rows, model, settings. So the same call again goes
-on where a killed one ended, or reads what is there, and whatever is different is a run of its own.
+The run id stands for all that decides an answer: rows, model, settings, and not the day on which a
+template that prints it was first asked. So the same call again goes on where a killed one ended, or
+reads what is there, and whatever is different is a run of its own.
 """
 
 from __future__ import annotations
@@ -102,7 +103,11 @@ def _run(
     prompts = keep_frame(rows)
     runs = Path(prompts).parent / "runs"
     job = open_to_run(prompts, Location(runs / "next"), chosen)
-    own = Location(runs / run_id_of(job.fingerprint), chosen.store)
+    decides = dict(job.fingerprint)
+    is_dated = chosen.tokens.clock is None and decides.pop("clock", None) is not None
+    own = Location(runs / run_id_of(decides), chosen.store)
+    if is_dated:  # what the first call took for now holds for all that follow
+        job = open_to_run(prompts, own, chosen)
     outcome = run_opened(job, own, chosen.write.time_budget, make_observer(progress))
     return Run.of(outcome, own)
 

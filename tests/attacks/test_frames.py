@@ -14,6 +14,9 @@ import pytest
 
 import kvcoppice
 from pipeline.errors import CoppiceError, UsageError
+from tests.job.test_clock import EVENING, MORNING, OnDay, at
+
+__all__ = ["at"]
 
 
 @pytest.fixture(autouse=True)
@@ -173,3 +176,24 @@ def test_numbers_of_numpy_are_numbers(tokenizer_folder: Path) -> None:
     frame = pl.DataFrame({"prompt": PROMPTS})
     answered = ask(frame, tokenizer_folder, max_new_tokens=np.int64(1))
     assert answered["generated_text"].to_list() == ["b", "d", "f"]
+
+
+def test_a_frame_is_the_same_on_the_next_day(
+    at: OnDay, tokenizer_folder: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    """Seen red: with a template that prints the date, each day computed all of it anew."""
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{{ strftime_now('%Y.%m.%d') }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    frame = pl.DataFrame({"prompt": PROMPTS})
+    dated = {"chat_template": template, "apply_chat_template": True, "max_new_tokens": 30}
+    at(EVENING)
+    first = ask(frame, tokenizer_folder, **dated)
+    assert first["generated_text"][0] == "ba 22.11.6202"
+    at(MORNING)
+    assert ask(frame, tokenizer_folder, **dated).equals(first)
+    assert len(list(own_cache.glob("frames/*/runs/*"))) == 1
+    named = ask(frame, tokenizer_folder, clock=MORNING, **dated)
+    assert named["generated_text"][0] == "ba 32.11.6202"
+    assert len(list(own_cache.glob("frames/*/runs/*"))) == 2
