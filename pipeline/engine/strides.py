@@ -30,7 +30,7 @@ from pipeline.engine.sampling import Sampled
 from pipeline.engine.step_memory import DecodeStep, StepMemory
 from pipeline.records import FinishReason
 
-STEPS: Final = 16
+STEPS: Final = 32
 """Of a stride, at most: what a caller who wants to stop waits for."""
 _IDLE_SHARE: Final = 8  # one of so many rows may have ended before a stride is over
 

@@ -230,13 +230,14 @@ def same_rows(count: int, params: SamplingParams) -> Plan:
 
 
 def test_the_next_step_is_on_its_way_before_the_last_one_is_read(events: list[str]) -> None:
-    """And none is in vain, where all that ends is known: 33 tokens, the first of a prefill."""
-    plan = same_rows(20, SamplingParams(max_new_tokens=33, ignore_eos=True))
+    """And none is in vain where all ends are known: two strides, after the first token."""
+    new = 2 * strides.STEPS + 1
+    plan = same_rows(20, SamplingParams(max_new_tokens=new, ignore_eos=True))
     engine = summing_engine()
     assert answers(run(engine, plan)) == expected(plan)
     stride = ["start", *["go_on", "read"] * (strides.STEPS - 1), "read"]
     assert events == stride * 2
-    assert engine.counters.num_forwards == 1 + 32
+    assert engine.counters.num_forwards == new
 
 
 def test_rows_that_have_all_ended_cost_one_step_more(events: list[str]) -> None:
