@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 from benchmarks.arms import ARMS
 from benchmarks.job import Job, read_answers
+from benchmarks.peers.environments import python_of
 from benchmarks.scratch import ROOT, scratch
 
 _SHOWN_CHARACTERS = 160
@@ -49,6 +51,24 @@ def run_arm(name: str, job: Job, limit_s: float) -> Outcome:
     if failure is None and len(answers) < len(job.batches):
         failure = "ended without an answer"
     return Outcome(answers, failure if len(answers) < len(job.batches) else None)
+
+
+def ask_script(name: str, job: Any, arm: str, limit_s: float) -> tuple[str, str | None]:
+    """What `peers/<name>.py` writes about a job of its own, by the interpreter of an arm; and why
+    it is not whole, None where it is."""
+    logs = scratch("logs")
+    logs.mkdir(exist_ok=True)
+    script = Path(__file__).with_name("peers") / f"{name}.py"
+    with tempfile.TemporaryDirectory() as folder, open(logs / f"{name}.log", "w") as log:
+        asked, answered = Path(folder) / "job.json", Path(folder) / "answer"
+        asked.write_text(json.dumps(job))
+        process = subprocess.Popen(
+            [str(python_of(ARMS[arm].environment or "")), str(script), str(asked), str(answered)],
+            env=os.environ | _own_caches() | ARMS[arm].variables(),
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        failure = wait_for(process, limit_s, Path(log.name))
+        return answered.read_text() if answered.exists() else "", failure
 
 
 def must_run(name: str, job: Job, limit_s: float = 3600.0) -> dict[str, Any]:

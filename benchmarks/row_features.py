@@ -13,23 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.arms import ARMS
-from benchmarks.launcher import wait_for
-from benchmarks.peers.environments import python_of
+from benchmarks.launcher import ask_script
 from benchmarks.prompts import Prompts, shared_prompts
-from benchmarks.scratch import scratch
 from benchmarks.setup import Setup, add_options, setup_of
 from pipeline.engine.base import Engine, RunControl
 from pipeline.engine.load import make_engine
@@ -153,22 +146,10 @@ def ask_vllm(setup: Setup, prompts: Prompts, n: int, cache_gib: int) -> dict[str
         "model": setup.model(), "dtype": setup.dtype, "cache_gib": cache_gib, "n": n,
         "warm_up": list(range(11, 43)), "new_tokens": setup.new_tokens, "prompts": prompts,
     }  # fmt: skip
-    script = Path(__file__).with_name("peers") / "vllm_samples.py"
-    logs = scratch("logs")
-    logs.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, open(logs / "vllm_samples.log", "w") as log:
-        asked, answered = Path(folder) / "job.json", Path(folder) / "answer.json"
-        asked.write_text(json.dumps(job))
-        variables = os.environ | {"VLLM_CACHE_ROOT": str(scratch("vllm-cache"))}
-        process = subprocess.Popen(
-            [str(python_of("vllm")), str(script), str(asked), str(answered)],
-            env=variables | ARMS["vllm_all_cores"].variables(), stdin=subprocess.DEVNULL,
-            stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-        failure = wait_for(process, setup.time_limit_s, Path(log.name))
-        if failure is None and answered.exists():
-            found: dict[str, Any] = json.loads(answered.read_text())
-            return found
+    said, failure = ask_script("vllm_samples", job, "vllm_all_cores", setup.time_limit_s)
+    if failure is None and said:
+        found: dict[str, Any] = json.loads(said)
+        return found
     return {"failure": failure or "ended without an answer"}
 
 

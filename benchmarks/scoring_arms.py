@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from lm_eval.models.huggingface import HFLM
 
-from benchmarks.arms import ARMS
-from benchmarks.launcher import wait_for
-from benchmarks.peers.environments import python_of
+from benchmarks.launcher import ask_script
 from benchmarks.scoring_tasks import Task
-from benchmarks.scratch import scratch
 from benchmarks.setup import Setup
 from kvcoppice.evaluation.evaluator import Evaluator, Request
 from pipeline.job.observer import Observer
@@ -123,27 +116,14 @@ class Theirs:
 def ask_vllm(setup: Setup, tasks: Sequence[Task], cache_gib: int) -> dict[str, dict[str, Any]]:
     """By task what vLLM answers, in a process of its own; a task without an answer is left out, and
     `failure` says why. All cores are its own, which is not how it comes."""
-    arm = ARMS["vllm_all_cores"]
     job: dict[str, Any] = {
         "model": setup.model(), "dtype": setup.dtype, "cache_gib": cache_gib,
         "warm_up": list(range(11, 43)),
         "tasks": {t.name: [[r.context.tolist(), r.continuation.tolist()] for r in t.requests]
                   for t in tasks},
     }  # fmt: skip
-    script = Path(__file__).with_name("peers") / "vllm_scores.py"
-    logs = scratch("logs")
-    logs.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, open(logs / "vllm_scores.log", "w") as log:
-        asked, answered = Path(folder) / "job.json", Path(folder) / "answer.jsonl"
-        asked.write_text(json.dumps(job))
-        command = [str(python_of("vllm")), str(script), str(asked), str(answered)]
-        variables = os.environ | {"VLLM_CACHE_ROOT": str(scratch("vllm-cache"))}
-        process = subprocess.Popen(
-            command, env=variables | arm.variables(), stdin=subprocess.DEVNULL, stdout=log,
-            stderr=log, start_new_session=True,
-        )  # fmt: skip
-        failure = wait_for(process, setup.time_limit_s, Path(log.name))
-        lines = answered.read_text().splitlines() if answered.exists() else []
+    said, failure = ask_script("vllm_scores", job, "vllm_all_cores", setup.time_limit_s)
+    lines = said.splitlines()
     found: dict[str, dict[str, Any]] = {} if failure is None else {"failure": {"said": failure}}
     return found | {line["task"]: line for line in map(json.loads, lines)}
 

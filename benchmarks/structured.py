@@ -5,6 +5,9 @@ size says within a schema is as good as any. Three turns of the same rows by our
 openings as prefill and forced runs packed; every token decoded under its mask; and nothing masked
 at all, each row with as many tokens as it had before. What a mask costs is the second beside the
 third. Every answer must fit its schema or say that it was cut, or this fails.
+
+`--beside vllm vllm_all_cores`: the same rows under the same schemas by vLLM, each in a process of
+its own. `--fit`: only whether all answers fit, of the model of the demo (10,000 rows: minutes).
 """
 
 from __future__ import annotations
@@ -21,8 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import structured_arms
+from benchmarks.scratch import ROOT
 from benchmarks.setup import Setup, add_options, setup_of
-from benchmarks.structured_tasks import TASKS, Task
+from benchmarks.structured_arms import Answers, read_ours
+from benchmarks.structured_tasks import SCHEMAS, TASKS, Task
 from pipeline.audit.answer_schemas import fits
 from pipeline.engine import answering
 from pipeline.engine.base import Engine, RunControl
@@ -45,15 +51,37 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--max-rows", type=int, default=64, help="that decode together")
     parser.add_argument("--tasks", nargs="+", default=[task.name for task in TASKS])
+    parser.add_argument("--fit", action="store_true", help="of the demo: do all answers fit?")
+    parser.add_argument("--beside", nargs="*", default=[], help="engines: vllm vllm_all_cores")
+    parser.add_argument("--cache-gib", type=int, default=4, help="KV room of vLLM")
     args = parser.parse_args()
+    if args.fit:
+        setup: Setup = DemoSetup(**vars(setup_of(args)) | {"shape": "demo", "dtype": "float32"})
+        print(check_fit(setup, args.rows, args.max_rows))
+        return
     setup = setup_of(args)
     engine = make_engine(settings_of(setup, args.max_rows, "prefix"))
-    found = {
-        task.name: measure(task, args.rows, engine, setup, args.max_rows)
-        for task in TASKS if task.name in args.tasks
-    }  # fmt: skip
+    found, others = {}, {}
+    for task in (task for task in TASKS if task.name in args.tasks):
+        with planned_twice(task, args.rows, setup, args.max_rows) as (ours, plain):
+            found[task.name], answers = measure(ours, plain, engine, setup.repeats)
+            others[task.name] = {
+                arm: structured_arms.beside(
+                    plain, answers, structured_arms.ask_vllm(arm, setup, plain, args.cache_gib)
+                )
+                for arm in args.beside
+            }
     print(table(found))
-    print(json.dumps({"shape": setup.shape, "dtype": setup.dtype, "tasks": found}))
+    print(structured_arms.table(others))
+    report = {"shape": setup.shape, "dtype": setup.dtype, "tasks": found, "beside": others}
+    print(json.dumps(report))
+
+
+class DemoSetup(Setup):
+    """With the model that the demo embeds."""
+
+    def model(self) -> str:
+        return str(ROOT / "data" / "demo_model")
 
 
 def settings_of(setup: Setup, max_rows: int, engine: str) -> JobSettings:
@@ -65,25 +93,50 @@ def settings_of(setup: Setup, max_rows: int, engine: str) -> JobSettings:
     })  # fmt: skip
 
 
-def measure(task: Task, rows: int, engine: Engine, setup: Setup, max_rows: int) -> dict[str, float]:
-    """Counts of one turn, medians of the seconds of all. Raises AssertionError where an answer fits
-    no schema and was not cut."""
+@contextmanager
+def planned_twice(
+    task: Task, rows: int, setup: Setup, max_rows: int
+) -> Iterator[tuple[PlannedJob, PlannedJob]]:
+    """The same rows with and without openings; the file of rows is there as long."""
     documents = [_DOCUMENT.format(i) for i in range(97)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
         task.frame(rows, documents).write_parquet(path)
         ours = plan_job(str(path), settings_of(setup, max_rows, "prefix"))
-        plain = plan_job(str(path), settings_of(setup, max_rows, "naive"))
-        seconds: dict[str, list[float]] = {"ours": [], "one by one": [], "free": []}
-        for _ in range(setup.repeats):
-            took, done = answer(engine, ours.plan, ours)
-            seconds["ours"].append(took)
-            with decoding_each():
-                took, said = answer(engine, plain.plan, plain)
-            seconds["one by one"].append(took)
-            took, _ = answer(engine, as_many_free(plain.plan, said), plain)
-            seconds["free"].append(took)
-        return counts(ours, done) | timings(seconds)
+        yield ours, plan_job(str(path), settings_of(setup, max_rows, "naive"))
+
+
+def check_fit(setup: Setup, rows: int, max_rows: int) -> str:
+    """A sentence. Raises AssertionError where an answer fits no schema and was not cut."""
+    engine = make_engine(settings_of(setup, max_rows, "prefix"))
+    with planned_twice(TASKS[-1], rows, setup, max_rows) as (ours, _):
+        took, done = answer(engine, ours.plan, ours)
+        found = counts(ours, done)
+    assert found["fit"] + found["cut"] == found["rows"] == rows
+    return (
+        f"{rows:,} rows over {len(SCHEMAS)} schemas in {took:.0f} s: {found['fit']:,} parse and "
+        f"fit their schema, {found['cut']:,} say length, 0 do neither"
+    )
+
+
+def measure(
+    ours: PlannedJob, plain: PlannedJob, engine: Engine, repeats: int
+) -> tuple[dict[str, float], Answers]:
+    """Counts of one turn, medians of the seconds of all; and the answers. Raises AssertionError
+    where an answer fits no schema and was not cut."""
+    seconds: dict[str, list[float]] = {"ours": [], "one by one": [], "free": []}
+    for _ in range(repeats):
+        took, done = answer(engine, ours.plan, ours)
+        seconds["ours"].append(took)
+        with decoding_each():
+            took, said = answer(engine, plain.plan, plain)
+        seconds["one by one"].append(took)
+        forwards = engine.counters.num_forwards
+        took, _ = answer(engine, as_many_free(plain.plan, said), plain)
+        seconds["free"].append(took)
+        assert engine.counters.num_forwards == forwards, "the free job takes other steps"
+    found = counts(ours, done) | timings(seconds)
+    return found, read_ours(ours, done, found["ours_s"])
 
 
 def answer(engine: Engine, plan: Plan, planned: PlannedJob) -> tuple[float, list[Completion]]:

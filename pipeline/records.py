@@ -322,7 +322,6 @@ class Completion:
     `prompt_tokens`, the history counted (0: those of the plan); `state` of its cache at the end.
 
     Where a plan has scores nothing is generated, and `scores` are those of the sequence's requests.
-
     `forced_tokens` of the answer were known before they were decoded, so they never were.
     `logprobs`: of each of `token_ids`, where the row asks for them.
     """
@@ -343,10 +342,10 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...] = ()
 
     @classmethod
-    def after_failed(cls, sequence: int, turn: int) -> Completion:
+    def after_failed(cls, sequence: int, turn: int, queue_s: float = 0.0) -> Completion:
         """A turn whose conversation has failed before it."""
         message = "an earlier turn of its conversation failed, whose answer it would follow"
-        return cls(sequence, (), "error", 0, Timing(), PRIOR_TURN_FAILED, message, turn=turn)
+        return cls(sequence, (), "error", 0, Timing(queue_s), PRIOR_TURN_FAILED, message, turn=turn)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,9 @@ class Saying(EchoEngine):
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
+    def text(self, row: int, sample: int) -> str:
+        return self._said[row]
+
     def generate(
         self,
         plan: Plan,
@@ -75,5 +78,6 @@ class Saying(EchoEngine):
             ids = self.prompt_ids[row] = plan.table[row].tolist()
             self.prompts[row] = self._backend.decode(ids, skip_special_tokens=False)
             end = [] if row in self._cut else self.encode("<|im_end|>")
-            said = (*self.encode(self._said[row]), *end)
+            text = self.text(row, int(plan.sequences.sample[sequence]))
+            said = (*self.encode(text), *end)
             yield Completion(sequence, said, "stop" if end else "length", 0, Timing())

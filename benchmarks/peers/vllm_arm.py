@@ -19,14 +19,16 @@ COUNTERS: dict[str, int] = {}
 """Of the last call."""
 
 
-def make_engine(job: dict[str, Any]) -> Any:
-    """An `LLM` with the job's weights."""
+def make_engine(job: dict[str, Any], **options: Any) -> Any:
+    """An `LLM` with the job's weights, and settings that a study names."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(job["cache_gib"]))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from vllm import LLM
 
-    return LLM(model=job["model"], dtype=job["dtype"], enable_prefix_caching=True, seed=0)
+    return LLM(
+        model=job["model"], dtype=job["dtype"], enable_prefix_caching=True, seed=0, **options
+    )
 
 
 def generate(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:

@@ -20,6 +20,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from pipeline.audit.answer_schemas import hold_to_schemas
+from pipeline.audit.answer_texts import cosine_of_rows
 from pipeline.audit.baselines import load_baseline, make_arms, mode_baselines, tier_of, way_of
 from pipeline.audit.constraint_faults import plant_constraint_faults
 from pipeline.audit.document_order import in_order_of_run
@@ -175,7 +176,8 @@ def _look_at_answers(asked: _Asked, chosen: pl.DataFrame) -> _Found:
     audits = _replay(baseline, modes, inputs, tier, free, observer)
     seconds = time.monotonic() - replay_started
     audits = hold_to_schemas(job, chosen, inputs, audits, observer.say)
-    similarity = _similarity(job, encoder, chosen, inputs, audits)
+    texts = chosen["generated_text"].to_list()
+    similarity = cosine_of_rows(job, encoder, texts, inputs, audits)
     evidence, kl, attention = NO_EVIDENCE, dict[int, float](), dict[int, Deviation]()
     if settings.audit_arms and inputs and ran.computes_once:
         observer.say(f"computing up to {settings.audit_arms} of them in other ways as well")
@@ -330,23 +332,6 @@ def _replay(
             said_at = time.monotonic()
             observer.say(f"{index + 1}/{len(inputs)} rows audited")
     return audits
-
-
-def _similarity(
-    job: Job,
-    encoder: Encoder | None,
-    chosen: pl.DataFrame,
-    inputs: list[AuditInput],
-    audits: list[RowAudit],
-) -> dict[int, float]:
-    """Cosine of our text and the baseline's, of its free run if there is one, by `row_index`."""
-    if encoder is None or not audits:
-        return {}
-    said = [a.baseline_ids if a.free_run is None else a.free_run.token_ids for a in audits]
-    prompts, stops = [row.prompt for row in inputs], [row.params.stop for row in inputs]
-    texts = [parts.text for parts in job.decode(prompts, said, stops)]
-    cosines = encoder.cosine(chosen["generated_text"].to_list(), texts)
-    return {a.row_index: float(c) for a, c in zip(audits, cosines, strict=True)}
 
 
 def describe_audit(run: Location) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from pipeline.cli import recycle, retry, segments, settings_file, stateful
+from pipeline.cli import convert, recycle, retry, segments, settings_file, stateful
 from pipeline.cli.arguments import (
     Config,
     DryRun,
@@ -37,7 +37,7 @@ from pipeline.cli.options import (
     takes_settings,
 )
 from pipeline.cli.settings_file import show_settings
-from pipeline.cli.streams import prepare_streams, result_is_kept, say, write_result
+from pipeline.cli.streams import prepare_streams, result_is_kept, say
 from pipeline.costs import CostSettings
 from pipeline.errors import CoppiceError, OutputLost, UsageError, place_of
 from pipeline.location import Location, is_url
@@ -54,6 +54,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(convert.app)
 app.add_typer(retry.app)
 app.add_typer(settings_file.app)
 app.add_typer(night_app)
@@ -219,16 +220,12 @@ def audit(
 @takes_settings("store", "cost")
 def report(directory: RunFolder, json: Json = False, *, flags: dict[str, Any]) -> None:
     """Write report.html and report.md."""
-    from pipeline.cli.tables import print_json
+    from pipeline.cli.outcome import show_done
     from pipeline.run import write_report
 
     others, store = split_store(flags)
     written = write_report(Location(directory, store), merge_section(CostSettings, others))
-    with result_is_kept(written["page"]):
-        if json:
-            print_json(written)
-        else:
-            write_result(written["page"])
+    show_done(written["page"], json, written, written["page"])
 
 
 @app.command()
@@ -253,24 +250,6 @@ def validate(
     observer.close()
     print_found(input, found, json, validation_table)
     check_failures(settings.write, found["rows"], found["reasons"], "see the reasons above")
-
-
-@app.command()
-@takes_settings("store")
-def convert(
-    source: Annotated[str, typer.Argument(metavar="IN", help="JSONL, Parquet or run directory.")],
-    target: Annotated[str, typer.Argument(metavar="OUT", help="Parquet or JSONL.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
-    *,
-    flags: dict[str, Any],
-) -> None:
-    """OpenAI batch files or plain JSON lines to Parquet, and back."""
-    from pipeline.inputs.conversion import convert as convert_file
-
-    store = merge_section(ObjectStoreSettings, flags)
-    rows = convert_file(Location(source, store), Location(target), overwrite)
-    with result_is_kept(target):
-        write_result(f"{rows:,} rows in {target}")
 
 
 @app.command()

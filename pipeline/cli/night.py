@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.arguments import LogFormat, Progress, RunFolder
+from pipeline.cli.arguments import Json, LogFormat, Progress, RunFolder
 from pipeline.cli.logs import make_observer
 from pipeline.cli.options import merge_section, takes_settings
 from pipeline.cli.streams import result_is_kept, write_result
@@ -30,18 +31,18 @@ def publish(
     job: Annotated[
         str | None, typer.Option("--job", help="Whose day it is (else the folder above DIR).")
     ] = None,
+    json: Json = False,
     *,
     flags: dict[str, Any],
 ) -> None:
     """Put a run whose audit passed where others read it."""
+    from pipeline.cli.outcome import show_done
     from pipeline.night.publication import publish_by_hand
 
     store = merge_section(ObjectStoreSettings, flags)
     done = publish_by_hand(Location(directory, store), Location(target, store), date, job)
-    with result_is_kept(done.location):
-        write_result(
-            f"{done.rows:,} rows {'' if done.is_new else 'were '}published at {done.location}"
-        )
+    what = f"{done.rows:,} rows {'' if done.is_new else 'were '}published at {done.location}"
+    show_done(done.location, json, asdict(done), what)
 
 
 @app.command()
@@ -56,11 +57,12 @@ def night(
     timezone: Annotated[
         str | None, typer.Option("--timezone", help="Else the machine's own.")
     ] = None,
+    json: Json = False,
     progress: Progress = "auto",
     log_format: LogFormat = "text",
 ) -> None:
     """Do the unfinished nights of a job, then tonight's."""
-    from pipeline.cli.tables import print_table
+    from pipeline.cli.tables import print_json, print_table
     from pipeline.night.dates import choose_date
     from pipeline.night.ending import worst
     from pipeline.night.night import run_nights
@@ -68,7 +70,11 @@ def night(
     day = choose_date(date, cron, timezone)
     endings = run_nights(file, day, make_observer(progress, log_format))
     with result_is_kept(file):
-        print_table(str(file), [(str(ending.date), ending.sentence()) for ending in endings])
+        if json:
+            print_json({"file": str(file), "nights": [ending.to_json() for ending in endings]})
+        else:
+            said = [(str(ending.date), ending.sentence()) for ending in endings]
+            print_table(str(file), said)
     error = worst(endings)
     if error is not None:
         raise error

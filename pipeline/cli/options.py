@@ -81,7 +81,7 @@ HELP = {
     "generation_options": "Instead of the model's: min_p=0.1; may be repeated.",
     "json_schema": "A file: each answer is JSON of this schema.",
     "regex": "Each answer matches this expression as a whole.",
-    "grammar": "A file in Lark's notation: each answer is a start of it.",
+    "grammar": "A file in Lark's notation; its rule `start` is the answer.",
     "thinking_budget": "Most tokens of thinking; then its end is forced.",
     "min_prefix_tokens": "Shortest prefix that gets KV of its own.",
     "plan_memory": "Memory for planning; token ids lie on disk.",

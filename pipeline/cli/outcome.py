@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pipeline.cli.streams import result_is_kept
+from pipeline.cli.streams import result_is_kept, write_result
 from pipeline.cli.tables import counter_table, print_json, print_table
 from pipeline.errors import TooManyDegenerate, TooManyFailedRows
 from pipeline.location import Location
@@ -33,3 +34,12 @@ def show_outcome(run: Location, as_json: bool, do: Callable[[], RunOutcome]) -> 
             print_table(str(run), counter_table(outcome.counters, outcome.reasons, outcome.cost))
     if fault is not None:
         raise fault
+
+
+def show_done(place: str | Path, as_json: bool, found: Mapping[str, Any], sentence: str) -> None:
+    """What was done, as JSON or in a sentence; `place`: where it lies."""
+    with result_is_kept(place):
+        if as_json:
+            print_json(found)
+        else:
+            write_result(sentence)

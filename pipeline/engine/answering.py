@@ -6,7 +6,7 @@ likeliest token (`row_kinds`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.engine import guides
+from pipeline.engine import guides, masks
 from pipeline.engine.base import EngineHooks, RunControl
 from pipeline.engine.ends import ends_by_text, ends_by_token
-from pipeline.engine.guides import NO_TOKEN, Guide, allows
+from pipeline.engine.guides import NO_TOKEN, Guide
 from pipeline.engine.live import LiveRow
 from pipeline.engine.logprobs import read_logprobs
+from pipeline.engine.masks import Mask, likeliest_allowed
 from pipeline.engine.request_logits import Context, TokenCounts
 from pipeline.engine.row_kinds import RowKinds
 from pipeline.engine.sampler import Sampler, has_rules
@@ -28,8 +29,8 @@ from pipeline.generation import may_rule_out
 from pipeline.plan.plan import Plan
 from pipeline.records import FinishReason
 
-LEAST_RUN: Final = 2
-"""Forced tokens that are worth a forward of their own: one alone may as well be decoded."""
+LEAST_RUN: Final = 1
+"""So many forced tokens wait for a forward together; fewer are decoded one by one."""
 Ended = list[tuple[LiveRow, FinishReason]]
 
 
@@ -89,7 +90,7 @@ class Answering:
             if reason:
                 ended.append((row, reason))
         if self.has_guides:
-            ended += self._look_ahead([r for r in rows if r.guide is not None], ended, logits)
+            ended += self._complete(rows, ended, logits)
         return ended
 
     def _choose(
@@ -110,7 +111,7 @@ class Answering:
         params = [r.params for r in rows]
         sound = np.ones(len(rows), bool)
         if self.has_guides:
-            self._begin(rows, logits.shape[1])
+            self._begin(rows)
             greedy, sound = self._masked(rows, logits, greedy)
         chosen = self._sampler.sample(
             logits, params, keys, positions, lambda i: self._context(rows[i]), greedy
@@ -122,40 +123,56 @@ class Answering:
             _note_logprobs([rows[i] for i in asked], raw, chosen.token_ids[asked].tolist())
         return chosen, sound
 
-    def _begin(self, rows: Sequence[LiveRow], vocabulary: int) -> None:
+    def _begin(self, rows: Sequence[LiveRow]) -> None:
         """Guides of rows that say their first token."""
         grammars = self._control.grammars
         assert grammars is not None, "a plan with constraints needs grammars"
-        new = [row for row in rows if row.params.is_guided and row.guide is None]
-        for row in new:
-            row.guide = Guide(grammars, row.params, self._prompt(row), self._sampler.eos)
-        guides.prepare(grammars, [row.guide for row in new if row.guide is not None], vocabulary)
+        for row in rows:
+            if row.guide is None and row.params.is_guided:
+                row.guide = Guide(grammars, row.params, self._prompt(row), self._sampler.eos)
 
     def _masked(
         self, rows: Sequence[LiveRow], logits: Tensor, greedy: Sampled | None
     ) -> tuple[Sampled | None, NDArray[np.bool_]]:
-        """Rule out in place what guided rows may not say; the likeliest tokens of all rows, and
-        which rows had any before.
+        """The likeliest tokens of all rows that they may say, and which rows had any before; what
+        rows that are drawn may not say is ruled out in place.
 
-        Of most greedy rows the likeliest token is allowed, and then all others may stay.
+        Of most greedy rows the likeliest token is allowed or one is forced, and then nobody asks
+        for all others.
         """
-        masks = {i: r.guide.mask for i, r in enumerate(rows) if r.guide is not None}
-        masked = {i: mask for i, mask in masks.items() if mask is not None}
-        if not masked:
+        guided = [(i, r.guide) for i, r in enumerate(rows) if r.guide and r.guide.is_masking]
+        if not guided:
             return greedy, np.zeros(len(rows), bool)
         greedy = greedy or self._sampler.likeliest(logits)
+        token_ids, sound = greedy.token_ids.tolist(), greedy.is_finite.tolist()
+        drawn: dict[int, Guide] = {}
+        wrong: dict[int, Guide] = {}
+        forced: dict[int, int] = {}
+        for i, guide in guided:
+            if not rows[i].params.is_greedy or has_rules(rows[i].params):
+                drawn[i] = guide
+            elif (token_id := guide.next_forced()) is not None:
+                forced[i] = token_id
+            elif sound[i] and not guide.allows(token_ids[i]):
+                wrong[i] = guide
         ids, finite = greedy.token_ids.copy(), greedy.is_finite.copy()
-        wrong = [
-            i for i, mask in masked.items()
-            if not (rows[i].params.is_greedy and finite[i] and allows(mask, int(ids[i])))
-            or has_rules(rows[i].params)
-        ]  # fmt: skip
+        likeliest = self._sampler.likeliest
+        if forced:
+            ids[[*forced]] = [*forced.values()]
+            finite[[*forced]] = logits[[*forced], [*forced.values()]].isfinite().cpu().numpy()
+        if drawn:
+            masks.apply(logits, list(drawn), self._masks(drawn, logits))
+            ids[[*drawn]], finite[[*drawn]] = likeliest(logits[[*drawn]])
         if wrong:
-            guides.apply(logits, wrong, [masked[i] for i in wrong])
-            again = self._sampler.likeliest(logits)
-            ids[wrong] = again.token_ids[wrong]
-            finite[wrong] &= again.is_finite[wrong]
-        return Sampled(ids, finite), greedy.is_finite
+            found = self._masks(wrong, logits)
+            ids[[*wrong]], finite[[*wrong]] = likeliest_allowed(logits, [*wrong], found, likeliest)
+        return Sampled(ids, finite & greedy.is_finite), greedy.is_finite
+
+    def _masks(self, guided: Mapping[int, Guide], logits: Tensor) -> list[Mask]:
+        grammars = self._control.grammars
+        assert grammars is not None
+        guides.prepare(grammars, [*guided.values()], logits.shape[1])
+        return [guide.mask for guide in guided.values() if guide.mask is not None]
 
     def _take(self, row: LiveRow, token_id: int) -> FinishReason | None:
         """The row has said a token: whether it ends by it, or by one that must follow."""
@@ -167,7 +184,7 @@ class Answering:
         reads_each = row.params.logprobs is not None or may_rule_out(row.params)
         if reason or guide is None or not self._may_run or reads_each:
             return reason
-        while reason is None and len(forced := guide.forced()) >= (1 if row.run else LEAST_RUN):
+        while reason is None and len(forced := guide.forced()) >= LEAST_RUN:
             for following in forced:
                 row.token_ids.append(following)
                 row.run += 1
@@ -178,13 +195,13 @@ class Answering:
         row.forced_tokens += row.run
         return reason
 
-    def _look_ahead(self, rows: Sequence[LiveRow], ended: Ended, logits: Tensor) -> Ended:
-        """Masks of the next step, made together; rows that have nothing more to say end."""
+    def _complete(self, rows: Sequence[LiveRow], ended: Ended, logits: Tensor) -> Ended:
+        """Rows that may end where they are, and have nothing more to say."""
         over = {id(row) for row, _ in ended}
-        going = [(r, r.guide) for r in rows if id(r) not in over and r.guide is not None]
-        grammars = self._control.grammars
-        assert grammars is not None
-        guides.prepare(grammars, [guide for _, guide in going], logits.shape[1])
+        going = [(r, r.guide) for r in rows if r.guide and r.guide.may_end and id(r) not in over]
+        if not going:
+            return []
+        self._masks(dict(enumerate(guide for _, guide in going)), logits)
         return [(row, "stop") for row, guide in going if guide.is_over]
 
     def _fail(self, row: LiveRow, is_sound: bool) -> FinishReason:
@@ -215,7 +232,8 @@ class Answering:
         """Of an answer that has no room left, by the mask of the token that it has no room for."""
         grammars = self._control.grammars
         assert grammars is not None
-        guides.prepare(grammars, [guide], grammars.vocabulary_size)
+        if guide.may_end:
+            guides.prepare(grammars, [guide], grammars.vocabulary_size)
         return guide.is_over
 
     def _context(self, row: LiveRow) -> Context:

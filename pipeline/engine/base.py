@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
@@ -112,16 +111,6 @@ class RunControl:
     take_back: Callable[[Sequence[int]], int] = lambda waiting: 0
     """Given the sequences that have not begun, in the order in which they would, returns how many
     of them, from the end, the engine must forget: it neither runs nor yields them."""
-
-
-def one_at_a_time(sequences: NDArray[np.int64], control: RunControl) -> Iterator[int]:
-    """The next sequence of an engine that runs one after the other, as `control` steers it."""
-    waiting = deque(sequences.tolist())
-    while waiting and not (control.should_drain() or control.should_abort()):
-        yield waiting.popleft()
-        if control.wants_back():
-            for _ in range(control.take_back(waiting)):
-                waiting.pop()
 
 
 OnLogits = Callable[[list[int], list[int], "Tensor"], None]

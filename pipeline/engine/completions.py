@@ -8,7 +8,7 @@ from dataclasses import replace
 from pipeline.engine.live import LiveRow
 from pipeline.engine.spans import SharedSpan
 from pipeline.plan.plan import Plan
-from pipeline.records import PRIOR_TURN_FAILED, Completion, FinishReason, Scored, Timing
+from pipeline.records import Completion, FinishReason, Scored, Timing
 
 
 def complete(row: LiveRow, reason: FinishReason, now_s: float) -> Completion:
@@ -76,11 +76,9 @@ def refuse(plan: Plan, sequence: int, budget: int, now_s: float) -> list[Complet
 
 def fail_later(plan: Plan, sequence: int, turn: int, now_s: float) -> list[Completion]:
     """The turns of a conversation after number `turn`, which has failed."""
-    count = 0 if plan.conversations is None else len(plan.conversations.turns(sequence))
-    message = f"turn {turn + 1} of the conversation failed, and this one follows it"
     return [
-        fail_turn(sequence, later, PRIOR_TURN_FAILED, message, now_s)
-        for later in range(turn + 1, count)
+        Completion.after_failed(sequence, later, now_s)
+        for later in range(turn + 1, plan.num_turns(sequence))
     ]
 
 

@@ -26,6 +26,7 @@ def ends_by_text(
     if not params.stop:
         return False
     least = read_asked(params.asked).min_tokens if params.asked else 0
+    least = max(0, least - len(params.opening))  # which the prompt holds
     if not least:
         return is_stopped(token_ids, params.stop, prompt)
     if len(token_ids) <= least:

@@ -20,11 +20,17 @@ class Matcher(Protocol):
     def may_end(self) -> bool:
         """Whether it is complete as it is."""
 
+    def allows(self, token_id: int) -> bool:
+        """Whether the token may follow, as its bit of a mask would say."""
+
     def accept(self, token_id: int) -> str | None:
         """The answer goes on with this token. Returns why it may not, or None."""
 
     def forced(self) -> list[int]:
         """The only tokens that may follow, one after the other."""
+
+    def next_forced(self) -> int | None:
+        """The first of them."""
 
 
 class Tags(Protocol):

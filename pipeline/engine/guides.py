@@ -7,7 +7,7 @@
 
 A guide knows token ids alone; what they say the caller's `Grammars` know. Of one prompt, one set of
 parameters and the same tokens it always says the same, whoever asks: the engine, the baseline, an
-audit.
+audit. Whether one token may follow is asked for less than the mask of all.
 """
 
 from __future__ import annotations
@@ -16,18 +16,15 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.engine import masks
 from pipeline.engine.base import Grammars, TokenIds
 from pipeline.engine.grammars import Matcher
+from pipeline.engine.masks import BITS, Mask, set_bit
 from pipeline.engine.thinking import Thinking
 from pipeline.records import SamplingParams
 
-Mask = NDArray[np.int32]
-"""[words] a bit for each token id, the first id lowest."""
-_BITS: Final = 32
 NO_TOKEN: Final = "no token may follow here by what the answer must be"
 
 
@@ -43,11 +40,13 @@ class Guide:
     ) -> None:
         """`prompt`: with the opening, if there is one. `fault`: why the answer cannot go on."""
         self._eos = eos
-        self._may_end = not params.ignore_eos
+        self._may_say_end = not params.ignore_eos
         self.fault: str | None = None
         self.mask: Mask | None = None
         self._matcher: Matcher | None = None
-        self._thinking = Thinking(grammars, params, prompt)
+        tags = grammars.tags
+        thinking = None if tags is None else Thinking(tags, params, prompt)
+        self._thinking = None if thinking is None or thinking.is_past else thinking
         try:
             if params.constraint:
                 self._matcher = grammars.matcher(params.constraint)
@@ -59,118 +58,139 @@ class Guide:
     @property
     def is_masking(self) -> bool:
         """Whether some token is ruled out now."""
-        return self._matcher is not None or bool(self._thinking.forced)
+        thinks = self._thinking is not None and bool(self._thinking.forced)
+        return self.fault is None and (self._matcher is not None or thinks)
 
     @property
     def is_over(self) -> bool:
-        if self._matcher is None or self._thinking.is_open or self.fault is not None:
+        matcher = self.matcher
+        if matcher is None or self.fault is not None:
             return False
-        return self._matcher.is_over or self._only_ends
+        return matcher.is_over or self._only_ends
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the answer is complete as it is; what else may follow its mask says."""
+        matcher = self.matcher
+        return matcher is not None and self.fault is None and matcher.may_end
 
     @property
     def _only_ends(self) -> bool:
         """By the mask, which must be that of the next token: only an end may follow."""
-        if self.mask is None or self._matcher is None or not self._matcher.may_end:
+        if self.mask is None or not self.may_end:
             return False
         others = self.mask.copy()
         for token_id in self._eos:
-            _set(others, token_id, False)
+            set_bit(others, token_id, False)
         return not others.any()
 
     @property
     def matcher(self) -> Matcher | None:
         """The grammar, where it decides about the next token."""
-        return None if self._thinking.is_open or self._thinking.forced else self._matcher
+        thinking = self._thinking
+        if thinking is not None and (thinking.is_open or thinking.forced):
+            return None
+        return self._matcher
 
     def forced(self) -> list[int]:
         """The only tokens that may follow, one after the other; none where there is a choice."""
+        thinking = self._thinking
         if self.fault is not None:
             return []
-        if self._thinking.forced:
-            return list(self._thinking.forced)
-        if self._thinking.is_open or self._thinking.may_begin or self._matcher is None:
-            return []
-        return self._matcher.forced()
+        if thinking is not None:
+            return list(thinking.forced)
+        return [] if self._matcher is None else self._matcher.forced()
+
+    def next_forced(self) -> int | None:
+        """The first of them."""
+        thinking = self._thinking
+        if thinking is not None:
+            return thinking.forced[0] if thinking.forced else None
+        if self._matcher is None or self.fault is not None:
+            return None
+        return self._matcher.next_forced()
+
+    def allows(self, token_id: int) -> bool:
+        """Whether the token may follow, as its bit in the mask would say."""
+        thinking = self._thinking
+        if self.fault is not None:
+            return False
+        if self.mask is not None:
+            return masks.allows(self.mask, token_id)
+        if thinking is not None and thinking.forced:
+            return token_id == thinking.forced[0]
+        is_open = thinking is not None and thinking.is_open
+        if token_id in self._eos:
+            return self._may_say_end and self._is_answered(is_open)
+        if self._matcher is None or is_open:
+            return True
+        if thinking is not None and thinking.may_begin and token_id == thinking.begin[0]:
+            return True
+        return self._matcher.allows(token_id)
 
     def accept(self, token_id: int) -> None:
         """The answer goes on with this token."""
         self.mask = None
-        forced = self._thinking.forced
-        if forced and token_id != forced[0]:
+        if self._thinking is not None and self._takes(self._thinking, token_id):
+            return
+        if self._matcher is None or (token_id in self._eos and self._may_say_end):
+            return
+        fault = self._matcher.accept(token_id)
+        self.fault = self.fault or fault
+
+    def _takes(self, thinking: Thinking, token_id: int) -> bool:
+        if thinking.forced and token_id != thinking.forced[0]:
             self.fault = self.fault or "a token of a tag of thinking is another one"
-        if self._thinking.takes(token_id) or self._matcher is None:
-            return
-        if token_id in self._eos and self._may_end:
-            return
-        self.fault = self.fault or self._matcher.accept(token_id)
+        taken = thinking.takes(token_id)
+        if thinking.is_past:
+            self._thinking = None
+        return taken
 
     def complete(self, mask: Mask) -> None:
         """Take the mask of the next token, in which the grammar, where it decides, has set its own
         bits."""
         thinking = self._thinking
-        if thinking.forced:
+        if thinking is not None and thinking.forced:
             mask[:] = 0
-            _set(mask, thinking.forced[0], True)
-        elif thinking.is_open:
-            mask[:] = -1
-            self._allow_end(mask, self._matcher is None)
+            set_bit(mask, thinking.forced[0], True)
         else:
-            self._allow_end(mask, self._matcher is None or self._matcher.may_end)
-            if thinking.may_begin:
-                _set(mask, thinking.begin[0], True)
+            is_open = thinking is not None and thinking.is_open
+            if is_open:
+                mask[:] = -1
+            if self._eos:
+                may_end = self._may_say_end and self._is_answered(is_open)
+                for token_id in self._eos:
+                    set_bit(mask, token_id, may_end)
+            if thinking is not None and thinking.may_begin:
+                set_bit(mask, thinking.begin[0], True)
         self.mask = mask
 
-    def _allow_end(self, mask: Mask, is_allowed: bool) -> None:
-        for token_id in self._eos:
-            _set(mask, token_id, is_allowed and self._may_end)
-
-
-def _set(mask: Mask, token_id: int, is_allowed: bool) -> None:
-    word, bit = divmod(token_id, _BITS)
-    if word >= len(mask):
-        return
-    bits = int(mask[word]) & 0xFFFFFFFF
-    bits = bits | 1 << bit if is_allowed else bits & ~(1 << bit)
-    mask[word] = bits - (bits >> _BITS - 1 << _BITS)  # as a signed number
-
-
-def allows(mask: Mask, token_id: int) -> bool:
-    """Whether the token's bit is set."""
-    word, bit = divmod(token_id, _BITS)
-    return word < len(mask) and bool(int(mask[word]) >> bit & 1)
+    def _is_answered(self, is_thinking: bool) -> bool:
+        """Whether an end may follow, thinking or not."""
+        return self._matcher is None or (not is_thinking and self._matcher.may_end)
 
 
 def prepare(grammars: Grammars, guides: Sequence[Guide], vocabulary: int) -> None:
     """Give each guide the mask of its next token, those of grammars all together; `vocabulary`:
     token ids that a model has logits of."""
-    masking = [guide for guide in guides if guide.is_masking and guide.fault is None]
+    masking = [guide for guide in guides if guide.mask is None and guide.is_masking]
     if not masking:
         return
-    words = -(-max(vocabulary, grammars.vocabulary_size) // _BITS)
-    masks = np.zeros((len(masking), words), np.int32)
-    asked = [(i, guide.matcher) for i, guide in enumerate(masking)]
-    by_grammar = [(i, matcher) for i, matcher in asked if matcher is not None]
-    if by_grammar:
-        filled = grammars.fill([matcher for _, matcher in by_grammar])
-        masks[[i for i, _ in by_grammar], : filled.shape[1]] = filled
-    for mask, guide in zip(masks, masking, strict=True):
+    words = -(-max(vocabulary, grammars.vocabulary_size) // BITS)
+    found = np.zeros((len(masking), words), np.int32)
+    matchers = [(i, guide.matcher) for i, guide in enumerate(masking)]
+    asked = [(i, matcher) for i, matcher in matchers if matcher is not None]
+    if asked:
+        filled = grammars.fill([matcher for _, matcher in asked])
+        found[[i for i, _ in asked], : filled.shape[1]] = filled
+    for mask, guide in zip(found, masking, strict=True):
         guide.complete(mask)
 
 
-def apply(logits: Tensor, places: Sequence[int], masks: Sequence[Mask]) -> None:
-    """Rule out, in these rows of logits [rows, V], what their masks do."""
-    width = logits.shape[1]
-    bits = np.unpackbits(np.stack(masks).view(np.uint8), axis=1, bitorder="little")
-    banned = np.ones((len(masks), width), bool)  # also ids that only the model knows
-    known = min(width, bits.shape[1])
-    np.equal(bits[:, :known], 0, out=banned[:, :known])
-    there = torch.from_numpy(banned).to(logits.device)
-    if logits.device.type == "cpu":
-        for place, row in zip(places, there, strict=True):
-            logits[place].masked_fill_(row, float("-inf"))
-        return
-    index = torch.tensor(list(places), device=logits.device)
-    logits[index] = logits[index].masked_fill(there, float("-inf"))
+def rule_out(logits: Tensor, guide: Guide | None) -> None:
+    """Rule out in place, in logits [1, V], what may not follow."""
+    if guide is not None and guide.mask is not None:
+        masks.apply(logits, [0], [guide.mask])
 
 
 def open(
@@ -213,7 +233,7 @@ class GreedyWriter:
         guide = self._guide
         if guide is not None and guide.mask is not None:
             logits = logits.clone()
-            apply(logits.unsqueeze(0), [0], [guide.mask])
+            rule_out(logits.unsqueeze(0), guide)
         self.output.append(int(logits.argmax()))
         if guide is not None:
             advance(self._grammars, guide, self.output[-1])
@@ -254,15 +274,15 @@ def mask_answer(
         return logits
     guide = open(grammars, params, prompt, eos)
     assert guide is not None
-    places, masks = [], []
+    places, found = [], []
     for place, token_id in enumerate(output):
         if guide.fault is not None or guide.is_over:
             break
         if guide.mask is not None:
             places.append(place)
-            masks.append(guide.mask)
+            found.append(guide.mask)
         advance(grammars, guide, token_id)
     logits = logits.clone()
     if places:
-        apply(logits, places, masks)
+        masks.apply(logits, places, found)
     return logits

@@ -249,8 +249,7 @@ class NaiveEngine(LocalEngine):
             cache, position = step.past_key_values, np.array([len(opening) + len(token_ids)])
             logits = step.logits[0].float()
             is_sound = bool(logits.max().isfinite())
-            if guide is not None and guide.mask is not None:
-                guides.apply(logits, [0], [guide.mask])
+            guides.rule_out(logits, guide)
             chosen = self._sampler.sample(logits, [params], key, position, context)
             if not chosen.is_finite[0]:
                 is_form = guide is not None and is_sound

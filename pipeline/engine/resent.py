@@ -11,12 +11,13 @@ A sequence of any other plan is a conversation of one turn. Knows no tensors.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.engine.base import EngineHooks, Indices, RunControl, one_at_a_time
+from pipeline.engine.base import EngineHooks, Indices, RunControl
 from pipeline.engine.health import is_degenerate
 from pipeline.plan.conversations import CONTEXT_EXCEEDED, Eviction, join_ids
 from pipeline.plan.plan import Plan
@@ -151,10 +152,20 @@ def answer_in_order(
 ) -> Iterator[Completion]:
     """One sequence after the other, turn by turn, for an engine that does nothing else meanwhile.
     A drain ends it after the turn that it is at; a later session goes on from there."""
-    for sequence in one_at_a_time(sequences, control):
+    for sequence in _one_at_a_time(sequences, control):
         resent = ResentSequence(plan, sequence, hooks)
         while (turn := resent.next_turn()) is not None:
             yield resent.complete(answer(turn))
             if control.should_drain() or control.should_abort():
                 return
         yield from resent.refused()
+
+
+def _one_at_a_time(sequences: Indices, control: RunControl) -> Iterator[int]:
+    """The next sequence of an engine that runs one after the other, as `control` steers it."""
+    waiting = deque(sequences.tolist())
+    while waiting and not (control.should_drain() or control.should_abort()):
+        yield waiting.popleft()
+        if control.wants_back():
+            for _ in range(control.take_back(waiting)):
+                waiting.pop()

@@ -1,33 +1,39 @@
-"""How far the thinking of an answer is: where it begins, its budget, its end. Knows ids alone.
+"""How far the thinking of an answer is, on ids alone.
 
 ```
- prompt .. <think>     free tokens, at most the budget     </think>     the answer
+ (open: the prompt has begun it)  ─► said, at most the budget ─► end tag ─► past
+ (may begin) ─► begin tag ─► ...        or ─► any other token ─► past
 ```
 """
 
 from __future__ import annotations
 
-from pipeline.engine.base import Grammars, TokenIds
+from pipeline.engine.base import TokenIds
+from pipeline.engine.grammars import Tags
 from pipeline.records import SamplingParams
 
 
 class Thinking:
-    """How far the thinking of an answer is. `forced`: what of a tag must follow; `may_begin`: the
-    next token may open it."""
+    """Of one answer. `forced`: what of a tag must follow; `may_begin`: the next token may open it;
+    `is_past`: what follows is the answer, and this has nothing more to say."""
 
-    def __init__(self, grammars: Grammars, params: SamplingParams, prompt: TokenIds) -> None:
-        tags = grammars.tags
-        self.begin: tuple[int, ...] = () if tags is None else tuple(tags.begin_ids)
-        self._end: tuple[int, ...] = () if tags is None else tuple(tags.end_ids)
+    def __init__(self, tags: Tags, params: SamplingParams, prompt: TokenIds) -> None:
+        """`prompt`: with the opening, if there is one."""
+        self.begin: tuple[int, ...] = tuple(tags.begin_ids)
+        self._end: tuple[int, ...] = tuple(tags.end_ids)
         self._budget = params.thinking_budget
         self.forced: list[int] = []
         self._said: list[int] = []
-        self._blanks = frozenset[int]() if tags is None else frozenset(tags.blank_ids)
+        self._blanks = frozenset(tags.blank_ids)
         self._has_form = bool(params.constraint)
-        self.is_open = tags is not None and tags.is_open(prompt)
+        self.is_open = tags.is_open(prompt)
         asks = self._budget is not None and not self.is_open and not params.opening
         self.may_begin = bool(self.begin) and asks
         self._watch_budget()
+
+    @property
+    def is_past(self) -> bool:
+        return not (self.is_open or self.forced or self.may_begin)
 
     def takes(self, token_id: int) -> bool:
         """Whether the token is one of thinking or of a tag, and none of the answer."""

@@ -171,8 +171,11 @@ def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _thought_tokens(row: Mapping[str, Any]) -> dict[str, Any]:
-    tokens = row.get("reasoning_tokens")
-    return {} if tokens is None else {"completion_tokens_details": {"reasoning_tokens": tokens}}
+    """Of all choices together."""
+    if row.get("reasoning_tokens") is None:
+        return {}
+    tokens = sum(sample["reasoning_tokens"] for sample in row.get("samples") or [row])
+    return {"completion_tokens_details": {"reasoning_tokens": tokens}}
 
 
 def _json(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product, starmap
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from pipeline.storage.schema import LOGPROBS, sample_type
 CHOICE_TYPES: Mapping[str, tuple[pa.DataType, ...]] = {
     "completion_token_ids": (pa.list_(pa.int32()),),
     "logprobs": (LOGPROBS,),
-    "samples": (sample_type(with_logprobs=False), sample_type(with_logprobs=True)),
+    "samples": tuple(starmap(sample_type, product((False, True), repeat=2))),
 }
 """Columns that choices are made of. One of another type is the input's own."""
 
@@ -24,19 +25,17 @@ def is_ours(field: pa.Field) -> bool:
 
 def choices_of(row: Mapping[str, Any], is_chat: bool, name: str) -> list[dict[str, Any]]:
     """One for each sample, or the only one; `name`: of the response, which calls of tools are named
-    by. What is known of the first sample alone, as of a row, its choice says alone."""
+    by, those of the first sample alone."""
     samples: Sequence[Mapping[str, Any]] = row.get("samples") or [row]
     choices = [_choice(index, sample, is_chat) for index, sample in enumerate(samples)]
     if is_chat:
-        _say_further(choices[0], row, name)
+        _add_calls(choices[0], row, name)
     return choices
 
 
-def _say_further(choice: dict[str, Any], row: Mapping[str, Any], name: str) -> None:
-    """What was thought, and the calls of tools, in the message of a choice."""
+def _add_calls(choice: dict[str, Any], row: Mapping[str, Any], name: str) -> None:
+    """The calls of tools, in the message of a choice."""
     message, calls = choice["message"], row.get("tool_calls")
-    if row.get("reasoning") is not None:
-        message["reasoning_content"] = row["reasoning"]
     if not calls:
         return
     message["tool_calls"] = [
@@ -57,7 +56,10 @@ def count_tokens(row: Mapping[str, Any]) -> int:
 
 def _choice(index: int, answer: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
     text, logprobs = answer["generated_text"], answer.get("logprobs")
-    said = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+    message = {"role": "assistant", "content": text}
+    if answer.get("reasoning") is not None:
+        message["reasoning_content"] = answer["reasoning"]
+    said = {"message": message} if is_chat else {"text": text}
     described = None
     if logprobs is not None:
         described = _of_chat(logprobs) if is_chat else _of_text(logprobs)

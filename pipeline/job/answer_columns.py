@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.records import Completion
 from pipeline.storage.schema import LOGPROBS, sample_type
+from pipeline.tokens.reasoning import AnswerParts
 
 Spell = Callable[[Sequence[int]], Sequence[str]]
 """The text of each token by itself."""
@@ -20,10 +21,10 @@ Spell = Callable[[Sequence[int]], Sequence[str]]
 
 @dataclass(frozen=True)
 class Shown:
-    """A completion and its text."""
+    """A completion and what it says."""
 
     completion: Completion
-    text: str
+    said: AnswerParts
 
 
 def logprobs_column(completions: Sequence[Completion | None], spell: Spell) -> pa.Array:
@@ -52,20 +53,26 @@ def logprobs_column(completions: Sequence[Completion | None], spell: Spell) -> p
 
 
 def samples_column(
-    rows: Sequence[Sequence[Shown] | None], spell: Spell, with_logprobs: bool
+    rows: Sequence[Sequence[Shown] | None],
+    spell: Spell,
+    with_logprobs: bool,
+    with_reasoning: bool,
 ) -> pa.Array:
     """Of each row its samples; null where it has none."""
     shown = [sample for row in rows for sample in row or ()]
     ids = [sample.completion.token_ids for sample in shown]
     flat = np.fromiter(chain.from_iterable(ids), np.int32)
     arrays = [
-        pa.array([sample.text for sample in shown], pa.string()),
+        pa.array([sample.said.text for sample in shown], pa.string()),
         pa.array([sample.completion.finish_reason for sample in shown], pa.string()),
         _lists(list(map(len, ids)), pa.array(flat)),
     ]
     if with_logprobs:
         arrays.append(logprobs_column([sample.completion for sample in shown], spell))
-    kind = sample_type(with_logprobs)
+    if with_reasoning:
+        arrays.append(pa.array([sample.said.reasoning for sample in shown], pa.string()))
+        arrays.append(pa.array([sample.said.reasoning_tokens for sample in shown], pa.int32()))
+    kind = sample_type(with_logprobs, with_reasoning)
     values = pa.StructArray.from_arrays(arrays, fields=list(kind.value_type))
     return _lists([None if row is None else len(row) for row in rows], values).cast(kind)
 

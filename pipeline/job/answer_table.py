@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.inputs.choices import Choices
 from pipeline.inputs.prompt_rows import rows_with_tools
 from pipeline.job.answer_columns import Shown, logprobs_column, samples_column
-from pipeline.job.answer_texts import Said, decode_answers
+from pipeline.job.answer_texts import Said
 from pipeline.job.parsed import guided_columns
 from pipeline.job.planning import PlannedJob
 from pipeline.job.question_answers import question_columns
@@ -72,15 +72,10 @@ def decode(planned: PlannedJob, answered: Sequence[Answered]) -> tuple[list[Answ
     job = planned.job
     completions = {key_of(c): c for a in answered for c in a.completions()}
     items = [_said(planned, completion) for completion in completions.values()]
-    eos = () if job.shape is None else job.shape.eos_token_ids
     keys = list(completions)
     texts: dict[tuple[int, int], AnswerParts] = {}
     faults: dict[tuple[int, int], str] = {}
-
-    def decode_some(some: Sequence[Said]) -> list[AnswerParts]:
-        return decode_answers(job.tokenizer.answers, job.reasoning, some, eos)
-
-    for start, decoded in call_by_halves(decode_some, items):
+    for start, decoded in call_by_halves(job.decode, items):
         if isinstance(decoded, BaseException):
             faults[keys[start]] = sentence("the answer cannot be turned into text", decoded)
         else:
@@ -159,10 +154,9 @@ def _nested_columns(
         found["logprobs"] = logprobs_column(answers, spell)
     if columns.has_samples and not columns.is_exploded:
         rows = [
-            [Shown(c, texts[key_of(c)].text) for c in item.completions()] or None
-            for item in answered
+            [Shown(c, texts[key_of(c)]) for c in item.completions()] or None for item in answered
         ]
-        found["samples"] = samples_column(rows, spell, columns.has_logprobs)
+        found["samples"] = samples_column(rows, spell, columns.has_logprobs, columns.reasoning)
     return found
 
 

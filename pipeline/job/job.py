@@ -19,6 +19,7 @@ from pipeline.inputs.columns import ColumnMap
 from pipeline.inputs.input_files import InputFile, Stamps, stamp_input
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import PromptSource, open_source
+from pipeline.job.answer_texts import Said, decode_answers
 from pipeline.job.eviction_budget import check_eviction, eviction_of
 from pipeline.job.field_ordering import FieldSaving, order_fields
 from pipeline.job.prepare import Limits, Preparation, Preparing
@@ -40,9 +41,8 @@ from pipeline.model.machine import cache_folder
 from pipeline.plan.conversations import Eviction
 from pipeline.plan.documents import MOST_LINKED, Reuse
 from pipeline.settings import JobSettings, ModelSettings
-from pipeline.tokens.answer_text import Ids
 from pipeline.tokens.constraint_check import ConstraintChecker
-from pipeline.tokens.reasoning import AnswerParts, ReasoningTags, decode_parts
+from pipeline.tokens.reasoning import AnswerParts, ReasoningTags
 from pipeline.tokens.tokenizer import PromptTokenizer
 from pipeline.tokens.turns import LaterTurns
 
@@ -138,11 +138,10 @@ class Job:
         """What the logits of rows without fields of their own go through."""
         return resolve_sampling(self.settings.sampling, self.generation_config, {}).rules
 
-    def decode(
-        self, prompts: Sequence[Ids], answers: Sequence[Ids], stops: Sequence[tuple[str, ...]]
-    ) -> list[AnswerParts]:
-        """The text of each answer up to its first stop string, apart from its reasoning."""
-        return decode_parts(self.tokenizer.answers, self.reasoning, prompts, answers, stops)
+    def decode(self, said: Sequence[Said]) -> list[AnswerParts]:
+        """The text of each answer as its row wants it, apart from what was thought before it."""
+        eos = () if self.shape is None else self.shape.eos_token_ids
+        return decode_answers(self.tokenizer.answers, self.reasoning, said, eos)
 
     def preparation(self) -> Preparing:
         """The rules by which this job's rows become token ids and parameters."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ class Forms:
     def __init__(self, tokenizer: PromptTokenizer, checker: ConstraintChecker) -> None:
         self._tokenizer = tokenizer
         self._checker = checker
+        self._is_stopped = lru_cache(4096)(tokenizer.answers.is_stopped)
 
     def check(
         self, batch: PromptBatch, params: list[SamplingParams], rejected: dict[int, Rejected]
@@ -68,7 +70,7 @@ class Forms:
         """(flat, lengths) of prompts that end with the openings of their answers; what `params` and
         `segments` say of them goes by that.
 
-        No prompt that nothing is left of, and none after which the model thinks, or may stop in the
+        No prompt that nothing is left of, and none after which the model thinks, or stops in the
         middle.
         """
         flat, lengths = prompts
@@ -80,12 +82,20 @@ class Forms:
             prompt = flat[ends[index] - lengths[index] : ends[index]]
             if tags is not None and tags.is_open(prompt):
                 continue
+            if chosen.stop and self._stops(prompt, openings[chosen.constraint], chosen.stop):
+                continue
             if chosen not in known:
                 known[chosen] = opened(chosen, openings[chosen.constraint])
             params[index] = known[chosen]
             if index in segments:
                 segments[index][-1] += len(params[index].opening)
         return append_openings(flat, lengths, params)
+
+    def _stops(
+        self, prompt: NDArray[np.uint32], opening: tuple[int, ...], stop: tuple[str, ...]
+    ) -> bool:
+        """Whether a stop string ends in the opening; of prompts, most end alike."""
+        return self._is_stopped(opening, stop, self._tokenizer.answers.tail(prompt, stop))
 
 
 def _may_call(content: Content | None) -> bool:
@@ -95,4 +105,4 @@ def _may_call(content: Content | None) -> bool:
 def _opens(params: SamplingParams) -> bool:
     """Whether nothing else asks to see the first tokens of the answer one by one."""
     reads_each = params.logprobs is not None or may_rule_out(params)
-    return not params.stop and params.thinking_budget is None and not reads_each
+    return params.thinking_budget is None and not reads_each

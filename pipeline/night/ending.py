@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from pipeline.errors import CoppiceError, Interrupted, TimeBudgetReached
 
@@ -38,6 +38,10 @@ class NightOutcome:
         where = f"published at {self.published}" if self.published else "not published"
         return f"{said}, audit {self.verdict or 'missing'}, {where}."
 
+    def to_json(self) -> dict[str, Any]:
+        """For other programs."""
+        return asdict(self) | {"date": str(self.date)}
+
 
 @dataclass(frozen=True)
 class NightFailure:
@@ -55,6 +59,13 @@ class NightFailure:
     def sentence(self) -> str:
         """As of an outcome."""
         return f"{self.state.capitalize()}: {self.date}: {self.error}."
+
+    def to_json(self) -> dict[str, Any]:
+        """As of an outcome."""
+        code = self.error.exit_code
+        return {
+            "state": self.state, "date": str(self.date), "error": str(self.error), "exit_code": code
+        }  # fmt: skip
 
 
 Ending = NightOutcome | NightFailure

@@ -36,11 +36,6 @@ class Samples:
         """Samples of the row whose first sequence this is."""
         return int(self._counts[first])
 
-    def count_of_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[rows] samples of each row of the table; 0 of those that cannot run."""
-        first = self._sequence_of_row[rows]
-        return np.where(first < 0, 0, self._counts[first])
-
     def sequences(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Ascending, all sequences that answer these rows of the table."""
         first = self._sequence_of_row[rows]

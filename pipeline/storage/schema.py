@@ -106,23 +106,27 @@ EXPLODED_FIELDS: tuple[pa.Field, ...] = (pa.field("sample_index", pa.int32(), nu
 """Besides, where each sample is a row."""
 
 
-def sample_type(with_logprobs: bool) -> pa.ListType:
-    """Of the column `samples`."""
-    fields = [
-        ("generated_text", pa.string()),
-        ("finish_reason", pa.string()),
-        ("completion_token_ids", pa.list_(pa.int32())),
-    ]
-    return pa.list_(pa.struct([*fields, ("logprobs", LOGPROBS)] if with_logprobs else fields))
-
-
-SAMPLE_FIELDS: tuple[pa.Field, ...] = (pa.field("samples", sample_type(with_logprobs=False)),)
-"""Besides, where rows have several samples."""
 REASONING_FIELDS: tuple[pa.Field, ...] = (
     pa.field("reasoning", pa.string()),
     pa.field("reasoning_tokens", pa.int32()),
 )
 """Besides, of runs whose model thinks before it answers."""
+
+
+def sample_type(with_logprobs: bool, with_reasoning: bool) -> pa.ListType:
+    """Of the column `samples`."""
+    fields = [
+        pa.field("generated_text", pa.string()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("completion_token_ids", pa.list_(pa.int32())),
+        *(LOGPROB_FIELDS if with_logprobs else ()),
+        *(REASONING_FIELDS if with_reasoning else ()),
+    ]
+    return pa.list_(pa.struct(fields))
+
+
+SAMPLE_FIELDS: tuple[pa.Field, ...] = (pa.field("samples", sample_type(False, False)),)
+"""Besides, where rows have several samples."""
 
 
 TOOL_FIELDS: tuple[pa.Field, ...] = (
@@ -217,7 +221,7 @@ def _answer_fields(parts: Parts) -> tuple[pa.Field, ...]:
         return (*logprobs, *EXPLODED_FIELDS)
     if not parts.has_samples:
         return logprobs
-    samples = pa.field("samples", sample_type(with_logprobs=parts.has_logprobs))
+    samples = pa.field("samples", sample_type(parts.has_logprobs, parts.reasoning))
     return (*logprobs, samples)
 
 

@@ -77,6 +77,10 @@ class AnswerText:
         raw = self._raw(prompt, token_ids, stop)
         return any(end in raw for end in stop) and self._find(prompt, token_ids, stop) is not None
 
+    def tail(self, prompt: Ids, stop: tuple[str, ...]) -> tuple[int, ...]:
+        """As much of a prompt as decides where one of these ends in what follows it."""
+        return tuple(_last(prompt, max(_TAIL_TOKENS, _longest(stop))))
+
     def has_just_stopped(
         self, token_ids: Sequence[int], stop: tuple[str, ...], prompt: Ids = ()
     ) -> bool:
@@ -130,7 +134,7 @@ class AnswerText:
 
     def _raw(self, prompt: Ids, answer: Ids, stop: tuple[str, ...]) -> str:
         """The end of the prompt, as long as the longest stop string, and the answer."""
-        ids = [*_last(prompt, max(_TAIL_TOKENS, _longest(stop))), *answer]
+        ids = [*self.tail(prompt, stop), *answer]
         text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
 

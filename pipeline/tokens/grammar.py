@@ -12,6 +12,7 @@ until it is said, so that it is the same tokens whether they are decoded one by 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -62,7 +63,7 @@ class Grammars:
 
     def matcher(self, constraint: str) -> TokenMatcher:
         """At the beginning of an answer. Raises ValueError where it cannot be compiled."""
-        return TokenMatcher(self._compiled(constraint).deep_copy())
+        return TokenMatcher(self._compiled(constraint).deep_copy(), self._tokenizer.vocab_size)
 
     def fill(self, matchers: Sequence[TokenMatcher]) -> NDArray[np.int32]:
         """[matchers, words] which tokens may follow: a bit each, the first id lowest."""
@@ -125,7 +126,7 @@ class Grammars:
     def _executor(self) -> Any:
         from llguidance import LLExecutor
 
-        return LLExecutor()
+        return LLExecutor(len(os.sched_getaffinity(0)))  # its own choice leaves one of two idle
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -142,10 +143,13 @@ class Grammars:
 class TokenMatcher:
     """How far an answer is in its grammar."""
 
-    def __init__(self, own: Any) -> None:
+    def __init__(self, own: Any, vocabulary_size: int) -> None:
         self.own = own
+        self._size = vocabulary_size
         self._forced: list[int] = []
         self._said = 0  # of them
+        self._next: int | None = None
+        self._is_known = False  # whether this is what is forced now
 
     @property
     def is_over(self) -> bool:
@@ -155,12 +159,24 @@ class TokenMatcher:
     def may_end(self) -> bool:
         return self.next_forced() is None and bool(self.own.is_accepting())
 
+    def allows(self, token_id: int) -> bool:
+        """Whether the token may follow, as its bit of a mask would say."""
+        expected = self.next_forced()
+        if expected is not None:
+            return token_id == expected
+        if token_id >= self._size or self.own.is_stopped():
+            return False  # it would be an error of the matcher to be asked for such an id
+        return bool(self.own.validate_tokens([token_id]))
+
     def accept(self, token_id: int) -> str | None:
         """The answer goes on with this token. Returns why it may not, or None."""
         expected = self.next_forced()
         if expected is not None and expected != token_id:
             return "a token does not fit what the answer must be"
         self._said += 1
+        self._is_known = self._said < len(self._forced)
+        if self._is_known:
+            self._next = self._forced[self._said]
         if self.own.consume_token(token_id):
             return None
         return "a token does not fit what the answer must be, or that is too complex"
@@ -171,11 +187,11 @@ class TokenMatcher:
 
     def next_forced(self) -> int | None:
         """The first of them."""
-        if self._said >= len(self._forced):
-            self._forced, self._said = [], 0
-            if not self.own.is_stopped():
-                self._forced = list(self.own.compute_ff_tokens())
-        return self._forced[self._said] if self._forced else None
+        if not self._is_known:
+            self._is_known, self._said = True, 0
+            self._forced = [] if self.own.is_stopped() else list(self.own.compute_ff_tokens())
+            self._next = self._forced[0] if self._forced else None
+        return self._next
 
 
 class _Vocabulary:

@@ -116,7 +116,7 @@ def test_vllm_is_asked_in_its_own_environment_and_what_it_finished_counts(
         "exit 3\n"
     )
     python.chmod(0o755)
-    monkeypatch.setattr(scoring_arms, "python_of", lambda name: python)
+    monkeypatch.setattr("benchmarks.launcher.python_of", lambda name: python)
     monkeypatch.setattr("benchmarks.arms.python_of", lambda name: python)
     task = make_task("mmlu 0-shot", Words(setup.workloads), 0.01)
     found = scoring_arms.ask_vllm(setup, [task], 1)

@@ -80,6 +80,13 @@ def test_retry_says_what_became_of_it_as_json(shell: Shell, model: str, tmp_path
     assert "nothing to do" in shell.err
 
 
+def test_convert_says_as_json_how_many_rows_there_are(shell: Shell, tmp_path: Path) -> None:
+    source = str(write_prompts(tmp_path / "q.parquet", ["a", "b"]))
+    target = str(tmp_path / "requests.jsonl")
+    assert shell("convert", source, target, "--json") == 0
+    assert json.loads(shell.out) == {"target": target, "rows": 2}
+
+
 def test_version_names_the_installed_one(shell: Shell) -> None:
     assert shell("--version") == 0
     assert shell.out == f"coppice {version('kvcoppice')}\n"

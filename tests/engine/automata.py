@@ -45,6 +45,9 @@ class Automaton:
     def is_over(self) -> bool:
         return self.may_end and not self.steps
 
+    def allows(self, token_id: int) -> bool:
+        return token_id in self.steps
+
     def accept(self, token_id: int) -> str | None:
         if token_id not in self.steps:
             return "a token does not fit"
@@ -57,6 +60,9 @@ class Automaton:
             ((token_id, state),) = self._next[state].items()
             said.append(token_id)
         return said
+
+    def next_forced(self) -> int | None:
+        return next(iter(self.forced()), None)
 
 
 class Automata:

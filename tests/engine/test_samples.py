@@ -95,7 +95,6 @@ def test_rows_of_one_sample_are_beside_rows_of_several() -> None:
     chosen = np.array([0, 1, 2, 1, 0])
     plan = build_plan(table, ["a", "b", "c", "d", "e"], params, chosen)
     samples = Samples(plan)
-    assert samples.count_of_rows(np.arange(5)).tolist() == [1, 3, 1, 0, 1]
     assert all(p.n == 1 for p in plan.params)
     for rows in ([0, 1, 2, 4], [1], [2, 3], []):
         wanted = np.array(rows, np.int64)

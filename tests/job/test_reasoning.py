@@ -252,3 +252,29 @@ def test_tools_of_rows_in_a_table_are_taken_from_their_column(model: Path, tmp_p
     rows = answers(tmp_path / "out")
     assert rows["tool_calls"].to_list() == [[{"name": "find", "arguments": "{}"}], None]
     assert rows["generated_text"].to_list() == ["", call]
+
+
+class SayingTwice(Saying):
+    """The second sample of a row thinks something else."""
+
+    def text(self, row: int, sample: int) -> str:
+        return "<think>\nAgain\n</think>\n\n4." if sample else self._said[row]
+
+
+def test_each_sample_has_what_was_thought_before_it(model: Path, tmp_path: Path) -> None:
+    source = lines(tmp_path / "p.jsonl", {"n": 2, "temperature": 1.0}, {})
+    engine = SayingTwice(model, SAID)
+    run_job(source, tmp_path / "out", settings_of(model), make_engine=on(engine))
+    rows = answers(tmp_path / "out")
+    thought = [len(engine.encode(text)) for text in ("<think>\nTwo and two\n</think>",
+                                                     "<think>\nAgain\n</think>")]  # fmt: skip
+    assert [(s["generated_text"], s["reasoning"], s["reasoning_tokens"]) for s in rows["samples"][0]
+            ] == [("Four.", "Two and two", thought[0]), ("4.", "Again", thought[1])]  # fmt: skip
+    assert rows["reasoning"].to_list() == ["Two and two", None]
+    convert(Location(str(tmp_path / "out")), Location(str(tmp_path / "answers.jsonl")))
+    told = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    body = told[0]["response"]["body"]
+    said = [choice["message"].get("reasoning_content") for choice in body["choices"]]
+    assert said == ["Two and two", "Again"]
+    counted = body["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    assert counted == sum(thought)

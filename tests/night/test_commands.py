@@ -19,6 +19,10 @@ def test_a_night_and_the_same_again(shell: Shell, job: NightlyJob) -> None:  # n
     assert "Completed: 4 rows of 2026-11-22, audit pass" in shell.out.replace("\n", " ")
     assert shell("night", str(job.file), "--date", DATE, "--progress", "plain") == 0
     assert "is done; nothing to do" in shell.err
+    assert shell("night", str(job.file), "--date", DATE, "--progress", "none", "--json") == 0
+    (told,) = json.loads(shell.out)["nights"]
+    assert (told["state"], told["date"], told["rows"]) == ("completed", DATE, 4)
+    assert (told["verdict"], told["rows_failed"]) == ("pass", 0)
     assert not any(prompt in shell.out + shell.err for prompt in PROMPTS)
 
 
@@ -28,10 +32,15 @@ def test_the_exit_code_is_that_of_the_night(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     call = ("night", str(job.file), "--progress", "none", "--date")
+    assert shell(*call, "2026-11-01", "--json") == 2
+    (told,) = json.loads(shell.out)["nights"]
+    assert (told["state"], told["exit_code"]) == ("failed", 2) and "no file" in told["error"]
     assert shell(*call, "2026-11-01") == 2
     assert "Failed: 2026-11-01: there is no file" in " ".join(shell.out.split())
     job.say(on_no_input="skip")
     assert shell(*call, "2026-11-01") == 0 and "Skipped" in shell.out
+    assert shell(*call, "2026-11-01", "--json") == 0
+    assert json.loads(shell.out)["nights"][0]["state"] == "skipped"
     assert shell(*call, "tonight") == 2 and "is not a date" in shell.err
     job.say(time_budget="0s")
     assert shell(*call, DATE) == 75 and "Stopped" in shell.out
@@ -67,6 +76,10 @@ def test_publish_by_hand(shell: Shell, audited: NightlyJob) -> None:  # noqa: F8
     assert shell.out == f"4 rows published at {target}/{DATE}\n"
     assert shell("publish", str(run), str(target)) == 0
     assert shell.out == f"4 rows were published at {target}/{DATE}\n"
+    assert shell("publish", str(run), str(target), "--json") == 0
+    told = json.loads(shell.out)
+    assert told.pop("parts") >= 1
+    assert told == {"location": f"{target}/{DATE}", "rows": 4, "is_new": False}
     summary = run / "audit" / "summary.json"
     found = json.loads(summary.read_text())
     summary.write_text(json.dumps(found | {"verdict": "fail"}))

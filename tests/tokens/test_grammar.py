@@ -214,3 +214,21 @@ def test_a_hostile_constraint_ends_in_bounded_time(asked: str) -> None:
     hostile, kept = check(asked, raw("json_schema", LABEL))
     assert hostile.reason is not None or hostile.opening is not None
     assert kept.reason is None
+
+
+def test_whether_a_token_may_follow_is_what_its_bit_says() -> None:
+    """Also of ids that only the model knows, which harm nothing."""
+    grammars, draw = demo().grammars, random.Random(1)
+    for constraint in (constraints.of_schema(LABEL), constraints.of_regex("[ab]{2,5}c?")):
+        matcher = grammars.matcher(constraint)
+        while not matcher.is_over:
+            mask = grammars.fill([matcher])[0]
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+            tried = draw.sample(range(grammars.vocabulary_size), 40)
+            for token_id in {*tried, *allowed[:40].tolist()}:
+                is_end = token_id == demo().grammars._eos_id
+                assert is_end or matcher.allows(token_id) == (token_id in allowed), token_id
+            assert not matcher.allows(grammars.vocabulary_size)
+            assert not matcher.allows(grammars.vocabulary_size + 10_000)
+            others = [t for t in allowed.tolist() if t != grammars._eos_id]
+            assert matcher.accept(draw.choice(others)) is None

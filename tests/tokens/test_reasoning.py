@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -150,3 +151,22 @@ def test_a_prompt_that_ends_inside_of_reasoning_is_known(
     assert tags.is_open(opened) and not tags.is_open(opened[:-2]) and not tags.is_open([])
     assert tags.begin_ids == (tokenizer.convert_tokens_to_ids("<think>"),)
     assert tags.end_ids == (tokenizer.convert_tokens_to_ids("</think>"),)
+
+
+@pytest.mark.parametrize(
+    ("behind", "is_open"),
+    [
+        ("<think>\n\n", True),
+        ("<think>\nFirst I", False),  # text that names the tag, for all that one can know
+        ("<think>\n\n</think>\n\n", False),  # a template that thinks for it
+        ("</think> what is a <think>", True),
+        ("<think> is a tag, is it?<|im_end|>\n<|im_start|>assistant\n", False),
+    ],
+)
+def test_thinking_is_open_where_a_prompt_ends_with_its_tag(
+    tokenizer: Any, tags: ReasoningTags, behind: str, is_open: bool
+) -> None:
+    encode = tokenizer.backend_tokenizer.encode
+    ids: list[int] = encode("<|im_start|>user\n2 + 2? " + behind, add_special_tokens=False).ids
+    assert tags.is_open(ids) is is_open
+    assert tags.is_open(np.array(ids, np.uint32)) is is_open
