@@ -46,6 +46,7 @@ def test_ten_thousand_turns(tmp_path: Path, flat: Any) -> None:
         tmp_path / "in.parquet", ["hi"] * 10_000, conversation_id=["a"] * 10_000, turn=order
     )
     more = {"apply_chat_template": True, "chat_template": str(tmp_path / "chat.jinja")}
+    more |= {"engine": "prefix", "evict": "window", "budget_tokens": 64}  # else most do not fit
     started = time.monotonic()
     found = plan(source, flat, **more)
     assert time.monotonic() - started < 60

@@ -334,7 +334,7 @@ def test_conversations_on_workers_go_on_after_a_signal(
     workers: Path, tmp_path: Path, settings_of: Settings
 ) -> None:
     table, out = write_turns(tmp_path / "turns.parquet", TALKS), tmp_path / "ray"
-    flat: dict[str, Any] = {**AS_TURNS, "rows_per_part": 5}
+    flat: dict[str, Any] = {**AS_TURNS, "rows_per_part": 3}  # a conversation has five turns
     run_job(str(table), tmp_path / "local", settings_of("local", **flat))
     (workers / "pace").write_text("0.02")
     with (
@@ -345,14 +345,14 @@ def test_conversations_on_workers_go_on_after_a_signal(
         pytest.raises(Interrupted, match="same command"),
     ):
         run_job(str(table), out, settings_of(**flat), make_engine=make_watched)
-    turns = answers(out).group_by("conversation_id").len()["len"]
-    assert turns.is_between(1, 4).any(), "nobody has to go on in the middle"
+    assert 0 < len(answers(out)) < len(TALKS)
     (workers / "pace").unlink()
     run_job(str(table), out, settings_of(**flat), make_engine=make_watched)
     names = ["id", "turn", "completion_token_ids", "prompt_tokens", "history_tokens"]
     assert answers(out).select(names).equals(answers(tmp_path / "local").select(names))
 
 
+@pytest.mark.slow  # half a minute: each worker loads a model
 def test_workers_score_as_one_machine_does(
     cluster: Path, tmp_path: Path, settings_of: Settings
 ) -> None:

@@ -103,7 +103,7 @@ def test_fields_mean_what_they_mean_there(fields: dict[str, Any], expected: dict
         ({"best_of": 4}, "best_of is 4 and n 1"),
         ({"best_of": 4, "n": 2}, "best_of is 4 and n 2"),
         ({"n": 1.5}, "n must be a whole number"),
-        ({"logit_bias": {"x": 1}}, "logit_bias must be an object"),
+        ({"logit_bias": {"x": 1}}, "logit_bias: a token id must be a whole number"),
         ({"logit_bias": [5]}, "logit_bias must be an object"),
         ({"stop_token_ids": "5"}, "stop_token_ids must be a list of token ids"),
         ({"allowed_token_ids": [True]}, "allowed_token_ids must be a list of token ids"),
