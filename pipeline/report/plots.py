@@ -48,7 +48,7 @@ def draw_latency(metrics: RunMetrics) -> str:
             axes.plot(index, depth.service_p50_s, "o", color=LEAF, ms=7)
         axes.set_xticks(range(len(metrics.depths)), [b.label for b in metrics.depths])
         axes.set_xlim(-0.6, max(len(metrics.depths), 1) - 0.4)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])  # room for the mark of the highest
 
     said = (f"{b.label}: median {decimal(b.service_p50_s)} s" for b in metrics.depths)
     return to_svg("latency", "Latency without queue, by reuse depth. " + "; ".join(said), draw)
