@@ -20,6 +20,7 @@ def plan_table(summary: Mapping[str, Any]) -> Rows:
     cache = f"{order['cache_tokens']:,}"
     blocks = ", ".join(f"{x:.1%} at {size}" for size, x in summary["saving_by_blocks"].items())
     rejected = f", {summary['rows_rejected']:,} cannot run" if summary["rows_rejected"] else ""
+    aside = "; later turns aside" if summary.get("conversations") else ""
     what = "requests" if summary.get("scores") else "rows"
     most = "at most " if summary.get("conversations") else ""  # answers are part of later prompts
     rows = [
@@ -31,7 +32,7 @@ def plan_table(summary: Mapping[str, Any]) -> Rows:
         ("unique tokens U", f"{most}{summary['unique_tokens']:,}"),
         ("prefill saved", f"{summary['saving']:.1%}  (1 - U/T)"),
         ("  by blocks", f"{blocks} tokens  (a prefix cache without limit)"),
-        ("  in given order", f"{order['saving']:.1%}  (an LRU cache of {cache} tokens)"),
+        ("  in given order", f"{order['saving']:.1%}  (an LRU cache of {cache} tokens{aside})"),
         ("new tokens D", f"at most {summary['max_new_tokens']:,}"),
         ("upper bound on gain", f"{summary['gain_bound']:.2f}x  ((T + D) / (U + D))"),
         ("prefix groups", f"{summary['groups']:,}, and {summary['singletons']:,} {what} in none"),

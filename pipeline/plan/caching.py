@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import numpy as np
+
+from pipeline.plan.conversation_figures import histories
 from pipeline.plan.plan import Plan
 
 MOST_ROWS = 100_000
@@ -15,14 +18,27 @@ def computed_by_blocks(plan: Plan, block_tokens: int) -> int:
 
     That is vLLM's and transformers' automatic prefix caching at its best: a row finds every block
     that an earlier row has computed with all before it, and computes the rest of its last block. A
-    node holds the blocks that end on its edge. What later turns of conversations add, behind
-    answers that it holds as well, it computes once.
+    node holds the blocks that end on its edge. A later turn of a conversation finds the whole
+    blocks of what was said before, answers as well, each as long as it may be.
     """
     tree = plan.tree
     blocks = int((tree.end // block_tokens - tree.start // block_tokens).sum())
     lengths = plan.table.lengths[plan.whole_rows]
-    later = int(plan.added_tokens.sum())
+    later = _later_turns_by_blocks(plan, block_tokens)
     return block_tokens * blocks + int((lengths % block_tokens).sum()) + later
+
+
+def _later_turns_by_blocks(plan: Plan, block_tokens: int) -> int:
+    turns = plan.conversations
+    if turns is None:
+        return 0
+    prompts, _ = histories(plan, turns)
+    # The last token of the answer before is fed with this turn.
+    before = np.maximum(prompts - plan.table.lengths[turns.row] - 1, 0)
+    found = before // block_tokens * block_tokens
+    needed = prompts - found
+    needed[turns.bounds[:-1]] = 0  # of first turns the tree has told
+    return int(needed.sum())
 
 
 def computed_in_given_order(plan: Plan, capacity_tokens: int) -> tuple[int, int]:

@@ -31,6 +31,8 @@ def render_plan(title: str, summary: dict[str, Any], boxes: Sequence[Box], num_n
     is_drawn = documents.get("mode", "prefix") == "prefix"
     picture = TreePicture(tuple(boxes), num_nodes) if is_drawn else None
     cache = f"LRU of {order['cache_tokens']:,} tokens, rows as the file has them"
+    if summary.get("conversations"):
+        cache += ", later turns aside"
     return template("plan.html.j2").render(
         title=title,
         plan=summary,

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from pipeline.plan.caching import computed_by_blocks
 from pipeline.plan.conversation_figures import ConversationFigures, count_conversations, histories
 from pipeline.plan.conversation_planning import Chains, plan_conversations
 from pipeline.plan.conversations import Eviction
@@ -131,3 +132,14 @@ def test_the_table_of_the_plan_has_turns_in_order_and_copies_none() -> None:
     assert frame["dedup_of"].is_null().all()
     assert frame["prompt"].to_list() == [0, 0, 0, 0, 1, 1, None]
     assert tree_frame(plan_of()).filter(pl.col("start") == 0)["rows"].to_list() == [3]
+
+
+@pytest.mark.parametrize(
+    ("block", "first", "later"),
+    [(1, 5, 3 + 2 + 4), (4, 4 + 4, (10 - 4) + (15 - 12) + (11 - 4)), (256, 12, 10 + 15 + 11)],
+)
+def test_later_turns_find_whole_blocks_of_what_was_said_before(
+    block: int, first: int, later: int
+) -> None:
+    """Seen red: blocks of 256 tokens saved as much as single tokens, in conversations of fewer."""
+    assert computed_by_blocks(plan_of(), block) == first + later
