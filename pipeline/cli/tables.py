@@ -120,16 +120,22 @@ def phases(counters: Mapping[str, float]) -> str:
     return f" (prefill {prefill}, decode {decode})"
 
 
+def _free_running_rows(free: Mapping[str, int]) -> Rows:
+    """Nothing where no row was written anew: only greedy answers are."""
+    return [("free-running", f"{free['exact']:,} of {free['rows']:,} identical")] * bool(
+        free["rows"]
+    )
+
+
 def audit_table(summary: Mapping[str, Any]) -> Rows:
     """`audit/summary.json` as a table."""
-    free = summary["free_running"]
     classes = ", ".join(f"{n:,} {name}" for name, n in summary["classes"].items() if n)
     rows = [
         ("verdict", f"{summary['verdict'].upper()} (tier {summary['tier']})"),
         ("rows audited", f"{summary['rows_audited']:,}: {classes or 'none'}"),
         ("differing share", f"at most {summary['bound_95']:.2%} of all rows (95 %)"),
         ("prefix groups", f"{summary['groups_covered']:,} of {summary['groups_total']:,} covered"),
-        ("free-running", f"{free['exact']:,} of {free['rows']:,} identical"),
+        *_free_running_rows(summary["free_running"]),
         ("tokens checked", f"{summary['tokens_checked']:,}"),
         *_evidence_rows(summary),
     ]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from pipeline.cli.plan_table import plan_table
-from pipeline.cli.tables import status_table
+from pipeline.cli.tables import audit_table, status_table
+from tests.report.run_sample import AUDIT
 
 PLAN: dict[str, Any] = {
     "rows": 1200, "rows_rejected": 0, "rejections": None, "distinct_prompts": 1000,
@@ -84,3 +85,11 @@ def test_a_status_has_a_row_for_what_is_known(found: dict[str, Any], name: str, 
 
 def test_a_run_that_is_not_there_yet_is_waited_for() -> None:
     assert status_table({"status": "waiting"}) == [("status", "waiting: there is no run yet")]
+
+
+@pytest.mark.parametrize(("rows", "said"), [(30, {"free-running": "30 of 30 identical"}), (0, {})])
+def test_an_audit_speaks_of_free_runs_where_there_are_some(rows: int, said: dict[str, str]) -> None:
+    """Seen red: "0 of 0 identical" of a job that samples."""
+    audit = AUDIT | {"free_running": {"rows": rows, "exact": rows, "unexplained": 0}}
+    table = dict(audit_table(audit))
+    assert {name: told for name, told in table.items() if name == "free-running"} == said
