@@ -261,3 +261,19 @@ def test_the_page_of_a_plan_is_as_good(
             assert seen.page.evaluate(FAINT_TEXTS) == []
             assert seen.page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
             assert seen.page.locator("svg.tree rect").count() > 30
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_tiles_that_do_not_fill_their_rows_leave_no_dark_block(
+    browser: Browser, night_page: Path, width: int
+) -> None:
+    """Seen red: with a price there are ten tiles in rows of four, and the rest was as dark as the
+    lines between them."""
+    with opened(browser, night_page) as seen:
+        seen.page.set_viewport_size({"width": width, "height": 900})
+        for rest, tile in ((".tiles", ".tile"), (".sparks", ".sparks > div")):
+            paints = [
+                seen.page.locator(found).first.evaluate(PAINT % "backgroundColor")
+                for found in (rest, tile)
+            ]
+            assert paints[0] == paints[1]
