@@ -200,9 +200,9 @@ def read_fields(fields: Mapping[str, object]) -> dict[str, object]:
         name for name in said
         if name in REFUSED and name not in CHAT_FIELDS and not is_neutral(name, said[name])
     ]  # fmt: skip
-    num_unknown = len(said.keys() - OBEYED.keys() - REFUSED - BESIDE)
-    if refused or num_unknown:
-        raise BadCell(f"the row {describe_unsupported(refused, num_unknown)}")
+    unknown = said.keys() - OBEYED.keys() - REFUSED - BESIDE
+    if refused or unknown:
+        raise BadCell(f"the row {describe_unsupported(refused, unknown)}")
     chosen: dict[str, object] = {}
     for name in filter(OBEYED.__contains__, said):
         value = read_value(name, said[name])

@@ -106,7 +106,7 @@ def _check_supported(said: Mapping[str, Any], content: str) -> None:
     ]
     named = [name for name in bad if _API_NAME.fullmatch(name)]
     if bad:
-        raise BadRequest(f"body {describe_unsupported(named, len(bad) - len(named))}")
+        raise BadRequest(f"body {describe_unsupported(named, set(bad) - set(named))}")
 
 
 def request_of_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ here, and read before it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
 
 from pipeline.constraints import REQUEST_FIELDS
 from pipeline.generation import ROW_RULES
@@ -117,9 +118,24 @@ def _without_nulls(value: object) -> object:
     return value
 
 
-def describe_unsupported(names: Iterable[str], num_unknown: int = 0) -> str:
-    """One sentence that names all of them; of fields that nobody knows only the number."""
+def describe_unsupported(names: Iterable[str], unknown: Collection[str] = ()) -> str:
+    """One sentence that names all of them; of fields that nobody knows only the number, and which
+    known ones the first of them may have meant."""
     listed = sorted(names)
-    others = f"{num_unknown} field{'s' if num_unknown > 1 else ''} that coppice does not know"
-    said = ", ".join([*listed, *([others] if num_unknown else [])])
+    others = f"{len(unknown)} field{'s' if len(unknown) > 1 else ''} that coppice does not know"
+    near = [known for name in sorted(unknown)[:_GUESSED] for known in _nearest(name)]
+    if near:
+        others += f" (did you mean {', '.join(dict.fromkeys(near))}?)"
+    said = ", ".join([*listed, *([others] if unknown else [])])
     return f"asks for {said}, which coppice cannot do; remove what is not needed"
+
+
+_GUESSED = 4
+"""Unknown fields of a row for which a known one is looked for."""
+_LONGEST = 64
+"""Characters of an unknown name that are compared: whoever wrote it chose its length."""
+
+
+def _nearest(name: str) -> list[str]:
+    """The field that is written almost so, if there is one."""
+    return get_close_matches(name[:_LONGEST], OBEYED, n=1, cutoff=0.8)

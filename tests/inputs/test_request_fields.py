@@ -12,7 +12,14 @@ import pytest
 
 from pipeline.inputs.bad_cell import BadCell
 from pipeline.inputs.cells import read_fields
-from pipeline.inputs.request_fields import AMBIGUOUS, BESIDE, OBEYED, REFUSED, is_neutral
+from pipeline.inputs.request_fields import (
+    AMBIGUOUS,
+    BESIDE,
+    OBEYED,
+    REFUSED,
+    describe_unsupported,
+    is_neutral,
+)
 from pipeline.request_rules import REQUEST_RULES
 
 CONTENT = {"messages", "prompt", "model"}
@@ -128,3 +135,12 @@ def test_what_a_request_says_by_default_is_not_refused() -> None:
     }  # fmt: skip
     assert all(name in OBEYED or is_neutral(name, value) for name, value in usual.items())
     assert read_fields(usual) == {}
+
+
+def test_a_field_that_is_almost_one_is_guessed_and_never_quoted() -> None:
+    """Seen red: `temprature` was "1 field that coppice does not know" and nothing else."""
+    for name, known in (("temprature", "temperature"), ("max_token", "max_tokens")):
+        said = describe_unsupported([], [name])
+        assert f"(did you mean {known}?)" in said and name not in said.replace(known, "")
+    assert "did you mean" not in describe_unsupported(["echo"], ["a secret of somebody"])
+    assert "did you mean" not in describe_unsupported([], ["temprature" * 100_000])
