@@ -90,7 +90,7 @@ class Grammars:
         said: list[int] = []
         while len(said) < _MOST_OPENING and (token_id := matcher.next_forced()) is not None:
             if matcher.accept(token_id) is not None:
-                raise ValueError(_first_line(matcher.own.get_error()))
+                raise ValueError(_reason(matcher.own.get_error()))
             said.append(token_id)
         if said and matcher.is_over:
             said.pop()
@@ -106,7 +106,7 @@ class Grammars:
         if mask.any() or matcher.may_end and not is_first:
             return
         what = "nothing but an empty answer fits it" if matcher.may_end else "no answer fits it"
-        raise ValueError(_first_line(matcher.own.get_error()) if matcher.own.is_error() else what)
+        raise ValueError(_reason(matcher.own.get_error()) if matcher.own.is_error() else what)
 
     def _compile(self, constraint: str) -> Any:
         from llguidance import LLMatcher, LLParserLimits
@@ -115,7 +115,7 @@ class Grammars:
         text = _grammar_text(json.loads(constraint))
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
         if matcher.is_error():
-            raise ValueError(_first_line(matcher.get_error()))
+            raise ValueError(_reason(matcher.get_error()))
         return matcher
 
     def load(self) -> None:
@@ -232,6 +232,10 @@ def _grammar_text(constraint: Constraint) -> str:
     return str(make(value))
 
 
-def _first_line(text: str) -> str:
-    line = next(iter(text.splitlines()), "")
+def _reason(text: str) -> str:
+    """Of what llguidance says, the line that tells what is wrong: of an expression the one that
+    begins with "error: ", for the first one ends where its text begins."""
+    lines = text.splitlines()
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    line = next(iter([*said, *lines]), "")
     return re.sub(r"\s+", " ", line)[:300] or "it cannot be compiled"

@@ -232,3 +232,13 @@ def test_whether_a_token_may_follow_is_what_its_bit_says() -> None:
             assert not matcher.allows(grammars.vocabulary_size + 10_000)
             others = [t for t in allowed.tolist() if t != grammars._eos_id]
             assert matcher.accept(draw.choice(others)) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [("(yes|no", "unclosed group"), ("a{5,2}", "invalid repetition"), ("(?=a)b", "look-around")],
+)
+def test_a_bad_expression_is_told_by_what_is_wrong_with_it(pattern: str, said: str) -> None:
+    """Seen red: `at 1(8): invalid regex "(yes|no" (in regex): regex parse error:`, and no more."""
+    (checked,) = check(raw("regex", pattern))
+    assert checked.detail.startswith(said)
