@@ -183,4 +183,6 @@ def _flatten(fingerprint: dict[str, Any]) -> dict[str, Any]:
 
 def _shorten(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    return text[: _SHOWN_CHARACTERS - 2] + "…" + text[-1]  # with its last quote or bracket
