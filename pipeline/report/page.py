@@ -130,10 +130,13 @@ def _draw_audit(metrics: RunMetrics) -> Iterator[tuple[str, str, str]]:
 
 
 def _name_job(manifest: dict[str, Any]) -> tuple[str, str]:
-    """(input, model) as a person calls them: without the folders that they are in."""
+    """(input, model) as a person calls them: without the folders that they are in, but for that
+    of a pattern, which is all that tells one night's `*.parquet` from another's."""
     source = str(manifest.get("input", {}).get("argument", "prompts"))
     model = str(manifest.get("settings", {}).get("model", {}).get("model", "a model"))
-    return source.rstrip("/").rpartition("/")[2], (
+    steps = source.rstrip("/").split("/")
+    named = next((n for n in range(len(steps) - 1, 0, -1) if not set(steps[n]) & set("*?[")), 0)
+    return "/".join(steps[named:]), (
         model.rstrip("/").rpartition("/")[2] if model.startswith(("/", ".", "~")) else model
     )
 

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import RunDirectoryError
 from pipeline.report.formats import cell, change, count, decimal, duration, percent, size
-from pipeline.report.page import _flatten, render
+from pipeline.report.page import _flatten, _name_job, render
 from pipeline.settings import JobSettings
 from pipeline.storage.run_directory import RunDirectory
 from tests.report.run_sample import AUDIT, EVIL_ID, make_nights, make_run, output_rows
@@ -195,3 +195,20 @@ def test_changes_are_said_only_where_two_numbers_are() -> None:
     assert [change(112, 100), change(90.9, 96), change(5, 5)] == ["+12 %", "−5.3 %", "±0 %"]
     assert change(0.755, 0.76, points=True) == "−0.5 points"
     assert [change(None, 1), change(1, None), change(3, 0)] == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("in/2026-11-22/*.parquet", "2026-11-22/*.parquet"),
+        ("s3://b/day/*/part-?.parquet", "day/*/part-?.parquet"),
+        ("*.parquet", "*.parquet"),
+        ("/data/prompts.parquet", "prompts.parquet"),
+        ("in/folder/", "folder"),
+    ],
+)
+def test_an_input_is_called_by_its_name_and_a_pattern_by_its_folder(
+    argument: str, named: str
+) -> None:
+    """Seen red: "*.parquet answered by demo_model" on the page of every night."""
+    assert _name_job({"input": {"argument": argument}})[0] == named
