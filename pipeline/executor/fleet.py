@@ -50,6 +50,8 @@ class Fleet:
         self.crew = crew
         self.decode_weight = decode_weight
         self.staff = Staff(crew)
+        self.busy: set[int] = set()
+        """Workers that have an order to answer, from an earlier call too."""
         self.name = self.staff.engine
         self.notes = self.staff.notes
 
@@ -108,7 +110,8 @@ class _Sitting:
         self._start = time.monotonic()
         self._pieces: dict[int, Piece] = {}
         self._began_s: dict[int, float] = {}  # by piece, after `_start`
-        self._busy: set[int] = set()  # workers that have an order to answer
+        self._busy = fleet.busy
+        self._of_earlier = set(fleet.busy)  # their next report is not ours
         self._to_ask: set[int] = set()
         self._asked: set[int] = set()
         self._counters: dict[int, EngineCounters] = {}
@@ -125,10 +128,18 @@ class _Sitting:
             self._send_orders(is_draining)
             for worker, event in self._crew.receive(_TICK_S):
                 self._busy.discard(worker)
-                yield from self._handle(worker, event, is_draining)
+                if not self._is_of_earlier(worker, event):
+                    yield from self._handle(worker, event, is_draining)
             self._staff.check()
         self._of_the_lost.replicated_tokens = self._replicated_tokens()
         self._count()
+
+    def _is_of_earlier(self, worker: int, event: Event) -> bool:
+        """Whether it answers an order of an earlier call, and the worker is well."""
+        if worker not in self._of_earlier:
+            return False
+        self._of_earlier.discard(worker)
+        return isinstance(event, Report) and event.failure is None
 
     def _replicated_tokens(self) -> int:
         """Prompt tokens that answers needed in each of several pieces, but for once each.

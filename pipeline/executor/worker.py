@@ -67,8 +67,10 @@ class Worker:
             return report
 
     def _take(self, order: Order) -> None:
-        if order.is_first:
-            self._past = EngineCounters()
+        if order.is_first:  # what an earlier call has left, also what is still on its way, is over
+            self._past, self._outbox = EngineCounters(), _Outbox()
+            self._running = self._share = None
+            self._backlog.clear()
         self._backlog += order.assignments
         self._is_draining = order.drain
         if order.drain:
@@ -114,6 +116,8 @@ class Worker:
         for completion in completions:
             self._add(run, completion)
         with self._changed:
+            if self._running is not run:
+                return  # nobody waits for it any more
             if self._share is not None:
                 self._give(run, ())
             self._past, self._running = summed([self._past, self._engine.counters]), None
@@ -150,6 +154,8 @@ class Worker:
         run.is_answered[completion.sequence] = is_last
         with self._changed:
             self._changed.wait_for(lambda: self._outbox.num_completions < _MOST_HELD)
+            if self._running is not run:
+                return
             self._outbox.add(run, completion)
             self._changed.notify_all()
 

@@ -116,7 +116,10 @@ class Chance:
 def assert_same(out: Tensor, expected: Tensor) -> None:
     assert out.dtype == expected.dtype and out.shape == expected.shape
     tolerance = TOLERANCE[out.dtype]
-    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    # What is left of a difference of large numbers is as exact as these are.
+    largest = expected.float().nan_to_num(0.0).abs().max().item() if expected.numel() else 0.0
+    below = max(tolerance, tolerance * largest) if out.dtype == torch.float32 else tolerance
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=below, equal_nan=True)
 
 
 @given(st.data(), some_dtype, some_width, st.integers(1, 4), st.integers(0, 2**32))

@@ -177,6 +177,30 @@ def test_the_last_row_is_not_passed_to_and_fro(fleet_of: Callable[..., Fleet]) -
         assert sum(len(order.assignments) for _, order in crew.sent) <= 3
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_is_told_after_the_last_answer_is_not_of_the_next_call(
+    fleet_of: Callable[..., Fleet], size: int
+) -> None:
+    """Seen red: a piece of the second call was taken to have ended with the first one's."""
+
+    class Lingering(EchoEngine):
+        def generate(
+            self,
+            plan: Plan,
+            sequences: NDArray[np.int64],
+            control: RunControl,
+            hooks: EngineHooks = NO_HOOKS,
+        ) -> Iterator[Completion]:
+            yield from super().generate(plan, sequences, control)
+            time.sleep(0.2)
+
+    plan = plan_of([[4], [5], [6], [7]], (SamplingParams(4),))
+    fleet = fleet_of(size, lambda worker: Lingering())
+    for _ in range(4):
+        assert len(run(fleet, plan)) == 4
+        assert fleet.counters.generated_tokens <= 4 * 4
+
+
 def test_a_slow_worker_ends_with_the_fast_one(fleet_of: Callable[..., Fleet]) -> None:
     """One group in two pieces, on devices of which one takes five times as long: it gives back
     while it computes. Seen red: without shares each answers half."""
