@@ -122,9 +122,8 @@ def phases(counters: Mapping[str, float]) -> str:
 
 def _free_running_rows(free: Mapping[str, int]) -> Rows:
     """Nothing where no row was written anew: only greedy answers are."""
-    return [("free-running", f"{free['exact']:,} of {free['rows']:,} identical")] * bool(
-        free["rows"]
-    )
+    said = f"{free['exact']:,} of {free['rows']:,} identical"
+    return [("free-running", said)] if free["rows"] else []
 
 
 def audit_table(summary: Mapping[str, Any]) -> Rows:

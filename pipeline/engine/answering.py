@@ -25,7 +25,7 @@ from pipeline.engine.request_logits import Context, TokenCounts
 from pipeline.engine.row_kinds import RowKinds
 from pipeline.engine.sampler import Sampler, has_rules
 from pipeline.engine.sampling import Sampled
-from pipeline.generation import may_rule_out
+from pipeline.generation import reads_each_token
 from pipeline.plan.plan import Plan
 from pipeline.records import FinishReason
 
@@ -180,9 +180,7 @@ class Answering:
         if guide is not None:
             guide.accept(token_id)
         reason = self.why_over(row)
-        # Where each token's own logits are asked for, or looked at, each has a forward of its own.
-        reads_each = row.params.logprobs is not None or may_rule_out(row.params)
-        if reason or guide is None or not self._may_run or reads_each:
+        if reason or guide is None or not self._may_run or reads_each_token(row.params):
             return reason
         while reason is None and len(forced := guide.forced()) >= LEAST_RUN:
             for following in forced:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ from pipeline.model.model import LoadedModel
 from pipeline.private_folder import private_folder
 
 Value = TypeVar("Value")
+_REPEATS = 5
 
 
 def measured_once(
@@ -48,6 +51,19 @@ def measured_once(
         file.write(schema.dump_json(measured))
         os.replace(file.name, path)
     return measured
+
+
+def median_seconds(act: Callable[[], None], device: torch.device, long_s: float) -> float:
+    """Of `act`, until the device is through with it. The first time does not count, and a second
+    one is enough once `long_s` have passed."""
+    times: list[float] = []
+    while len(times) < 2 or (len(times) <= _REPEATS and sum(times) < long_s):
+        begin = time.perf_counter()
+        act()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])
 
 
 def fingerprint(loaded: LoadedModel, backend: Backend) -> str:

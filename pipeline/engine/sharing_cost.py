@@ -8,8 +8,7 @@ more keys when each row has a copy (ARCHITECTURE.md, Attention over a tree). So 
 
 from __future__ import annotations
 
-import statistics
-import time
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -20,14 +19,13 @@ from pydantic import Field, TypeAdapter
 from pipeline.engine.backend import Backend
 from pipeline.engine.kernels.rules import KVSpans
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.measured_once import fingerprint, measured_once
+from pipeline.engine.measured_once import fingerprint, measured_once, median_seconds
 from pipeline.engine.packing import Packer, pack_decode
 from pipeline.model.model import LoadedModel
 
 _ROWS = 32
 _KEYS = 128  # of each row, or as many as the model's context holds
 _PARTS = 8  # spans that they are cut into
-_REPEATS = 5
 _ALWAYS_SHARE = 1.0
 
 
@@ -74,18 +72,15 @@ class _Bench:
             above = np.concatenate([self._own_parts(row, parts) for row in range(_ROWS)])
         slot = _ROWS * self._keys + np.arange(_ROWS)
         keep = torch.arange(_ROWS, device=self._device)
-        times = []
-        for _ in range(_REPEATS + 1):
-            begin = time.perf_counter()
+
+        def decode() -> None:
             batch = pack_decode(
                 np.ones(_ROWS, np.int64), np.full(_ROWS, self._keys), (slot, slot + 1), above,
                 self._packer,
             )  # fmt: skip
             self._backend.forward(batch, self._cache, keep)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times[1:])
+
+        return median_seconds(decode, self._device, math.inf)
 
     def _own_parts(self, row: int, parts: int) -> KVSpans:
         edges = np.linspace(0, self._keys, parts + 1).astype(np.int64)

@@ -9,9 +9,6 @@ does not, so there is a depth from which on saving is cheaper:
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -22,13 +19,12 @@ from pydantic import Field, TypeAdapter
 
 from pipeline.engine.backend import Backend
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.measured_once import fingerprint, measured_once
+from pipeline.engine.measured_once import fingerprint, measured_once, median_seconds
 from pipeline.engine.packing import Packer, Piece, pack_prefill
 from pipeline.model.model import LoadedModel
 from pipeline.plan.conversation_figures import NEVER_SAVED
 
 _FEW, _MANY, _DEEP = 8, 128, 512  # tokens, or as many as the model's context holds
-_REPEATS = 5
 _LONG_S = 0.5  # of one kind of forward: a second one is enough then
 
 _Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -124,7 +120,7 @@ class _Bench:
             batch = pack_prefill([piece], (none, none), self._packer)
             self._backend.forward(batch, self._cache, last)
 
-        return self._seconds(compute)
+        return median_seconds(compute, self._device, _LONG_S)
 
     def copy_s(self, tokens: int) -> float:
         """Of their KV, to memory of the host and back."""
@@ -133,15 +129,4 @@ class _Bench:
             kv = self._cache.arena[..., :tokens, :]
             kv.copy_(kv.to("cpu", copy=True).to(self._device))
 
-        return self._seconds(copy)
-
-    def _seconds(self, act: Callable[[], None]) -> float:
-        """Median time; the first does not count."""
-        times: list[float] = []
-        while len(times) < 2 or (len(times) <= _REPEATS and sum(times) < _LONG_S):
-            begin = time.perf_counter()
-            act()
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times[1:])
+        return median_seconds(copy, self._device, _LONG_S)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.constraints import schema_of
-from pipeline.generation import may_rule_out
+from pipeline.generation import reads_each_token
 from pipeline.plan.openings import append_openings, opened
 from pipeline.records import ChatPrompt, Content, PromptBatch, Rejected, SamplingParams
 from pipeline.tokens.constraint_check import ConstraintChecker
@@ -104,5 +104,4 @@ def _may_call(content: Content | None) -> bool:
 
 def _opens(params: SamplingParams) -> bool:
     """Whether nothing else asks to see the first tokens of the answer one by one."""
-    reads_each = params.logprobs is not None or may_rule_out(params)
-    return params.thinking_budget is None and not reads_each
+    return params.thinking_budget is None and not reads_each_token(params)
