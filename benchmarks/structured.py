@@ -23,8 +23,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 
 from benchmarks import structured_arms
+from benchmarks.classification_files import FILES, ClassificationFile
 from benchmarks.scratch import ROOT
 from benchmarks.setup import Setup, add_options, setup_of
 from benchmarks.structured_arms import Answers, read_ours
@@ -39,7 +41,6 @@ from pipeline.records import Completion
 from pipeline.run import plan_job
 from pipeline.settings import JobSettings
 
-_DOCUMENT = "The quick brown fox met a lazy dog near old mill number {0}. " * 4
 _HEAD = ("task", "rows", "fit", "cut", "tokens a row", "steps a row", "fewer steps", "ours s",
          "one by one s", "free s", "cost of masks")  # fmt: skip
 
@@ -50,7 +51,10 @@ def main() -> None:
     parser.set_defaults(new_tokens=160)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--max-rows", type=int, default=64, help="that decode together")
-    parser.add_argument("--tasks", nargs="+", default=[task.name for task in TASKS])
+    also = ", ".join(file.name for file in FILES)
+    parser.add_argument(
+        "--tasks", nargs="+", default=[task.name for task in TASKS], help=f"also {also}"
+    )
     parser.add_argument("--fit", action="store_true", help="of the demo: do all answers fit?")
     parser.add_argument("--beside", nargs="*", default=[], help="engines: vllm vllm_all_cores")
     parser.add_argument("--cache-gib", type=int, default=4, help="KV room of vLLM")
@@ -62,7 +66,7 @@ def main() -> None:
     setup = setup_of(args)
     engine = make_engine(settings_of(setup, args.max_rows, "prefix"))
     found, others = {}, {}
-    for task in (task for task in TASKS if task.name in args.tasks):
+    for task in (task for task in (*TASKS, *FILES) if task.name in args.tasks):
         with planned_twice(task, args.rows, setup, args.max_rows) as (ours, plain):
             found[task.name], answers = measure(ours, plain, engine, setup.repeats)
             others[task.name] = {
@@ -93,15 +97,21 @@ def settings_of(setup: Setup, max_rows: int, engine: str) -> JobSettings:
     })  # fmt: skip
 
 
+def frame_of(task: Task | ClassificationFile, rows: int, setup: Setup) -> pl.DataFrame:
+    """The rows, with the schema of each in the column `form`."""
+    if isinstance(task, ClassificationFile):
+        return task.frame(rows, setup.workloads)
+    return task.frame(rows)
+
+
 @contextmanager
 def planned_twice(
-    task: Task, rows: int, setup: Setup, max_rows: int
+    task: Task | ClassificationFile, rows: int, setup: Setup, max_rows: int
 ) -> Iterator[tuple[PlannedJob, PlannedJob]]:
     """The same rows with and without openings; the file of rows is there as long."""
-    documents = [_DOCUMENT.format(i) for i in range(97)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
-        task.frame(rows, documents).write_parquet(path)
+        frame_of(task, rows, setup).write_parquet(path)
         ours = plan_job(str(path), settings_of(setup, max_rows, "prefix"))
         yield ours, plan_job(str(path), settings_of(setup, max_rows, "naive"))
 

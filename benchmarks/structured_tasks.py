@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import polars as pl
 Schema = dict[str, Any]
 _TEXT: Schema = {"type": "string", "maxLength": 24}
 _DATE: Schema = {"type": "string", "format": "date"}
+_DOCUMENT = "The quick brown fox met a lazy dog near old mill number {0}. " * 4
 _MONEY: Schema = {"type": "number", "minimum": 0, "maximum": 100000}
 
 
@@ -77,11 +77,11 @@ class Task:
     name: str
     schemas: dict[str, Schema]
 
-    def frame(self, rows: int, documents: Sequence[str]) -> pl.DataFrame:
+    def frame(self, rows: int) -> pl.DataFrame:
         """`id`, `prompt`, `form`: the schema of each row as JSON text."""
         names = list(self.schemas)
         asked = [names[i % len(names)] for i in range(rows)]
-        texts = [documents[i % len(documents)] for i in range(rows)]
+        texts = [_DOCUMENT.format(i % 97) for i in range(rows)]
         return pl.DataFrame({
             "id": [f"r{i}" for i in range(rows)],
             "prompt": [f"Give the {name} of the following text as JSON.\n\n{text}\n\n{i}:\n"
