@@ -23,7 +23,9 @@ from pipeline.engine.base import RunControl
 from pipeline.engine.load import make_engine
 from pipeline.settings import JobSettings
 
-_PRODUCT, _ATTENTION = "mkldnn::_linear_pointwise", "coppice::cascade_attention"
+_BLOCKED = ("coppice::bfloat16_linear", "coppice::int8_linear")  # weights [B, K / n, 64, n]
+_PACKED = "mkldnn::_linear_pointwise"  # weight [outputs, K]
+_ATTENTION = "coppice::cascade_attention"
 
 
 def main() -> None:
@@ -46,14 +48,14 @@ def main() -> None:
         if event.cpu_parent is not None or event.name.startswith("aten::empty"):
             continue
         name = event.name
-        if name.startswith((_PRODUCT, _ATTENTION)):
+        if name.startswith((*_BLOCKED, _PACKED, _ATTENTION)):
             tokens = event.input_shapes[0][0]
             phase = "prefill" if tokens > settings.engine.max_rows else "decode"
             name = f"{phase} {name.split('::')[1].removeprefix('_')}"
-        if event.name.startswith(_PRODUCT):
-            weight = next(s for s in event.input_shapes[1:] if len(s) == 2 and s != [tokens, s[1]])
-            name += f" {weight[0]} x {weight[1]}"
-            flop[name] += 2 * tokens * weight[0] * weight[1]
+        if event.name.startswith((*_BLOCKED, _PACKED)):
+            outputs, depth = weight_of(event.name, event.input_shapes)
+            name += f" {outputs} x {depth}"
+            flop[name] += 2 * tokens * outputs * depth
         seconds[name] += event.cpu_time_total / 1e6
         calls[name] += 1
     model = Dimensions.of(SHAPES[setup.shape])
@@ -67,6 +69,16 @@ def main() -> None:
         print(f"{name:44} {spent:7.3f} s {calls[name]:7,} calls {speed}")
     rate = model.flop_per_pair * work.pairs / attention / 1e9 if attention else 0.0
     print(f"attention over the pairs counted: {rate:.0f} GFLOP/s")
+
+
+def weight_of(operator: str, shapes: list[list[int]]) -> tuple[int, int]:
+    """Outputs and inputs of a layer, from the shapes of what its operator is given."""
+    if operator in _BLOCKED:
+        blocks, deep, wide, together = shapes[1]
+        return blocks * wide, deep * together
+    tokens = shapes[0][0]
+    outputs, depth = next(s for s in shapes[1:] if len(s) == 2 and s != [tokens, s[1]])
+    return outputs, depth
 
 
 if __name__ == "__main__":
