@@ -125,14 +125,14 @@ void transpose(const float* from, int64_t rows, int64_t columns, float* to, int6
           std::min<int64_t>(16, rows - i), std::min<int64_t>(16, columns - j));
 }
 
-// K [n, d] -> K^T [d, padded], zeros beyond n
+// K [n, d] -> K^T [d, kKeys], zeros from n to `padded`
 void pack_keys(const float* k, int64_t n, int64_t padded, int64_t d, float* to) {
-  transpose(k, n, d, to, padded);
+  transpose(k, n, d, to, kKeys);
   if (n < padded)
-    for (int64_t j = 0; j < d; ++j) std::fill(to + j * padded + n, to + (j + 1) * padded, 0.f);
+    for (int64_t j = 0; j < d; ++j) std::fill(to + j * kKeys + n, to + j * kKeys + padded, 0.f);
 }
 
-// bfloat16: neighbours along the summed dimension lie side by side, [d / 2, padded, 2]
+// bfloat16: neighbours along the summed dimension lie side by side, [d / 2, kKeys, 2]
 void pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, BFloat16* to) {
   pack_keys(reinterpret_cast<const float*>(k), n, padded, d / 2, reinterpret_cast<float*>(to));
 }
@@ -408,15 +408,15 @@ void attend(const Results<T>& results, const Tensor& query, const Tensor& keys, 
         const T* q = task.q.data() + block.state * d;
         float* o = task.o.data() + block.state * d;
         const int64_t n = block.n, padded = padded_keys(n);
-        const auto weigh = [&](int64_t row, int64_t place) {
+        const auto weigh = [&](int64_t row, int64_t place, int64_t width) {
           const int64_t query = block.span->q_lo + row / rep;
           const int64_t now = block.offset + positions[query] - block.slot;
           const int64_t lo = rules.window ? std::max<int64_t>(0, now - rules.window + 1) : 0;
-          task.weigh(place, block.state + row, lo, std::min(n, now + 1), padded, rules);
+          task.weigh(place, block.state + row, lo, std::min(n, now + 1), width, rules);
         };
         if (has_direct && block.count <= kFew) {
           score_few(block.count, n, d, q, k, v, task.s.data());
-          for (int64_t r = 0; r < block.count; ++r) weigh(r, r);
+          for (int64_t r = 0; r < block.count; ++r) weigh(r, r, padded);
           add_few(block.count, n, d, task.p.data(), v, k_next, next.n, o);
           continue;
         }
@@ -424,16 +424,20 @@ void attend(const Results<T>& results, const Tensor& query, const Tensor& keys, 
         pack_values(v, n, padded, d, task.v.data());
         for (int64_t low = 0; low < block.count; low += kRows) {
           const int64_t m = std::min(kRows, block.count - low);
-          multiply(m, padded, d, q + low * d, d, task.k.data(), padded, task.s.data(), kKeys,
-                   false);
+          const int64_t* at = positions + block.span->q_lo + low / rep;
+          const int64_t last = *std::max_element(at, at + (low + m - 1) / rep - low / rep + 1);
+          // keys behind the last of these queries are not computed for them
+          const int64_t seen = padded_keys(std::min(n, block.offset + last - block.slot + 1));
+          if (seen <= 0) continue;
+          multiply(m, seen, d, q + low * d, d, task.k.data(), kKeys, task.s.data(), kKeys, false);
           for (int64_t r = 0; r < m; ++r) {
             if (block.count <= kRows) {
               ask_for_part(k_next, next.n * d, r, m);
               ask_for_part(v_next, next.n * d, r, m);
             }
-            weigh(low + r, r);
+            weigh(low + r, r, seen);
           }
-          multiply(m, d, padded, task.p.data(), kKeys, task.v.data(), d, o + low * d, d, true);
+          multiply(m, d, seen, task.p.data(), kKeys, task.v.data(), d, o + low * d, d, true);
         }
       }
       for (int64_t r = 0; r < rows; ++r) {
