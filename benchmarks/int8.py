@@ -3,6 +3,9 @@
 The same weights in bfloat16 and rounded to int8 take turns in one process, on 64 rows x (1,024
 shared + 32 own), rows of gsm8k_8shot, and 100 prompts that share nothing, 32 new tokens a row; then
 int8 in float32, default and strict. Medians of the pairs, beside the bytes of the weights.
+
+`--beside vllm vllm_all_cores`: these engines on the same int8 weights (`shapes.int8_folder`), each
+in a process of its own, one round.
 """
 
 from __future__ import annotations
@@ -12,9 +15,17 @@ import json
 import statistics
 from typing import Any
 
-from benchmarks.prompts import distinct_prompts, plan_prompts, shared_prompts, workload_prompts
+from benchmarks.job import Job
+from benchmarks.launcher import run_arm
+from benchmarks.prompts import (
+    Prompts,
+    distinct_prompts,
+    plan_prompts,
+    shared_prompts,
+    workload_prompts,
+)
 from benchmarks.setup import Setup, add_options, setup_of
-from benchmarks.shapes import load_random
+from benchmarks.shapes import int8_folder, load_random
 from benchmarks.strict import seconds
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.model.int8 import hold_in_int8
@@ -47,12 +58,23 @@ def compare(engines: dict[str, PrefixEngine], plan: Plan, repeats: int) -> dict[
     return medians | {"ratio": statistics.median(pair[first] / pair[second] for pair in pairs)}
 
 
+def beside(arm: str, setup: Setup, cases: dict[str, Prompts]) -> dict[str, float]:
+    """Seconds of a peer on the same int8 weights, by case. Raises RuntimeError if it gives none."""
+    folder = str(int8_folder(setup.shape))
+    job = Job(folder, "bfloat16", setup.new_tokens, batches=list(cases.values()))
+    outcome = run_arm(arm, job, setup.time_limit_s)
+    if outcome.failure:
+        raise RuntimeError(f"{arm}: {outcome.failure}")
+    return dict(zip(cases, (answer["seconds"] for answer in outcome.answers), strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser)
     parser.set_defaults(shape="360M", repeats=3)
     parser.add_argument("--rows", type=int, default=100, help="of gsm8k_8shot")
     parser.add_argument("--no-strict", action="store_true", help="the first comparison alone")
+    parser.add_argument("--beside", nargs="*", default=[], help="engines: vllm vllm_all_cores")
     setup = setup_of(args := parser.parse_args())
     size = setup.vocabulary_size
     cases = {
@@ -82,6 +104,13 @@ def main() -> None:
         for name, plan in plans.items():
             report[f"{mode}, {name}"] = compare(engines, plan, setup.repeats)
             print(f"{mode:9} {name:18}", report[f"{mode}, {name}"], flush=True)
+    for arm in args.beside:
+        theirs = beside(arm, setup, cases)
+        report[arm] = {
+            name: {"int8": taken, "ratio": taken / report[f"bfloat16, {name}"]["int8"]}
+            for name, taken in theirs.items()
+        }
+        print(f"{arm:28}", report[arm], flush=True)
     print(json.dumps(report))
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.scratch import scratch
+from pipeline.model.int8 import hold_in_int8
 from pipeline.model.model import LoadedModel, load_model
 from pipeline.settings import ModelSettings
 
@@ -49,6 +51,17 @@ _TOKENIZER_CONFIG = {
     "pad_token": "<|pad|>",
     "clean_up_tokenization_spaces": False,
 }
+_W8A8 = {
+    "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"],
+    "quantization_status": "compressed",
+    "config_groups": {"group_0": {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel",
+                    "dynamic": False},
+        "input_activations": {"num_bits": 8, "type": "int", "symmetric": True,
+                              "strategy": "token", "dynamic": True},
+    }},
+}  # fmt: skip
 
 
 def model_folder(shape: str, dtype: str, tokenizer: Path | None = None) -> Path:
@@ -78,6 +91,27 @@ def write_model(folder: Path, shape: str, dtype: str, seed: int = 0) -> None:
     model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
+
+
+def int8_folder(shape: str) -> Path:
+    """As `model_folder`, rounded to int8 as compressed-tensors keeps it: a scale for each output,
+    those of tokens as they come (W8A8)."""
+    folder = scratch("models") / f"{shape}-int8"
+    if not (folder / "config.json").exists():
+        loaded = load_random(shape, "bfloat16")
+        hold_in_int8(loaded.model)
+        tensors = loaded.model.state_dict()
+        del tensors["lm_head.weight"]  # which is the embedding's
+        for name in [name for name in tensors if name.endswith(".scale")]:
+            scale = tensors.pop(name)
+            tensors[f"{name.removesuffix('.scale')}.weight_scale"] = scale[:, None]
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+            loaded.model.config.quantization_config = _W8A8
+            loaded.model.config.save_pretrained(unfinished)
+            loaded.model.generation_config.save_pretrained(unfinished)
+            save_file(tensors, Path(unfinished) / "model.safetensors", {"format": "pt"})
+            shutil.copytree(unfinished, folder)
+    return folder
 
 
 def load_random(shape: str, dtype: str) -> LoadedModel:
