@@ -208,7 +208,8 @@ def described(text: str | None) -> str:
 def python_page() -> str:
     """What a program imports, from the docstrings."""
     modules = ["kvcoppice.api", "kvcoppice.notebooks", "kvcoppice.results"]
-    modules += ["pipeline.settings", "pipeline.records", "pipeline.errors"]
+    modules += ["pipeline.settings", "pipeline.prompt_settings", "pipeline.sampling_settings"]
+    modules += ["pipeline.store_settings", "pipeline.records", "pipeline.errors"]
     text = [
         "# Python",
         "The calls and results of `import kvcoppice`, then the records that they take.",

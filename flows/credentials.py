@@ -11,7 +11,7 @@ from prefect.blocks.core import Block
 from pydantic import Field, SecretStr
 
 from pipeline.errors import UsageError
-from pipeline.settings import STORAGE_OPTIONS, ObjectStoreSettings
+from pipeline.store_settings import STORAGE_OPTIONS, ObjectStoreSettings
 
 
 class S3Credentials(Block):

@@ -24,8 +24,9 @@ from pydantic import (
 )
 
 from pipeline.cli.options import HELP, WRITTEN_AS
-from pipeline.settings import STORAGE_SECRETS, AuditSettings, JobSettings, ObjectStoreSettings
+from pipeline.settings import AuditSettings, JobSettings
 from pipeline.settings_file import read_config
+from pipeline.store_settings import STORAGE_SECRETS, ObjectStoreSettings
 
 _TEXT = "system_prompt"
 _SECRETS = frozenset(STORAGE_SECRETS)

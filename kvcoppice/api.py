@@ -17,7 +17,8 @@ from pipeline.cli.logs import make_observer
 from pipeline.cli.options import choices_unless_said, merge_section, split_store
 from pipeline.errors import UsageError
 from pipeline.location import Location
-from pipeline.settings import AuditSettings, JobSettings, ObjectStoreSettings
+from pipeline.settings import AuditSettings, JobSettings
+from pipeline.store_settings import ObjectStoreSettings
 
 FsPath: TypeAlias = str | os.PathLike[str]
 Prompts: TypeAlias = FsPath | pl.DataFrame | pl.LazyFrame | pa.Table

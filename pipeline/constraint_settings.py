@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pipeline import constraints
+from pipeline.forms import flag_of
 
 if TYPE_CHECKING:
     from pipeline.settings import JobSettings
@@ -51,10 +52,6 @@ def _read_text(path: Path, what: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"cannot read the file {what}, {path} (it is not UTF-8)") from None
-
-
-def flag_of(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def check_constraints(job: JobSettings) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.forms import Section, Share
+from pipeline.forms import Section, Share, flag_of, refuse_beside
 
 if TYPE_CHECKING:
     from pipeline.settings import JobSettings
@@ -69,11 +69,13 @@ class ConversationSettings(Section):
                 if getattr(self, name) != field.default]  # fmt: skip
         if not self.has_turns and said:
             raise ValueError(
-                f"{_flag(said[0])} is for conversations; name their --conversation-column"
+                f"{flag_of(said[0])} is for conversations; name their --conversation-column"
             )
         idle = [name for name in said if name in _OF_EVICTION]
         if not self.evicts and idle:
-            raise ValueError(f"{_flag(idle[0])} says nothing with --evict none; choose an evictor")
+            raise ValueError(
+                f"{flag_of(idle[0])} says nothing with --evict none; choose an evictor"
+            )
         self._check_evictor()
         if not 0 < self.evict_to < 1:
             raise ValueError("--evict-to must lie between 0 and 1, like 75%")
@@ -95,10 +97,6 @@ class ConversationSettings(Section):
 
 
 NO_CONVERSATIONS: Final = ConversationSettings()
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def check_conversations(job: JobSettings) -> None:
@@ -124,14 +122,7 @@ def check_conversations(job: JobSettings) -> None:
         f"--engine {job.model.engine}": job.model.engine != "prefix",
         "--fidelity strict": job.engine.fidelity == "strict",
     }
-    for first, others in (
-        (_named(asked), never),
-        (f"--evict {asked.evict}", evicting if asked.evicts else {}),
-    ):
-        for other, is_there in others.items():
-            if is_there:
-                raise ValueError(f"{first} does not work with {other}; leave one of the two out")
-
-
-def _named(asked: ConversationSettings) -> str:
-    return "--conversation-column" if asked.conversation_column is not None else "--turn-column"
+    column = "conversation_column" if asked.conversation_column is not None else "turn_column"
+    refuse_beside(flag_of(column), never)
+    if asked.evicts:
+        refuse_beside(f"--evict {asked.evict}", evicting)

@@ -17,7 +17,8 @@ from pipeline.job.job import Job
 from pipeline.job.observer import Observer
 from pipeline.model.identity import identify_model
 from pipeline.model.rates import recall_rates
-from pipeline.settings import JobSettings, ObjectStoreSettings
+from pipeline.settings import JobSettings
+from pipeline.store_settings import ObjectStoreSettings
 
 
 @contextmanager

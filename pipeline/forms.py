@@ -10,10 +10,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from fractions import Fraction
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import (
     BaseModel,
@@ -91,6 +91,19 @@ def rows_of(limit: str, total: int) -> Fraction:
     return Fraction(limit) if limit.isdigit() else _exact_share(limit) * total
 
 
+def named_values(value: object) -> list[tuple[Any, Any]]:
+    """Of a mapping, or of texts like `name=value`, or one such text. Raises ValueError."""
+    if isinstance(value, dict):
+        return list(value.items())
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        raise ValueError("write it as name=value")
+    pairs = [str(text).partition("=") for text in texts]
+    if not all(equals for _, equals, _ in pairs):
+        raise ValueError("write it as name=value, like region=eu-west-1")
+    return [(name, content) for name, _, content in pairs]
+
+
 def write_size(count: int) -> str:
     """As `parse_size` reads it, with the largest unit that divides it: `2GiB`."""
     for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
@@ -154,6 +167,18 @@ def unknown_name(name: str, known: Iterable[str], remedy: str) -> str:
     name = name.replace("_", "-")
     near = get_close_matches(name.lower(), spelled, 1)
     return f"unknown setting {name!r}; {f'did you mean {near[0]}?' if near else remedy}"
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def refuse_beside(flag: str, others: Mapping[str, bool]) -> None:
+    """Raises ValueError for the first of the other flags that is there."""
+    for other, is_there in others.items():
+        if is_there:
+            raise ValueError(f"{flag} does not work with {other}; leave one of the two out")
 
 
 # What pydantic says, in a person's words; the numbers and choices are those of the field.

@@ -22,7 +22,7 @@ from pipeline.records import GREEDY_BELOW, MOST_NEW_TOKENS, SamplingParams
 from pipeline.request_rules import REQUEST_RULES, read_asked, write_asked
 
 if TYPE_CHECKING:
-    from pipeline.settings import SamplingSettings
+    from pipeline.sampling_settings import SamplingSettings
 
 PLAIN: Final = (
     "do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "max_length", "stop_strings",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.forms import Section, Share
+from pipeline.forms import Section, Share, refuse_beside
 
 if TYPE_CHECKING:
     from pipeline.settings import JobSettings
@@ -101,6 +101,4 @@ def check_reuse(job: JobSettings) -> None:
         "--reorder-fields": job.read.reorder_fields,
         "--messages-column": job.read.messages_column is not None,
     }
-    for other, is_there in contradictions.items():
-        if is_there:
-            raise ValueError(f"{flag} does not work with {other}; leave one of the two out")
+    refuse_beside(flag, contradictions)

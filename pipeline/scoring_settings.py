@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from pipeline.forms import Section
+from pipeline.forms import Section, flag_of, refuse_beside
 
 if TYPE_CHECKING:
     from pipeline.settings import JobSettings
@@ -95,7 +95,7 @@ def check_scoring(job: JobSettings) -> None:
     said = [name for name, field in type(sampling).model_fields.items()
             if getattr(sampling, name) != field.default]  # fmt: skip
     never = {
-        **{f"--{name.replace('_', '-')}": True for name in said},
+        **{flag_of(name): True for name in said},
         f"--reuse {job.reuse.reuse}": job.reuse.moves_documents,
         "--document-order best": job.reuse.document_order == "best",
         "--segments-column": job.read.segments_column is not None,
@@ -106,7 +106,4 @@ def check_scoring(job: JobSettings) -> None:
         "--explode": job.write.explode,
         f"--engine {job.model.engine}": job.model.engine not in _ENGINES,
     }
-    flag = asked.sources[0]
-    for other, is_there in never.items():
-        if is_there:
-            raise ValueError(f"{flag} does not work with {other}; leave one of the two out")
+    refuse_beside(asked.sources[0], never)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,13 +17,11 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    field_serializer,
     field_validator,
     model_validator,
 )
 
-from pipeline import constraints
-from pipeline.constraint_settings import check_constraints, read_grammar, read_schema
+from pipeline.constraint_settings import check_constraints
 from pipeline.conversation_settings import ConversationSettings, check_conversations
 from pipeline.costs import CostSettings
 from pipeline.errors import UsageError
@@ -34,116 +31,17 @@ from pipeline.forms import (
     Section,
     Share,
     Size,
+    named_values,
     parse_duration,
     rows_of,
     say_fault,
     unknown_name,
 )
-from pipeline.generation import read_generation_options
-from pipeline.records import MOST_LOGPROBS, MOST_NEW_TOKENS, MOST_SAMPLES
+from pipeline.prompt_settings import ReadSettings, TokenSettings
 from pipeline.reuse_settings import ReuseSettings, check_reuse
+from pipeline.sampling_settings import SamplingSettings
 from pipeline.scoring_settings import ScoringSettings, check_scoring
-from pipeline.template_arguments import read_template_arguments
-
-STORAGE_SECRETS = (
-    "access_key_id", "secret_access_key", "session_token", "account_key", "sas_token", "token",
-)  # fmt: skip
-STORAGE_OPTIONS = (
-    "endpoint_url", "region", "anonymous", "service_account", "account_name", *STORAGE_SECRETS,
-)  # fmt: skip
-_PREFIXES = ("aws_", "azure_storage_", "google_")
-
-
-def parse_storage_options(value: object) -> dict[str, str]:
-    """`["region=eu-west-1"]`, one such text, or a mapping, as a mapping; later ones win.
-
-    `aws_region` is `region`, and so on. Raises ValueError, which never quotes a value: it may be
-    a secret.
-    """
-    options: dict[str, str] = {}
-    for key, content in _named_values(value):
-        name = str(key).strip().lower().replace("-", "_")
-        name = next((name.removeprefix(p) for p in _PREFIXES if name.startswith(p)), name)
-        if name not in STORAGE_OPTIONS:
-            raise ValueError(f"there is no option {key!r}; known are {', '.join(STORAGE_OPTIONS)}")
-        options[name] = str(content).lower() if isinstance(content, bool) else str(content)
-    return options
-
-
-def _named_values(value: object) -> list[tuple[Any, Any]]:
-    """Of a mapping, or of texts like `name=value`, or one such text. Raises ValueError."""
-    if isinstance(value, dict):
-        return list(value.items())
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple):
-        raise ValueError("write it as name=value")
-    pairs = [str(text).partition("=") for text in texts]
-    if not all(equals for _, equals, _ in pairs):
-        raise ValueError("write it as name=value, like region=eu-west-1")
-    return [(name, content) for name, _, content in pairs]
-
-
-class ReadSettings(Section):
-    """Which rows and columns are read. A column left at None is found by its usual name.
-
-    `template`: a Jinja file that makes the prompt of a row's columns, instead of a ready one.
-    `reorder_fields`: list its `fields(...)` in each row in the order in which rows share most.
-    `segments_column`: a prompt in parts; `documents_column`: what stands before the prompt.
-    `json_schema_column`: what the answer of each row must be.
-    """
-
-    prompt_column: str | None = None
-    messages_column: str | None = None
-    segments_column: str | None = None
-    documents_column: str | None = None
-    template: Path | None = None
-    json_schema_column: str | None = None
-    reorder_fields: bool = False
-    id_column: str | None = None
-    limit: int | None = Field(default=None, ge=1)
-
-
-class TokenSettings(Section):
-    """How a row becomes text, and text token ids.
-
-    `clock`: what a chat template that prints the date or time takes for now, on the wall; None:
-    the beginning of the day on which the job begins. `chat_template_kwargs`: what a chat template
-    is given besides messages, like `{"enable_thinking": false}`. `reasoning_tags`: around what a
-    model thinks before it answers: "auto" (those of its chat template), "none", or two, with a
-    comma between.
-    """
-
-    system_prompt: str | None = None
-    chat_template: Path | None = None
-    clock: datetime | None = None
-    apply_chat_template: bool = False
-    parse_special_tokens: bool = False
-    chat_template_kwargs: dict[str, Any] = {}
-    reasoning_tags: str = "auto"
-
-    @field_validator("chat_template_kwargs", mode="before")
-    @classmethod
-    def _arguments(cls, value: object) -> dict[str, Any]:
-        return read_template_arguments(dict(_named_values(value)))
-
-    @field_validator("reasoning_tags")
-    @classmethod
-    def _tags(cls, value: str) -> str:
-        begin, _, end = value.partition(",")
-        if value not in ("auto", "none") and (not begin or not end or "," in end):
-            raise ValueError("write it as auto, none, or two tags like <think>,</think>")
-        return value
-
-    @property
-    def named_tags(self) -> tuple[str, str] | None:
-        """The tags around reasoning, where a person names them."""
-        begin, comma, end = self.reasoning_tags.partition(",")
-        return (begin, end) if comma else None
-
-    @field_validator("clock")
-    @classmethod
-    def _on_the_wall(cls, value: datetime | None) -> datetime | None:
-        return None if value is None else value.replace(tzinfo=None)
+from pipeline.store_settings import ObjectStoreSettings
 
 
 class PlanSettings(Section):
@@ -179,71 +77,6 @@ class PlanSettings(Section):
         return self.shard or 0
 
 
-class SamplingSettings(Section):
-    """Defaults for rows without sampling fields; None means: as the model's repository says.
-
-    `top_k` 0 or -1: all tokens. `generation_options`: fields of transformers' `GenerationConfig`
-    instead of the model's own, like `{"repetition_penalty": 1.0}`, or of `RequestRules`.
-    `json_schema`, `regex`, `grammar`: what each answer must be, as text; the first and the last may
-    be files. `thinking_budget`: most tokens of thinking. `logprobs`: of each chosen token and so
-    many likeliest ones. `n`: samples of each row.
-    """
-
-    max_new_tokens: int | None = Field(default=None, ge=1, le=MOST_NEW_TOKENS)
-    temperature: float | None = Field(default=None, ge=0.0, le=100.0)
-    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
-    top_k: int | None = Field(default=None, ge=-1, le=MOST_NEW_TOKENS)
-    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    n: int | None = Field(default=None, ge=1, le=MOST_SAMPLES)
-    logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
-    presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
-    frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
-    generation_options: dict[str, Any] = {}
-    json_schema: str | None = None
-    regex: str | None = None
-    grammar: str | None = None
-    thinking_budget: int | None = Field(default=None, ge=0, le=MOST_NEW_TOKENS)
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _texts(cls, value: object) -> object:
-        texts = (value,) if isinstance(value, str) else value
-        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) and t for t in texts):
-            raise ValueError("give a text that is not empty, or a list of them")
-        return tuple(texts)
-
-    @field_validator("generation_options", mode="before")
-    @classmethod
-    def _options(cls, value: object) -> dict[str, Any]:
-        return read_generation_options(dict(_named_values(value)))
-
-    @field_validator("json_schema", mode="before")
-    @classmethod
-    def _schema(cls, value: object) -> str | None:
-        return None if value is None else read_schema(value)
-
-    @field_validator("grammar", mode="before")
-    @classmethod
-    def _grammar(cls, value: object) -> str | None:
-        return None if value is None else read_grammar(value)
-
-    @field_validator("regex")
-    @classmethod
-    def _regex(cls, value: str | None) -> str | None:
-        return value if value is None or constraints.of_regex(value) else None
-
-    @property
-    def constraint(self) -> str:
-        """What each answer must be, as one text; empty: anything."""
-        if self.json_schema is not None:
-            return constraints.of_schema(self.json_schema)
-        if self.regex is not None:
-            return constraints.of_regex(self.regex)
-        return "" if self.grammar is None else constraints.of_grammar(self.grammar)
-
-
 class ModelSettings(Section):
     """Which model runs, and on what. `model` is a folder or a hub id.
 
@@ -262,7 +95,7 @@ class ModelSettings(Section):
     @field_validator("engine_options", mode="before")
     @classmethod
     def _options(cls, value: object) -> dict[str, str]:
-        options = _named_values(value)
+        options = named_values(value)
         return {str(name).strip().replace("-", "_"): str(text) for name, text in options}
 
     @model_validator(mode="after")
@@ -378,41 +211,6 @@ class AuditSettings(Section):
     def num_rows(self, total: int) -> int:
         """Rows asked for out of `total`; rows that cover prefix groups may come on top."""
         return min(total, math.ceil(rows_of(self.audit_sample, total)))
-
-
-class ObjectStoreSettings(Section):
-    """How an object store is reached, to read and to write; decides no answer.
-
-    Secrets are in no dump and no repr: run.json and `--print-config` never hold them. What is
-    not given is taken from the environment variables and files that each store's own tools use.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-    storage_options: dict[str, str] = Field(default={}, repr=False)
-
-    @field_validator("storage_options", mode="before")
-    @classmethod
-    def _options(cls, value: object) -> dict[str, str]:
-        options = parse_storage_options(value)
-        endpoint = options.get("endpoint_url")
-        if endpoint is not None and not re.fullmatch(r"https?://[^/@\s]+(/[^@\s?#]*)?", endpoint):
-            raise ValueError("endpoint_url must look like https://host:port, without a password")
-        if options.get("anonymous", "true") not in ("true", "false"):
-            raise ValueError("anonymous is true or false")
-        if "account_key" in options and "sas_token" in options:
-            raise ValueError("account_key and sas_token exclude each other; drop one")
-        if ("access_key_id" in options) != ("secret_access_key" in options):
-            raise ValueError("access_key_id and secret_access_key belong together; give both")
-        return options
-
-    @field_serializer("storage_options")
-    def _without_secrets(self, options: dict[str, str]) -> dict[str, str]:
-        return {name: text for name, text in options.items() if name not in STORAGE_SECRETS}
-
-    def overridden_by(self, other: ObjectStoreSettings) -> ObjectStoreSettings:
-        """These options, and those of `other` over them."""
-        return ObjectStoreSettings(storage_options=self.storage_options | other.storage_options)
 
 
 class JobSettings(BaseModel):

@@ -97,7 +97,7 @@ def render(kind: str, template: str, folder: Path) -> str:
     from pipeline.inputs import prompt_template
     from pipeline.inputs.bad_cell import BadCell
     from pipeline.inputs.prompt_template import PromptTemplate
-    from pipeline.settings import TokenSettings
+    from pipeline.prompt_settings import TokenSettings
     from pipeline.tokens import chat_template
     from pipeline.tokens.tokenizer import PromptTokenizer
 

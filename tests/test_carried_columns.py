@@ -15,8 +15,9 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
+from pipeline.prompt_settings import ReadSettings
 from pipeline.run import run_job
-from pipeline.settings import JobSettings, ReadSettings
+from pipeline.settings import JobSettings
 from tests.tiny_job import answers, echo_settings
 
 _BIG = Decimal("-99999999999999999999.99")

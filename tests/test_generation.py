@@ -21,7 +21,8 @@ from pipeline.generation import (
     why_not_by_vllm,
 )
 from pipeline.records import SamplingParams
-from pipeline.settings import JobSettings, SamplingSettings
+from pipeline.sampling_settings import SamplingSettings
+from pipeline.settings import JobSettings
 
 NO_INFLUENCE = {
     # beams and groups of them, which are refused where there is more than one

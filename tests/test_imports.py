@@ -21,7 +21,8 @@ _FIRST = {
     f"pipeline.{name}"
     for name in (
         "records", "errors", "forms", "generation", "settings", "reuse_settings",
-        "conversation_settings", "scoring_settings", "questions", "time_limit",
+        "conversation_settings", "scoring_settings", "prompt_settings", "sampling_settings",
+        "store_settings", "questions", "time_limit",
         "constraints", "constraint_settings", "narrowed_schemas", "request_rules",
         "template_arguments", "costs", "visible", "private_folder", "confined", "unheard",
         "location", "binomial",
@@ -56,6 +57,9 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.reuse_settings": _FIRST,
     "pipeline.conversation_settings": _FIRST,
     "pipeline.scoring_settings": _FIRST,
+    "pipeline.prompt_settings": _FIRST,
+    "pipeline.sampling_settings": _FIRST,
+    "pipeline.store_settings": _FIRST,
     "pipeline.location": _FIRST,
     "pipeline.settings_file": _FIRST,
     "pipeline.plan": _FIRST,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.location import Location
-from pipeline.settings import ObjectStoreSettings
+from pipeline.store_settings import ObjectStoreSettings
 
 SECRETS = {"access_key_id": "AKIA-MINE", "secret_access_key": "hush"}
 STORE = ObjectStoreSettings(storage_options=SECRETS)

@@ -21,9 +21,10 @@ from pipeline.inputs.prompt_source import open_source
 from pipeline.job.job import Job, open_job
 from pipeline.job.planning import plan_rows
 from pipeline.location import Location
+from pipeline.prompt_settings import ReadSettings
 from pipeline.records import PromptBatch, SamplingParams
 from pipeline.run import run_job
-from pipeline.settings import JobSettings, ReadSettings, WriteSettings
+from pipeline.settings import JobSettings, WriteSettings
 from tests.tiny_job import answers, echo_settings
 
 WRITE = WriteSettings(rows_per_part=1000)

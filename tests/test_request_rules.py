@@ -9,7 +9,8 @@ import pytest
 from pipeline.generation import resolve_sampling
 from pipeline.records import SamplingParams
 from pipeline.request_rules import NOTHING, REQUEST_RULES, read_asked, with_bad_words, write_asked
-from pipeline.settings import JobSettings, SamplingSettings
+from pipeline.sampling_settings import SamplingSettings
+from pipeline.settings import JobSettings
 
 EACH: dict[str, Any] = {
     "presence_penalty": 0.5,

@@ -10,12 +10,8 @@ from pydantic import ValidationError
 from pipeline.errors import UsageError
 from pipeline.generation import resolve_sampling
 from pipeline.records import SamplingParams
-from pipeline.settings import (
-    AuditSettings,
-    JobSettings,
-    SamplingSettings,
-    WriteSettings,
-)
+from pipeline.sampling_settings import SamplingSettings
+from pipeline.settings import AuditSettings, JobSettings, WriteSettings
 
 
 @pytest.mark.parametrize(

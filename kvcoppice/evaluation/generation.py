@@ -11,7 +11,7 @@ from pipeline.errors import UsageError
 from pipeline.forms import unknown_name
 from pipeline.generation import REFUSED, ROW_RULES, resolve_sampling
 from pipeline.records import SamplingParams
-from pipeline.settings import SamplingSettings
+from pipeline.sampling_settings import SamplingSettings
 
 _SAMPLED: Final = ("top_p", "top_k", "seed", "min_p", "typical_p", "top_h", "epsilon_cutoff",
                    "eta_cutoff")  # fmt: skip

@@ -6,8 +6,8 @@ from pipeline.errors import InputError, ModelError, RunDirectoryError
 from pipeline.job.job import Job, open_job
 from pipeline.job.recorded import recall_settings
 from pipeline.model.identity import THREADS
-from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.run_directory import RunDirectory
+from pipeline.store_settings import ObjectStoreSettings
 
 
 def reopen_job(directory: RunDirectory, store: ObjectStoreSettings | None = None) -> Job:

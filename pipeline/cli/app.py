@@ -41,7 +41,8 @@ from pipeline.cli.streams import prepare_streams, result_is_kept, say
 from pipeline.costs import CostSettings
 from pipeline.errors import CoppiceError, OutputLost, UsageError, place_of
 from pipeline.location import Location, is_url
-from pipeline.settings import AuditSettings, JobSettings, ObjectStoreSettings
+from pipeline.settings import AuditSettings, JobSettings
+from pipeline.store_settings import ObjectStoreSettings
 
 if TYPE_CHECKING:
     from pipeline.job.observer import Observer

@@ -9,7 +9,7 @@ import typer
 from pipeline.cli.arguments import Json
 from pipeline.cli.options import merge_section, takes_settings
 from pipeline.location import Location
-from pipeline.settings import ObjectStoreSettings
+from pipeline.store_settings import ObjectStoreSettings
 
 app = typer.Typer()
 

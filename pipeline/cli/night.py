@@ -14,7 +14,7 @@ from pipeline.cli.logs import make_observer
 from pipeline.cli.options import merge_section, takes_settings
 from pipeline.cli.streams import result_is_kept, write_result
 from pipeline.location import Location
-from pipeline.settings import ObjectStoreSettings
+from pipeline.store_settings import ObjectStoreSettings
 
 app = typer.Typer()
 NightFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of a nightly job.")]

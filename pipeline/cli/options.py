@@ -20,8 +20,9 @@ from pydantic_core import PydanticUndefinedType
 from pipeline.errors import UsageError
 from pipeline.forms import say_fault, write_duration, write_size
 from pipeline.scoring_settings import CHOICES_COLUMN
-from pipeline.settings import SECTIONS, JobSettings, ObjectStoreSettings, parse_storage_options
+from pipeline.settings import SECTIONS, JobSettings
 from pipeline.settings_file import read_config
+from pipeline.store_settings import ObjectStoreSettings, parse_storage_options
 
 PANELS = {
     "model": "Model",

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.errors import InputError, NoInput
 from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
-from pipeline.settings import ReadSettings
+from pipeline.prompt_settings import ReadSettings
 
 _LONGEST_CELL = 1 << 24
 

@@ -22,7 +22,8 @@ from pipeline.kvstore.identity import Identity, TokenIds
 from pipeline.model.folder import check_model_folder
 from pipeline.model.identity import identify_model
 from pipeline.model.model import load_model
-from pipeline.settings import JobSettings, TokenSettings
+from pipeline.prompt_settings import TokenSettings
+from pipeline.settings import JobSettings
 from pipeline.tokens.tokenizer import PromptTokenizer
 
 DIALOGPT: Final = "microsoft/DialoGPT-medium"

@@ -12,8 +12,8 @@ from pipeline.errors import InputError
 from pipeline.inputs.cells import TURN_FIELDS
 from pipeline.inputs.choices import Choices
 from pipeline.inputs.request_fields import AMBIGUOUS, OBEYED, REFUSED
+from pipeline.prompt_settings import ReadSettings
 from pipeline.questions import Question
-from pipeline.settings import ReadSettings
 from pipeline.storage.plain_types import is_text
 
 REFUSED_COLUMN = "coppice_refused"

@@ -30,10 +30,10 @@ from pipeline.inputs.scored_columns import read_texts, with_choices
 from pipeline.inputs.text_files import is_text_file, named_texts
 from pipeline.inputs.turns import Turns, read_turns, with_turn_columns
 from pipeline.location import Location
+from pipeline.prompt_settings import ReadSettings
 from pipeline.questions import Questionnaire
 from pipeline.records import PromptBatch
 from pipeline.scoring_settings import NO_SCORES, ScoringSettings
-from pipeline.settings import ReadSettings
 
 _CACHE_BYTES = 256 << 20
 

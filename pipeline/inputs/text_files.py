@@ -16,8 +16,8 @@ from pipeline.inputs.csv_file import CSV_ENDINGS, read_csv
 from pipeline.inputs.input_files import InputFile, damage_named
 from pipeline.inputs.json_lines import read_json
 from pipeline.inputs.refused_lines import RefusedLines
+from pipeline.prompt_settings import ReadSettings
 from pipeline.scoring_settings import ScoringSettings
-from pipeline.settings import ReadSettings
 
 _JSON_ENDINGS: Final = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz")
 

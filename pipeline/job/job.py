@@ -12,8 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.constraint_settings import CONSTRAINTS, flag_of
+from pipeline.constraint_settings import CONSTRAINTS
 from pipeline.errors import CoppiceError, ModelError, UsageError
+from pipeline.forms import flag_of
 from pipeline.generation import PLAIN, RULES, ids_of, resolve_sampling, why_not_by_vllm
 from pipeline.inputs.columns import ColumnMap
 from pipeline.inputs.input_files import InputFile, Stamps, stamp_input

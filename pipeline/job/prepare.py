@@ -19,7 +19,7 @@ from pipeline.job.prepare_forms import Forms
 from pipeline.job.request_limits import RequestLimits
 from pipeline.job.row_faults import call_by_halves, sentence
 from pipeline.records import PromptBatch, Rejected, SamplingParams
-from pipeline.settings import SamplingSettings
+from pipeline.sampling_settings import SamplingSettings
 from pipeline.tokens.constraint_check import ConstraintChecker
 from pipeline.tokens.tokenizer import PromptTokenizer
 

@@ -19,10 +19,11 @@ from pipeline.forms import say_fault
 from pipeline.job.job import Job
 from pipeline.location import Location
 from pipeline.model.identity import describe_versions
-from pipeline.settings import SECTIONS, JobSettings, ObjectStoreSettings, check_known
+from pipeline.settings import SECTIONS, JobSettings, check_known
 from pipeline.storage.manifest import MANIFEST_NAME
 from pipeline.storage.run_directory import SYSTEM_PROMPT_NAME, RunDirectory
 from pipeline.storage.run_location import find_manifest
+from pipeline.store_settings import ObjectStoreSettings
 
 
 def describe_job(job: Job) -> dict[str, Any]:

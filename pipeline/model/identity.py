@@ -20,8 +20,9 @@ from pipeline.errors import ModelError
 from pipeline.model.folder import find_model_folder
 from pipeline.model.machine import num_threads
 from pipeline.reuse_settings import ReuseSettings
+from pipeline.sampling_settings import SamplingSettings
 from pipeline.scoring_settings import ScoringSettings
-from pipeline.settings import EngineSettings, JobSettings, ModelSettings, SamplingSettings
+from pipeline.settings import EngineSettings, JobSettings, ModelSettings
 
 THREADS = "threads"
 """Of strict runs: how many threads share a product's sums decides their last bits."""

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.errors import ModelError
 from pipeline.generation import UnsupportedGeneration, resolve_sampling
 from pipeline.model.families import has_sliding_layers
-from pipeline.settings import SamplingSettings
+from pipeline.sampling_settings import SamplingSettings
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _DEFAULTS: dict[str, tuple[type, ...]] = {

@@ -38,9 +38,9 @@ from pipeline.night.steps import (
     publish_night,
     report_night,
 )
-from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.durable import make_folder, write_errors
 from pipeline.storage.lock import FolderLock
+from pipeline.store_settings import ObjectStoreSettings
 
 
 def run_nights(

@@ -20,8 +20,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pipeline.errors import UsageError
 from pipeline.forms import Section, say_fault
 from pipeline.location import Location, is_url
-from pipeline.settings import JobSettings, ObjectStoreSettings, check_known
+from pipeline.settings import JobSettings, check_known
 from pipeline.settings_file import read_config
+from pipeline.store_settings import ObjectStoreSettings
 
 _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
 _PATHS = ("input", "output", "publish", "template", "chat_template", "questions", "metrics_file")

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from pipeline.errors import UsageError, is_row_fault
+from pipeline.prompt_settings import TokenSettings
 from pipeline.records import (
     AskedPrompt,
     ChatPrompt,
@@ -25,7 +26,6 @@ from pipeline.records import (
     SegmentedPrompt,
     TurnPrompt,
 )
-from pipeline.settings import TokenSettings
 from pipeline.tokens.answer_text import AnswerText
 from pipeline.tokens.chat_template import ChatTemplate, TemplateFault, find_template
 from pipeline.tokens.control_tokens import ControlTokens

@@ -25,9 +25,10 @@ from pipeline.inputs.request_fields import BESIDE
 from pipeline.job.answer_texts import Said, decode_answers
 from pipeline.job.parsed import parsed_value
 from pipeline.job.prepare import Limits, Preparation
+from pipeline.prompt_settings import TokenSettings
 from pipeline.records import ChatPrompt, Content, PromptBatch, SamplingParams
 from pipeline.run import run_job, validate_input
-from pipeline.settings import SamplingSettings, TokenSettings
+from pipeline.sampling_settings import SamplingSettings
 from pipeline.storage.schema_types import JSON_TEXT
 from pipeline.tokens.tokenizer import PromptTokenizer
 from pipeline.tokens.tool_calls import TaggedCalls

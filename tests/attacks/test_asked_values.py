@@ -21,8 +21,9 @@ from pipeline.audit.auditing import audit_run
 from pipeline.errors import UsageError
 from pipeline.location import Location
 from pipeline.narrowed_schemas import MOST_WHOLE, narrowed
+from pipeline.prompt_settings import TokenSettings
 from pipeline.run import run_job
-from pipeline.settings import AuditSettings, TokenSettings
+from pipeline.settings import AuditSettings
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.schema_types import JSON_TEXT, form_of
 from pipeline.tokens.constraint_check import ConstraintChecker

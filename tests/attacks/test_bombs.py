@@ -20,7 +20,7 @@ from pipeline.inputs import line_reader
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
-from pipeline.settings import ReadSettings
+from pipeline.prompt_settings import ReadSettings
 from pipeline.tokens.loading import load_tokenizer
 from tests.tiny_job import answers, write_tokenizer
 

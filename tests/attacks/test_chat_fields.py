@@ -13,8 +13,8 @@ from pipeline.inputs.bad_cell import BadCell
 from pipeline.inputs.cells import read_fields, read_messages
 from pipeline.inputs.chat_fields import CHAT_FIELDS, GIVEN, fields_of
 from pipeline.inputs.openai_batch import BadRequest, row_of_request
+from pipeline.prompt_settings import TokenSettings
 from pipeline.records import ChatPrompt
-from pipeline.settings import TokenSettings
 from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.attacks.test_sampling_fields import VALUES
 from tests.saying_engine import TEMPLATE, save_thinking_tokenizer

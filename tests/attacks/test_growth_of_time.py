@@ -20,7 +20,7 @@ import pytest
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
-from pipeline.settings import ReadSettings
+from pipeline.prompt_settings import ReadSettings
 from tests.sweeps import sweep
 from tests.tiny_job import write_prompts, write_tokenizer
 
@@ -97,7 +97,7 @@ from pathlib import Path
 import numpy as np
 from pipeline.job.job import open_job
 from pipeline.job.planning import plan_rows
-from pipeline.settings import ReadSettings
+from pipeline.prompt_settings import ReadSettings
 from pipeline.inputs.input_files import InputFile
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.location import Location

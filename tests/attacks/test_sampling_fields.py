@@ -14,10 +14,12 @@ from pipeline.generation import ROW_RULES, resolve_sampling
 from pipeline.inputs.bad_cell import BadCell
 from pipeline.inputs.cells import read_fields
 from pipeline.job.prepare import Limits, Preparation
+from pipeline.prompt_settings import TokenSettings
 from pipeline.records import PromptBatch, SamplingParams
 from pipeline.request_rules import REQUEST_RULES
 from pipeline.run import run_job
-from pipeline.settings import JobSettings, SamplingSettings, TokenSettings
+from pipeline.sampling_settings import SamplingSettings
+from pipeline.settings import JobSettings
 from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.tiny_job import answers, echo_settings, write_model, write_prompts, write_tokenizer
 

@@ -15,8 +15,9 @@ from pipeline.errors import InputError
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import PromptSource, open_source
 from pipeline.location import Location
+from pipeline.prompt_settings import ReadSettings
 from pipeline.run import run_job
-from pipeline.settings import JobSettings, ReadSettings
+from pipeline.settings import JobSettings
 from tests.tiny_job import answers
 
 

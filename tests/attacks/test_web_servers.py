@@ -15,7 +15,7 @@ from pipeline.errors import CoppiceError, InputError
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
-from pipeline.settings import ReadSettings
+from pipeline.prompt_settings import ReadSettings
 from tests.storage.clouds import WebHandler, serving
 
 CSV = b"id,prompt\na,x\nb,y\n"

@@ -16,7 +16,8 @@ from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.errors import EngineError
 from pipeline.generation import resolve_sampling
 from pipeline.records import Completion, SamplingParams
-from pipeline.settings import EngineSettings, SamplingSettings
+from pipeline.sampling_settings import SamplingSettings
+from pipeline.settings import EngineSettings
 from tests.engine import tiny
 from tests.engine.test_prefix_engine import run
 

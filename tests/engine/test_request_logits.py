@@ -19,7 +19,8 @@ from pipeline.engine.sampling import Sampled
 from pipeline.generation import resolve_sampling
 from pipeline.records import SamplingParams
 from pipeline.request_rules import read_asked, with_bad_words
-from pipeline.settings import EngineSettings, SamplingSettings
+from pipeline.sampling_settings import SamplingSettings
+from pipeline.settings import EngineSettings
 from tests.engine import tiny
 from tests.engine.test_prefix_engine import run
 

@@ -18,7 +18,8 @@ from pipeline.engine.sampler import Sampler
 from pipeline.engine.sampling import draw_tokens, sample_next_token, truncated_cdf
 from pipeline.generation import resolve_sampling
 from pipeline.records import SamplingParams
-from pipeline.settings import EngineSettings, SamplingSettings
+from pipeline.sampling_settings import SamplingSettings
+from pipeline.settings import EngineSettings
 from tests.engine import tiny
 
 PROMPTS = [p for p in tiny.random_prompts(random.Random(3)) if len(p) > 1][:10]

@@ -12,7 +12,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.experiment.kept_prompts import read_kept_prompts
 from pipeline.experiment.subjects import encode_texts
-from pipeline.settings import TokenSettings
+from pipeline.prompt_settings import TokenSettings
 from pipeline.tokens.tokenizer import PromptTokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "data"

@@ -27,7 +27,8 @@ from pipeline.errors import AuditFailed, EngineError, InputError, UsageError
 from pipeline.job.outcome import RunOutcome
 from pipeline.location import Location
 from pipeline.run import run_job
-from pipeline.settings import JobSettings, ObjectStoreSettings
+from pipeline.settings import JobSettings
+from pipeline.store_settings import ObjectStoreSettings
 from tests.tiny_job import echo_settings, write_prompts, write_tokenizer
 
 # Prefect makes forms of the dicts that it is given.

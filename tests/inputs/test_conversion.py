@@ -17,8 +17,8 @@ from pipeline.inputs.conversion import convert
 from pipeline.inputs.openai_batch import BadRequest, request_of_row, row_of_request
 from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
+from pipeline.prompt_settings import ReadSettings
 from pipeline.run import run_job
-from pipeline.settings import ReadSettings
 from tests.tiny_job import echo_settings
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why? Ünïcode"}]

@@ -23,8 +23,9 @@ from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import PromptSource, open_source
 from pipeline.inputs.text_files import write_rows
 from pipeline.location import Location
+from pipeline.prompt_settings import ReadSettings
 from pipeline.run import run_job
-from pipeline.settings import JobSettings, ReadSettings
+from pipeline.settings import JobSettings
 from tests.tiny_job import answers
 
 

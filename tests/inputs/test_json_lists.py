@@ -22,7 +22,7 @@ from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import PromptSource, open_source
 from pipeline.inputs.selection import OTHER_JSON, select
 from pipeline.location import Location
-from pipeline.settings import ReadSettings
+from pipeline.prompt_settings import ReadSettings
 
 
 def opened(path: Path, tmp_path: Path) -> PromptSource:

@@ -23,7 +23,7 @@ from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import PromptSource, open_source
 from pipeline.location import Location
 from pipeline.private_folder import private_folder
-from pipeline.settings import ReadSettings
+from pipeline.prompt_settings import ReadSettings
 from tests.storage.disk import FailingDisk
 
 ROWS = [{"prompt": f"p{i}", "score": i} for i in range(7)]

@@ -16,8 +16,8 @@ from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.partitions import read_partitions
 from pipeline.inputs.prompt_source import PromptSource, open_source
 from pipeline.location import Location
+from pipeline.prompt_settings import ReadSettings
 from pipeline.run import run_job
-from pipeline.settings import ReadSettings
 from tests.tiny_job import answers, echo_settings
 
 

@@ -19,8 +19,8 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.inputs.prompt_source import PromptSource, find_duplicate_ids, open_source
 from pipeline.location import Location
+from pipeline.prompt_settings import ReadSettings
 from pipeline.records import PromptBatch
-from pipeline.settings import ReadSettings
 
 CHAT = [{"role": "user", "content": "hi"}]
 

@@ -12,7 +12,7 @@ from pipeline.inputs.bad_cell import BadCell
 from pipeline.inputs.prompt_source import open_source
 from pipeline.inputs.prompt_template import PromptTemplate
 from pipeline.location import Location
-from pipeline.settings import ReadSettings
+from pipeline.prompt_settings import ReadSettings
 
 TABLE = pl.DataFrame(
     {

@@ -10,8 +10,9 @@ from pipeline.inputs.input_files import find_input_files
 from pipeline.inputs.prompt_source import open_source
 from pipeline.inputs.selection import HIDDEN, OTHER_JSON, OUTPUTS, search, select
 from pipeline.location import Location
+from pipeline.prompt_settings import ReadSettings
 from pipeline.run import run_job
-from pipeline.settings import JobSettings, ReadSettings
+from pipeline.settings import JobSettings
 from tests.tiny_job import answers, write_prompts
 
 

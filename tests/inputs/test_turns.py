@@ -16,8 +16,8 @@ from pipeline.errors import InputError
 from pipeline.inputs.prompt_source import PromptSource, open_source
 from pipeline.inputs.turns import Turns
 from pipeline.location import Location
+from pipeline.prompt_settings import ReadSettings
 from pipeline.records import TurnPrompt
-from pipeline.settings import ReadSettings
 from tests.tiny_job import write_prompts
 
 BY_CHAT = ConversationSettings(conversation_column="chat", turn_column="k")

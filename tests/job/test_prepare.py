@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pipeline.job.prepare import Limits, Preparation
+from pipeline.prompt_settings import TokenSettings
 from pipeline.records import PromptBatch
-from pipeline.settings import SamplingSettings, TokenSettings
+from pipeline.sampling_settings import SamplingSettings
 from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.tokens.conftest import save_tokenizer
 

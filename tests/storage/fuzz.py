@@ -254,7 +254,7 @@ def _read_file(path: Path, fault: str = "") -> tuple[str, int, str]:
     from pipeline.errors import InputError
     from pipeline.inputs.prompt_source import open_source
     from pipeline.location import Location
-    from pipeline.settings import ReadSettings
+    from pipeline.prompt_settings import ReadSettings
 
     try:
         exec(fault)

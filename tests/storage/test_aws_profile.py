@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
-from pipeline.settings import ReadSettings
+from pipeline.prompt_settings import ReadSettings
 from pipeline.storage.aws_profile import read_profile
 from tests.storage.buckets import KEY_ID, SECRET, Store
 from tests.storage.test_object_store import PROMPTS, parquet

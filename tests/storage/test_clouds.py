@@ -21,12 +21,14 @@ from pipeline.errors import InputError, NoInput, RunDirectoryError, StorageError
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
+from pipeline.prompt_settings import ReadSettings
 from pipeline.run import plan_job, run_job
-from pipeline.settings import JobSettings, ObjectStoreSettings, ReadSettings
+from pipeline.settings import JobSettings
 from pipeline.status import read_status
 from pipeline.storage.object_store import check_options
 from pipeline.storage.remote_folder import RemoteFolder, SupersededError
 from pipeline.storage.remote_run import RemoteRun
+from pipeline.store_settings import ObjectStoreSettings
 from tests.storage.clouds import (
     ACCOUNT,
     ACCOUNT_KEY,

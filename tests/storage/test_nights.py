@@ -9,11 +9,11 @@ import pytest
 
 from pipeline.errors import StorageError
 from pipeline.location import Location
-from pipeline.settings import ObjectStoreSettings
 from pipeline.storage.manifest import new_manifest
 from pipeline.storage.nights import read_nights, read_remote_nights
 from pipeline.storage.remote_folder import RemoteFolder
 from pipeline.storage.remote_run import RemoteRun
+from pipeline.store_settings import ObjectStoreSettings
 from tests.storage.buckets import Store
 
 

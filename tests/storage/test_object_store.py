@@ -17,8 +17,9 @@ from pipeline.inputs.input_files import find_input_files
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import open_source
 from pipeline.location import Location
-from pipeline.settings import ObjectStoreSettings, ReadSettings
+from pipeline.prompt_settings import ReadSettings
 from pipeline.storage.remote_folder import RemoteFolder
+from pipeline.store_settings import ObjectStoreSettings
 from tests.storage.buckets import KEY_ID, SECRET, Store
 from tests.tiny_job import write_prompts
 

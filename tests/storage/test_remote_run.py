@@ -18,11 +18,12 @@ from pipeline.errors import RunDirectoryError, StorageError, UsageError
 from pipeline.inputs.conversion import convert
 from pipeline.location import Location
 from pipeline.run import run_job, write_report
-from pipeline.settings import JobSettings, ObjectStoreSettings
+from pipeline.settings import JobSettings
 from pipeline.status import read_status
 from pipeline.storage.remote_folder import RemoteFolder
 from pipeline.storage.remote_run import RemoteRun
 from pipeline.storage.run_directory import RunDirectory
+from pipeline.store_settings import ObjectStoreSettings
 from tests.storage.buckets import KEY_ID, SECRET, FailingStore, Store
 from tests.storage.tables import answers
 from tests.tiny_job import PROMPTS, FailingEngine, on, write_prompts

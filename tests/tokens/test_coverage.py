@@ -19,7 +19,7 @@ from tokenizers import (
     trainers,
 )
 
-from pipeline.settings import TokenSettings
+from pipeline.prompt_settings import TokenSettings
 from pipeline.tokens.coverage import most_characters
 from pipeline.tokens.text_encoder import TextEncoder
 from pipeline.tokens.tokenizer import PromptTokenizer

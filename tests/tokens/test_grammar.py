@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 
 from pipeline import constraints
 from pipeline.narrowed_schemas import narrowed
-from pipeline.settings import TokenSettings
+from pipeline.prompt_settings import TokenSettings
 from pipeline.tokens import constraint_check
 from pipeline.tokens.constraint_check import ConstraintChecker
 from pipeline.tokens.grammar import Grammars

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.prompt_settings import TokenSettings
 from pipeline.records import ScoredPrompt
-from pipeline.settings import TokenSettings
 from pipeline.tokens.pairs import EncodedPairs, PairEncoder, PairFault
 from pipeline.tokens.tokenizer import PromptTokenizer
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipeline.errors import UsageError
-from pipeline.settings import TokenSettings
+from pipeline.prompt_settings import TokenSettings
 from pipeline.tokens.answer_text import AnswerText
 from pipeline.tokens.reasoning import (
     AnswerParts,

@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipeline.errors import ModelError, UsageError
+from pipeline.prompt_settings import TokenSettings
 from pipeline.records import Content
-from pipeline.settings import TokenSettings
 from pipeline.tokens.chat_template import TemplateFault
 from pipeline.tokens.encoded import EncodedBatch
 from pipeline.tokens.tokenizer import PromptTokenizer

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.settings import TokenSettings
+from pipeline.prompt_settings import TokenSettings
 from pipeline.tokens.tokenizer import PromptTokenizer
 from pipeline.tokens.tool_calls import Answered, DeclaredCalls, TaggedCalls, ToolCall, find_format
 from tests.saying_engine import TEMPLATE, save_thinking_tokenizer

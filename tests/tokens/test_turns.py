@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UsageError
+from pipeline.prompt_settings import TokenSettings
 from pipeline.records import Message, TurnPrompt
-from pipeline.settings import TokenSettings
 from pipeline.tokens.encoded import EncodedBatch
 from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.tokens.conftest import CHATML, CONTROL, save_tokenizer
