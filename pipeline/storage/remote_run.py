@@ -1,11 +1,11 @@
-"""A run in a bucket: a run directory on this machine, and every commit repeated in the store.
+"""The writer of a run in a bucket: a run directory here, and every commit repeated in the store.
 
 ```
  part ─► working copy ─► PUT data/part-… ─► PUT run.json that names it, if it is still ours = commit
 ```
 
-Readers trust the parts that run.json names; what nobody names is left over from a session that
-died, and the next one removes it. Every session puts its own name into run.json first, on the
+A part that run.json does not name is left over from a session that died, and the next one removes
+it. Every session puts its own name into run.json first, on the
 condition that run.json is as it was read. So whoever had it before fails at its next commit, and of
 two writers exactly one goes on. The working copy makes up for what the store cannot do: what a
 session computed and could not upload is uploaded by the next one. It is removed with the seal.
@@ -17,11 +17,10 @@ import hashlib
 import logging
 import shutil
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -31,51 +30,39 @@ from pipeline.errors import CoppiceError, RunDirectoryError, StorageError
 from pipeline.private_folder import private_folder, stale_in
 from pipeline.storage.committed_parts import SUCCESS_NAME
 from pipeline.storage.durable import replace_file
-from pipeline.storage.lock import FolderLock, is_abandoned, is_dead, own_name
+from pipeline.storage.lock import FolderLock, is_abandoned, own_name
 from pipeline.storage.manifest import (
     MANIFEST_NAME,
     check_fingerprint,
-    no_run,
     parse_manifest,
     run_id_of,
 )
 from pipeline.storage.metrics_log import METRICS_NAME
-from pipeline.storage.nights import NightFiles, read_remote_nights
 from pipeline.storage.part_file import PART_NAME, PartFooter
 from pipeline.storage.part_list import describe_parts, is_stored, named_parts, part_file
+from pipeline.storage.remote_copy import SUMMARY_NAME, TREE_NAME, RemoteCopy
 from pipeline.storage.remote_folder import RemoteFolder, Stored, SupersededError
 from pipeline.storage.run_directory import (
     AUDIT_NAMES,
     PLAN_NAME,
     RETRIED_NAME,
-    SYSTEM_PROMPT_NAME,
     RunDirectory,
 )
 
-_TREE_NAME: Final = "plan/tree.parquet"
-_PLAN_NAMES: Final = (PLAN_NAME, _TREE_NAME, "plan/summary.json")  # the last one last
-_READ_NAMES: Final = (
-    PLAN_NAME, "plan/summary.json", METRICS_NAME, SYSTEM_PROMPT_NAME, SUCCESS_NAME, *AUDIT_NAMES,
-)  # fmt: skip
+_PLAN_NAMES: Final = (PLAN_NAME, TREE_NAME, SUMMARY_NAME)  # the last one last
 _STALE_S: Final = 7 * 24 * 3600  # working copies that nobody came back for
-Result = TypeVar("Result")
 _logger = logging.getLogger("coppice")
 
 
-class RemoteRun(RunDirectory):
-    """From `take` (the only writer until it is superseded) or `fetch` (reads, and adds files).
+class RemoteRun(RemoteCopy):
+    """From `take`: the only writer until it is superseded. `root` is the working copy.
 
-    `root` is the working copy. run.json has two more fields here: `parts`, by name, and `writer`.
-    After the first fault the store is left alone: what it holds is whole, and the same command
-    makes the rest good.
+    After a fault what the store holds is whole, and the same command makes the rest good.
     """
 
     def __init__(self, root: Path, lock: FolderLock | None, folder: RemoteFolder) -> None:
-        super().__init__(root, lock)
-        self.name = folder.url
-        self._folder = folder
+        super().__init__(root, lock, folder)
         self._etag: str | None = None  # of the run.json that is ours
-        self._fault: CoppiceError | None = None
         self._has_whole_copy = False
 
     @classmethod
@@ -98,18 +85,7 @@ class RemoteRun(RunDirectory):
         else:
             found = parse_manifest(held.content, folder.url)["fingerprint"]
             check_fingerprint(folder.url, found, fingerprint)
-        try:
-            for left in stale_in(private_folder(copies), _STALE_S):
-                if is_abandoned(left):
-                    shutil.rmtree(left, ignore_errors=True)
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot keep a working copy of {folder.url} ({error}); set XDG_CACHE_HOME to a "
-                "folder of your own"
-            ) from error
-        key = (folder.endpoint, folder.url, run_id_of(fingerprint))
-        root = copies / hashlib.sha256(repr(key).encode()).hexdigest()[:24]
-        private_folder(root)
+        root = _working_copy(folder, copies, run_id_of(fingerprint))
         try:
             local = RunDirectory.create_or_resume(root, fingerprint, description)
         except RunDirectoryError as error:
@@ -122,71 +98,10 @@ class RemoteRun(RunDirectory):
             raise
         return run
 
-    @classmethod
-    def fetch(cls, folder: RemoteFolder, root: Path, with_parts: bool) -> RemoteRun:
-        """For status, audit, report: a copy in the empty folder `root`, which is the caller's.
-
-        Raises RunDirectoryError if there is no run, StorageError if a part is missing or altered.
-        """
-        held = folder.read(MANIFEST_NAME)
-        if held is None:
-            raise no_run(folder.url)
-        manifest, present = parse_manifest(held.content, folder.url), folder.names()
-        run = cls(root, None, folder)
-        replace_file(root / MANIFEST_NAME, held.content)
-        for name in (*_READ_NAMES, *((_TREE_NAME,) if with_parts else ())):
-            if name in present:
-                folder.fetch(name, root / name)
-        if with_parts or "parts" not in manifest:
-            run._fetch_parts(named_parts(manifest, present))
-        return run
-
     @property
     def is_whole(self) -> bool:
         """As of a run directory; of a sealed run the names and sizes in the store are enough."""
         return self._has_whole_copy or super().is_whole
-
-    @property
-    def has_parts(self) -> bool:
-        """As of a run directory; not where only run.json and its like were fetched."""
-        names = self.read_manifest().get("parts", {})
-        return all((self.data / name).exists() for name in names)
-
-    @property
-    def is_abandoned(self) -> bool:
-        """Whether the writer was a process of this machine that has ended."""
-        return is_dead(self.read_manifest().get("writer", {}).get("name", ""))
-
-    def nights(self) -> list[NightFiles]:
-        """As of a run directory."""
-        return read_remote_nights(self._folder)
-
-    def count_rows(self) -> tuple[int, int]:
-        """(answered, failed) rows of the parts that run.json names."""
-        if self.has_parts:
-            return super().count_rows()
-        parts = self._parts().values()
-        return sum(part["rows_ok"] for part in parts), sum(part["rows_error"] for part in parts)
-
-    def check_committed(self) -> None:
-        """As of a run directory; where the parts are not here, by what run.json says of them."""
-        if self.has_parts:
-            super().check_committed()
-            return
-        self._check_stored(self._folder.names("data/"))
-        rows, named = self.planned_rows(), sum(self.count_rows())
-        if self.is_sealed and (rows is None or named != len(rows)):
-            planned = "nobody knows how many" if rows is None else len(rows)
-            raise StorageError(
-                f"the parts that {self.name}/{MANIFEST_NAME} names hold {named} rows where "
-                f"{planned} were planned; run the same command again"
-            )
-
-    def part_names(self) -> list[str]:
-        """As of a run directory, of the parts that run.json names."""
-        if "parts" not in self.read_manifest():
-            return super().part_names()
-        return sorted(self._parts())
 
     def write_part(self, number: int, table: pa.Table, provenance: dict[str, str]) -> Path:
         """Commit a part here and in the store. Raises StorageError, RunDirectoryError."""
@@ -282,22 +197,6 @@ class RemoteRun(RunDirectory):
             replace_file(self.root / MANIFEST_NAME, held.content)
         return named_parts(theirs, present)
 
-    def _fetch_parts(self, parts: dict[str, Any]) -> None:
-        """Bring the parts that are not here. Raises StorageError if one is not what was put."""
-        for name in parts:
-            path = self.data / name
-            if path.exists():
-                continue
-            self._folder.fetch(part_file(name), path)
-            try:
-                self._footers[path] = self._read_footer(path)
-            except StorageError:
-                path.unlink()
-                raise StorageError(
-                    f"{self.name}/data/{name} was altered after it was written; delete it and run "
-                    "the same command again: its rows will be computed anew"
-                ) from None
-
     def _drop_recomputed(self, stored: dict[str, Any]) -> None:
         """Parts that only we have go where another machine answered one of their rows since."""
         footers = self.footers()
@@ -332,14 +231,6 @@ class RemoteRun(RunDirectory):
             self.update_manifest(parts=self._parts() | describe_parts(*ours))
         self._drop_unnamed(present)
 
-    def _check_stored(self, present: dict[str, int]) -> None:
-        """Raises StorageError if a part of ours went from the store behind our back."""
-        for name, part in self._parts().items():
-            if not is_stored(name, part, present):
-                raise StorageError(
-                    f"{self.name}/data/{name} is not there any more; run the same command again"
-                )
-
     def _drop_unnamed(self, present: dict[str, int]) -> None:
         """Remove parts that are not named; `present` was listed before run.json was found ours.
 
@@ -365,29 +256,6 @@ class RemoteRun(RunDirectory):
         if now is not None and name not in parse_manifest(now.content, self.name).get("parts", {}):
             self._folder.delete([part_file(name)])
 
-    def _parts(self) -> dict[str, Any]:
-        parts: dict[str, Any] = self.read_manifest().get("parts", {})
-        return parts
-
-    def _write(self, name: str, content: bytes | memoryview) -> None:
-        super()._write(name, content)
-        if name != MANIFEST_NAME:  # which has a rule of its own
-            self._put(name)
-
-    def _put(self, name: str) -> None:
-        path = self.root / name
-        if path.exists():
-            self._call(lambda: self._folder.put(name, path))
-
-    def _call(self, act: Callable[[], Result]) -> Result:
-        if self._fault is not None:
-            raise self._fault
-        try:
-            return act()
-        except StorageError as error:
-            self._fault = error
-            raise
-
     def _superseded(self, now: Stored | None) -> CoppiceError:
         if now is None:
             return StorageError(
@@ -399,6 +267,23 @@ class RemoteRun(RunDirectory):
             f"{self.name} was taken over by {writer}; let that one finish, it goes on from what "
             "is committed here"
         )
+
+
+def _working_copy(folder: RemoteFolder, copies: Path, run_id: str) -> Path:
+    """The folder of this run below `copies`; others that nobody came back for are removed."""
+    try:
+        for left in stale_in(private_folder(copies), _STALE_S):
+            if is_abandoned(left):
+                shutil.rmtree(left, ignore_errors=True)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"cannot keep a working copy of {folder.url} ({error}); set XDG_CACHE_HOME to a "
+            "folder of your own"
+        ) from error
+    key = (folder.endpoint, folder.url, run_id)
+    root = copies / hashlib.sha256(repr(key).encode()).hexdigest()[:24]
+    private_folder(root)
+    return root
 
 
 def check_empty(folder: RemoteFolder) -> None:

@@ -13,6 +13,7 @@ from pipeline.location import Location
 from pipeline.storage.durable import is_temp
 from pipeline.storage.manifest import MANIFEST_NAME, parse_manifest, read_manifest
 from pipeline.storage.object_store import BUCKETS
+from pipeline.storage.remote_copy import RemoteCopy
 from pipeline.storage.remote_folder import RemoteFolder
 from pipeline.storage.remote_run import RemoteRun, check_empty
 from pipeline.storage.run_directory import RunDirectory, check_is_run
@@ -85,4 +86,4 @@ def reading_run(run: Location, parts: bool = True) -> Iterator[RunDirectory]:
         return
     folder = RemoteFolder(run)
     with tempfile.TemporaryDirectory(prefix="coppice-") as root:
-        yield RemoteRun.fetch(folder, Path(root), parts)
+        yield RemoteCopy.fetch(folder, Path(root), parts)

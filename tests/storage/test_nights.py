@@ -11,8 +11,8 @@ from pipeline.errors import StorageError
 from pipeline.location import Location
 from pipeline.storage.manifest import new_manifest
 from pipeline.storage.nights import read_nights, read_remote_nights
+from pipeline.storage.remote_copy import RemoteCopy
 from pipeline.storage.remote_folder import RemoteFolder
-from pipeline.storage.remote_run import RemoteRun
 from pipeline.store_settings import ObjectStoreSettings
 from tests.storage.buckets import Store
 
@@ -76,7 +76,7 @@ def test_nights_in_a_store(store: Store, bucket: str, tmp_path: Path) -> None:
     store.put(bucket, "jobs/b/2026-11-07/run.json", manifest)
     folder = RemoteFolder(Location(f"s3://{bucket}/jobs/a/2026-11-11", ObjectStoreSettings()))
     nights = read_remote_nights(folder)
-    assert RemoteRun(tmp_path, None, folder).nights() == nights
+    assert RemoteCopy(tmp_path, None, folder).nights() == nights
     assert [night.date for night in nights] == ["2026-11-09", "2026-11-10", "2026-11-11"]
     assert [night.has_page for night in nights] == [True, False, False]
     assert nights[0].audit == {"verdict": "pass"} and nights[1].manifest is None
