@@ -6,19 +6,15 @@ about files of prompts, plans or engines.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property, partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UsageError, is_row_fault
 from pipeline.prompt_settings import TokenSettings
 from pipeline.records import (
-    AskedPrompt,
     ChatPrompt,
     Content,
     Message,
@@ -27,21 +23,21 @@ from pipeline.records import (
     TurnPrompt,
 )
 from pipeline.tokens.answer_text import AnswerText
-from pipeline.tokens.chat_template import ChatTemplate, TemplateFault, find_template
+from pipeline.tokens.chat_encoder import ChatEncoder
+from pipeline.tokens.chat_template import find_template
 from pipeline.tokens.control_tokens import ControlTokens
 from pipeline.tokens.encoded import EncodedBatch, EncodedRows, encode_each
-from pipeline.tokens.given import as_taken, render_given, why_not_given, with_given
+from pipeline.tokens.fingerprint import fingerprint_of
+from pipeline.tokens.given import render_given, why_not_given, with_given
 from pipeline.tokens.grammar import Grammars
 from pipeline.tokens.loading import load_tokenizer
 from pipeline.tokens.pairs import EncodedPairs, PairEncoder
+from pipeline.tokens.prompt_texts import PromptTexts
 from pipeline.tokens.reasoning import ReasoningTags, find_tags, named_tags
-from pipeline.tokens.segments import Chat, RenderAll, SegmentEncoder, as_messages
+from pipeline.tokens.segments import SegmentEncoder
 from pipeline.tokens.text_encoder import Overlong, TextEncoder
 from pipeline.tokens.tool_calls import ToolCallFormat, find_format
 from pipeline.tokens.turns import LaterTurns, SystemMessages, TurnFault
-
-_NEW = ("chat_template_kwargs", "reasoning_tags")
-_UNDECISIVE = {"chat_template", "clock", *_NEW}
 
 
 class PromptTokenizer:
@@ -51,20 +47,21 @@ class PromptTokenizer:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._settings = settings
-        self._name = name
+        self._parses = settings.parse_special_tokens
         self._control = ControlTokens(self._backend)
         self._template = find_template(
             tokenizer, settings.chat_template, settings.clock, settings.chat_template_kwargs
         )
-        if settings.apply_chat_template:
-            self._require_template()
-        if settings.chat_template_kwargs:
-            self._require_template().check_arguments()
+        self._prompts = PromptTexts(
+            self._template, settings, lambda: self.find_reasoning(True) is not None, name
+        )
         self.vocabulary_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         self.bos_id: int | None = tokenizer.bos_token_id
         """The token that every text of the model begins with, if there is one."""
         self._texts = TextEncoder(self._backend)
-        self.fingerprint = self._make_fingerprint()
+        self._chats = ChatEncoder(self._texts, self._control, self._parses)
+        source = None if self._template is None else self._template.source
+        self.fingerprint = fingerprint_of(tokenizer, source, settings)
 
     @classmethod
     def load(cls, model: str, revision: str | None, settings: TokenSettings) -> PromptTokenizer:
@@ -80,10 +77,7 @@ class PromptTokenizer:
 
     def check_fits(self, are_messages: bool) -> None:
         """Raises UsageError where the settings fit no row: see `encode_batch`."""
-        if are_messages or self._settings.apply_chat_template:
-            self._require_template()
-        else:
-            self._refuse_system_prompt()
+        self._prompts.check_fits(are_messages)
 
     def find_reasoning(self, are_messages: bool) -> ReasoningTags | None:
         """The tags around what the model thinks before it answers; by themselves they are found
@@ -112,18 +106,19 @@ class PromptTokenizer:
         first = {row: turn.content for row, turn in turns.items() if turn.is_first}
         later = {row: turn.content for row, turn in turns.items() if not turn.is_first}
         parts = {row: c for row, c in enumerate(contents) if isinstance(c, SegmentedPrompt)}
-        given = {r: self._taken(c) for r, c in enumerate(contents) if isinstance(c, ChatPrompt)}
+        asking = {row: c for row, c in enumerate(contents) if isinstance(c, ChatPrompt)}
+        given = {row: self._prompts.taken(prompt) for row, prompt in asking.items()}
         whole = {row: c for row, c in enumerate(contents) if isinstance(c, str | list)} | first
         whole |= {row: prompt.content for row, prompt in given.items()}
         for row, prompt in given.items():
             if (why := self._why_not(prompt)) is not None:
                 rows.errors[row], rows.error_types[row] = why, "BadSamplingParams"
         whole = {row: content for row, content in whole.items() if row not in rows.errors}
-        plain = {row: content for row, content in whole.items() if self._is_plain(content)}
-        chats = {row: self._as_messages(c) for row, c in whole.items() if row not in plain}
+        plain = {row: content for row, content in whole.items() if self._prompts.is_plain(content)}
+        chats = {row: self._prompts.complete(c) for row, c in whole.items() if row not in plain}
         self._encode_plain(plain, rows)
         self._encode_segments(parts, rows)
-        self._encode_chats(chats, rows, given={row: prompt.given for row, prompt in given.items()})
+        self._encode_chats(chats, {row: prompt.given for row, prompt in given.items()}, rows)
         self._encode_later(later, rows)
         for row in (*parts, *whole, *later):
             if row not in rows.overlong and not len(rows.ids[row]):
@@ -136,64 +131,32 @@ class PromptTokenizer:
     ) -> EncodedPairs:
         """The requests of each row that is scored; see `PairEncoder.encode`."""
         rows = {row: c for row, c in enumerate(contents) if isinstance(c, ScoredPrompt)}
-        is_chat = not all(self._is_plain(prompt.context) for prompt in rows.values())
+        is_chat = not all(self._prompts.is_plain(prompt.context) for prompt in rows.values())
         return self._pairs.encode(rows, is_chat, most_tokens)
 
     @cached_property
     def _pairs(self) -> PairEncoder:
-        chat = None
-        if self._template is not None:
-            chat = Chat(self._as_messages, self._template.render_all)
+        chat = None if self._template is None else self._prompts.chat
         eos: int | None = self._tokenizer.eos_token_id
         first = eos if self.bos_id is None else self.bos_id
-        parses = self._settings.parse_special_tokens
-        return PairEncoder(self._texts, self._control, parses, first, chat)
+        return PairEncoder(self._texts, self._control, self._parses, first, chat)
 
     def render(self, content: Content) -> str:
         """The text that is tokenised, in segments or not; of a later turn what it adds, of what is
         scored the context, of questions that of the first. Raises TemplateFault if the template
         refuses."""
-        if isinstance(content, AskedPrompt):
-            content = content.prompts[0]
-        if isinstance(content, ScoredPrompt):
-            content = content.context
-        if isinstance(content, ChatPrompt):
-            prompt = self._taken(content)
-            if prompt.given != "{}":
-                messages = self._as_messages(prompt.content)
-                return self._require_template().render(messages, prompt.given)
-            content = prompt.content
-        if isinstance(content, TurnPrompt):
-            if not content.is_first and not self._is_plain(content.content):
-                (text,) = self._later.render([self._later.behind(content.content)])
-                if isinstance(text, TemplateFault):
-                    raise text
-                return text
-            content = content.content
-        if isinstance(content, SegmentedPrompt):
-            content = self.in_one_piece(content)
-        if self._is_plain(content):
-            self._refuse_system_prompt()
-            return content
-        return self._require_template().render(self._as_messages(content))
+        return self._prompts.render(content)
 
     def count_changed_by_joining(self, contents: Sequence[Content | None]) -> int:
         """How many of these prompts are other tokens in segments than in one piece."""
         apart = [c if isinstance(c, SegmentedPrompt) else None for c in contents]
-        joined = [None if c is None else self.in_one_piece(c) for c in apart]
+        joined = [None if c is None else self._prompts.in_one_piece(c) for c in apart]
         ids = [
             np.split(batch.flat, np.cumsum(batch.lengths)[:-1]) if len(contents) else []
             for batch in (self.encode_batch(apart), self.encode_batch(joined))
         ]
         pairs = zip(*ids, strict=True)
         return sum(len(a) > 0 < len(b) and not np.array_equal(a, b) for a, b in pairs)
-
-    def in_one_piece(self, prompt: SegmentedPrompt) -> str | list[Message]:
-        """The same text as a prompt whose segments nobody knows."""
-        documents = "".join(prompt.documents)
-        if self._settings.apply_chat_template:
-            return as_messages(prompt, documents)
-        return prompt.preamble + documents + prompt.question
 
     def decode_batch(self, token_ids: Sequence[Sequence[int]], specials: bool = False) -> list[str]:
         """The text of each answer."""
@@ -218,7 +181,7 @@ class PromptTokenizer:
 
     def looks_rendered(self, texts: Sequence[str]) -> str | None:
         """A warning where prompts hold control tokens as plain text, as a template writes them."""
-        if self._settings.parse_special_tokens:
+        if self._parses:
             return None
         found = [token for text in texts if (token := self._control.first_in(text)) is not None]
         if not found:
@@ -231,16 +194,15 @@ class PromptTokenizer:
 
     def later_turns(self, are_messages: bool) -> LaterTurns | None:
         """How a template writes turns; None: each adds its text alone."""
-        return self._later if are_messages or self._settings.apply_chat_template else None
+        return self._prompts.later if are_messages or self._settings.apply_chat_template else None
 
     def _encode_plain(
         self, texts: dict[int, str], rows: EncodedRows, add_specials: bool = True
     ) -> None:
         if not texts:
             return
-        self._refuse_system_prompt()
-        parse = self._settings.parse_special_tokens
-        encode = partial(self._texts.encode, parse_specials=parse, add_specials=add_specials)
+        self._prompts.refuse_system_prompt()
+        encode = partial(self._texts.encode, parse_specials=self._parses, add_specials=add_specials)
         for row, text in list(texts.items()):
             try:
                 self._texts.check_length([text], rows.most_tokens)
@@ -251,6 +213,15 @@ class PromptTokenizer:
                 rows.errors[row] = str(error)
                 del texts[row]
         encode_each(encode, texts, rows)
+
+    def _encode_chats(
+        self, chats: dict[int, list[Message]], given: dict[int, str], rows: EncodedRows
+    ) -> None:
+        """`given`: what the template is given besides, by row."""
+        if chats:
+            template, is_given = self._prompts.require_template(), [row in given for row in chats]
+            render = partial(render_given, template, is_given)
+            self._chats.encode(with_given(chats, given), render, rows)
 
     def _encode_segments(self, prompts: dict[int, SegmentedPrompt], rows: EncodedRows) -> None:
         if not prompts:
@@ -267,23 +238,23 @@ class PromptTokenizer:
     def _segments(self) -> SegmentEncoder:
         chat = None
         if self._settings.apply_chat_template:
-            chat = Chat(self._as_messages, self._require_template().render_all)
+            chat = self._prompts.chat
         else:
-            self._refuse_system_prompt()
-        parses = self._settings.parse_special_tokens
-        return SegmentEncoder(self._texts, self._control, parses, chat)
+            self._prompts.refuse_system_prompt()
+        return SegmentEncoder(self._texts, self._control, self._parses, chat)
 
     def _encode_later(self, turns: dict[int, str | list[Message]], rows: EncodedRows) -> None:
         """What they add, without what is put before every text."""
-        plain = {row: content for row, content in turns.items() if self._is_plain(content)}
+        plain = {row: content for row, content in turns.items() if self._prompts.is_plain(content)}
         self._encode_plain(plain, rows, add_specials=False)
         chats = {}
         for row in turns.keys() - plain.keys():
             try:
-                chats[row] = self._later.behind(turns[row])
+                chats[row] = self._prompts.later.behind(turns[row])
             except TurnFault as fault:
                 rows.fail(row, fault)
-        self._encode_chats(chats, rows, self._later.render if chats else None)
+        if chats:
+            self._chats.encode(chats, self._prompts.later.render, rows)
 
     def _count_systems(self, chats: dict[int, list[Message]], rows: EncodedRows) -> None:
         """Of first turns that have a prompt."""
@@ -294,66 +265,15 @@ class PromptTokenizer:
                 rows.fail(row, fault)
 
     @cached_property
-    def _later(self) -> LaterTurns:
-        return LaterTurns(Chat(self._as_messages, self._require_template().render_all))
-
-    @cached_property
     def _systems(self) -> SystemMessages:
-        return SystemMessages(self._later, lambda messages: self.encode_batch([messages]).flat)
-
-    def _encode_chats(
-        self,
-        chats: dict[int, list[Message]],
-        rows: EncodedRows,
-        render: RenderAll | None = None,
-        given: Mapping[int, str] | None = None,
-    ) -> None:
-        """Rows without a control-token string go through as rendered; the others in pieces.
-
-        `render`: how, if not by the template in full; `given`: what it is given besides, by row.
-        """
-        if not chats:
-            return
-        whole: dict[int, str] = {}
-        given = given or {}
-        texts = with_given(chats, given)
-        hidden = {r: self._control.hide(m) for r, m in texts.items() if self._needs_pieces(m)}
-        asked = [hidden[row].messages if row in hidden else texts[row] for row in chats]
-        if render is None:
-            is_given = [row in given for row in chats]
-            render = partial(render_given, self._require_template(), is_given)
-        for row, rendered in zip(chats, render(asked), strict=True):
-            try:
-                if isinstance(rendered, TemplateFault):
-                    rows.fail(row, rendered)
-                elif row in hidden:
-                    pieces = list(self._control.split(rendered, hidden[row].meaning))
-                    rows.ids[row] = self._texts.encode_pieces(pieces, rows.most_tokens)
-                else:
-                    self._texts.check_length([rendered], rows.most_tokens)
-                    whole[row] = rendered
-            except Overlong as error:
-                rows.overlong[row] = error.least
-            except (TypeError, ValueError) as error:
-                rows.errors[row] = str(error)
-            except BaseException as error:
-                if not is_row_fault(error):
-                    raise
-                kind = type(error).__name__
-                rows.errors[row] = f"the conversation cannot be tokenised ({kind})"
-        encode_each(
-            partial(self._texts.encode, parse_specials=True, add_specials=False), whole, rows
-        )
-
-    def _taken(self, prompt: ChatPrompt) -> ChatPrompt:
-        template = None if self._is_plain(prompt.content) else self._template
-        return as_taken(template, prompt, lambda: self.find_reasoning(True) is not None)
+        later = self._prompts.later
+        return SystemMessages(later, lambda messages: self.encode_batch([messages]).flat)
 
     def _why_not(self, prompt: ChatPrompt) -> str | None:
         """Why a row cannot be given what it asks for; None: it can."""
         if prompt.given == "{}":
             return None
-        if self._template is None or self._is_plain(prompt.content):
+        if self._template is None or self._prompts.is_plain(prompt.content):
             return "the row asks for what only a chat template does; add --apply-chat-template"
         can_call = '"tools"' in prompt.given and self.tool_calls is not None
         return why_not_given(self._template, prompt.given, can_call)
@@ -365,44 +285,3 @@ class PromptTokenizer:
         if template is None or not {"tools", "messages"} <= template.names:
             return None
         return find_format(self._tokenizer, template.render)
-
-    def _needs_pieces(self, messages: list[Message]) -> bool:
-        return not self._settings.parse_special_tokens and any(
-            self._control.occur_in(text) for message in messages for text in message.values()
-        )
-
-    def _is_plain(self, content: Content) -> TypeGuard[str]:
-        return isinstance(content, str) and not self._settings.apply_chat_template
-
-    def _as_messages(self, content: str | list[Message]) -> list[Message]:
-        """The conversation; the system prompt comes first unless the row brings its own."""
-        messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-        system = self._settings.system_prompt
-        if system is None or (messages and messages[0].get("role") == "system"):
-            return messages
-        return [{"role": "system", "content": system}, *messages]
-
-    def _require_template(self) -> ChatTemplate:
-        if self._template is None:
-            raise UsageError(f"{self._name} has no chat template; pass one with --chat-template")
-        return self._template
-
-    def _refuse_system_prompt(self) -> None:
-        if self._settings.system_prompt is not None:
-            raise UsageError(
-                "a system prompt needs a chat template: add --apply-chat-template or drop "
-                "--system-prompt"
-            )
-
-    def _make_fingerprint(self) -> str:
-        """sha256 over all that decides which ids a prompt becomes, but the clock."""
-        decisive = {
-            "tokenizer": self._backend.to_str(),
-            "special_tokens": {k: str(v) for k, v in self._tokenizer.special_tokens_map.items()},
-            "template": None if self._template is None else self._template.source,
-            "settings": self._settings.model_dump(mode="json", exclude=_UNDECISIVE),
-        }
-        for name in _NEW:  # runs without stay as they are named
-            if getattr(self._settings, name) != TokenSettings.model_fields[name].default:
-                decisive[name] = getattr(self._settings, name)
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
