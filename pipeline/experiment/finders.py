@@ -85,7 +85,7 @@ class LongestPrefix:
 
     def find(self, text: str, token_ids: TokenIds) -> Found:
         begin = time.perf_counter()
-        length = self._store.match(token_ids, self._tenant).length
+        length = self._store.match(token_ids, self._tenant)
         reused = min(length, len(token_ids) - 1)
         looked = time.perf_counter()
         kv = self._store.load(token_ids, 0, reused, self._tenant) if reused else None

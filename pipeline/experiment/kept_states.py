@@ -59,7 +59,7 @@ def build_store(path: Path, settings: JobSettings, say: Callable[[str], None]) -
     stored = tokens = 0
     with KVStore.open(folder, identity, settings.recycle.kv_store_budget) as store:
         for one in ids:
-            if store.match(one).length < len(one):
+            if store.match(one) < len(one):
                 stored += store.put(one, 0, decoder.compute_kv(one.tolist()))
                 tokens += len(one)
     _keep_vectors(folder, prompts, say)

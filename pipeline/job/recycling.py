@@ -171,7 +171,7 @@ def _count_stored(planned: PlannedJob, store: KVStore, least: int) -> int:
         if above >= 0 and ends[above] < start:
             continue
         ids = table[int(tree.row_of_prompt[tree.prompt_lo[node]])][:end].astype(np.uint32)
-        ends[node] = store.match(ids, planned.tenant(int(first[node]))).length
+        ends[node] = store.match(ids, planned.tenant(int(first[node])))
         if ends[node] >= least:
             tokens += max(0, int(ends[node]) - start)
     return tokens

@@ -17,7 +17,7 @@ from pipeline.kvstore.folder import FileState, StoreFolder
 from pipeline.kvstore.header import BadEntry, Head, read_head
 from pipeline.kvstore.identity import TokenIds, entry_key
 from pipeline.kvstore.index import read_index, write_index
-from pipeline.kvstore.tree import Node, PrefixTree
+from pipeline.kvstore.tree import Node, PrefixTree, root_of
 
 _WORTH_AN_INDEX = 1000  # entries that were read one by one at open: the next one need not
 _OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.EIO, errno.EFAULT, errno.ELOOP, errno.ENXIO)
@@ -124,6 +124,11 @@ class Catalogue:
         for node in nodes:
             node.last_used = now
             self.folder.touch(node.key, now)
+
+    def count_foreign(self, identity: str) -> int:
+        """Entries of other identities."""
+        ours = {root for root, known in self.identities.items() if known == identity}
+        return sum(root_of(node) not in ours for node in self.tree.nodes.values())
 
     def save_index(self) -> None:
         """Write the index if it is not up to date; a disk that refuses is warned of."""

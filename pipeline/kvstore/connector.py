@@ -50,7 +50,7 @@ class StoreConnector:
         self._writer.start()
 
     def stored_end(self, sequence: int, ids: Ids) -> int:
-        length = self._store.match(ids.astype(np.uint32), self._tenant_of(sequence)).length
+        length = self._store.match(ids.astype(np.uint32), self._tenant_of(sequence))
         return length if length >= self._least else 0
 
     def load(self, sequence: int, ids: Ids, low: int, high: int) -> Tensor | None:

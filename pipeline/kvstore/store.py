@@ -8,62 +8,27 @@ same model, tokenizer, dtype and rope settings, below the same salt and tenant.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, RLock
-from typing import NamedTuple, Self
+from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.kvstore.catalogue import Catalogue, reason
-from pipeline.kvstore.entry import MappedEntry, check_entry, encode_kv, map_entry, write_entry
+from pipeline.kvstore.checked_entries import CheckedEntries
+from pipeline.kvstore.entry import MappedEntry, encode_kv, write_entry
 from pipeline.kvstore.folder import FileState, StoreFolder
 from pipeline.kvstore.header import DTYPES, BadEntry, Head
 from pipeline.kvstore.identity import Identity, TokenIds, entry_key
-from pipeline.kvstore.tree import Node, Walk, full_ids, root_of
+from pipeline.kvstore.stats import StoreStats
+from pipeline.kvstore.tree import Node, Walk
 from pipeline.storage.durable import publish, temp_path
 from pipeline.storage.lock import LOCK_NAME, FileLock, HeldElsewhere
 
 _logger = logging.getLogger("coppice")
-
-
-class Segment(NamedTuple):
-    """Prompt positions `[low, high)`, from the entry of this key."""
-
-    key: str
-    low: int
-    high: int
-
-
-class StoredPrefix(NamedTuple):
-    """The longest stored prefix of a prompt; `length` 0: none. `segments` tile `[0, length)`."""
-
-    length: int
-    segments: tuple[Segment, ...]
-
-
-@dataclass
-class StoreStats:
-    """Counts since the store was opened. `hits` and `misses` are of `match` and of failed loads.
-
-    `load_s` is the time inside `load`; pages that a caller touches later come on its own time.
-    `other_identity`: entries of other models, tokenizers, dtypes or rope settings at open.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    loaded_tokens: int = 0
-    loaded_bytes: int = 0
-    load_s: float = 0.0
-    puts: int = 0
-    evictions: int = 0
-    quarantined: int = 0
-    other_identity: int = 0
 
 
 class KVStore:
@@ -86,9 +51,8 @@ class KVStore:
         self._budget_bytes = budget_bytes
         self._salt = salt
         self._lock = lock
-        self._lock_inode = os.stat(catalogue.folder.path / LOCK_NAME).st_ino if lock else 0
         self._roots: dict[str, str] = {}
-        self._verified: dict[str, int] = {}  # key -> inode of the file that was checked
+        self._entries = CheckedEntries(identity)
         self._said: set[str] = set()
         self._guard = RLock()  # the tree; never held while KV is read or written
         self._putting = Lock()
@@ -131,19 +95,17 @@ class KVStore:
             if len(self._catalogue.bad) > bad:
                 self._say_bad(self._catalogue.bad[-1][1])
             self._count()
-            self.stats.other_identity = self._num_foreign()
+            self.stats.other_identity = self._catalogue.count_foreign(self._digest)
 
-    def match(self, token_ids: TokenIds, tenant: str = "") -> StoredPrefix:
-        """The longest stored prefix of a prompt [n] of a tenant. Touches no file."""
+    def match(self, token_ids: TokenIds, tenant: str = "") -> int:
+        """How many first tokens of a prompt [n] of a tenant are stored. Touches no file."""
         with self._guard:
             walk = self._walk(token_ids, tenant)
         if walk.length:
             self.stats.hits += 1
         else:
             self._miss()
-        return StoredPrefix(
-            walk.length, tuple(Segment(node.key, low, high) for node, low, high in walk.pieces())
-        )
+        return walk.length
 
     def load(self, token_ids: TokenIds, low: int, high: int, tenant: str = "") -> Tensor | None:
         """KV of positions `[low, high)` below `token_ids[:low]`; None where they are not there.
@@ -248,25 +210,16 @@ class KVStore:
 
     def _may_write(self) -> bool:
         """Whether the folder is still the one that we hold the lock of."""
-        if not self.is_writer:
-            return False
-        path = self._catalogue.folder.path
-        try:
-            is_ours = os.stat(path / LOCK_NAME).st_ino == self._lock_inode
-        except OSError:
-            is_ours = False
-        if not is_ours:
+        if self.is_writer and not (self._lock and self._lock.is_held):
             self.is_writer = self._catalogue.is_writer = False
+            path = self._catalogue.folder.path
             self._say_once("gone", f"the KV store {path} was deleted; nothing new is kept in it")
-        return is_ours
+        return self.is_writer
 
     def _read(self, node: Node) -> MappedEntry | None:
-        """Map an entry and check it if this process has not; None where it is bad or gone."""
+        """The entry of a node; None where it is bad or gone."""
         try:
-            entry = map_entry(self._catalogue.folder.entry_path(node.key))
-            if self._verified.get(node.key) != entry.inode:
-                self._check(entry, node)
-            return entry
+            return self._entries.read(self._catalogue.folder.entry_path(node.key), node)
         except FileNotFoundError:  # evicted by the writer, or the whole store deleted
             with self._guard:
                 if self._catalogue.tree.nodes.get(node.key) is node:
@@ -274,22 +227,6 @@ class KVStore:
         except (BadEntry, OSError) as error:
             self._put_aside(node, error)
         return None
-
-    def _check(self, entry: MappedEntry, node: Node) -> None:
-        """Raises BadEntry unless it is what the tree takes it for, and whole."""
-        head = entry.head
-        is_expected = (
-            head.identity == self._digest
-            and (head.low, head.high) == (node.low, node.high)
-            and (head.dtype, head.shape) == (self._identity.dtype, self._identity.layout)
-            and entry_key(head.root, entry.token_ids, head.low) == node.key
-            and head.root == root_of(node)
-            and np.array_equal(entry.token_ids, full_ids(node))
-        )
-        if not is_expected:
-            raise BadEntry("it is another entry than its name says")
-        check_entry(entry)
-        self._verified[node.key] = entry.inode
 
     def _put_aside(self, node: Node, error: BadEntry | OSError) -> None:
         why = reason(error)
@@ -326,10 +263,6 @@ class KVStore:
                 f"tokenizers or dtypes ({foreign:,} entries) and none of this job's; "
                 "they are not used",
             )
-
-    def _num_foreign(self) -> int:
-        ours = {r for r, identity in self._catalogue.identities.items() if identity == self._digest}
-        return sum(root_of(node) not in ours for node in self._catalogue.tree.nodes.values())
 
     def _count(self) -> None:
         self.stats.evictions = self._catalogue.evicted

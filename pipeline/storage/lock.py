@@ -91,17 +91,23 @@ class FileLock:
 
         `mode` and `group` are of a file that is made; one that is there stays as it is.
         """
+        self._path = path
         for _ in range(_TRIES):
             self._file = _open(path, mode, group)
             try:
                 self.left_behind = self._take()
-                if _is_at(path, self._file):
+                if self.is_held:
                     return
             except BaseException:
                 os.close(self._file)
                 raise
             os.close(self._file)  # it was removed meanwhile: others lock another one
         raise OSError(errno.ESTALE, "somebody keeps removing it")
+
+    @property
+    def is_held(self) -> bool:
+        """Whether what has the file's name now is the file that was locked."""
+        return _is_at(self._path, self._file)
 
     def _take(self) -> str:
         """Lock the open file and write our name into it; return the name that was there."""
@@ -148,7 +154,7 @@ def _is_at(path: Path, file: int) -> bool:
     """Whether the open file or folder is still what has this name."""
     try:
         return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(file))
-    except FileNotFoundError:
+    except OSError:
         return False
 
 

@@ -59,7 +59,7 @@ class Oracle:
         left = {
             (tenant, prefix)
             for tenant, prefix in self.prefixes
-            if store.match(as_ids(prefix), tenant).length == len(prefix)
+            if store.match(as_ids(prefix), tenant) == len(prefix)
         }
         assert all(len(p) == 1 or (tenant, p[:-1]) in left for tenant, p in left)
         self.prefixes = left
@@ -67,10 +67,10 @@ class Oracle:
 
 def check_prompt(store: KVStore, prompt: Prefix, length: int, tenant: str = "") -> None:
     """The store has exactly so much of the prompt, and every piece of it is right."""
-    found = store.match(as_ids(prompt), tenant)
-    assert found.length == length
-    edges = [0] + [segment.high for segment in found.segments]
-    assert [segment.low for segment in found.segments] == edges[:-1]
+    assert store.match(as_ids(prompt), tenant) == length
+    pieces = list(store._walk(as_ids(prompt), tenant).pieces())
+    edges = [0] + [high for _, _, high in pieces]
+    assert [low for _, low, _ in pieces] == edges[:-1]
     assert edges[-1] == length
     if length:
         kv = store.load(as_ids(prompt), 0, length, tenant)

@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 def path_of(folder: Path, prompt: tuple[int, ...]) -> Path:
     """The file of the last entry of a prompt."""
     with KVStore.open(folder, IDENTITY, BUDGET) as store:
-        key = store.match(as_ids(prompt)).segments[-1].key
+        key = store._walk(as_ids(prompt), "").nodes[-1].key
     return next(path for path in entry_paths(folder) if path.stem == key)
 
 
@@ -224,12 +224,12 @@ def test_a_store_deleted_while_it_is_used_is_a_miss(
 ) -> None:
     with open_store(folder) as store:
         shutil.rmtree(folder)
-        assert store.match(as_ids(TOP)).length == 4
+        assert store.match(as_ids(TOP)) == 4
         assert store.load(as_ids(TOP), 0, 4) is None
-        assert store.match(as_ids(TOP)).length == 0
+        assert store.match(as_ids(TOP)) == 0
         assert not store.put(as_ids(TOP), 0, kv_of(TOP))
         store.refresh()
-        assert store.match(as_ids(OTHER)).length == 0
+        assert store.match(as_ids(OTHER)) == 0
     assert not folder.exists()
     (said,) = [r.getMessage() for r in caplog.records]
     assert "was deleted" in said
@@ -288,11 +288,11 @@ def test_a_forged_index_leads_to_no_wrong_answer(folder: Path) -> None:
         tree = store._catalogue.tree
         for node in tree.nodes.values():
             node.token_ids = node.token_ids + np.uint32(0)
-        key = store.match(as_ids(OTHER)).segments[0].key
+        key = store._walk(as_ids(OTHER), "").nodes[0].key
         tree.nodes[key].token_ids[2] = 8
         store._catalogue.is_index_old = True
     with open_store(folder) as store:
-        assert store.match(as_ids((7, 7, 8))).length == 3
+        assert store.match(as_ids((7, 7, 8))) == 3
         assert store.load(as_ids((7, 7, 8)), 0, 3) is None
 
 

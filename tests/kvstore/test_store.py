@@ -125,7 +125,7 @@ def test_states_of_another_model_are_a_miss_that_says_so_once(
     other = dataclasses.replace(IDENTITY, **change)  # type: ignore[arg-type]
     with open_store(tmp_path / "kv", other) as store:
         for _ in range(3):
-            assert store.match(as_ids(PROMPT)).length == 0
+            assert store.match(as_ids(PROMPT)) == 0
             assert store.load(as_ids(PROMPT), 0, 5) is None
         assert store.stats.other_identity == 1
         assert store.stats.misses == 6
@@ -139,14 +139,14 @@ def test_tenants_and_salts_never_meet(tmp_path: Path) -> None:
     """Seen red: a root that left the salt out."""
     with open_store(tmp_path / "kv") as store:
         put(store, PROMPT, tenant="a")
-        assert store.match(as_ids(PROMPT), "a").length == 5
-        assert store.match(as_ids(PROMPT), "b").length == 0
-        assert store.match(as_ids(PROMPT)).length == 0
+        assert store.match(as_ids(PROMPT), "a") == 5
+        assert store.match(as_ids(PROMPT), "b") == 0
+        assert store.match(as_ids(PROMPT)) == 0
         put(store, PROMPT, tenant="b")
         check_prompt(store, PROMPT, 5, "a")
         check_prompt(store, PROMPT, 5, "b")
     with open_store(tmp_path / "kv", salt="secret") as store:
-        assert store.match(as_ids(PROMPT), "a").length == 0
+        assert store.match(as_ids(PROMPT), "a") == 0
     names = b"".join(path.read_bytes() for path in (tmp_path / "kv").rglob("*") if path.is_file())
     assert b"secret" not in names and b"tenant" not in names
 
@@ -190,9 +190,9 @@ def test_what_was_used_the_longest_ago_gives_way_and_parents_after_children(
             assert put(store, (new, 1, 2))
             assert sum(path.stat().st_size for path in entry_paths(tmp_path / "kv")) <= used
         # 3 went first, then 0, which was used when its child came, and before it that child
-        left = [prompt[0] for prompt in prompts if store.match(as_ids(prompt)).length]
+        left = [prompt[0] for prompt in prompts if store.match(as_ids(prompt))]
         assert left == [1, 2]
-        assert store.match(as_ids((0, 1, 2, 3))).length == 0
+        assert store.match(as_ids((0, 1, 2, 3))) == 0
         assert store.stats.evictions == 3
 
 
@@ -218,14 +218,14 @@ def test_one_writes_and_the_others_read(tmp_path: Path, caplog: pytest.LogCaptur
         check_prompt(reader, PROMPT, 5)
         assert not put(reader, (1, 2))
         put(writer, (1, 2, 3))
-        assert reader.match(as_ids((1, 2, 3))).length == 0
+        assert reader.match(as_ids((1, 2, 3))) == 0
         reader.refresh()
         check_prompt(reader, (1, 2, 3), 3)
         held = reader.load(as_ids(PROMPT), 0, 5)
         writer._catalogue.make_room(0, 0)
-        assert reader.match(as_ids(PROMPT)).length == 5
+        assert reader.match(as_ids(PROMPT)) == 5
         assert reader.load(as_ids(PROMPT), 0, 5) is None  # a miss, and known from now on
-        assert reader.match(as_ids(PROMPT)).length == 0
+        assert reader.match(as_ids(PROMPT)) == 0
         assert held is not None and torch.equal(held, kv_of(PROMPT))  # what it had it keeps
         assert reader.stats.quarantined == 0
         reader.close()

@@ -47,7 +47,7 @@ def work(folder: Path, budget: int, kept: list[Prefix] | None = None) -> None:
             for prompt in PROMPTS:
                 if store.put(as_ids(prompt), 0, kv_of(prompt)) and kept is not None:
                     kept.append(prompt)
-                length = store.match(as_ids(prompt)).length
+                length = store.match(as_ids(prompt))
                 if length:
                     store.load(as_ids(prompt), 0, length)
         if store.stats.quarantined and kept is not None:
@@ -59,9 +59,9 @@ def check(folder: Path, budget: int, kept: Iterable[Prefix] = ()) -> None:
     with open_store(folder, budget=budget) as store:
         assert store.is_writer
         for prompt in PROMPTS:
-            check_prompt(store, prompt, store.match(as_ids(prompt)).length)
+            check_prompt(store, prompt, store.match(as_ids(prompt)))
         for prompt in kept:
-            assert store.match(as_ids(prompt)).length == len(prompt), prompt
+            assert store.match(as_ids(prompt)) == len(prompt), prompt
         assert store.stats.quarantined == 0, "an entry was published that is not whole"
     assert not [path for path in folder.rglob("*") if is_temp(path)]
     assert verify_store(folder).bad == []
@@ -144,12 +144,12 @@ def check_after_cut(folder: Path, budget: int, kept: Iterable[Prefix]) -> None:
     """As `check`; what was renamed and not flushed may be half, and is put aside."""
     with open_store(folder, budget=budget) as store:
         for prompt in PROMPTS:
-            length = store.match(as_ids(prompt)).length
+            length = store.match(as_ids(prompt))
             if length and store.load(as_ids(prompt), 0, length) is None:
-                length = store.match(as_ids(prompt)).length
+                length = store.match(as_ids(prompt))
             check_prompt(store, prompt, length)
         for prompt in kept:
-            assert store.match(as_ids(prompt)).length == len(prompt), prompt
+            assert store.match(as_ids(prompt)) == len(prompt), prompt
         store.put(as_ids(PROMPTS[0]), 0, kv_of(PROMPTS[0]))
     assert verify_store(folder).bad == []
 
@@ -165,7 +165,7 @@ def toil(folder: Path, seed: int, answered: Synchronized[int]) -> None:
                 prompt = tuple(luck.choices(range(3), k=luck.randint(1, 8)))
                 if store.put(as_ids(prompt), 0, kv_of(prompt)):
                     answered.value += 1
-                if length := store.match(as_ids(prompt)).length:
+                if length := store.match(as_ids(prompt)):
                     store.load(as_ids(prompt), 0, length)
 
 
@@ -187,7 +187,7 @@ def kill_at_random(base: Path, server: Server, kills: int, seed: int) -> int:
         with open_store(folder, budget=40_000) as store:
             for _ in range(100):
                 prompt = tuple(luck.choices(range(3), k=8))
-                check_prompt(store, prompt, store.match(as_ids(prompt)).length)
+                check_prompt(store, prompt, store.match(as_ids(prompt)))
             assert store.stats.quarantined == 0
         assert verify_store(folder).bad == []
         assert describe_store(folder)["bytes"] <= 40_000
