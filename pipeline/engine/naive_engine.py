@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessorList
 
@@ -31,6 +30,7 @@ from pipeline.engine.completions import with_scores
 from pipeline.engine.ends import ends_by_text, ends_by_token
 from pipeline.engine.guides import NO_TOKEN, GreedyWriter, mask_answer
 from pipeline.engine.logprobs import read_logprobs
+from pipeline.engine.naive_replay import greedy_replay, sampled_replay
 from pipeline.engine.naive_scores import score_sequence
 from pipeline.engine.processors import (
     AskedLogits,
@@ -41,7 +41,6 @@ from pipeline.engine.processors import (
 from pipeline.engine.request_logits import Context, TokenCounts, asks, without_repetition
 from pipeline.engine.resent import RESENT_NOTE, Turn, answer_in_order
 from pipeline.engine.sampler import Sampler, configured
-from pipeline.engine.sampling import truncated_cdf, uniform_noise
 from pipeline.engine.threads import Threads
 from pipeline.model.model import LoadedModel, use_own_attention
 from pipeline.plan.plan import Plan
@@ -203,8 +202,8 @@ class NaiveEngine(LocalEngine):
         )
         params = rows[0] if rows else params
         if params.is_greedy:
-            return _greedy_replay(logits.double(), output, predicted.token_ids)
-        return _sampled_replay(logits.double(), output, params, keys, predicted.token_ids)
+            return greedy_replay(logits.double(), output, predicted.token_ids)
+        return sampled_replay(logits.double(), output, params, keys, predicted.token_ids)
 
     def forced_logits(self, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
         """One full prefill: the logits that choose each of `output`, [n, V], model's dtype."""
@@ -277,46 +276,3 @@ class NaiveEngine(LocalEngine):
     @property
     def _dtype(self) -> str:
         return str(self.loaded.model.dtype).removeprefix("torch.")
-
-
-def _greedy_replay(logits: Tensor, output: Sequence[int], predicted: NDArray[np.int64]) -> Replay:
-    logprobs = torch.log_softmax(logits, -1)
-    top = logprobs.topk(2).values
-    given = torch.tensor(output, device=logits.device).unsqueeze(1)
-    chosen = logprobs.gather(1, given).squeeze(1)
-    return Replay(
-        predicted,
-        chosen.cpu().numpy(),
-        (top[:, 0] - top[:, 1]).cpu().numpy(),
-        (top[:, 0] - chosen).cpu().numpy(),
-    )
-
-
-def _sampled_replay(
-    logits: Tensor,
-    output: Sequence[int],
-    params: SamplingParams,
-    keys: NDArray[np.uint64],
-    predicted: NDArray[np.int64],
-) -> Replay:
-    """For sampled rows the distance is one of probability mass, not of nats: how far the noise lies
-    from the interval of the run's token (deficit), and from leaving its own (margin)."""
-    order, cumulative = truncated_cdf(logits, [params] * len(output))
-    noise = torch.from_numpy(uniform_noise(keys, np.arange(len(output)))).to(logits.device)
-    upper, lower = _intervals(order, cumulative, torch.tensor(output, device=logits.device))
-    deficit = torch.clamp(torch.maximum(lower - noise, noise - upper), min=0.0)
-    own_upper, own_lower = _intervals(
-        order, cumulative, torch.from_numpy(predicted).to(logits.device)
-    )
-    margin = torch.minimum(noise - own_lower, own_upper - noise)
-    logprob = torch.log((upper - lower).clamp_min(1e-300))
-    return Replay(predicted, logprob.cpu().numpy(), margin.cpu().numpy(), deficit.cpu().numpy())
-
-
-def _intervals(order: Tensor, cumulative: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Where on the cumulative distribution each row's token lies: (upper, lower), in [0, 1]."""
-    rank = (order == tokens.unsqueeze(1)).int().argmax(-1, keepdim=True)
-    total = cumulative[:, -1]
-    upper = cumulative.gather(1, rank).squeeze(1) / total
-    below = cumulative.gather(1, (rank - 1).clamp_min(0)).squeeze(1) / total
-    return upper, torch.where(rank.squeeze(1) > 0, below, torch.zeros_like(below))
