@@ -209,7 +209,8 @@ def python_page() -> str:
     """What a program imports, from the docstrings."""
     modules = ["kvcoppice.api", "kvcoppice.notebooks", "kvcoppice.results"]
     modules += ["pipeline.settings", "pipeline.prompt_settings", "pipeline.sampling_settings"]
-    modules += ["pipeline.store_settings", "pipeline.records", "pipeline.errors"]
+    modules += ["pipeline.store_settings", "pipeline.prompts", "pipeline.records"]
+    modules += ["pipeline.errors"]
     text = [
         "# Python",
         "The calls and results of `import kvcoppice`, then the records that they take.",

@@ -19,7 +19,7 @@ from pipeline.inputs import parquet_input
 from pipeline.job.job import Job, open_job
 from pipeline.job.planning import plan_rows
 from pipeline.job.prepare import Preparation, PreparedBatch
-from pipeline.records import PromptBatch
+from pipeline.prompts import PromptBatch
 from pipeline.run import run_job
 from pipeline.settings import JobSettings
 from tests.tiny_job import FailingEngine, answers, on, write_prompts

@@ -20,7 +20,7 @@ FILES = sorted(
 _FIRST = {
     f"pipeline.{name}"
     for name in (
-        "records", "errors", "forms", "generation", "settings", "reuse_settings",
+        "prompts", "records", "errors", "forms", "generation", "settings", "reuse_settings",
         "conversation_settings", "scoring_settings", "prompt_settings", "sampling_settings",
         "store_settings", "questions", "time_limit",
         "constraints", "constraint_settings", "narrowed_schemas", "request_rules",
@@ -37,7 +37,8 @@ def _rooms(*names: str) -> set[str]:
 # room -> what of `pipeline` it may import besides itself, from the ground floor up
 ROOMS: dict[str, set[str]] = {
     "pipeline.questions": set(),
-    "pipeline.records": {"pipeline.questions"},
+    "pipeline.prompts": {"pipeline.questions"},
+    "pipeline.records": set(),
     "pipeline.constraints": set(),
     "pipeline.constraint_settings": _FIRST,
     "pipeline.narrowed_schemas": _FIRST,
@@ -71,7 +72,7 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.model": _FIRST | {"pipeline.storage.durable", "pipeline.plan.documents"},
     "pipeline.report": _FIRST | {"pipeline.storage"},
     "pipeline.engine": _FIRST | _rooms("plan", "model"),
-    "pipeline.executor": _FIRST | {"pipeline.plan", "pipeline.engine.base"},
+    "pipeline.executor": _FIRST | _rooms("plan", "engine.base", "engine.counters"),
     "pipeline.job": _FIRST
     | _rooms("storage", "inputs", "tokens", "plan", "model", "engine", "kvstore", "segments"),
     "pipeline.audit": _FIRST | _rooms("storage", "plan", "model", "engine", "job"),

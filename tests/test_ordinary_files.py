@@ -22,7 +22,8 @@ from pipeline.job.job import Job, open_job
 from pipeline.job.planning import plan_rows
 from pipeline.location import Location
 from pipeline.prompt_settings import ReadSettings
-from pipeline.records import PromptBatch, SamplingParams
+from pipeline.prompts import PromptBatch
+from pipeline.records import SamplingParams
 from pipeline.run import run_job
 from pipeline.settings import JobSettings, WriteSettings
 from tests.tiny_job import answers, echo_settings

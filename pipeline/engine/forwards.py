@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.backend import Backend
-from pipeline.engine.base import EngineCounters
+from pipeline.engine.counters import EngineCounters
 from pipeline.engine.cuda_graphs import DecodeRunner, NextTokens
 from pipeline.engine.forward import PiecewiseForward
 from pipeline.engine.kv_cache import KVCache

@@ -4,8 +4,8 @@ computed again turn by turn, with the same evictions, where that is cheaper or t
 
 from __future__ import annotations
 
-from pipeline.engine.base import EngineCounters
 from pipeline.engine.conversation import Conversation, TurnPlacement
+from pipeline.engine.counters import EngineCounters
 from pipeline.engine.kept_kv import KeptKV, saved_bytes
 from pipeline.engine.live import LiveRow
 from pipeline.engine.spill_cost import SpillCost

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
-from pipeline.engine.base import EngineCapabilities, EngineCounters, Grammars, StopCheck
+from pipeline.engine.base import EngineCapabilities, Grammars, StopCheck
+from pipeline.engine.counters import EngineCounters
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, EarlierTurn
 

@@ -20,14 +20,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.base import (
-    NO_HOOKS,
-    EngineCapabilities,
-    EngineCounters,
-    EngineHooks,
-    Indices,
-    RunControl,
-)
+from pipeline.engine.base import NO_HOOKS, EngineCapabilities, EngineHooks, Indices, RunControl
+from pipeline.engine.counters import EngineCounters
 from pipeline.errors import EngineError
 from pipeline.executor.base import Answers, Assignment, Crew, Event, Order, Report, summed
 from pipeline.executor.conversations import TurnsOnTheWay

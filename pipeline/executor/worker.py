@@ -18,7 +18,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipeline.engine.base import NO_HOOKS, Engine, EngineCounters, EngineHooks, RunControl
+from pipeline.engine.base import NO_HOOKS, Engine, EngineHooks, RunControl
+from pipeline.engine.counters import EngineCounters
 from pipeline.errors import CoppiceError, place_of
 from pipeline.executor.base import Answers, Assignment, Failure, Hello, Order, Report, summed
 from pipeline.executor.dispatch import not_worth_keeping

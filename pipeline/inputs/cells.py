@@ -18,7 +18,8 @@ from pipeline.inputs.request_fields import (
     is_neutral,
 )
 from pipeline.inputs.request_values import read_value
-from pipeline.records import MOST_LOGPROBS, Message, SegmentedPrompt
+from pipeline.prompts import Message, SegmentedPrompt
+from pipeline.records import MOST_LOGPROBS
 
 
 def read_text(cell: str) -> str:

@@ -17,7 +17,7 @@ from pipeline.template_arguments import read_template_arguments
 
 CHAT_FIELDS: Final = ("tools", "tool_choice", "chat_template_kwargs", "reasoning_effort")
 GIVEN: Final = "given"
-"""Among what a row overrides: what its template is given, see `records.ChatPrompt`."""
+"""Among what a row overrides: what its template is given, see `prompts.ChatPrompt`."""
 
 
 def read_chat_fields(said: Mapping[str, object]) -> str:

@@ -30,7 +30,7 @@ from pipeline.inputs.prompt_source import open_source
 from pipeline.inputs.text_files import is_text_file, write_rows
 from pipeline.location import Location
 from pipeline.prompt_settings import ReadSettings
-from pipeline.records import ChatPrompt
+from pipeline.prompts import ChatPrompt
 from pipeline.storage.durable import write_whole
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import holds_run, reading_run

@@ -30,7 +30,7 @@ from pipeline.inputs.choices import Choices
 from pipeline.inputs.columns import ColumnMap
 from pipeline.inputs.prompt_template import PromptTemplate
 from pipeline.inputs.question_texts import QuestionTexts
-from pipeline.records import (
+from pipeline.prompts import (
     AskedPrompt,
     ChatPrompt,
     Content,

@@ -31,8 +31,8 @@ from pipeline.inputs.text_files import is_text_file, named_texts
 from pipeline.inputs.turns import Turns, read_turns, with_turn_columns
 from pipeline.location import Location
 from pipeline.prompt_settings import ReadSettings
+from pipeline.prompts import PromptBatch
 from pipeline.questions import Questionnaire
-from pipeline.records import PromptBatch
 from pipeline.scoring_settings import NO_SCORES, ScoringSettings
 
 _CACHE_BYTES = 256 << 20

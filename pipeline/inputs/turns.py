@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pipeline.conversation_settings import ConversationSettings
 from pipeline.errors import InputError
 from pipeline.inputs.columns import ColumnMap, find_column, listed
-from pipeline.records import PromptBatch, Rejected, TurnPrompt
+from pipeline.prompts import PromptBatch, Rejected, TurnPrompt
 from pipeline.storage.plain_types import is_text
 
 _USUAL = ("conversation_id", "turn")

@@ -20,7 +20,8 @@ from pipeline.job.row_faults import call_by_halves, sentence
 from pipeline.job.row_scores import NoLikelyChoice, ScoredRow, score_columns
 from pipeline.job.row_tools import add_tool_calls
 from pipeline.plan.plan import Plan
-from pipeline.records import PRIOR_TURN_FAILED, Completion, Rejected, Timing, TurnState
+from pipeline.prompts import Rejected
+from pipeline.records import PRIOR_TURN_FAILED, Completion, Timing, TurnState
 from pipeline.storage.schema import carry_columns, result_fields
 from pipeline.tokens.reasoning import AnswerParts
 

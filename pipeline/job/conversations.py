@@ -25,7 +25,8 @@ from pipeline.plan.conversation_planning import Chains, plan_conversations
 from pipeline.plan.conversations import CONTEXT_EXCEEDED, Eviction
 from pipeline.plan.plan import Names, Plan, build_plan
 from pipeline.plan.token_table import TokenTable
-from pipeline.records import PRIOR_TURN_FAILED, Rejected, SamplingParams
+from pipeline.prompts import Rejected
+from pipeline.records import PRIOR_TURN_FAILED, SamplingParams
 
 
 class Asked(NamedTuple):

@@ -48,7 +48,7 @@ from pipeline.plan.score_planning import ScoreFigures, by_rows, with_scores
 from pipeline.plan.segment_table import Segments
 from pipeline.plan.summary import PlanSummary, summarise
 from pipeline.plan.token_table import narrowest_dtype
-from pipeline.records import PromptBatch, Rejected
+from pipeline.prompts import PromptBatch, Rejected
 from pipeline.storage.schema import output_schema
 from pipeline.storage.schema_types import JSON_TEXT, Form, form_of
 

@@ -18,7 +18,8 @@ from pipeline.generation import end_at, resolve_sampling, why_not_by_vllm
 from pipeline.job.prepare_forms import Forms
 from pipeline.job.request_limits import RequestLimits
 from pipeline.job.row_faults import call_by_halves, sentence
-from pipeline.records import PromptBatch, Rejected, SamplingParams
+from pipeline.prompts import PromptBatch, Rejected
+from pipeline.records import SamplingParams
 from pipeline.sampling_settings import SamplingSettings
 from pipeline.tokens.constraint_check import ConstraintChecker
 from pipeline.tokens.tokenizer import PromptTokenizer

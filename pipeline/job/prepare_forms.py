@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from pipeline.constraints import schema_of
 from pipeline.generation import reads_each_token
 from pipeline.plan.openings import append_openings, opened
-from pipeline.records import ChatPrompt, Content, PromptBatch, Rejected, SamplingParams
+from pipeline.prompts import ChatPrompt, Content, PromptBatch, Rejected
+from pipeline.records import SamplingParams
 from pipeline.tokens.constraint_check import ConstraintChecker
 from pipeline.tokens.tokenizer import PromptTokenizer
 

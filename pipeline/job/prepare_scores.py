@@ -13,14 +13,8 @@ import numpy as np
 
 from pipeline.job.prepare import Limits, PreparedBatch, PreparedRequests
 from pipeline.job.row_faults import call_by_halves, sentence
-from pipeline.records import (
-    AskedPrompt,
-    Content,
-    PromptBatch,
-    Rejected,
-    SamplingParams,
-    ScoredPrompt,
-)
+from pipeline.prompts import AskedPrompt, Content, PromptBatch, Rejected, ScoredPrompt
+from pipeline.records import SamplingParams
 from pipeline.tokens.pairs import EncodedPairs, Pair, PairFault
 from pipeline.tokens.tokenizer import PromptTokenizer
 

@@ -25,7 +25,8 @@ from pipeline.job.prepare_scores import ScorePreparation
 from pipeline.plan.requests import Requests
 from pipeline.plan.segment_table import Segments
 from pipeline.plan.token_table import TokenFile, TokenTable
-from pipeline.records import PromptBatch, Rejected, SamplingParams
+from pipeline.prompts import PromptBatch, Rejected
+from pipeline.records import SamplingParams
 
 Value = TypeVar("Value")
 _SCHEMA: dict[str, DataTypeClass | pl.DataType] = {

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pipeline.errors import UsageError
+from pipeline.prompts import ScoredPrompt
 from pipeline.questions import Questionnaire, Text
-from pipeline.records import ScoredPrompt
 from pipeline.tokens.tokenizer import PromptTokenizer
 
 _TEXT = "a"  # of a row, and of a question: what stands right before a label is the same for all

@@ -18,8 +18,8 @@ import numpy as np
 
 from pipeline.inputs.prompt_source import PromptSource
 from pipeline.plan.distinct_bytes import count_distinct_bytes
+from pipeline.prompts import AskedPrompt, PromptBatch
 from pipeline.questions import Order, Question, Questionnaire, Text
-from pipeline.records import AskedPrompt, PromptBatch
 
 _MOST_BYTES = 16 << 20
 """Of texts, each with all of its questions, that are counted."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.plan.plan import Names
-from pipeline.records import Rejected
+from pipeline.prompts import Rejected
 
 _EXAMPLES = 5
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.job.planning import PlannedJob, select_rows
-from pipeline.records import AskedPrompt, Content, ScoredPrompt, SegmentedPrompt
+from pipeline.prompts import AskedPrompt, Content, ScoredPrompt, SegmentedPrompt
 
 _SHOWN_TURNS = 4
 _SHOWN_CONTINUATIONS = 16

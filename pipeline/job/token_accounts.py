@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.engine.base import EngineCounters
+from pipeline.engine.counters import EngineCounters
 from pipeline.errors import EngineError
 from pipeline.job.answers import RowCounts
 from pipeline.job.planning import PlannedJob

@@ -12,7 +12,7 @@ from itertools import takewhile
 import numpy as np
 
 from pipeline.inputs.turns import Turns
-from pipeline.records import PromptBatch, TurnPrompt
+from pipeline.prompts import PromptBatch, TurnPrompt
 from pipeline.tokens.turns import LaterTurns
 
 _CONVERSATIONS = 16

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from pipeline.errors import is_row_fault
-from pipeline.records import Message
+from pipeline.prompts import Message
 from pipeline.tokens.chat_template import TemplateFault
 from pipeline.tokens.control_tokens import ControlTokens
 from pipeline.tokens.encoded import EncodedRows, encode_each

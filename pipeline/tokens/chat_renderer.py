@@ -21,7 +21,7 @@ from pipeline.namespace import SafeNamespace
 from pipeline.time_limit import TimeLimit, TookTooLong
 
 if TYPE_CHECKING:
-    from pipeline.records import Message  # which brings pydantic; this is started for each template
+    from pipeline.prompts import Message  # which brings pydantic; this is started for each template
 
 CLOCK_NAME = "strftime_now"  # the only way to the time that transformers gives a template
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, the first leads

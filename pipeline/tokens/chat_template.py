@@ -23,7 +23,7 @@ import jinja2.nodes
 
 from pipeline.confined import Confined, Ended, Fault, NotMade
 from pipeline.errors import UsageError
-from pipeline.records import Message
+from pipeline.prompts import Message
 from pipeline.tokens.chat_renderer import CLOCK_NAME, ChatRenderer, make_environment
 
 _MOST_SECONDS = 10.0  # for a conversation

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from pipeline.records import Message
+from pipeline.prompts import Message
 
 _PRIVATE = range(0xF0000, 0x10FFFE)  # code points that nobody may give a meaning
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from pipeline.records import ChatPrompt, Message
+from pipeline.prompts import ChatPrompt, Message
 from pipeline.tokens.chat_template import ChatTemplate, TemplateFault
 
 _GIVEN = "given"

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.records import Message, ScoredPrompt
+from pipeline.prompts import Message, ScoredPrompt
 from pipeline.tokens.chat_template import TemplateFault
 from pipeline.tokens.control_tokens import ControlTokens
 from pipeline.tokens.segments import Chat

@@ -8,7 +8,7 @@ from typing import TypeGuard
 
 from pipeline.errors import UsageError
 from pipeline.prompt_settings import TokenSettings
-from pipeline.records import (
+from pipeline.prompts import (
     AskedPrompt,
     ChatPrompt,
     Content,

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import is_row_fault
-from pipeline.records import Message, SegmentedPrompt
+from pipeline.prompts import Message, SegmentedPrompt
 from pipeline.tokens.chat_template import TemplateFault
 from pipeline.tokens.control_tokens import ControlTokens
 from pipeline.tokens.text_encoder import Overlong, TextEncoder

@@ -14,14 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.prompt_settings import TokenSettings
-from pipeline.records import (
-    ChatPrompt,
-    Content,
-    Message,
-    ScoredPrompt,
-    SegmentedPrompt,
-    TurnPrompt,
-)
+from pipeline.prompts import ChatPrompt, Content, Message, ScoredPrompt, SegmentedPrompt, TurnPrompt
 from pipeline.tokens.answer_text import AnswerText
 from pipeline.tokens.chat_encoder import ChatEncoder
 from pipeline.tokens.chat_template import find_template

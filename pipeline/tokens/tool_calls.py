@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from pipeline.confined import Confined, NotMade
-from pipeline.records import Message
+from pipeline.prompts import Message
 from pipeline.tokens.chat_template import TemplateFault
 from pipeline.tokens.response_reader import ResponseReader
 

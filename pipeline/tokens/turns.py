@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from pipeline.records import Message, TurnPrompt
+from pipeline.prompts import Message, TurnPrompt
 from pipeline.tokens.chat_template import TemplateFault
 from pipeline.tokens.segments import Chat
 

@@ -26,7 +26,8 @@ from pipeline.job.answer_texts import Said, decode_answers
 from pipeline.job.parsed import parsed_value
 from pipeline.job.prepare import Limits, Preparation
 from pipeline.prompt_settings import TokenSettings
-from pipeline.records import ChatPrompt, Content, PromptBatch, SamplingParams
+from pipeline.prompts import ChatPrompt, Content, PromptBatch
+from pipeline.records import SamplingParams
 from pipeline.run import run_job, validate_input
 from pipeline.sampling_settings import SamplingSettings
 from pipeline.storage.schema_types import JSON_TEXT

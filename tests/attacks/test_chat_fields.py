@@ -14,7 +14,7 @@ from pipeline.inputs.cells import read_fields, read_messages
 from pipeline.inputs.chat_fields import CHAT_FIELDS, GIVEN, fields_of
 from pipeline.inputs.openai_batch import BadRequest, row_of_request
 from pipeline.prompt_settings import TokenSettings
-from pipeline.records import ChatPrompt
+from pipeline.prompts import ChatPrompt
 from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.attacks.test_sampling_fields import VALUES
 from tests.saying_engine import TEMPLATE, save_thinking_tokenizer

@@ -15,7 +15,8 @@ from pipeline.inputs.bad_cell import BadCell
 from pipeline.inputs.cells import read_fields
 from pipeline.job.prepare import Limits, Preparation
 from pipeline.prompt_settings import TokenSettings
-from pipeline.records import PromptBatch, SamplingParams
+from pipeline.prompts import PromptBatch
+from pipeline.records import SamplingParams
 from pipeline.request_rules import REQUEST_RULES
 from pipeline.run import run_job
 from pipeline.sampling_settings import SamplingSettings

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pipeline.engine import live, scheduler
 from pipeline.engine.backend import Backend
-from pipeline.engine.base import EngineCounters, RunControl
+from pipeline.engine.base import RunControl
+from pipeline.engine.counters import EngineCounters
 from pipeline.engine.forward import TransformersForward
 from pipeline.engine.kernels.torch_kernel import TorchKernel
 from pipeline.engine.layout import DocumentLayout

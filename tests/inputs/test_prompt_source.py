@@ -20,7 +20,7 @@ from pipeline.errors import InputError
 from pipeline.inputs.prompt_source import PromptSource, find_duplicate_ids, open_source
 from pipeline.location import Location
 from pipeline.prompt_settings import ReadSettings
-from pipeline.records import PromptBatch
+from pipeline.prompts import PromptBatch
 
 CHAT = [{"role": "user", "content": "hi"}]
 

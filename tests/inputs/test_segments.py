@@ -15,7 +15,7 @@ from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import PromptSource, open_source
 from pipeline.location import Location
 from pipeline.prompt_settings import ReadSettings
-from pipeline.records import SegmentedPrompt
+from pipeline.prompts import SegmentedPrompt
 
 SYSTEM, ONE, TWO, QUERY = (
     {"role": role, "text": text}

@@ -17,7 +17,7 @@ from pipeline.inputs.prompt_source import PromptSource, open_source
 from pipeline.inputs.turns import Turns
 from pipeline.location import Location
 from pipeline.prompt_settings import ReadSettings
-from pipeline.records import TurnPrompt
+from pipeline.prompts import TurnPrompt
 from tests.tiny_job import write_prompts
 
 BY_CHAT = ConversationSettings(conversation_column="chat", turn_column="k")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.job.prepare import Preparation, PreparedBatch
-from pipeline.records import PromptBatch
+from pipeline.prompts import PromptBatch
 
 
 def watch_prepared(patch: pytest.MonkeyPatch) -> list[int]:

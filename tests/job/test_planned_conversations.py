@@ -24,7 +24,7 @@ from pipeline.job.conversations import chain
 from pipeline.job.job import open_job
 from pipeline.job.planning import PlannedJob, plan_rows
 from pipeline.plan.conversations import ConversationPlan, Eviction
-from pipeline.records import Rejected
+from pipeline.prompts import Rejected
 from pipeline.run import run_job, validate_input
 from pipeline.settings import JobSettings
 from tests.job.preparing import fail_after, watch_prepared

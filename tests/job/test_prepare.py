@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.job.prepare import Limits, Preparation
 from pipeline.prompt_settings import TokenSettings
-from pipeline.records import PromptBatch
+from pipeline.prompts import PromptBatch
 from pipeline.sampling_settings import SamplingSettings
 from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.tokens.conftest import save_tokenizer

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.prompt_settings import TokenSettings
-from pipeline.records import ScoredPrompt
+from pipeline.prompts import ScoredPrompt
 from pipeline.tokens.pairs import EncodedPairs, PairEncoder, PairFault
 from pipeline.tokens.tokenizer import PromptTokenizer
 

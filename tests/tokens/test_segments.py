@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.prompt_settings import TokenSettings
-from pipeline.records import SegmentedPrompt
+from pipeline.prompts import SegmentedPrompt
 from pipeline.tokens.encoded import EncodedBatch
 from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.tokens.conftest import CHATML, save_tokenizer

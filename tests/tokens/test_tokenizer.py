@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from pipeline.errors import ModelError, UsageError
 from pipeline.prompt_settings import TokenSettings
-from pipeline.records import Content
+from pipeline.prompts import Content
 from pipeline.tokens.chat_template import TemplateFault
 from pipeline.tokens.encoded import EncodedBatch
 from pipeline.tokens.tokenizer import PromptTokenizer

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.prompt_settings import TokenSettings
-from pipeline.records import Message, TurnPrompt
+from pipeline.prompts import Message, TurnPrompt
 from pipeline.tokens.encoded import EncodedBatch
 from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.tokens.conftest import CHATML, CONTROL, save_tokenizer
