@@ -6,8 +6,8 @@
 ```
 
 A way that would choose every token of an answer, given those before it, would write that answer, so
-no third pass is needed; but for rows whose logits go through rules. What is chosen after them no
-hook sees, and these rows are answered once more.
+no third pass is needed; but for rows whose logits go through rules, or whose answers have a form.
+What is chosen after that no hook sees, and these rows are answered once more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.engine.base import Engine, EngineHooks, ForceTokens, RunControl
 from pipeline.engine.sampler import has_rules
 from pipeline.engine.sampling import likeliest_token
 from pipeline.plan.plan import Plan
-from pipeline.records import Completion
+from pipeline.records import Completion, SamplingParams
 
 MOST_TOKENS: Final = 64
 """Of each answer."""
@@ -74,8 +74,8 @@ class BothWays:
         answers = {s: done.token_ids for s, done in full.items() if not done.error_type}
         answered = np.array(sorted(answers), np.int64)
         hooks = EngineHooks(notes.compare, _forcing(answers))
-        moved = self._generate(self._moved, answered, hooks)
-        ruled = answered[[self._has_rules(s) for s in answered.tolist()]]
+        moved = self._generate(_ending_with(self._moved, answers), answered, hooks)
+        ruled = answered[[self._is_ruled(s) for s in answered.tolist()]]
         again = self._generate(self._moved, ruled, EngineHooks())
         if min(len(full) - len(sequences), len(moved) - len(answers), len(again) - len(ruled)) < 0:
             return None
@@ -83,11 +83,13 @@ class BothWays:
         for s, tokens in answers.items():
             same_choice, kl = notes.of(s, len(tokens))
             is_same = again[s].token_ids == tokens if s in again else bool(same_choice.all())
-            found[s] = Difference(is_same and not moved[s].error_type, same_choice, kl)
+            has_failed = moved[s].error_type or (s in again and again[s].error_type)
+            found[s] = Difference(is_same and not has_failed, same_choice, kl)
         return found
 
-    def _has_rules(self, sequence: int) -> bool:
-        return has_rules(self._full.params[int(self._full.sequences.params[sequence])])
+    def _is_ruled(self, sequence: int) -> bool:
+        params = self._full.params[int(self._full.sequences.params[sequence])]
+        return has_rules(params) or params.is_guided
 
     def _generate(
         self, plan: Plan, sequences: NDArray[np.int64], hooks: EngineHooks
@@ -166,6 +168,19 @@ def _greedy(plan: Plan) -> Plan:
             for p in plan.params
         ),
     )
+
+
+def _ending_with(plan: Plan, answers: dict[int, tuple[int, ...]]) -> Plan:
+    """The same sequences, each of which ends where its answer does: when a row is given its tokens,
+    nothing but their number says that these were all."""
+    of_length = tuple(
+        SamplingParams(max_new_tokens=length, ignore_eos=True)
+        for length in range(1, 1 + max(map(len, answers.values()), default=1))
+    )
+    chosen = np.zeros(len(plan.sequences), np.int64)
+    for sequence, tokens in answers.items():
+        chosen[sequence] = len(tokens) - 1
+    return replace(plan, params=of_length, sequences=replace(plan.sequences, params=chosen))
 
 
 def _forcing(answers: dict[int, tuple[int, ...]]) -> ForceTokens:
