@@ -211,36 +211,6 @@ def advance(grammars: Grammars | None, guide: Guide, token_id: int) -> None:
     prepare(grammars, [guide], grammars.vocabulary_size)
 
 
-class GreedyWriter:
-    """An answer that grows by the likeliest token that may follow, for baselines of all kinds."""
-
-    def __init__(
-        self,
-        grammars: Grammars | None,
-        params: SamplingParams,
-        prompt: TokenIds,
-        eos: frozenset[int],
-    ) -> None:
-        self.output: list[int] = []
-        self.is_over = False
-        self._grammars = grammars
-        self._params = params
-        self._ends = frozenset() if params.ignore_eos else eos
-        self._guide = open(grammars, params, prompt, eos)
-
-    def choose(self, logits: Tensor) -> None:
-        """The next token, by logits [V]."""
-        guide = self._guide
-        if guide is not None and guide.mask is not None:
-            logits = logits.clone()
-            rule_out(logits.unsqueeze(0), guide)
-        self.output.append(int(logits.argmax()))
-        if guide is not None:
-            advance(self._grammars, guide, self.output[-1])
-        has_ended = self.output[-1] in self._ends or (guide is not None and guide.is_over)
-        self.is_over = has_ended or len(self.output) >= self._params.max_new_tokens
-
-
 def over_at(
     grammars: Grammars | None,
     params: SamplingParams,

@@ -28,7 +28,8 @@ from pipeline.engine.base import (
 )
 from pipeline.engine.completions import with_scores
 from pipeline.engine.ends import ends_by_text, ends_by_token
-from pipeline.engine.guides import NO_TOKEN, GreedyWriter, mask_answer
+from pipeline.engine.greedy_writer import GreedyWriter
+from pipeline.engine.guides import NO_TOKEN, mask_answer
 from pipeline.engine.logprobs import read_logprobs
 from pipeline.engine.naive_replay import greedy_replay, sampled_replay
 from pipeline.engine.naive_scores import score_sequence
@@ -148,7 +149,7 @@ class NaiveEngine(LocalEngine):
 
     def writer(self, prompt: Sequence[int], params: SamplingParams) -> GreedyWriter:
         """Of a baseline that makes its logits otherwise."""
-        return GreedyWriter(self._grammars, params, prompt, self._eos)
+        return GreedyWriter(self._sampler, self._grammars, params, prompt)
 
     def _generate(
         self, prompt: Sequence[int], params: SamplingParams, processors: Sequence[Any]

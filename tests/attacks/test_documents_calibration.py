@@ -1,4 +1,4 @@
-"""Calibration of rows that ask for more than the likeliest token, against both jobs run for good."""
+"""Calibration of rows that ask for more than the likeliest token, against both whole jobs."""
 
 from __future__ import annotations
 
