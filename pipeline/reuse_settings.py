@@ -37,7 +37,7 @@ class ReuseSettings(Section):
     document_order: Literal["given", "best"] = "given"
     calibration_rows: int = Field(default=64, ge=0)
     min_agreement: Share = 0.9
-    max_kl: float = Field(default=0.05, ge=0.0)
+    max_kl: float = Field(default=0.05, ge=0.0, allow_inf_nan=False)
     on_disagreement: Literal["fallback", "abort", "warn"] = "fallback"
 
     @property

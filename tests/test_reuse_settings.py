@@ -75,6 +75,7 @@ def test_settings_come_back_from_their_record() -> None:
         ({"document_order": "best", "reorder_fields": True}, "exclude each other"),
         ({"min_agreement": 3}, "min-agreement: 3 is not a share"),
         ({"max_kl": -1}, "max-kl: must be at least 0"),
+        ({"max_kl": float("inf")}, "max-kl: must be a number (got inf)"),
         ({"calibration_rows": -1}, "calibration-rows: must be at least 0"),
         ({"on_disagreement": "ask"}, "on-disagreement: must be"),
     ],

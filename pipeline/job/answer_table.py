@@ -201,7 +201,7 @@ def _scored_row(
 
 def _output_row(planned: PlannedJob, item: Answered, texts: Texts) -> dict[str, Any]:
     plan, row = planned.plan, item.row
-    columns = _planned_columns(planned, item) | _document_columns(planned, row)
+    columns = _planned_columns(planned, item) | _document_columns(planned, item)
     if planned.columns.is_exploded:
         columns["sample_index"] = item.sample_index
     if isinstance(item.outcome, Rejected):
@@ -238,17 +238,18 @@ def _within_prompt(planned: PlannedJob, row: int, count: int) -> int:
     return min(count, planned.prompt_tokens(row)) if opening else count
 
 
-def _document_columns(planned: PlannedJob, row: int) -> dict[str, Any]:
-    """Nothing where prompts are in one piece; `exact`: as if nothing had been reused."""
-    counts, asked = planned.counts, planned.job.settings.reuse
-    if counts is None:
+def _document_columns(planned: PlannedJob, item: Answered) -> dict[str, Any]:
+    """Nothing where prompts are in one piece, or cannot run; `exact`: as if nothing had been
+    reused, null without an answer."""
+    counts, asked, row = planned.counts, planned.job.settings.reuse, item.row
+    if counts is None or isinstance(item.outcome, Rejected):
         return {}
-    is_prefix = planned.plan.documents is None
+    is_prefix, is_answered = planned.plan.documents is None, answer_of(item.outcome) is not None
     documents, soft_tokens = int(counts.documents[row]), int(counts.soft_tokens[row])
     alone = 1 if asked.context == "preamble" and not soft_tokens else 0
     return {
         "reuse_mode": "prefix" if is_prefix else asked.reuse,
-        "exact": is_prefix or documents <= alone,
+        "exact": is_prefix or documents <= alone if is_answered else None,
         "documents": documents,
         "document_tokens": int(counts.document_tokens[row]),
         "repaired_tokens": int(counts.repaired_tokens[row]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,32 @@ def test_a_file_of_which_no_row_can_run(tmp_path: Path, flat: Any) -> None:
     settings = JobSettings.from_flat(flat | more)
     run_job(str(source), tmp_path / "out", settings, make_engine=on(MovingEngine()))
     assert answers(tmp_path / "out")["error_type"].to_list() == ["BadSegments"] * 2
+
+
+@pytest.mark.fault(
+    "prompts in segments",
+    injected="rows with documents that cannot run, or whose answer fails",
+    outcome="their columns say nothing of a way of computing, and not that an answer is exact",
+)
+def test_a_row_without_an_answer_is_not_exact(tmp_path: Path, flat: Any) -> None:
+    """Seen red: rows that had failed were exact, and had no documents."""
+
+    class Failing(MovingEngine):
+        def _completions(self, *given: Any, **named: Any) -> Any:
+            for done in super()._completions(*given, **named):
+                is_last = done.sequence == len(given[0].sequences) - 1
+                failed = {"finish_reason": "error", "error_type": "EngineError", "token_ids": ()}
+                yield replace(done, **failed) if is_last else done
+
+    rows: list[Row] = [("p ", ["a", ""], "q"), ("p ", ["a"], "q"), ("p ", ["b"], "r")]
+    source = write_rows(tmp_path / "in.parquet", rows)
+    settings = JobSettings.from_flat(flat | {"reuse": "concat", "fail_on_error": "100%"})
+    run_job(str(source), tmp_path / "out", settings, make_engine=on(Failing()))
+    found = answers(tmp_path / "out").sort("row_index")
+    assert sorted(found["status"]) == ["error", "error", "ok"]
+    columns = found.select("status", "reuse_mode", "exact", "documents", "document_tokens").rows()
+    assert columns[0] == ("error", None, None, None, None)
+    assert sorted(columns[1:]) == [("error", "concat", None, 1, 1), ("ok", "concat", True, 1, 1)]
 
 
 @pytest.mark.fault(
