@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,10 @@ import pytest
 # Before torch is imported, and for all processes that tests start: matrices are tiny here, and
 # threads of several processes on two cores would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What is compiled is kept, also where a machine is set to forget it: else each worker rewrites all
+# assertions, and each process that a test starts compiles all modules.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 from pipeline.audit.similarity import Encoder  # noqa: E402
 from pipeline.settings import JobSettings  # noqa: E402
