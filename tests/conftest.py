@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,13 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 from pipeline.audit.similarity import Encoder  # noqa: E402
+from pipeline.report import plots  # noqa: E402
 from pipeline.settings import JobSettings  # noqa: E402
 from tests.tiny_job import echo_settings, write_model, write_tokenizer  # noqa: E402
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from tests.torture.victim import Server
 
 # A busy machine is slow now and then, and that is no fault of what is tested.
@@ -32,6 +36,7 @@ hypothesis.settings.register_profile("coppice", deadline=None)
 hypothesis.settings.load_profile("coppice")
 
 _LOAD_ENCODER = vars(Encoder)["load"]
+_TO_SVG = plots.to_svg
 _LONGEST = (
     "flows/test_nights", "executor/test_ray", "test_hostile", "engine/test_triton_kernel",
     "test_demo", "benchmarks/test_gpu", "torture/test_kills", "attacks/test_conversations_run",
@@ -95,6 +100,30 @@ def one_encoder(encoder: None) -> Iterator[None]:
     loaded = Encoder.load()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Encoder, "load", classmethod(lambda cls, name=None: loaded))
+        yield
+
+
+def _draw_only(name: str, label: str, draw: Callable[[Figure], None]) -> str:
+    """As `to_svg`, but what is drawn is not written, which takes ten times as long."""
+    from matplotlib.figure import Figure
+
+    draw(Figure())
+    return f'<svg viewBox="0 0 1 1" role="img" aria-label="{escape(label)}"></svg>'
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Reports have empty pictures, for three of them take half a second; see `pictures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "to_svg", _draw_only)
+        yield
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Iterator[None]:
+    """Reports are whole, for the tests of this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "to_svg", _TO_SVG)
         yield
 
 

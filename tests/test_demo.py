@@ -15,6 +15,7 @@ import pytest
 from pipeline.audit import other_arms
 from pipeline.cli import demo
 
+pytestmark = pytest.mark.usefixtures("pictures")
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 
+@pytest.fixture(scope="module", autouse=True)
+def whole_pages(pictures: None) -> None:
+    """With their pictures."""
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """One for all tests of a module, and gone with it: while it is there, Playwright keeps an event
