@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # assertions, and each process that a test starts compiles all modules.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+gc.disable()  # until all tests are found: what is made until then stays
 
 from pipeline.audit.similarity import Encoder  # noqa: E402
 from pipeline.report import plots  # noqa: E402
@@ -56,6 +57,8 @@ def pytest_collection_finish() -> None:
     """What was imported stays for good: the collector need not go through it again and again."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(5000, 10, 50)  # what is frozen does not count, so that each full one seems due
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:
