@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Plan:
     """What sharing would save. `saving`: the share of prompt tokens that need not be computed.
 
-    `summary`: all that `coppice plan --json` says.
+    `notes`: what else one should know before the run, such as columns that look like settings and
+    are none; `summary`: all that `coppice plan --json` says.
     """
 
     rows: int
@@ -30,6 +31,7 @@ class Plan:
     unique_tokens: int
     saving: float
     groups: int
+    notes: tuple[str, ...]
     summary: Mapping[str, Any] = field(repr=False, compare=False)
     _planned: PlannedJob = field(repr=False, compare=False)
 
@@ -39,7 +41,7 @@ class Plan:
         said = planned.summary
         return cls(
             said.rows, said.rows_rejected, said.prompt_tokens, said.unique_tokens, said.saving,
-            said.groups, said.to_json(), planned,
+            said.groups, tuple(planned.job.describe()), said.to_json(), planned,
         )  # fmt: skip
 
     def groups_of_rows(self) -> pl.LazyFrame:
@@ -51,7 +53,8 @@ class Plan:
 class Run:
     """A finished job. `output`: its run directory; `was_complete`: there was nothing left to do.
 
-    `counters`: all that `coppice status --json` counts.
+    `counters`: all that `coppice status --json` counts; `notes`: what else one should know of it,
+    such as columns that look like settings and are none.
     """
 
     output: str
@@ -59,6 +62,7 @@ class Run:
     rows_ok: int
     rows_failed: int
     was_complete: bool
+    notes: tuple[str, ...]
     counters: Mapping[str, float] = field(repr=False, compare=False)
     location: Location = field(repr=False, compare=False)
 
@@ -69,7 +73,7 @@ class Run:
         rows, rows_ok = int(counters["rows_in"]), int(counters["rows_ok"])
         return cls(
             outcome.directory, rows, rows_ok, outcome.rows_failed, outcome.was_complete,
-            counters, location,
+            outcome.notes, counters, location,
         )  # fmt: skip
 
     def answers(self) -> pl.LazyFrame:

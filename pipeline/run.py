@@ -228,16 +228,15 @@ def _run_or_resume(
     """`retries`: rows of a complete run that failed while they ran are answered again."""
     observer, watch, settings = around.watch.observer, around.watch, job.settings
     if job.source.summary:
-        observer.say(job.source.summary)
-    description = describe_job(job)
+        observer.note(job.source.summary)
     engine = loading_engine(job, around.make_engine, observer, around.stop.check_budget)
 
     # A folder that refuses this job, or has it done, must say so before an hour of tokenising;
     # a folder that is not there yet is made only when input and model have proved sound, so that
     # a model that is repaired afterwards does not meet the job of the broken one.
     def take() -> RunDirectory:
-        copies = cache_folder() / "runs"
-        return take_run(run, copies, job.fingerprint, description, with_parts=retries)
+        held = (cache_folder() / "runs", job.fingerprint, describe_job(job))
+        return take_run(run, *held, with_parts=retries)
 
     if holds_run(run):
         with take() as directory:
@@ -266,7 +265,7 @@ def _go_on(
     if is_whole and not (retries and len(failed_in_run(directory))):
         return _find_complete(directory, around, job.settings)
     if is_sealed and not is_whole:
-        observer.say(f"{directory.name} was complete, but files are missing; they are made again")
+        observer.note(f"{directory.name} was complete, but files are missing; they are made again")
         rows = directory.planned_rows()
         counted = directory.read_manifest()["counters"].get("rows_in")
         expected = counted if rows is None else len(rows)

@@ -8,6 +8,7 @@ from pipeline.audit.gate import current_verdict
 from pipeline.errors import RunDirectoryError
 from pipeline.job.planning_watch import read_note
 from pipeline.location import Location
+from pipeline.storage.manifest import notes_of
 from pipeline.storage.metrics_log import last_metrics
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import reading_run
@@ -15,7 +16,8 @@ from pipeline.storage.run_location import reading_run
 _UNKNOWN: dict[str, Any] = {
     "status": "planning", "rows": 0, "rows_done": 0, "rows_failed": 0, "rows_left": 0,
     "rows_per_s": None, "prefill_tokens_per_s": None, "decode_tokens_per_s": None,
-    "eta_s": None, "at": None, "audit": None, "calibration": None, "counters": {},
+    "eta_s": None, "at": None, "audit": None, "calibration": None, "notes": [],
+    "counters": {},
 }  # fmt: skip
 
 
@@ -24,8 +26,9 @@ def read_status(run: Location) -> dict[str, Any]:
 
     `eta_s` is there only while the job is planned or running. While it is planned, `rows_read`
     says how far that is; the run need not exist yet. `audit`: what `audit/gate.py` finds of a
-    complete run; `calibration`: of documents, as run.json has it. Raises RunDirectoryError if there
-    is no run, StorageError if it was complete and is not any more.
+    complete run; `calibration`: of documents, as run.json has it; `notes`: what else one should
+    know of the run. Raises RunDirectoryError if there is no run, StorageError if it was complete
+    and is not any more.
     """
     note = read_note(run)
     try:
@@ -74,5 +77,6 @@ def _describe(directory: RunDirectory) -> dict[str, Any]:
         "at": last.get("at"),
         "audit": current_verdict(directory) if directory.is_sealed else None,
         "calibration": manifest.get("calibration"),
+        "notes": notes_of(manifest),
         "counters": manifest["counters"],
     }

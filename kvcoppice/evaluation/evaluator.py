@@ -93,7 +93,7 @@ class Evaluator:
         with holding_device(settings, observer):
             self.engine = make_engine(settings)
         for note in self.engine.notes:
-            observer.say(note)
+            observer.note(note)
 
     def scores(
         self, requests: Sequence[Request], vocabulary_size: int

@@ -96,6 +96,10 @@ class JsonObserver(PlainObserver):
     def say(self, line: str) -> None:
         _logger.info("%s", line, extra={"event": "say"})
 
+    def note(self, line: str, is_warning: bool = False) -> None:
+        level = logging.WARNING if is_warning else logging.INFO
+        _logger.log(level, "%s", line, extra={"event": "note"})
+
     def show_planning(self, planning: Planning) -> None:
         if self.is_due():
             numbers = {**asdict(planning), "eta_s": planning.eta_s}

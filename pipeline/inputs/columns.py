@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -11,7 +11,17 @@ import pyarrow as pa
 from pipeline.errors import InputError
 from pipeline.inputs.cells import TURN_FIELDS
 from pipeline.inputs.choices import Choices
-from pipeline.inputs.request_fields import AMBIGUOUS, OBEYED, REFUSED
+from pipeline.inputs.column_types import (
+    is_conversation,
+    is_json,
+    is_number,
+    is_plain_text,
+    is_request_field,
+    is_scalar,
+    is_segments,
+    is_texts,
+)
+from pipeline.inputs.request_fields import AMBIGUOUS, OBEYED
 from pipeline.prompt_settings import ReadSettings
 from pipeline.questions import Question
 from pipeline.storage.plain_types import is_text
@@ -97,18 +107,28 @@ class ColumnMap:
         """Sentences on the columns whose part a person might not expect."""
         whole = () if self.conversation is None or self.messages is None else (self.messages,)
         obeyed = [name for name in self.fields if name in OBEYED and name != "max_new_tokens"]
+        own = {"each row's own settings are in the columns": obeyed}
+        added = {
+            "new messages alone, behind all that was said before (a file of whole histories needs "
+            "no --conversation-column): the column": whole,
+        }
+        return [*_sentences(own), *self.unheeded(), *_sentences(added)]
+
+    def unheeded(self) -> list[str]:
+        """Those of them that say what is not done, though a person may have meant it."""
         said = {
-            "each row's own settings are in the columns": obeyed,
             "not used, though named like settings of a request: the columns": self.unused,
             "not used, since no chat template takes them: the fields of messages": self.turn_fields,
             "no part of the prompt unless --reuse asks for documents: the columns": self.unasked,
             "each row is a prompt by itself, and no turn that follows others, unless "
             "--conversation-column asks for the columns": self.idle_turns,
             "not used, since nothing is generated: the columns": self.idle_sampling,
-            "new messages alone, behind all that was said before (a file of whole histories needs "
-            "no --conversation-column): the column": whole,
         }
-        return [f"{what} {', '.join(names)}" for what, names in said.items() if names]
+        return _sentences(said)
+
+
+def _sentences(said: Mapping[str, Sequence[str]]) -> list[str]:
+    return [f"{what} {', '.join(names)}" for what, names in said.items() if names]
 
 
 def find_columns(
@@ -148,7 +168,7 @@ def find_columns(
     _check_types(schema, columns, name)
     taken = {*columns.names} - {"max_new_tokens"}  # which counts even where a template prints it
     asked = [f for f in schema if f.name not in taken and not pa.types.is_null(f.type)]
-    fields = tuple(field.name for field in asked if _is_request_field(field))
+    fields = tuple(field.name for field in asked if is_request_field(field))
     unasked = tuple(
         name
         for name, fits in _IN_PARTS.items()
@@ -173,39 +193,6 @@ def _may_name_tools(schema: pa.Schema, sampling_params: str | None) -> bool:
         return False
     kind = schema.field(sampling_params).type
     return is_text(kind) or (pa.types.is_struct(kind) and kind.get_field_index("tools") >= 0)
-
-
-def _is_request_field(field: pa.Field) -> bool:
-    """Whether a column says what a field of a request would, by its name and type."""
-    kind = field.type
-    if field.name in AMBIGUOUS:
-        return False
-    match OBEYED.get(field.name):
-        case None:
-            return field.name in REFUSED or field.name == "parallel_tool_calls"
-        case "stop" | "bad_words":
-            return is_text(kind) or (pa.types.is_large_list(kind) and is_text(kind.value_type))
-        case "constraint":
-            return _is_json(kind) or is_texts(kind)
-        case "ignore_eos" | "include_stop_str_in_output" | "skip_special_tokens":
-            return bool(pa.types.is_boolean(kind))
-        case "allowed_token_ids" | "stop_token_ids":
-            is_list = pa.types.is_large_list(kind)
-            return is_text(kind) or bool(is_list and pa.types.is_integer(kind.value_type))
-        case "logit_bias":
-            return is_text(kind) or bool(pa.types.is_struct(kind) or pa.types.is_map(kind))
-        case "logprobs":
-            return bool(pa.types.is_boolean(kind) or pa.types.is_integer(kind))
-    return _is_number(kind)
-
-
-def _is_json(kind: pa.DataType) -> bool:
-    return is_text(kind) or bool(pa.types.is_struct(kind))
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
-    return any(fits(kind) for fits in kinds)
 
 
 def _turn_fields(schema: pa.Schema, messages: str | None) -> tuple[str, ...]:
@@ -288,16 +275,16 @@ def listed(schema: pa.Schema) -> str:
 
 def _check_types(schema: pa.Schema, columns: ColumnMap, name: str) -> None:
     rules: tuple[tuple[str | None, Callable[[pa.DataType], bool], str], ...] = (
-        (columns.prompt, _is_plain_text, "string (conversations belong to --messages-column)"),
-        (columns.messages, _is_conversation, "list of structs with the strings role and content"),
-        (columns.segments, _is_segments, "list of structs with the strings role and text"),
+        (columns.prompt, is_plain_text, "string (conversations belong to --messages-column)"),
+        (columns.messages, is_conversation, "list of structs with the strings role and content"),
+        (columns.segments, is_segments, "list of structs with the strings role and text"),
         (columns.documents, is_texts, "list of strings"),
-        (columns.id, _is_scalar, "string or another scalar type"),
-        (find_column(schema, None, ("max_new_tokens",), "", name), _is_number, "integer"),
+        (columns.id, is_scalar, "string or another scalar type"),
+        (find_column(schema, None, ("max_new_tokens",), "", name), is_number, "integer"),
         (columns.refused, is_text, "string"),
         (columns.sampling_params, lambda t: pa.types.is_struct(t) or is_text(t), "struct"),
         (columns.tenant, is_text, "string"),
-        (columns.json_schema, _is_json, "string or struct"),
+        (columns.json_schema, is_json, "string or struct"),
     )
     for column, fits, wanted in rules:
         if column is None:
@@ -310,42 +297,5 @@ def _check_types(schema: pa.Schema, columns: ColumnMap, name: str) -> None:
             )
 
 
-def _is_plain_text(kind: pa.DataType) -> bool:
-    return is_text(kind) and not isinstance(kind, pa.JsonType)
-
-
-def _is_conversation(kind: pa.DataType) -> bool:
-    """Plain types only: a list of structs, or text that holds JSON."""
-    if is_text(kind):
-        return True
-    if not pa.types.is_large_list(kind) or not pa.types.is_struct(kind.value_type):
-        return False
-    types = {field.name: field.type for field in kind.value_type}
-    content = types.get("content", pa.null())
-    is_parts = pa.types.is_large_list(content)
-    return is_text(types.get("role", pa.null())) and (is_text(content) or is_parts)
-
-
-def _is_segments(kind: pa.DataType) -> bool:
-    """Plain types only: a list of structs, or text that holds JSON."""
-    if is_text(kind):
-        return True
-    if not pa.types.is_large_list(kind) or not pa.types.is_struct(kind.value_type):
-        return False
-    types = {field.name: field.type for field in kind.value_type}
-    return all(is_text(types.get(name, pa.null())) for name in ("role", "text"))
-
-
-def is_texts(kind: pa.DataType) -> bool:
-    """A list of texts, or of nothing."""
-    if not pa.types.is_large_list(kind):
-        return False
-    return is_text(kind.value_type) or bool(pa.types.is_null(kind.value_type))
-
-
-def _is_scalar(kind: pa.DataType) -> bool:
-    return not pa.types.is_nested(kind) and not pa.types.is_null(kind)
-
-
-_IN_PARTS = {"segments": _is_segments, "documents": is_texts}
+_IN_PARTS = {"segments": is_segments, "documents": is_texts}
 """Columns that may be parts of a prompt, by their usual names."""

@@ -120,6 +120,9 @@ class _ExportingObserver(Observer):
     def say(self, line: str) -> None:
         self._inner.say(line)
 
+    def note(self, line: str, is_warning: bool = False) -> None:
+        self._inner.note(line, is_warning)
+
     def show_planning(self, planning: Planning) -> None:
         self._collector.state = "planning"
         self._inner.show_planning(planning)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+
+_logger = logging.getLogger("coppice")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ class Observer:
     def say(self, line: str) -> None:
         """One line for a person."""
 
+    def note(self, line: str, is_warning: bool = False) -> None:
+        """One that holds for the run, and not only now; a warning: of what one may miss."""
+        self.say(line)
+
     def show_planning(self, planning: Planning) -> None:
         """How far the plan is; called with every batch of rows."""
 
@@ -76,4 +83,8 @@ class Observer:
 
 
 class SilentObserver(Observer):
-    """For who wants to see nothing."""
+    """For who wants to see nothing: what holds for the run is in Python's log all the same."""
+
+    def note(self, line: str, is_warning: bool = False) -> None:
+        _logger.log(logging.WARNING if is_warning else logging.INFO, "%s", line)
+        self.say(line)

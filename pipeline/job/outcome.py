@@ -11,6 +11,7 @@ import polars as pl
 from pipeline.costs import NO_COSTS, Cost, CostSettings, cost_of_run, price_of
 from pipeline.errors import TooManyDegenerate, TooManyFailedRows
 from pipeline.settings import JobSettings, WriteSettings
+from pipeline.storage.manifest import notes_of
 from pipeline.storage.run_directory import RunDirectory
 
 _SUMMED = (
@@ -24,7 +25,8 @@ _SUMMED = (
 class RunOutcome:
     """A finished job. `was_complete`: there was nothing left to do.
 
-    `reasons`: failed rows by the type of their error, the most frequent first.
+    `reasons`: failed rows by the type of their error, the most frequent first; `notes`: what else
+    one should know of it.
     """
 
     directory: str
@@ -32,6 +34,7 @@ class RunOutcome:
     was_complete: bool = False
     reasons: dict[str, int] = field(default_factory=dict)
     price: CostSettings = NO_COSTS
+    notes: tuple[str, ...] = ()
 
     @property
     def rows_failed(self) -> int:
@@ -54,6 +57,7 @@ class RunOutcome:
             "rows_failed": self.rows_failed,
             "reasons": self.reasons,
             "counters": counters,
+            "notes": list(self.notes),
             **({} if self.cost is None else {"cost": self.cost.to_json()}),
         }
 
@@ -75,10 +79,9 @@ class RunOutcome:
         answered, failed = directory.count_rows()  # what is there, whatever run.json says
         rows = {"rows_ok": answered, "rows_error": failed, "rows_in": answered + failed}
         manifest = directory.read_manifest()
-        counters = manifest["counters"] | rows
-        return cls(
-            directory.name, counters, True, count_reasons(directory), price_of(manifest, price)
-        )
+        counters, notes = manifest["counters"] | rows, tuple(notes_of(manifest))
+        reasons, price = count_reasons(directory), price_of(manifest, price)
+        return cls(directory.name, counters, True, reasons, price, notes)
 
 
 def check_failures(

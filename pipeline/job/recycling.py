@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
 from pipeline.job.job import Job
-from pipeline.job.observer import Observer
+from pipeline.job.notes import RunNotes
 from pipeline.job.planning import PlannedJob
 from pipeline.model.identity import describe_versions
 from pipeline.model.machine import cpu_description
@@ -88,11 +88,11 @@ def _of_states(job: Job) -> dict[str, Any]:
 
 @contextmanager
 def recycling(
-    engine: Engine, planned: PlannedJob, sequences: NDArray[np.int64], observer: Observer
+    engine: Engine, planned: PlannedJob, sequences: NDArray[np.int64], notes: RunNotes
 ) -> Iterator[KVConnector | None]:
     """States for the engine to load from `--kv-store`, and to keep there for later runs.
 
-    None, and the observer is told why, where the engine has no KV of its own or loading would not
+    None, and noted why, where the engine has no KV of its own or loading would not
     pay. Raises UsageError where the folder cannot be a store.
     """
     settings = planned.job.settings
@@ -104,7 +104,7 @@ def recycling(
     if kv is None:
         on_ray = settings.fleet.executor == "ray"
         who = "a worker on Ray" if on_ray else f"the {engine.name} engine"
-        observer.say(f"--kv-store is left out: {who} keeps no KV of prefixes")
+        notes.add(f"--kv-store is left out: {who} keeps no KV of prefixes", is_warning=True)
         yield None
         return
     from pipeline.kvstore.connector import StoreConnector
@@ -114,7 +114,7 @@ def recycling(
     identity = kv_identity(settings, _of_states(job), job.tokenizer.fingerprint, kv.dtype)
     least = least_depth(job, identity, kv.bytes_per_token)
     if least is None:
-        observer.say("--kv-store is left out: here computing a prefix is faster than loading it")
+        notes.add("--kv-store is left out: here computing a prefix is faster than loading it")
         yield None
         return
     budget = settings.recycle.kv_store_budget
@@ -126,7 +126,7 @@ def recycling(
             yield connector
         finally:
             connector.close()
-        observer.say(
+        notes.add(
             f"KV store: {engine.counters.loaded_tokens} prompt tokens loaded, "
             f"{store.stats.puts} prefixes kept; loading pays from {least} tokens on"
         )

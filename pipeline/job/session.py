@@ -28,11 +28,11 @@ from pipeline.errors import (
     TooManyDegenerate,
     TooManyFailedRows,
 )
-from pipeline.job.advised_plan import warn_of
 from pipeline.job.answers import AnswerWriter, grammars_of, stop_check
 from pipeline.job.calibration import as_decided, calibrate
 from pipeline.job.channel import Stages
 from pipeline.job.committed_turns import CommittedTurns
+from pipeline.job.notes import RunNotes, headline
 from pipeline.job.observer import Observer, Snapshot
 from pipeline.job.outcome import (
     RunOutcome,
@@ -70,6 +70,7 @@ class Session:
         self._planned = planned
         self._directory = directory
         self._observer = observer
+        self._notes = RunNotes(planned, observer)
         self._stop = stop
         self._watchdog = watchdog
         self._started = time.monotonic()
@@ -90,7 +91,7 @@ class Session:
         engine: Engine | None = None
         try:
             is_written = check_plan(self._planned, self._directory)
-            self._directory.update_manifest(status="running")
+            self._directory.update_manifest(status="running", notes=self._notes.kept)
             with self._watchdog.excused():
                 loaded = loading.result()
             gc.freeze()  # the model's objects live on; a full collection over them costs a step
@@ -99,10 +100,9 @@ class Session:
             engine = loaded
             if not is_written:
                 write_plan(self._planned, self._directory)
-            job, warnings = self._planned.job, warn_of(self._planned)
-            for line in (self._header(), *job.describe(), *warnings, *engine.notes):
-                self._observer.say(line)
-            recycled = recycling(engine, self._planned, self._sequences, self._observer)
+            self._observer.say(headline(self._planned, self._rows_before, self._tokens_left))
+            self._notes.tell(engine.notes)
+            recycled = recycling(engine, self._planned, self._sequences, self._notes)
             with self._stop.listening(), recycled as connector:
                 earlier = None if self._committed is None else self._committed.earlier
                 hooks = EngineHooks(kv_connector=connector, earlier_turns=earlier)
@@ -127,25 +127,6 @@ class Session:
         has_ended = committed.ended(self._sequences)
         self._ended, self._sequences = self._sequences[has_ended], self._sequences[~has_ended]
         return committed
-
-    def _header(self) -> str:
-        total, unique = self._planned.count_tokens()
-        saving = 1.0 - unique / total if total else 0.0
-        resumed = f" ({self._rows_before} done before)" if self._rows_before else ""
-        plan = self._planned.job.settings.plan
-        rows = f"{len(self._planned.rows)} rows"
-        if plan.num_shards > 1:
-            rows = f"{len(self._planned.rows)} of {len(self._planned.ids)} rows"
-            rows = f"shard {plan.shard_number} of {plan.num_shards}: {rows}"
-        if self._planned.plan.conversations is not None:
-            return f"{rows}{resumed}, turns of conversations, at most {unique} tokens to compute"
-        if self._planned.requests is not None:
-            rows = f"{rows}{resumed} to score"
-            return f"{rows}, {total} tokens of requests, {unique} to compute ({saving:.1%} saved)"
-        left = f"{unique} to compute"
-        if self._rows_before:
-            left = f"{left}, {self._tokens_left} of them now"
-        return f"{rows}{resumed}, {total} prompt tokens, {left} ({saving:.1%} saved)"
 
     def _calibrate(self, engine: Engine) -> None:
         """Decide whether documents are reused; what that takes is not of the session's counters."""
@@ -275,7 +256,8 @@ class Session:
             saves_from = engine.capabilities.saves_from
             remember_rates(settings.model, identity, asdict(engine.counters), saves_from)
         reasons = count_reasons(self._directory) if counters["rows_error"] else {}
-        outcome = RunOutcome(self._directory.name, counters, reasons=reasons, price=settings.cost)
+        told = (*self._notes.kept, *engine.notes)
+        outcome = RunOutcome(self._directory.name, counters, False, reasons, settings.cost, told)
         outcome.check(settings)
         return outcome
 
@@ -316,5 +298,6 @@ class Session:
             sums["prompt_tokens"] = count_prompt_tokens(self._directory)  # with their histories
         capabilities = asdict(engine.capabilities)
         named = {"name": engine.name, "notes": engine.notes, "capabilities": capabilities}
-        self._directory.update_manifest(sessions=sessions, counters=sums, engine=named)
+        ended = {"sessions": sessions, "counters": sums, "engine": named}
+        self._directory.update_manifest(**ended, notes=self._notes.kept)
         return sums

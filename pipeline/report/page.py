@@ -15,6 +15,7 @@ from pipeline.report.sparks import draw_trend
 from pipeline.report.templates import template
 from pipeline.report.tree import TREE_COLUMNS, TreePicture, picture_of
 from pipeline.report.trend import read_trend
+from pipeline.storage.manifest import notes_of
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_tables import read_table
 from pipeline.storage.summaries import AUDIT_AGAIN, AUDIT_SUMMARY, PLAN_SUMMARY
@@ -52,7 +53,11 @@ def render(directory: RunDirectory, price: CostSettings = NO_COSTS) -> None:
     is_drawn = documents["mode"] == "prefix"  # or rows lie below several nodes of the tree
     picture = None if tree is None or tree.is_empty() or not is_drawn else picture_of(tree)
     directory.write_text("report.html", render_html(metrics, picture))
-    directory.write_text("report.md", template("page.md.j2").render(metrics=metrics))
+    directory.write_text("report.md", _render_markdown(metrics))
+
+
+def _render_markdown(metrics: RunMetrics) -> str:
+    return template("page.md.j2").render(metrics=metrics, notes=notes_of(metrics.manifest))
 
 
 def render_html(metrics: RunMetrics, tree: TreePicture | None = None) -> str:
@@ -60,6 +65,7 @@ def render_html(metrics: RunMetrics, tree: TreePicture | None = None) -> str:
     return template("page.html.j2").render(
         metrics=metrics,
         job=_name_job(metrics.manifest),
+        notes=notes_of(metrics.manifest),
         settings=list(_flatten(metrics.manifest.get("settings", {}))),
         tree=tree,
         tree_svg=Markup(tree.svg if tree else ""),

@@ -101,6 +101,7 @@ class _Manifest(TypedDict):
     device: NotRequired[dict[str, Any]]
     input: NotRequired[_Input]
     engine: NotRequired[_Engine]
+    notes: NotRequired[list[str]]
     calibration: NotRequired[_Calibration]
     questions: NotRequired[list[_Question]]
     parts: NotRequired[dict[PartName, Part]]
@@ -153,6 +154,11 @@ def parse_manifest(content: bytes, path: str | Path) -> dict[str, Any]:
             "use the coppice that made it"
         )
     return _MANIFEST.parse(content, path)
+
+
+def notes_of(manifest: dict[str, Any]) -> list[str]:
+    """What a person should know of a run, of its last session; its engine's notes last."""
+    return [*manifest.get("notes", []), *manifest.get("engine", {}).get("notes", [])]
 
 
 def no_run(path: str | Path) -> RunDirectoryError:
