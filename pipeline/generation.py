@@ -245,13 +245,7 @@ def active_rules(rules: str) -> frozenset[str]:
     return frozenset(n for n in RULES if said.get(n) is not None and n != "max_length")
 
 
-def reads_each_token(params: SamplingParams) -> bool:
-    """Whether the logits of each token are looked at, so that one that must follow needs a forward
-    of its own: they are asked for, or the token may be ruled out."""
-    return params.logprobs is not None or _may_rule_out(params)
-
-
-def _may_rule_out(params: SamplingParams) -> bool:
+def may_rule_out(params: SamplingParams) -> bool:
     """Whether a token may be ruled out however likely it is, one that must follow as well."""
     asked = read_asked(params.asked)
     banned = active_rules(params.rules) & _BANS or asked.allowed_token_ids or asked.bad_words

@@ -203,7 +203,7 @@ def status_table(state: Mapping[str, Any]) -> Rows:
         rows.append(("documents", describe_calibration(state["calibration"])))
     if state["audit"] is not None:
         rows.append(("audit", WHY_NOT.get(state["audit"], state["audit"])))
-    return [*rows, *(("note", note) for note in state["notes"])]
+    return [*rows, *(("note", note) for note in state.get("notes", ()))]
 
 
 def rejections(found: Mapping[str, Any]) -> Rows:

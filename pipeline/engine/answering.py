@@ -25,7 +25,7 @@ from pipeline.engine.request_logits import Context, TokenCounts
 from pipeline.engine.row_kinds import RowKinds
 from pipeline.engine.sampler import Sampler, has_rules
 from pipeline.engine.sampling import Sampled
-from pipeline.generation import reads_each_token
+from pipeline.generation import may_rule_out
 from pipeline.plan.plan import Plan
 from pipeline.records import FinishReason
 
@@ -180,7 +180,7 @@ class Answering:
         if guide is not None:
             guide.accept(token_id)
         reason = self.why_over(row)
-        if reason or guide is None or not self._may_run or reads_each_token(row.params):
+        if reason or guide is None or not self._may_run or may_rule_out(row.params):
             return reason
         while reason is None and len(forced := guide.forced()) >= LEAST_RUN:
             for following in forced:
@@ -191,16 +191,25 @@ class Answering:
                 if reason:
                     break
         row.forced_tokens += row.run
-        return reason
+        return None if reason and self._waits(row, reason) else reason
+
+    def _waits(self, row: LiveRow, reason: FinishReason) -> bool:
+        """Whether a row that is over waits for what is to be read of its last tokens."""
+        if reason == "error" or not row.is_unread:
+            return False
+        row.over = reason
+        return True
 
     def _complete(self, rows: Sequence[LiveRow], ended: Ended, logits: Tensor) -> Ended:
         """Rows that may end where they are, and have nothing more to say."""
         over = {id(row) for row, _ in ended}
-        going = [(r, r.guide) for r in rows if r.guide and r.guide.may_end and id(r) not in over]
+        alive = [row for row in rows if row.over is None and id(row) not in over]
+        going = [(row, row.guide) for row in alive if row.guide and row.guide.may_end]
         if not going:
             return []
         self._masks(dict(enumerate(guide for _, guide in going)), logits)
-        return [(row, "stop") for row, guide in going if guide.is_over]
+        ended_now = [row for row, guide in going if guide.is_over]
+        return [(row, "stop") for row in ended_now if not self._waits(row, "stop")]
 
     def _fail(self, row: LiveRow, is_sound: bool) -> FinishReason:
         """No token can be chosen; `is_sound`: before something was ruled out one could."""

@@ -27,7 +27,7 @@ from pipeline.engine.packing import PlacedSlots
 from pipeline.engine.request_logits import TokenCounts
 from pipeline.engine.spans import Block, Placement, SharedPlacement
 from pipeline.plan.token_table import Ids
-from pipeline.records import SamplingParams, TokenLogprobs
+from pipeline.records import FinishReason, SamplingParams, TokenLogprobs
 
 FIRST_NEW_TOKENS = 32
 """New tokens that a row's first block has room for."""
@@ -49,6 +49,7 @@ class LiveRow:
     such.
     `fault`: why no token can be chosen any more.
     `logprobs` of the answer, where it asks for them; `counts` of its tokens, where a rule does.
+    `over`: why the answer has ended, where its last tokens have no log-probabilities yet.
     """
 
     sequence: int
@@ -73,11 +74,17 @@ class LiveRow:
     run: int = 0
     forced_tokens: int = 0
     fault: str | None = None
+    over: FinishReason | None = None
 
     @property
     def next_position(self) -> int:
         """Where the last generated token goes when it is fed back."""
         return self.end + len(self.token_ids) - 1
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether some of its tokens have no log-probabilities yet, and need them."""
+        return self.params.logprobs is not None and len(self.logprobs) < len(self.token_ids)
 
     def has_slots(self, count: int) -> bool:
         """For its next `count` tokens, in its last block."""

@@ -68,5 +68,6 @@ def needs_logits(chunk: Chunk) -> bool:
     if high < job.end:
         return False
     if isinstance(job.target, LiveRow):
-        return job.run is not None or not job.target.token_ids
+        is_run = job.run is not None and job.target.over is None
+        return is_run or not job.target.token_ids
     return job.target.span.unread > 0

@@ -8,9 +8,13 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.engine import forced_logprobs
+from pipeline.engine.answering import End
 from pipeline.engine.document_placements import AssembledPlacement
+from pipeline.engine.forced_logprobs import Unread
 from pipeline.engine.kv_connector import KVConnector
 from pipeline.engine.kv_guard import KVGuard
 from pipeline.engine.live import LiveRow, PrefillJob
@@ -62,12 +66,17 @@ class Prefilling:
     def _compute_few(self, taken: list[Chunk]) -> None:
         """As many tokens at once as there is room for what is read of them."""
         tokens = sum(high - low for _, low, high in taken)
-        scorer, in_pieces = self._scorer, self._parts.forwards.gives_pieces
-        if scorer is None or in_pieces or tokens < 2 or scorer.has_room(taken):
+        if tokens < 2 or self._has_room(taken):
             self._compute_or_halve(taken)
             return
         for part in split_chunks(taken, tokens // 2):
             self._compute_few(part)
+
+    def _has_room(self, taken: list[Chunk]) -> bool:
+        """For the logits that are read of them."""
+        if self._scorer is None:
+            return forced_logprobs.count(taken) <= forced_logprobs.MOST_READ
+        return self._parts.forwards.gives_pieces or self._scorer.has_room(taken)
 
     def _assemble(self, place: Placement) -> None:
         """Copy what the row sees of documents to where it stands there."""
@@ -142,11 +151,15 @@ class Prefilling:
             parts.outcomes.end_scored(ends, self._scorer)
             return
         readable = [i for i, chunk in enumerate(taken) if needs_logits(chunk)]
-        logits = self._logits(taken, batch, readable)
+        unread = forced_logprobs.unread(taken)
+        logits = self._logits(taken, batch, readable, forced_logprobs.places(unread))
+        self._read_forced(unread, logits[len(readable) :])
         rows, of_rows = [], []
         for i, index in enumerate(readable):
             target = taken[index][0].target
             if isinstance(target, LiveRow):
+                if target.has_ended:
+                    continue
                 if target.run:
                     target.run = 0
                     parts.scheduler.changes += 1  # it decodes again
@@ -158,10 +171,31 @@ class Prefilling:
         parts.outcomes.append(rows, logits[of_rows])
         self._count(taken)  # here: a step may end half done
 
-    def _logits(self, taken: list[Chunk], batch: PackedBatch, readable: list[int]) -> Tensor:
-        """Of the last tokens of these chunks."""
+    def _read_forced(self, unread: list[Unread], logits: Tensor) -> None:
+        """Log-probabilities of forced tokens; rows that waited for nothing else are finished."""
+        if not unread:
+            return
+        for row in forced_logprobs.note(unread, logits):
+            row.over = "error"
+        now = self._parts.forwards.now()
+        over = [(one.row, one.row.over) for one in unread]
+        self._parts.outcomes.finish(
+            End(row, reason, now)
+            for row, reason in over
+            if reason == "error" or (reason and not row.is_unread)
+        )
+
+    def _logits(
+        self,
+        taken: list[Chunk],
+        batch: PackedBatch,
+        readable: list[int],
+        others: NDArray[np.int64],
+    ) -> Tensor:
+        """Of the last tokens of these chunks, and of other packed ones."""
         forwards, turns = self._parts.forwards, self._parts.turns
-        keep = np.cumsum([high - low for _, low, high in taken])[readable] - 1
+        last = np.cumsum([high - low for _, low, high in taken])[readable] - 1
+        keep = np.concatenate([last, others])
         if turns is None:
             return forwards.logits(batch, keep)
         with turns.watcher.watching_prefill(taken) as observer:

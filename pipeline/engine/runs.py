@@ -61,14 +61,15 @@ def take_runs(scheduler: Scheduler) -> list[PrefillJob]:
 
 
 def _has_slots(scheduler: Scheduler, row: LiveRow) -> bool:
-    begin, end = row.reserved_end, row.next_position + 1
+    begin, end = row.reserved_end, row.next_position + (row.over is None)
     if end <= begin:
         return True
     return scheduler.lengthen(row, begin, min(max(end, begin + BLOCK_TOKENS), row.last_position))
 
 
 def _job(row: LiveRow) -> PrefillJob:
-    ids = np.array(row.token_ids[-row.run - 1 :], np.int64)
+    last = len(row.token_ids) - (row.over is not None)  # nothing follows, so it is not fed
+    ids = np.array(row.token_ids[-row.run - 1 : last], np.int64)
     first = row.next_position - row.run
     place = RunPlacement(KVSpan(length=len(ids)), first, row.place.above, row)
     return PrefillJob(row, ids, first, is_repeat=False, run=place)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.constraints import schema_of
-from pipeline.generation import reads_each_token
+from pipeline.generation import may_rule_out
 from pipeline.plan.openings import append_openings, opened
 from pipeline.prompts import ChatPrompt, Content, PromptBatch, Rejected
 from pipeline.records import SamplingParams
@@ -104,5 +104,7 @@ def _may_call(content: Content | None) -> bool:
 
 
 def _opens(params: SamplingParams) -> bool:
-    """Whether nothing else asks to see the first tokens of the answer one by one."""
-    return params.thinking_budget is None and not reads_each_token(params)
+    """Whether nothing else asks to see the first tokens of the answer one by one, or for their
+    log-probabilities, which KV that is there already does not have."""
+    asks = params.thinking_budget is not None or params.logprobs is not None
+    return not asks and not may_rule_out(params)

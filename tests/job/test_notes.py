@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    columns = {"n": [7] * len(PROMPTS), "temperature": ["hot"] * len(PROMPTS)}
+    columns: dict[str, list[Any]] = {"n": [7] * len(PROMPTS), "temperature": ["hot"] * len(PROMPTS)}
     return write_prompts(tmp_path / "p.parquet", PROMPTS, **columns)
 
 
