@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 
 from pipeline.audit.answer_schemas import hold_to_schemas
 from pipeline.audit.answer_texts import cosine_of_rows
-from pipeline.audit.baselines import load_baseline, make_arms, mode_baselines, tier_of, way_of
+from pipeline.audit.baselines import (
+    judging,
+    load_baseline,
+    make_arms,
+    mode_baselines,
+    tier_of,
+    way_of,
+)
 from pipeline.audit.constraint_faults import plant_constraint_faults
 from pipeline.audit.document_order import in_order_of_run
 from pipeline.audit.evidence import NO_EVIDENCE, Evidence
@@ -29,14 +36,15 @@ from pipeline.audit.gate import seed_of_output
 from pipeline.audit.histories import Histories
 from pipeline.audit.logprobs import check_logprobs
 from pipeline.audit.reopened_job import check_same, reopen_job
-from pipeline.audit.replay import BARS, AuditInput, RowAudit, Tier, audit_row
+from pipeline.audit.replay import AuditInput, RowAudit, Tier
+from pipeline.audit.replays import free_rows, replay_rows, replayable
 from pipeline.audit.sample import candidate_rows, choose_rows
 from pipeline.audit.samples import read_answers
 from pipeline.audit.score_rows import SCORE_BARS, describe_scores
 from pipeline.audit.scored_audit import SCORE_COLUMNS, audit_scored, plant_faults, scored_inputs
 from pipeline.audit.similarity import Encoder
 from pipeline.audit.verdict import GroupCoverage, Verdict, audit_frame, describe_similarity, judge
-from pipeline.engine.base import Baseline, Deviation, EngineCapabilities
+from pipeline.engine.base import Deviation, EngineCapabilities
 from pipeline.errors import RunDirectoryError, UsageError
 from pipeline.job.device_lock import holding_device
 from pipeline.job.job import Job
@@ -52,10 +60,8 @@ from pipeline.storage.run_location import reading_run
 from pipeline.storage.summaries import AUDIT_SUMMARY
 
 if TYPE_CHECKING:
-    from pipeline.engine.verify.arms import ModeBaselines
     from pipeline.model.model import LoadedModel
 
-_SAY_EVERY_S = 30.0
 _EMBEDDED_CHARACTERS = 400
 
 
@@ -168,12 +174,13 @@ def _look_at_answers(asked: _Asked, chosen: pl.DataFrame) -> _Found:
     job, directory, settings, ran, seed, encoder, observer = asked
     loaded, baseline = load_baseline(job)
     modes = mode_baselines(job, directory, baseline)
+    judge = judging(baseline, modes)
     tier = tier_of(job.settings, loaded)
     inputs = _audit_inputs(job, directory, chosen, loaded)
-    chosen, inputs = _replayable(ran, chosen, inputs, observer)
+    chosen, inputs = replayable(ran, chosen, inputs, observer)
     replay_started = time.monotonic()
-    free = _free_rows(inputs, settings, seed)
-    audits = _replay(baseline, modes, inputs, tier, free, observer)
+    free = free_rows(inputs, settings, seed)
+    audits = replay_rows(judge, inputs, tier, free, observer)
     seconds = time.monotonic() - replay_started
     audits = hold_to_schemas(job, chosen, inputs, audits, observer.say)
     texts = chosen["generated_text"].to_list()
@@ -187,9 +194,9 @@ def _look_at_answers(asked: _Asked, chosen: pl.DataFrame) -> _Found:
         kl, attention = arms.kl, arms.attention
         planted = plant_constraint_faults(job, loaded, baseline, inputs, tier)
         evidence = replace(evidence, faults=[*evidence.faults, *planted])
-    if modes is None and "logprobs" in chosen.columns:
+    if "logprobs" in chosen.columns:
         said = zip(inputs, chosen["logprobs"].to_list(), strict=True)
-        evidence = replace(evidence, logprobs=check_logprobs(baseline, list(said)))
+        evidence = replace(evidence, logprobs=check_logprobs(judge, list(said)))
     return _Found(chosen, audits, tier, evidence, seconds, similarity, kl, attention)
 
 
@@ -288,50 +295,6 @@ def _audit_inputs(
 def _without_opening(lengths: Sequence[int], opening: int) -> tuple[int, ...]:
     """Of segments, the last of which ends with the forced opening of the answer."""
     return (*lengths[:-1], lengths[-1] - opening) if lengths else ()
-
-
-def _replayable(
-    ran: EngineCapabilities, chosen: pl.DataFrame, inputs: list[AuditInput], observer: Observer
-) -> tuple[pl.DataFrame, list[AuditInput]]:
-    """Those rows whose answer follows from prompt and parameters alone. Raises UsageError."""
-    if ran.replays_noise:
-        return chosen, inputs
-    greedy = [row for row in inputs if row.params.is_greedy]
-    if inputs and not greedy:
-        raise UsageError(
-            "the engine drew every audited answer with noise of its own, which nothing can replay; "
-            "run some rows with temperature 0 to have something to compare"
-        )
-    if len(greedy) < len(inputs):
-        left_out = len(inputs) - len(greedy)
-        observer.say(f"{left_out} of them are left out: the engine drew them with noise of its own")
-    return chosen.filter(pl.col("row_index").is_in([row.row_index for row in greedy])), greedy
-
-
-def _free_rows(inputs: list[AuditInput], settings: AuditSettings, seed: int) -> set[int]:
-    """Positions of the greedy rows that the baseline generates on its own as well."""
-    greedy = [i for i, row in enumerate(inputs) if row.params.is_greedy]
-    shuffled = np.random.default_rng(seed).permutation(greedy)
-    return set(shuffled[: settings.audit_free_running].tolist())
-
-
-def _replay(
-    plain: Baseline,
-    modes: ModeBaselines | None,
-    inputs: list[AuditInput],
-    tier: Tier,
-    free: set[int],
-    observer: Observer,
-) -> list[RowAudit]:
-    audits = []
-    said_at = time.monotonic()
-    for index, row in enumerate(inputs):
-        baseline = plain if modes is None else modes.of_row(row)
-        audits.append(audit_row(baseline, row, BARS[tier], free_run=index in free))
-        if time.monotonic() - said_at > _SAY_EVERY_S:
-            said_at = time.monotonic()
-            observer.say(f"{index + 1}/{len(inputs)} rows audited")
-    return audits
 
 
 def describe_audit(run: Location) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
-from pipeline.audit.replay import Tier
+from pipeline.audit.replay import AuditInput, Tier
 from pipeline.engine.base import Baseline
 from pipeline.job.calibration import reused_documents
 from pipeline.job.job import Job
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
     from pipeline.audit.other_arms import Arms
     from pipeline.engine.naive_engine import NaiveEngine
     from pipeline.engine.verify.arms import ModeBaselines
+    from pipeline.engine.verify.segment_baseline import SegmentBaseline
+    from pipeline.engine.verify.stateful_baseline import EvictionBaseline
     from pipeline.model.model import LoadedModel
+
+    RowBaseline: TypeAlias = NaiveEngine | SegmentBaseline | EvictionBaseline
 
 
 def way_of(job: Job, directory: RunDirectory) -> str:
@@ -61,6 +66,11 @@ def mode_baselines(job: Job, directory: RunDirectory, naive: NaiveEngine) -> Mod
 
     assert job.eviction is not None
     return EvictionBaselines(naive, job.eviction)
+
+
+def judging(naive: NaiveEngine, modes: ModeBaselines | None) -> Callable[[AuditInput], RowBaseline]:
+    """What a row is judged by: plain full prefill, or the rule of the run."""
+    return (lambda row: naive) if modes is None else modes.of_row
 
 
 def make_arms(

@@ -1,15 +1,15 @@
-"""Written log-probabilities against those of plain full prefill. Knows no files."""
+"""Written log-probabilities against those of what judges the tokens. Knows no files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.audit.replay import BARS, AuditInput, Tier
 
 if TYPE_CHECKING:
-    from pipeline.engine.naive_engine import NaiveEngine
+    from pipeline.audit.baselines import RowBaseline
 
 Said = Sequence[Mapping[str, Any]]
 """The column `logprobs` of a row."""
@@ -43,9 +43,9 @@ class LogprobCheck:
 
 
 def check_logprobs(
-    baseline: NaiveEngine, rows: Sequence[tuple[AuditInput, Said | None]]
+    judge: Callable[[AuditInput], RowBaseline], rows: Sequence[tuple[AuditInput, Said | None]]
 ) -> LogprobCheck | None:
-    """Of the rows that have some; None: no row has."""
+    """Of the rows that have some, by what their tokens are judged by; None: no row has."""
     from pipeline.engine.logprobs import read_logprobs
 
     asked = [(row, said) for row, said in rows if said is not None]
@@ -53,7 +53,7 @@ def check_logprobs(
     for row, said in asked:
         if [token["token_id"] for token in said] != list(row.output):
             return LogprobCheck(len(asked), positions, float("inf"))
-        logits = baseline.forced_logits(row.prompt, row.output)
+        logits = judge(row).forced_logits(row.prompt, row.output)
         truth = read_logprobs(logits, row.output, [0] * len(row.output))
         for token, expected in zip(said, truth, strict=True):
             deviation = abs(token["logprob"] - expected.logprob)

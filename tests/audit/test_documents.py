@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -174,3 +175,34 @@ def test_documents_in_the_best_order_are_audited_in_it(
         broken.write_parquet(plan)
         with pytest.raises(RunDirectoryError, match="does not say in which order"):
             audit_run(Location(tmp_path / "out"), NO_ARMS)
+
+
+class Guessing(PrefixEngine):
+    """Gives log-probabilities that are not the model's."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Iterator[Completion]:
+        for done in super().generate(*args, **kwargs):
+            wrong = [said._replace(logprob=said.logprob - 0.5) for said in done.logprobs]
+            yield replace(done, logprobs=tuple(wrong))
+
+
+def test_logprobs_of_rows_with_documents_are_judged_by_their_mode(
+    tmp_path: Path, model: Path
+) -> None:
+    """Seen red: they were not looked at."""
+    source = write_table(tmp_path / "p.parquet")
+    settings = settings_of(model, reuse="concat", logprobs=1)
+    run_job(str(source), tmp_path / "out", settings)
+    verdict = audit_run(Location(tmp_path / "out"), NO_ARMS)
+    assert verdict.passed, verdict.reasons
+    found = describe_audit(Location(tmp_path / "out"))["logprobs"]
+    assert found["rows"] == len(ORDERS) and found["max_deviation"] < 1e-4
+
+    def guess(chosen: JobSettings) -> PrefixEngine:
+        honest = make_engine(chosen)
+        assert isinstance(honest, PrefixEngine)
+        return Guessing(honest.loaded, honest.settings, honest.backend, honest.costs)
+
+    run_job(str(source), tmp_path / "wrong", settings, None, guess)
+    verdict = audit_run(Location(tmp_path / "wrong"), NO_ARMS)
+    assert not verdict.passed and any("log-probability" in why for why in verdict.reasons)

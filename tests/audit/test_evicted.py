@@ -126,3 +126,16 @@ def test_a_log_that_is_not_that_of_the_run_does_not_pass(
 
     monkeypatch.setattr("pipeline.audit.histories.eviction_log_of", other)
     assert not audit_run(Location(output), NO_ARMS).passed
+
+
+@pytest.mark.parametrize("positions", ["gap", "rerotate"])
+def test_logprobs_of_turns_that_gave_up_tokens_are_judged_by_what_was_kept(
+    tmp_path: Path, model: Path, positions: str
+) -> None:
+    """Seen red: they were not looked at."""
+    output = make_run(tmp_path, model, positions=positions, logprobs=1)
+    assert pl.read_parquet(output / "data" / "*.parquet")["evictions"].sum() > 3
+    verdict = audit_run(Location(output), NO_ARMS)
+    assert verdict.passed, verdict.reasons
+    found = describe_audit(Location(output))["logprobs"]
+    assert found["rows"] == len(TURNS) and found["max_deviation"] < 1e-4
