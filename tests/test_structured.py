@@ -92,6 +92,28 @@ def test_openings_are_prefill_and_the_accounts_are_as_if_they_were_not(tmp_path:
     )
 
 
+def test_forced_tokens_of_rows_with_logprobs_have_theirs_and_are_not_decoded(
+    tmp_path: Path,
+) -> None:
+    """Seen red: no token was forced; the last one of an answer is a forced bracket."""
+    prompts = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    asked = {"json_schema": write_schema(tmp_path / "s.json"), "logprobs": 2}
+    run_job(str(prompts), tmp_path / "ours", settings_of(**asked))
+    run_job(str(prompts), tmp_path / "plain", settings_of(**asked, engine="naive"))
+    ours, plain = answers(tmp_path / "ours"), answers(tmp_path / "plain")
+    assert (ours["forced_tokens"] >= 6).all() and set(plain["forced_tokens"]) == {0}
+    for row, slow in zip(ours.iter_rows(named=True), plain.iter_rows(named=True), strict=True):
+        assert row["completion_token_ids"] == slow["completion_token_ids"]
+        assert row["parsed"] == slow["parsed"] is not None
+        assert len(row["logprobs"]) == row["completion_tokens"]
+        for said, truth in zip(row["logprobs"], slow["logprobs"], strict=True):
+            assert said["token_id"] == truth["token_id"]
+            assert said["logprob"] == pytest.approx(truth["logprob"], abs=1e-4)
+    settings = AuditSettings(audit_sample="100%", audit_free_running=2, audit_arms=0)
+    verdict = audit_run(Location(tmp_path / "ours"), settings)
+    assert verdict.passed, verdict.reasons
+
+
 class Plum(BaseModel):
     name: str
     price: float | None
