@@ -56,7 +56,7 @@ def score(
     """Score the choices of every row as a flow; the file may say what else is scored."""
     from flows.generate import generate as flow
     from flows.parameters import JobForm
-    from pipeline.cli.options import choices_unless_said
+    from pipeline.cli.layers import choices_unless_said
     from pipeline.settings_file import read_config
 
     said = choices_unless_said({} if config is None else read_config(config))

@@ -7,7 +7,7 @@ from flows.credentials import find_credentials
 from flows.parameters import AuditForm, checked_flow
 from flows.tasks import as_task
 from pipeline.audit.auditing import audit_run
-from pipeline.cli.options import merge_section, split_store
+from pipeline.cli.layers import merge_section, split_store
 from pipeline.errors import AuditFailed
 from pipeline.location import Location
 from pipeline.run import write_report

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from kvcoppice.frames import keep_frame, keep_questions
 from kvcoppice.results import Audit, Plan, Report, Run
+from pipeline.cli.layers import choices_unless_said, merge_section, split_store
 from pipeline.cli.logs import make_observer
-from pipeline.cli.options import choices_unless_said, merge_section, split_store
 from pipeline.errors import UsageError
 from pipeline.location import Location
 from pipeline.settings import AuditSettings, JobSettings

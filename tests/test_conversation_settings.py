@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
-from pipeline.cli.options import to_flat
+from pipeline.cli.layers import to_flat
 from pipeline.conversation_settings import ConversationSettings
 from pipeline.errors import UsageError
 from pipeline.model.identity import fingerprint_fields

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
-from pipeline.cli.options import to_flat
+from pipeline.cli.layers import to_flat
 from pipeline.errors import UsageError
 from pipeline.reuse_settings import ReuseSettings
 from pipeline.settings import JobSettings

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
-from pipeline.cli.options import merge, merge_scores, to_flat
+from pipeline.cli.layers import merge, merge_scores, to_flat
 from pipeline.errors import UsageError
 from pipeline.model.identity import fingerprint_fields
 from pipeline.settings import JobSettings

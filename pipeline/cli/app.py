@@ -6,9 +6,10 @@ Results go to stdout; progress, headers and errors go to stderr.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,15 +28,10 @@ from pipeline.cli.arguments import (
     describe_wrong_call,
     show_version,
 )
+from pipeline.cli.layers import merge, merge_scores, merge_section, split_store
 from pipeline.cli.logs import log_error, log_to_stderr, make_observer
 from pipeline.cli.night import app as night_app
-from pipeline.cli.options import (
-    merge,
-    merge_scores,
-    merge_section,
-    split_store,
-    takes_settings,
-)
+from pipeline.cli.options import takes_settings
 from pipeline.cli.settings_file import show_settings
 from pipeline.cli.streams import prepare_streams, result_is_kept, say
 from pipeline.costs import CostSettings
@@ -66,8 +62,6 @@ _JOB = (
     "model", "read", "tokens", "store", "sampling", "plan", "engine", "reuse", "conversations",
     "scoring", "recycle", "cost",
 )  # fmt: skip
-
-
 _SCORED = ("model", "read", "tokens", "store", "plan", "engine", "scoring", "recycle", "cost")
 
 
@@ -110,67 +104,46 @@ def plan(
     _show_plan(input, planned, json)
 
 
-@app.command()
-@takes_settings(*_JOB, "write", "fleet", "monitor")
-def run(
-    input: Input,
-    output: Output,
-    config: Config = None,
-    dry_run: DryRun = False,
-    print_config: PrintConfig = False,
-    json: Json = False,
-    progress: Progress = "auto",
-    log_format: LogFormat = "text",
-    *,
-    flags: dict[str, Any],
-) -> None:
-    """Do the job; the same command again resumes it."""
-    call = _Call(input, output, dry_run, print_config, json)
-    _do(call, merge(flags, config), make_observer(progress, log_format))
+Merge = Callable[[dict[str, Any], Path | None], JobSettings]
 
 
-@app.command()
-@takes_settings(*_SCORED, "write", "fleet", "monitor")
-def score(
-    input: Input,
-    output: Output,
-    config: Config = None,
-    dry_run: DryRun = False,
-    print_config: PrintConfig = False,
-    json: Json = False,
-    progress: Progress = "auto",
-    log_format: LogFormat = "text",
-    *,
-    flags: dict[str, Any],
-) -> None:
-    """How likely are given continuations? Nothing is generated; the same command again resumes."""
-    call = _Call(input, output, dry_run, print_config, json)
-    _do(call, merge_scores(flags, config), make_observer(progress, log_format))
+def _add_job(name: str, sections: Sequence[str], merged: Merge, purpose: str) -> None:
+    """Make a command that does a job; `merged`: its settings, of flags and a file."""
+
+    @app.command(name, help=purpose)
+    @takes_settings(*sections, "write", "fleet", "monitor")
+    def do(
+        input: Input,
+        output: Output,
+        config: Config = None,
+        dry_run: DryRun = False,
+        print_config: PrintConfig = False,
+        json: Json = False,
+        progress: Progress = "auto",
+        log_format: LogFormat = "text",
+        *,
+        flags: dict[str, Any],
+    ) -> None:
+        settings, observer = merged(flags, config), make_observer(progress, log_format)
+        if print_config:
+            show_settings(settings, json)
+        elif dry_run:
+            _show_plan(input, _plan(input, settings, observer), json)
+        else:
+            from pipeline.cli.outcome import show_outcome
+            from pipeline.run import run_job
+
+            job = partial(run_job, input, output, settings, observer)
+            show_outcome(Location(output, settings.store), json, job)
 
 
-class _Call(NamedTuple):
-    """A job as the command line names it."""
-
-    input: str
-    output: str
-    dry_run: bool
-    print_config: bool
-    json: bool
-
-
-def _do(call: _Call, settings: JobSettings, observer: Observer) -> None:
-    """Do a job, or only show what it would be."""
-    if call.print_config:
-        show_settings(settings, call.json)
-    elif call.dry_run:
-        _show_plan(call.input, _plan(call.input, settings, observer), call.json)
-    else:
-        from pipeline.cli.outcome import show_outcome
-        from pipeline.run import run_job
-
-        run = Location(call.output, settings.store)
-        job = partial(run_job, call.input, call.output, settings, observer)
-        show_outcome(run, call.json, job)
+_add_job("run", _JOB, merge, "Do the job; the same command again resumes it.")
+_add_job(
+    "score",
+    _SCORED,
+    merge_scores,
+    "How likely are given continuations? Nothing is generated; the same command again resumes.",
+)
 
 
 @app.command()

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli.arguments import Json
-from pipeline.cli.options import merge_section, takes_settings
+from pipeline.cli.layers import merge_section
+from pipeline.cli.options import takes_settings
 from pipeline.location import Location
 from pipeline.store_settings import ObjectStoreSettings
 

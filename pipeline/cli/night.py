@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli.arguments import Json, LogFormat, Progress, RunFolder
+from pipeline.cli.layers import merge_section
 from pipeline.cli.logs import make_observer
-from pipeline.cli.options import merge_section, takes_settings
+from pipeline.cli.options import takes_settings
 from pipeline.cli.streams import result_is_kept, write_result
 from pipeline.location import Location
 from pipeline.store_settings import ObjectStoreSettings

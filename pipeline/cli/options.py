@@ -1,28 +1,23 @@
-"""Command-line flags derived from the settings, and the three layers they are merged from.
+"""Command-line flags derived from the settings, and what each means.
 
 A flag has the name and type of its settings field; every flag defaults to "not said", so that
-flags > file > defaults can be told apart. Knows nothing about what a command does.
+`layers` can tell it from what a file says. Knows nothing about what a command does.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefinedType
 
-from pipeline.errors import UsageError
-from pipeline.forms import say_fault, write_duration, write_size
-from pipeline.scoring_settings import CHOICES_COLUMN
-from pipeline.settings import SECTIONS, JobSettings
-from pipeline.settings_file import read_config
-from pipeline.store_settings import ObjectStoreSettings, parse_storage_options
+from pipeline.forms import write_duration, write_size
+from pipeline.settings import SECTIONS
 
 PANELS = {
     "model": "Model",
@@ -160,7 +155,6 @@ WRITTEN_AS = {
     "chat_template_kwargs": "name=value", "reasoning_tags": "tags",
 }  # fmt: skip
 
-Section = TypeVar("Section", bound=BaseModel)
 Command = Callable[..., None]
 
 
@@ -263,62 +257,3 @@ def _plain(annotation: Any) -> Any:
     if get_origin(annotation) is Annotated:
         return _plain(get_args(annotation)[0])
     return list[str] if get_origin(annotation) in (tuple, dict) else annotation
-
-
-def merge(flags: dict[str, Any], config: Path | None) -> JobSettings:
-    """Flags over the YAML file over the defaults. Raises UsageError naming field or file."""
-    said, written = _said(flags), {} if config is None else read_config(config)
-    if len(said.get("choices", ())) == 1:  # a flag that is given once has them all
-        (said["choices"],) = said["choices"]
-    merged = written | said
-    if "storage_options" in written.keys() & said.keys():
-        # The file says where the store is, a flag brings the key: neither drops the other.
-        try:
-            below, above = (parse_storage_options(x["storage_options"]) for x in (written, said))
-        except ValueError as error:
-            raise UsageError(f"setting storage-options: {error}") from None
-        merged["storage_options"] = below | above
-    return JobSettings.from_flat(merged)
-
-
-def merge_scores(flags: dict[str, Any], config: Path | None) -> JobSettings:
-    """As `merge`; where nothing says what is scored, it is the column of choices."""
-    written = {} if config is None else read_config(config)
-    return merge(flags | choices_unless_said(written | _said(flags)), config)
-
-
-def _said(flags: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flags.items() if value not in (None, [])}
-
-
-def choices_unless_said(said: Mapping[str, Any]) -> dict[str, str]:
-    """The column of choices, where settings do not say what is scored."""
-    names = {name.replace("-", "_") for name, value in _said(said).items() if value is not False}
-    asked = {"choices_column", "choices", "continuation_column", "prompt_logprobs", "questions"}
-    return {} if names & asked else {"choices_column": CHOICES_COLUMN}
-
-
-def split_store(flags: dict[str, Any]) -> tuple[dict[str, Any], ObjectStoreSettings]:
-    """The other flags, and how an object store is reached. Raises UsageError."""
-    names = {name for name in flags if name.replace("-", "_") in ObjectStoreSettings.model_fields}
-    others = {name: value for name, value in flags.items() if name not in names}
-    return others, merge_section(ObjectStoreSettings, {name: flags[name] for name in names})
-
-
-def merge_section(section: type[Section], flags: dict[str, Any]) -> Section:
-    """One section of the settings from its flags alone. Raises UsageError."""
-    try:
-        said = {name.replace("-", "_"): value for name, value in _said(flags).items()}
-        return section(**said)
-    except ValidationError as error:
-        raise UsageError(say_fault(error, ("storage_options",))) from None
-
-
-def to_flat(settings: JobSettings) -> dict[str, Any]:
-    """The inverse of `JobSettings.from_flat`, in the flags' spelling."""
-    dumped = settings.model_dump(mode="json")
-    return {
-        name.replace("_", "-"): value
-        for section in dumped.values()
-        for name, value in section.items()
-    }

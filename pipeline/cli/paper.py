@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.arguments import Json, LogFormat, Progress
+from pipeline.cli.layers import merge
 from pipeline.cli.logs import make_observer
-from pipeline.cli.options import merge
 from pipeline.cli.progress import format_bytes
 from pipeline.cli.streams import write_result
 from pipeline.errors import UsageError

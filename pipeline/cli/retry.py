@@ -7,8 +7,9 @@ from typing import Any
 import typer
 
 from pipeline.cli.arguments import Json, LogFormat, Progress, RunFolder
+from pipeline.cli.layers import split_store
 from pipeline.cli.logs import make_observer
-from pipeline.cli.options import split_store, takes_settings
+from pipeline.cli.options import takes_settings
 from pipeline.location import Location
 
 app = typer.Typer()

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.cli.arguments import Config, Input, LogFormat, Progress
+from pipeline.cli.layers import merge
 from pipeline.cli.logs import make_observer
-from pipeline.cli.options import merge, takes_settings
+from pipeline.cli.options import takes_settings
 from pipeline.cli.streams import write_result
 
 if TYPE_CHECKING:

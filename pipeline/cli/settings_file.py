@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 from pydantic_core import PydanticUndefinedType
 
-from pipeline.cli.options import PANELS, WRITTEN_AS, describe_setting, to_flat
+from pipeline.cli.layers import to_flat
+from pipeline.cli.options import PANELS, WRITTEN_AS, describe_setting
 from pipeline.cli.streams import write_result
 from pipeline.forms import write_duration, write_size
 from pipeline.settings import SECTIONS, JobSettings

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import kvcoppice
-from pipeline.cli.options import merge
+from pipeline.cli.layers import merge
 from pipeline.errors import UsageError
 from pipeline.settings import SECTIONS, JobSettings
 from tests.tiny_job import write_prompts

@@ -9,7 +9,8 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
-from pipeline.cli.options import HELP, _plain, _words, merge, merge_scores
+from pipeline.cli.layers import merge, merge_scores
+from pipeline.cli.options import HELP, _plain, _words
 from pipeline.cli.settings_file import commented_settings
 from pipeline.errors import UsageError
 from pipeline.settings import SECTIONS, JobSettings

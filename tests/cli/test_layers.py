@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli.options import merge, merge_section, to_flat
+from pipeline.cli.layers import merge, merge_section, to_flat
 from pipeline.errors import UsageError
 from pipeline.settings import AuditSettings
 
