@@ -5,14 +5,8 @@ from dataclasses import replace
 import polars as pl
 import pytest
 
-from pipeline.report.metrics import (
-    Accuracy,
-    count_finish_reasons,
-    measure,
-    measure_accuracy,
-    measure_depths,
-    measure_group_sizes,
-)
+from pipeline.report.bins import measure_depths, measure_group_sizes
+from pipeline.report.metrics import Accuracy, count_finish_reasons, measure, measure_accuracy
 from tests.report.run_sample import AUDIT, COUNTERS, PLAN, output_rows
 
 

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from pipeline.report import plots
-from pipeline.report.metrics import DepthBin
+from pipeline.report.bins import DepthBin
 
 
 class Depths:
