@@ -18,7 +18,8 @@ from pipeline.errors import InputError, RunDirectoryError
 from pipeline.inputs import parquet_input
 from pipeline.job.job import Job, open_job
 from pipeline.job.planning import plan_rows
-from pipeline.job.prepare import Preparation, PreparedBatch
+from pipeline.job.prepare import Preparation
+from pipeline.job.prepared_batch import PreparedBatch
 from pipeline.prompts import PromptBatch
 from pipeline.run import run_job
 from pipeline.settings import JobSettings

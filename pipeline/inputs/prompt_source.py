@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -14,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.conversation_settings import NO_CONVERSATIONS, ConversationSettings
-from pipeline.errors import InputError, NoInput, UsageError
+from pipeline.errors import NoInput, UsageError
 from pipeline.inputs.block_cache import BlockCache
 from pipeline.inputs.carriage import check_carriage, check_types_carried
 from pipeline.inputs.columns import REFUSED_COLUMN, ColumnMap, find_columns
@@ -26,6 +25,7 @@ from pipeline.inputs.partitions import read_partitions
 from pipeline.inputs.prompt_rows import RowReader
 from pipeline.inputs.prompt_template import PromptTemplate
 from pipeline.inputs.question_texts import QuestionTexts
+from pipeline.inputs.row_ids import ids_of_places, make_labels
 from pipeline.inputs.scored_columns import read_texts, with_choices
 from pipeline.inputs.text_files import is_text_file, named_texts
 from pipeline.inputs.turns import Turns, read_turns, with_turn_columns
@@ -120,7 +120,7 @@ class PromptSource:
             for table in file.iter_batches(self.columns.names, stop - start):
                 end = row + table.num_rows
                 if row >= first_row:
-                    make_ids = partial(_make_ids, file, label, row - start, end - start)
+                    make_ids = partial(ids_of_places, file, label, row - start, end - start)
                     order = self._field_order
                     orders = None if order is None else order[row:end].tolist()
                     batch = reader.read(table, row, make_ids, orders)
@@ -245,7 +245,7 @@ def open_source(
         raise NoInput(f"{location} holds no rows; check how it was written")
     if settings.limit is not None:
         num_rows = min(num_rows, settings.limit)
-    labels = _make_labels([file.origin for file in files])
+    labels = make_labels([file.origin for file in files])
     schema = pa.schema([field for field in schema if field.name != REFUSED_COLUMN])
     check_types_carried(schema, columns, files[0].origin.name)
     return PromptSource(
@@ -274,36 +274,3 @@ def _read_template(settings: ReadSettings, columns: list[str]) -> PromptTemplate
         if getattr(settings, f"{part}_column"):
             raise UsageError(f"--template makes the prompt: drop --{part}-column")
     return PromptTemplate.read(settings.template, columns)
-
-
-def find_duplicate_ids(ids: pl.Series, at_most: int = 5) -> list[str]:
-    """The first few ids that occur more than once, in order of appearance."""
-    twice = ids.filter(ids.is_duplicated())
-    found: list[str] = twice.unique(maintain_order=True).head(at_most).to_list()
-    return found
-
-
-def refuse_duplicate_ids(ids: pl.Series) -> None:
-    """Raises InputError where an id comes twice."""
-    duplicates = find_duplicate_ids(ids)
-    if duplicates:
-        raise InputError(
-            f"ids must be unique, but these come twice: {', '.join(duplicates)}; "
-            "make them unique or choose another column with --id-column"
-        )
-
-
-def _make_ids(file: ParquetInput, label: str, start: int, stop: int) -> list[str]:
-    """Rows `[start, stop)` of the file named by their place in it."""
-    groups, rows = file.places(start, stop)
-    places = zip(groups.tolist(), rows.tolist(), strict=True)
-    return [f"{label}:{group}:{row}" for group, row in places]
-
-
-def _make_labels(files: Sequence[InputFile]) -> tuple[str, ...]:
-    """Base names for ids; where two are equal, paths from the folder that all files share."""
-    names = tuple(file.base_name for file in files)
-    if len(set(names)) == len(names):
-        return names
-    top = os.path.commonpath([os.path.dirname(file.path) for file in files])
-    return tuple(os.path.relpath(file.path, top) for file in files)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.inputs.choices import Choices
-from pipeline.inputs.prompt_rows import rows_with_tools
+from pipeline.inputs.overrides import rows_with_tools
 from pipeline.job.answer_columns import Shown, logprobs_column, samples_column
 from pipeline.job.answer_texts import Said
+from pipeline.job.outcome_columns import failed_columns, state_columns, succeeded_columns
 from pipeline.job.parsed import guided_columns
 from pipeline.job.planning import PlannedJob
 from pipeline.job.question_answers import question_columns
@@ -21,7 +22,7 @@ from pipeline.job.row_scores import NoLikelyChoice, ScoredRow, score_columns
 from pipeline.job.row_tools import add_tool_calls
 from pipeline.plan.plan import Plan
 from pipeline.prompts import Rejected
-from pipeline.records import PRIOR_TURN_FAILED, Completion, Timing, TurnState
+from pipeline.records import PRIOR_TURN_FAILED, Completion
 from pipeline.storage.schema import carry_columns, result_fields
 from pipeline.tokens.reasoning import AnswerParts
 
@@ -179,13 +180,13 @@ def _scored_row(
 ) -> dict[str, Any]:
     columns, outcome, scored = _planned_columns(planned, item), item.outcome, item.scored
     if isinstance(outcome, Rejected):
-        return columns | _failed(outcome.error_type, outcome.message, attempts=0)
+        return columns | failed_columns(outcome.error_type, outcome.message, attempts=0)
     assert scored is not None and planned.requests is not None
     by = scored.computed_by
     columns["dedup_of"] = None if by == item.row else planned.ids[by]
     if scored.scores is None:
         reason, message = outcome.error_type or "EngineError", outcome.error_message
-        return columns | _failed(reason, message or "no reason given", attempts=1)
+        return columns | failed_columns(reason, message or "no reason given", attempts=1)
     cut, asked = int(planned.requests.cut[item.row]), planned.job.settings.scoring
     try:
         if choices.sheet is not None:
@@ -195,8 +196,8 @@ def _scored_row(
             texts = () if choices.are_prompts else choices.read(cell)
             scores = score_columns(scored.scores, texts, cut, asked)
     except NoLikelyChoice as error:
-        return columns | _failed("NoLikelyChoice", str(error), attempts=1)
-    return columns | _succeeded(outcome, None) | {"finish_reason": None} | scores
+        return columns | failed_columns("NoLikelyChoice", str(error), attempts=1)
+    return columns | succeeded_columns(outcome, None) | {"finish_reason": None} | scores
 
 
 def _output_row(planned: PlannedJob, item: Answered, texts: Texts) -> dict[str, Any]:
@@ -205,16 +206,18 @@ def _output_row(planned: PlannedJob, item: Answered, texts: Texts) -> dict[str, 
     if planned.columns.is_exploded:
         columns["sample_index"] = item.sample_index
     if isinstance(item.outcome, Rejected):
-        return columns | _failed(item.outcome.error_type, item.outcome.message, attempts=0)
+        return columns | failed_columns(item.outcome.error_type, item.outcome.message, attempts=0)
     first = first_row(plan, item.outcome)
     columns["dedup_of"] = None if row == first else planned.ids[first]
     completion = answer_of(item.outcome)
     if completion is None:
         reason, message = item.outcome.error_type, item.outcome.error_message
         attempts = 0 if reason == PRIOR_TURN_FAILED else 1
-        return columns | _failed(reason or "EngineError", message or "no reason given", attempts)
+        return columns | failed_columns(
+            reason or "EngineError", message or "no reason given", attempts
+        )
     said = texts[key_of(completion)]
-    columns |= _succeeded(completion, said.text) | _state_columns(completion.state)
+    columns |= succeeded_columns(completion, said.text) | state_columns(completion.state)
     if planned.job.reasoning is not None:
         columns |= {"reasoning": said.reasoning, "reasoning_tokens": said.reasoning_tokens}
     columns["cached_tokens"] = _within_prompt(planned, row, columns["cached_tokens"])
@@ -255,49 +258,4 @@ def _document_columns(planned: PlannedJob, item: Answered) -> dict[str, Any]:
         "repaired_tokens": int(counts.repaired_tokens[row]),
         "link_tokens": soft_tokens,
         "fallback_reason": planned.fallback_reason,
-    }
-
-
-def _state_columns(state: TurnState | None) -> dict[str, Any]:
-    """Of the cache at the end of a turn; nothing where the engine says nothing of it."""
-    if state is None:
-        return {}
-    log = [{"at": event.at, "kept": list(map(list, event.kept))} for event in state.eviction_log]
-    numbers = {name: getattr(state, name) for name in TurnState.__slots__}
-    return numbers | {"eviction_log": log}
-
-
-def _succeeded(completion: Completion, text: str | None) -> dict[str, Any]:
-    return {
-        "generated_text": text,
-        "finish_reason": completion.finish_reason,
-        "completion_tokens": len(completion.token_ids),
-        "cached_tokens": max(0, completion.cached_tokens),  # less: samples on several devices
-        "reuse_source": _source(completion),
-        **asdict(completion.timing),
-        "status": "ok",
-        "attempts": 1,
-        "completion_token_ids": completion.token_ids,
-    }
-
-
-def _source(completion: Completion) -> str:
-    """Where the KV that this row did not compute came from."""
-    if completion.stored_tokens:
-        return "store"
-    return "run" if completion.cached_tokens > 0 else "none"
-
-
-def _failed(error_type: str, message: str, attempts: int) -> dict[str, Any]:
-    return {
-        "finish_reason": "error",
-        "completion_tokens": 0,
-        "cached_tokens": 0,
-        "reuse_source": "none",
-        **asdict(Timing()),
-        "status": "error",
-        "error_type": error_type,
-        "error_message": message,
-        "attempts": attempts,
-        "completion_token_ids": [],
     }

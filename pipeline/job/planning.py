@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.constraints import schema_of
 from pipeline.inputs.columns import ColumnMap
-from pipeline.inputs.prompt_source import refuse_duplicate_ids
+from pipeline.inputs.row_ids import refuse_duplicate_ids
 from pipeline.job.channel import Stages
 from pipeline.job.conversations import Asked, Splits, build, plan_turns
 from pipeline.job.document_ordering import OrderedRows, check_memory, order_documents

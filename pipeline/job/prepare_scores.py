@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipeline.job.prepare import Limits, PreparedBatch, PreparedRequests
+from pipeline.job.prepare import Limits
+from pipeline.job.prepared_batch import PreparedBatch, PreparedRequests
 from pipeline.job.row_faults import call_by_halves, sentence
 from pipeline.prompts import AskedPrompt, Content, PromptBatch, Rejected, ScoredPrompt
 from pipeline.records import SamplingParams

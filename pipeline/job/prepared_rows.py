@@ -20,8 +20,9 @@ from polars.datatypes import DataTypeClass
 
 from pipeline.errors import StorageError, UsageError
 from pipeline.job.planning_checkpoint import Checkpoint
-from pipeline.job.prepare import PreparedBatch, Preparing
+from pipeline.job.prepare import Preparing
 from pipeline.job.prepare_scores import ScorePreparation
+from pipeline.job.prepared_batch import PreparedBatch
 from pipeline.plan.requests import Requests
 from pipeline.plan.segment_table import Segments
 from pipeline.plan.token_table import TokenFile, TokenTable

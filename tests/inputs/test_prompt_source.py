@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.inputs.prompt_source import PromptSource, find_duplicate_ids, open_source
+from pipeline.inputs.prompt_source import PromptSource, open_source
+from pipeline.inputs.row_ids import find_duplicate_ids
 from pipeline.location import Location
 from pipeline.prompt_settings import ReadSettings
 from pipeline.prompts import PromptBatch

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.job.prepare import Preparation, PreparedBatch
+from pipeline.job.prepare import Preparation
+from pipeline.job.prepared_batch import PreparedBatch
 from pipeline.prompts import PromptBatch
 
 
