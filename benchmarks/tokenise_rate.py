@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.scratch import ROOT, scratch
 from pipeline.job.job import open_job
-from pipeline.job.planning import read_rows
+from pipeline.job.reading import read_rows
 from pipeline.settings import JobSettings
 
 

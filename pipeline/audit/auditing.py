@@ -50,7 +50,7 @@ from pipeline.job.device_lock import holding_device
 from pipeline.job.job import Job
 from pipeline.job.noise_names import noise_name
 from pipeline.job.observer import Observer, SilentObserver
-from pipeline.job.planning import select_rows
+from pipeline.job.reading import select_rows
 from pipeline.job.stopping import interruptible
 from pipeline.location import Location
 from pipeline.plan.plan import noise_key

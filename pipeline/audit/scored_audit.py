@@ -24,9 +24,9 @@ from pipeline.audit.score_rows import (
 )
 from pipeline.job.job import Job
 from pipeline.job.observer import Observer
-from pipeline.job.planning import select_rows
 from pipeline.job.prepared_batch import PreparedBatch
 from pipeline.job.question_answers import answer_columns
+from pipeline.job.reading import select_rows
 from pipeline.job.row_scores import compare
 from pipeline.questions import Question
 

@@ -13,7 +13,8 @@ from pipeline.job.document_ordering import count_distinct_tokens, order_document
 from pipeline.job.document_ordering import memory_needed as ordering_memory
 from pipeline.job.field_ordering import memory_needed, order_fields
 from pipeline.job.job import Job
-from pipeline.job.planning import PlannedJob, Watch, ignore, plan_rows
+from pipeline.job.planning import PlannedJob, plan_rows
+from pipeline.job.reading import Watch, ignore
 from pipeline.job.row_faults import call_by_halves
 from pipeline.model.rates import recall_rates
 from pipeline.plan.conversation_figures import gives_way

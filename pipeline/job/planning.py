@@ -1,16 +1,8 @@
-"""From an input file to a plan: read, tokenise, plan. Touches no device and no output folder.
-
-```
- reader thread ──► channel ──► tokenise a batch ──► token file, parameters, rejected rows ──► plan
-                                                       └── checkpoint, where there are many rows
-```
-"""
+"""From rows that are tokenised to the plan of a job. Touches no device and no output folder."""
 
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,13 +13,10 @@ from numpy.typing import NDArray
 from pipeline.constraints import schema_of
 from pipeline.inputs.columns import ColumnMap
 from pipeline.inputs.row_ids import refuse_duplicate_ids
-from pipeline.job.channel import Stages
 from pipeline.job.conversations import Asked, Splits, build, plan_turns
 from pipeline.job.document_ordering import OrderedRows, check_memory, order_documents
 from pipeline.job.job import Job
 from pipeline.job.noise_names import noise_names
-from pipeline.job.observer import Planning
-from pipeline.job.planning_checkpoint import Checkpoint
 from pipeline.job.planning_limits import (
     check_vocabulary,
     kv_limits,
@@ -35,8 +24,8 @@ from pipeline.job.planning_limits import (
     sort_bytes,
 )
 from pipeline.job.prepared_rows import PreparedRows
+from pipeline.job.reading import Watch, ignore, read_rows
 from pipeline.job.rejections import describe_rejected
-from pipeline.job.witnesses import Witnesses
 from pipeline.narrowed_schemas import narrowed
 from pipeline.plan.document_figures import DocumentFigures, count_figures
 from pipeline.plan.document_rows import DocumentCounts, count_documents, with_documents
@@ -47,19 +36,9 @@ from pipeline.plan.samples import Samples
 from pipeline.plan.score_planning import ScoreFigures, by_rows, with_scores
 from pipeline.plan.segment_table import Segments
 from pipeline.plan.summary import PlanSummary, summarise
-from pipeline.plan.token_table import narrowest_dtype
-from pipeline.prompts import PromptBatch, Rejected
+from pipeline.prompts import Rejected
 from pipeline.storage.schema import output_schema
 from pipeline.storage.schema_types import JSON_TEXT, Form, form_of
-
-_BATCHES_AHEAD = 4
-
-
-Watch = Callable[[Planning], None]
-
-
-def ignore(planning: Planning) -> None:
-    """Nobody watches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,34 +211,6 @@ def without_documents(planned: PlannedJob, reason: str) -> PlannedJob:
     )
 
 
-def read_rows(job: Job, watch: Watch = ignore) -> PreparedRows:
-    """Read and tokenise every row, or what a killed call left. Raises InputError, StorageError."""
-    rows = PreparedRows(
-        job.preparation(),
-        narrowest_dtype(job.tokenizer.vocabulary_size),
-        Checkpoint.open(job.key()) if job.source.num_rows > Checkpoint.every_rows else None,
-    )
-    started, before, total = time.monotonic(), rows.num_rows, job.source.num_rows
-    with rows.until_failure(), Stages() as stages:
-        batches = stages.channel(_BATCHES_AHEAD)
-
-        def read() -> None:
-            for batch in job.source.iter_prompts(rows.num_rows):
-                batches.put(batch)
-            batches.finish()
-            job.source.check_carried_columns()  # damage there must show before the device is used
-
-        stages.start("reader", read)
-        witnesses = Witnesses(job.source.turns)
-        for batch in batches:
-            rows.add(batch)
-            witnesses.see(batch)
-            watch(Planning(total, rows.num_rows, before, time.monotonic() - started))
-        witnesses.check(job.later_turns, rows.rejected())
-        rows.save()
-    return rows
-
-
 def _build(job: Job, rows: PreparedRows) -> PlannedJob:
     table, columns, params = rows.tokens(), rows.columns(), rows.params()
     check_vocabulary(rows.largest_id, job)
@@ -327,18 +278,3 @@ def _describe(
         return summary, None
     figures = count_figures(plan, segments, mode, limits.bytes_per_token)
     return replace(summary, documents=figures.to_json()), figures
-
-
-def select_rows(job: Job, rows: Sequence[int] | NDArray[np.int64]) -> PromptBatch:
-    """These input rows as one batch, in input order; its `row_start` means nothing."""
-    wanted = np.sort(np.asarray(rows, np.int64))
-    chosen = PromptBatch(0, [], [], [], [])
-    for batch in job.source.iter_prompts():
-        low, high = np.searchsorted(wanted, [batch.row_start, batch.row_start + len(batch.ids)])
-        for row in wanted[low:high].tolist():
-            index = row - batch.row_start
-            chosen.ids.append(batch.ids[index])
-            chosen.contents.append(batch.contents[index])
-            chosen.overrides.append(batch.overrides[index])
-            chosen.tenants.append(batch.tenants[index])
-    return chosen

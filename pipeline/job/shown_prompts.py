@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.job.planning import PlannedJob, select_rows
+from pipeline.job.planning import PlannedJob
+from pipeline.job.reading import select_rows
 from pipeline.prompts import AskedPrompt, Content, ScoredPrompt, SegmentedPrompt
 
 _SHOWN_TURNS = 4

@@ -17,7 +17,7 @@ from pipeline.cli.tables import audit_table
 from pipeline.engine.verify import arms
 from pipeline.errors import CoppiceError, InputError, ModelError, RunDirectoryError, StorageError
 from pipeline.job.job import open_job
-from pipeline.job.planning import select_rows
+from pipeline.job.reading import select_rows
 from pipeline.location import Location
 from pipeline.run import run_job
 from pipeline.settings import AuditSettings, JobSettings
