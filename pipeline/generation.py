@@ -27,17 +27,6 @@ if TYPE_CHECKING:
 PLAIN: Final = (
     "do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "max_length", "stop_strings",
 )  # fmt: skip
-_WITH_FLAGS: Final = {
-    "temperature": "--temperature",
-    "top_p": "--top-p",
-    "top_k": "--top-k",
-    "max_new_tokens": "--max-new-tokens",
-    "stop_strings": "--stop",
-    "presence_penalty": "--presence-penalty",
-    "frequency_penalty": "--frequency-penalty",
-    "logprobs": "--logprobs",
-    "n": "--n",
-}
 REFUSED: Final[dict[str, tuple[Any, ...]]] = {
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
@@ -105,24 +94,6 @@ class GenerationRules(BaseModel):
 
 RULES: Final = tuple(GenerationRules.model_fields)
 _NEUTRAL: Final = GenerationRules().model_dump(mode="json")
-
-
-def read_generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """`--generation-options` with their values as JSON means them. Raises ValueError."""
-    known = {*RULES, *REFUSED, *PLAIN, *REQUEST_RULES} - _WITH_FLAGS.keys()
-    found = {}
-    for written, value in options.items():
-        name = str(written).strip().replace("-", "_")
-        if name in _WITH_FLAGS:
-            raise ValueError(f"{name} has a flag of its own, {_WITH_FLAGS[name]}")
-        if name not in known:
-            raise ValueError(
-                f"there is no option {written!r}; known are {', '.join(sorted(known))}"
-            )
-        found[name] = _read_json(value)
-    _parse(found)
-    write_asked({name: found[name] for name in REQUEST_RULES if name in found})
-    return found
 
 
 def resolve_sampling(
@@ -211,8 +182,8 @@ def _rules(own: Mapping[str, Any], merged: Mapping[str, Any]) -> str:
                 f"engine here can do; --generation-options {name}={json.dumps(neutral[-1])} runs "
                 "without it"
             )
-    rules = _parse(merged).model_dump(mode="json")
-    before = _parse(own).model_dump(mode="json")
+    rules = parse_rules(merged).model_dump(mode="json")
+    before = parse_rules(own).model_dump(mode="json")
     told = {n: v for n, v in rules.items() if v != _NEUTRAL[n] or before[n] != v}
     told |= {n: neutral[-1] for n, neutral in REFUSED.items() if own.get(n) not in neutral}
     if told.get("max_length", 0) is None:
@@ -220,7 +191,7 @@ def _rules(own: Mapping[str, Any], merged: Mapping[str, Any]) -> str:
     return json.dumps(told, sort_keys=True) if told else ""
 
 
-def _parse(fields: Mapping[str, Any]) -> GenerationRules:
+def parse_rules(fields: Mapping[str, Any]) -> GenerationRules:
     """The rules among these fields; null is "not said". Raises ValueError in one sentence."""
     said = {name: fields[name] for name in RULES if fields.get(name) is not None}
     try:
@@ -301,12 +272,3 @@ def why_not_by_vllm(params: SamplingParams) -> str | None:
         f"{missing[0]} is nothing that vLLM has with the same meaning; choose --engine prefix or "
         f"naive, or run without it by --generation-options {missing[0]}=null"
     )
-
-
-def _read_json(value: object) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value

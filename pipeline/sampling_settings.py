@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from pipeline import constraints
 from pipeline.constraint_settings import read_grammar, read_schema
 from pipeline.forms import Section, named_values
-from pipeline.generation import read_generation_options
+from pipeline.generation_options import read_generation_options
 from pipeline.records import MOST_LOGPROBS, MOST_NEW_TOKENS, MOST_SAMPLES
 
 

@@ -20,9 +20,9 @@ FILES = sorted(
 _FIRST = {
     f"pipeline.{name}"
     for name in (
-        "prompts", "records", "errors", "forms", "generation", "settings", "reuse_settings",
-        "conversation_settings", "scoring_settings", "prompt_settings", "sampling_settings",
-        "store_settings", "questions", "time_limit",
+        "prompts", "records", "errors", "forms", "generation", "generation_options", "settings",
+        "reuse_settings", "conversation_settings", "scoring_settings", "prompt_settings",
+        "sampling_settings", "store_settings", "questions", "time_limit",
         "constraints", "constraint_settings", "narrowed_schemas", "request_rules",
         "template_arguments", "costs", "visible", "private_folder", "confined", "unheard",
         "location", "binomial",
@@ -54,13 +54,16 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.binomial": set(),
     "pipeline.errors": {"pipeline.visible"},
     "pipeline.generation": _FIRST,
+    "pipeline.generation_options": _rooms("generation", "request_rules"),
     "pipeline.settings": _FIRST,
     "pipeline.reuse_settings": _FIRST,
     "pipeline.conversation_settings": _FIRST,
     "pipeline.scoring_settings": _FIRST,
-    "pipeline.prompt_settings": _FIRST,
-    "pipeline.sampling_settings": _FIRST,
-    "pipeline.store_settings": _FIRST,
+    "pipeline.prompt_settings": _rooms("forms", "template_arguments"),
+    "pipeline.sampling_settings": _rooms(
+        "constraints", "constraint_settings", "forms", "generation_options", "records"
+    ),
+    "pipeline.store_settings": _rooms("forms"),
     "pipeline.location": _FIRST,
     "pipeline.settings_file": _FIRST,
     "pipeline.plan": _FIRST,
