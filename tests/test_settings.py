@@ -1,4 +1,4 @@
-"""Settings: units, limits, and where a sampling parameter comes from."""
+"""Settings: units, limits, and how they are dealt out to their sections."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.errors import UsageError
-from pipeline.generation import resolve_sampling
-from pipeline.records import SamplingParams
-from pipeline.sampling_settings import SamplingSettings
 from pipeline.settings import AuditSettings, JobSettings, WriteSettings
 
 
@@ -109,104 +106,7 @@ def test_settings_survive_json() -> None:
     assert JobSettings.model_validate(settings.model_dump(mode="json")) == settings
 
 
-SECRETS = {"access_key_id": "canary-id", "secret_access_key": "canary-key"}
-
-
-@pytest.mark.parametrize(
-    "written",
-    [
-        {"region": "eu-west-1", "anonymous": False} | SECRETS,
-        ["AWS_REGION=eu-west-1", "anonymous=false", *(f"{k}={v}" for k, v in SECRETS.items())],
-    ],
-)
-def test_secrets_of_a_store_are_used_and_never_shown(written: object) -> None:
-    settings = JobSettings.from_flat({"model": "m", "storage-options": written})
-    assert settings.store.storage_options["secret_access_key"] == "canary-key"
-    dumped = settings.model_dump(mode="json")
-    assert dumped["store"] == {"storage_options": {"region": "eu-west-1", "anonymous": "false"}}
-    for shown in (str(dumped), settings.model_dump_json(), repr(settings), str(settings)):
-        assert "canary" not in shown
-    again = JobSettings.model_validate(dumped)  # as the audit does it, with the secrets again
-    secrets = JobSettings.from_flat({"model": "m", "storage-options": SECRETS})
-    assert again.store.overridden_by(secrets.store) == settings.store
-
-
-@pytest.mark.parametrize(
-    ("written", "message"),
-    [
-        (["regoin=canary"], "no option 'regoin'; known are endpoint_url, region"),
-        (["canary"], "name=value"),
-        (7, "name=value"),
-        (["access_key_id=canary"], "give both"),
-        (["endpoint_url=http://me:canary@host"], "endpoint_url must look like"),
-        (["anonymous=canary"], "true or false"),
-    ],
-)
-def test_a_wrong_storage_option_is_named_without_its_value(written: object, message: str) -> None:
-    with pytest.raises(UsageError, match=message) as error:
-        JobSettings.from_flat({"model": "m", "storage_options": written})
-    assert "setting storage-options" in str(error.value) and "canary" not in str(error.value)
-
-
 def test_settings_cannot_be_changed() -> None:
     settings = JobSettings.from_flat({"model": "m"})
     with pytest.raises(ValidationError, match="frozen"):
         settings.engine.max_rows = 3
-
-
-@pytest.mark.parametrize(
-    ("flags", "repository", "row", "expected"),
-    [
-        ({}, {}, {}, SamplingParams()),
-        (
-            {},
-            {"do_sample": True, "top_p": 0.9},
-            {},
-            SamplingParams(temperature=1.0, top_p=0.9, top_k=50),
-        ),
-        ({}, {"do_sample": False, "temperature": 0.7}, {}, SamplingParams()),
-        ({"temperature": 0.0}, {"do_sample": True, "temperature": 0.7}, {}, SamplingParams()),
-        ({"max_new_tokens": 9}, {"max_new_tokens": 5}, {}, SamplingParams(max_new_tokens=9)),
-        ({"max_new_tokens": 9}, {}, {"max_new_tokens": 3}, SamplingParams(max_new_tokens=3)),
-        ({}, {}, {"stop": "x"}, SamplingParams(stop=("x",))),
-        ({}, {}, {"stop": ["x", "y"], "top_p": None}, SamplingParams(stop=("x", "y"))),
-        ({}, {}, {"top_k": -1}, SamplingParams()),
-        ({}, {}, {"seed": 4}, SamplingParams(seed=4)),
-    ],
-)
-def test_the_row_wins_over_flags_over_the_repository(
-    flags: dict[str, Any],
-    repository: dict[str, Any],
-    row: dict[str, object],
-    expected: SamplingParams,
-) -> None:
-    assert resolve_sampling(SamplingSettings(**flags), repository, row) == expected
-
-
-@pytest.mark.parametrize("row", [{"beams": 2}, {"top_p": 0.0}, {"max_new_tokens": 0}])
-def test_a_row_cannot_ask_for_the_impossible(row: dict[str, object]) -> None:
-    with pytest.raises(ValueError):
-        resolve_sampling(SamplingSettings(), {}, row)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("temperature", -1),
-        ("temperature", float("nan")),
-        ("temperature", 101),
-        ("top_p", 0),
-        ("top_p", 1.5),
-        ("top_k", -3),
-        ("stop", ""),
-        ("stop", ["a", ""]),
-        ("stop", 3),
-    ],
-)
-def test_sampling_that_no_row_could_use_is_refused_before_any_row(field: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=field.replace("_", "-")):
-        JobSettings.from_flat({"model": "m", field: value})
-
-
-def test_one_stop_string_needs_no_list() -> None:
-    assert SamplingSettings.model_validate({"stop": "ab"}).stop == ("ab",)

@@ -18,7 +18,6 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.inputs.prompt_source import PromptSource, open_source
-from pipeline.inputs.row_ids import find_duplicate_ids
 from pipeline.location import Location
 from pipeline.prompt_settings import ReadSettings
 from pipeline.prompts import PromptBatch
@@ -401,9 +400,3 @@ def test_fuzzed_files_end_in_one_error_or_none(tmp_path: Path) -> None:
         except InputError:
             refusals += 1
     assert refusals > 50
-
-
-def test_duplicate_ids_are_named_in_order() -> None:
-    assert find_duplicate_ids(pl.Series(["a", "b", "c"])) == []
-    assert find_duplicate_ids(pl.Series(["b", "a", "a", "b", "c"])) == ["b", "a"]
-    assert find_duplicate_ids(pl.Series([str(i // 2) for i in range(100)]), at_most=2) == ["0", "1"]
