@@ -251,9 +251,9 @@ def _audit_inputs(
     histories = Histories(job, directory, chosen["row_index"].to_list())
     batch = select_rows(job, histories.rows)
     prepared = job.preparation().prepare(batch)
-    prompts = np.split(prepared.flat, np.cumsum(prepared.lengths)[:-1])
     if job.settings.reuse.document_order == "best":
-        prompts = in_order_of_run(directory, histories.rows, prompts, prepared.segments)
+        prepared = in_order_of_run(directory, histories.rows, prepared)
+    prompts = np.split(prepared.flat, np.cumsum(prepared.lengths)[:-1])
     place = {row: place for place, row in enumerate(histories.rows)}
     added = dict(zip(histories.rows, prompts, strict=True))
     params_of = dict(zip(histories.rows, prepared.params, strict=True))
@@ -279,13 +279,7 @@ def _audit_inputs(
             eos_token_ids=eos,
             is_stopped=job.tokenizer.answers.is_stopped,
             lengths=lengths,
-            story=histories.story(
-                answer["row_index"],
-                answer["completion_token_ids"],
-                added,
-                params_of,
-                system_tokens,
-            ),
+            story=histories.story(answer["row_index"], output, added, params_of, system_tokens),
             over_at=over_at(job.tokenizer.grammars, params, prompt.tolist(), output, eos),
         )
         inputs.append(row)

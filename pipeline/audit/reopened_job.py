@@ -33,7 +33,8 @@ def check_same(job: Job, directory: RunDirectory) -> Job:
     # An audit computes both sides of every comparison itself, with the threads that it has.
     names = [*now, *(name for name in before if name not in now)]
     changed = [n for n in names if n != THREADS and now.get(n) != before.get(n)]
-    files = {"template": job.settings.read.template, "questions": job.settings.scoring.questions}
+    read, scoring, reuse = job.settings.read, job.settings.scoring, job.settings.reuse
+    files = {"template": read.template, "questions": scoring.questions, "adapter": reuse.adapter}
     for what, path in files.items():
         if what in changed:
             raise InputError(

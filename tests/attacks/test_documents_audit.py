@@ -11,12 +11,14 @@ import pytest
 
 from pipeline.audit.auditing import audit_run, describe_audit
 from pipeline.engine.naive_engine import NaiveEngine
+from pipeline.errors import InputError
 from pipeline.location import Location
 from pipeline.records import SamplingParams
 from pipeline.run import run_job
 from tests.audit.conftest import few_faults
-from tests.audit.test_documents import NO_ARMS, model, settings_of, write_table
+from tests.audit.test_documents import NO_ARMS, model, settings_of, write_adapter, write_table
 from tests.engine import tiny
+from tests.job.test_calibration import write_table as rows_in_all_orders
 
 __all__ = ["few_faults", "model"]
 pytestmark = pytest.mark.usefixtures("few_faults")
@@ -44,6 +46,31 @@ def test_what_rows_ask_is_asked_of_the_slow_mode_too(
     verdict = audit_run(Location(tmp_path / "out"), NO_ARMS)
     assert verdict.passed, verdict.reasons
     assert describe_audit(Location(tmp_path / "out"))["free_running"]["rows"] == 3
+
+
+@pytest.mark.fault(
+    "prompts in segments",
+    injected="documents of unlike lengths in the best order, in every mode; afterwards another "
+    "adapter in the place of the run's",
+    outcome="the audit passes; the adapter is named as what has changed, exit code 2",
+)
+@pytest.mark.parametrize("reuse", ["prefix", "concat", "epic", "cacheblend", "packet"])
+def test_rows_in_the_best_order_are_cut_where_their_documents_end(
+    tmp_path: Path, model: Path, reuse: str
+) -> None:
+    """Seen red: prompts were put in the order of the run, and cut as the input has them."""
+    source = rows_in_all_orders(tmp_path / "in.parquet")
+    adapter = write_adapter(tmp_path / "adapter", model, "packet") if reuse == "packet" else None
+    flat: dict[str, Any] = {"document_order": "best", "max_new_tokens": 5}
+    settings = settings_of(model, reuse=reuse, adapter=adapter, **flat)
+    run_job(str(source), tmp_path / "out", settings)
+    verdict = audit_run(Location(tmp_path / "out"), NO_ARMS)
+    assert verdict.passed, verdict.reasons
+    if adapter is not None:
+        card = adapter / "card.json"
+        card.write_text(card.read_text().replace('"seed": 0', '"seed": 1'))
+        with pytest.raises(InputError, match="the adapter in .* changed since the run"):
+            audit_run(Location(tmp_path / "out"), NO_ARMS)
 
 
 @pytest.mark.parametrize(
