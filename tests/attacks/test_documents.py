@@ -75,7 +75,11 @@ def test_a_row_without_an_answer_is_not_exact(tmp_path: Path, flat: Any) -> None
         def _completions(self, *given: Any, **named: Any) -> Any:
             for done in super()._completions(*given, **named):
                 is_last = done.sequence == len(given[0].sequences) - 1
-                failed = {"finish_reason": "error", "error_type": "EngineError", "token_ids": ()}
+                failed: dict[str, Any] = {
+                    "finish_reason": "error",
+                    "error_type": "EngineError",
+                    "token_ids": (),
+                }
                 yield replace(done, **failed) if is_last else done
 
     rows: list[Row] = [("p ", ["a", ""], "q"), ("p ", ["a"], "q"), ("p ", ["b"], "r")]
