@@ -14,6 +14,7 @@ from pipeline.job.job import Job, open_job
 from pipeline.model.adapter import CARD, Card, save_adapter
 from pipeline.model.identity import identify_model
 from pipeline.settings import JobSettings
+from pipeline.storage.targets import folder_to_write
 
 if TYPE_CHECKING:
     from pipeline.segments.lessons import TrainingRow
@@ -29,13 +30,14 @@ def train_packet_adapter(
     input: str, output: Path, job_settings: JobSettings, settings: PacketSettings, say: Say
 ) -> Card:
     """Train soft tokens around documents; writes the adapter. Raises CoppiceError."""
-    job = _open(input, output, job_settings)
+    job = _open(input, output, job_settings, settings.learning_rate)
     rows = read_rows(job, settings.rows + settings.held_out, say)
     from pipeline.model.model import load_model
     from pipeline.segments.train_packet import train_packet
 
     loaded = load_model(job_settings.model)
     done = train_packet(loaded.model, rows, settings, say)
+    _check_learned(done)
     training = asdict(settings) | {"best_epoch": done.epochs}
     card = _card(done, "packet", job.model_identity, training)
     save_adapter(output, card, done.rows.numpy())
@@ -47,7 +49,7 @@ def train_link_adapter(
 ) -> Card:
     """Train link tokens; unless the model is frozen it is trained in float32 and written below the
     adapter's folder. Raises CoppiceError."""
-    job = _open(input, output, job_settings)
+    job = _open(input, output, job_settings, settings.learning_rate)
     rows = read_rows(job, None, say)
     from pipeline.model.model import load_model
     from pipeline.segments.train_links import train_links
@@ -57,6 +59,7 @@ def train_link_adapter(
         model_settings = model_settings.model_copy(update={"dtype": "float32"})
     model = load_model(model_settings).model
     done = train_links(model, rows, settings, say)
+    _check_learned(done)
     identity = job.model_identity
     if not settings.is_frozen:
         folder = output / _MODEL
@@ -89,11 +92,25 @@ def read_rows(job: Job, most: int | None, say: Say) -> list[TrainingRow]:
     return rows[:most]
 
 
-def _open(input: str, output: Path, settings: JobSettings) -> Job:
-    """Raises UsageError where an adapter is there already."""
+def _open(input: str, output: Path, settings: JobSettings, learning_rate: float) -> Job:
+    """Raises UsageError where nothing could be learned, or what is learned could not be kept."""
+    if not 0 < learning_rate <= 1:
+        raise UsageError(f"--learning-rate must lie above 0, and at most at 1, not {learning_rate}")
     if (output / CARD).exists():
         raise UsageError(f"{output} holds an adapter already; name another folder, or remove it")
+    why_not = folder_to_write(output)[1]
+    if why_not:
+        raise UsageError(f"cannot write to {output}: {why_not}; choose another -o")
     return open_job(input, settings)
+
+
+def _check_learned(done: Trained | Linked) -> None:
+    """Raises UsageError where numbers have grown beyond all bounds."""
+    if not (done.rows.isfinite().all() and np.isfinite(done.after.kl)):
+        raise UsageError(
+            "what was learned is not finite, so no adapter is written; choose a smaller "
+            "--learning-rate, or a model whose own logits are finite"
+        )
 
 
 def _card(

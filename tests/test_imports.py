@@ -83,7 +83,7 @@ ROOMS: dict[str, set[str]] = {
     | _rooms("storage", "inputs", "tokens", "model", "kvstore", "job", "audit.similarity"),
     "pipeline.segments": _FIRST | _rooms("storage", "plan", "engine"),
     "pipeline.stateful": _FIRST | _rooms("storage", "plan", "engine"),
-    "pipeline.segment_training": _FIRST | _rooms("model", "job", "segments"),
+    "pipeline.segment_training": _FIRST | _rooms("model", "job", "segments", "storage.targets"),
     "pipeline.status": _FIRST | _rooms("storage", "job", "audit"),
     "pipeline.early_checks": _FIRST
     | _rooms("storage", "kvstore", "model", "engine.load", "audit.similarity"),
