@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -22,9 +23,12 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 gc.disable()  # until all tests are found: what is made until then stays
 
+from pipeline.audit import answer_schemas  # noqa: E402
 from pipeline.audit.similarity import Encoder  # noqa: E402
+from pipeline.confined import Confined  # noqa: E402
 from pipeline.report import plots  # noqa: E402
 from pipeline.settings import JobSettings  # noqa: E402
+from pipeline.tokens import constraint_check  # noqa: E402
 from tests.tiny_job import echo_settings, write_model, write_tokenizer  # noqa: E402
 
 if TYPE_CHECKING:
@@ -38,6 +42,7 @@ hypothesis.settings.load_profile("coppice")
 
 _LOAD_ENCODER = vars(Encoder)["load"]
 _TO_SVG = plots.to_svg
+_MOST_CHILDREN = 4
 _LONGEST = (
     "flows/test_nights", "executor/test_ray", "test_hostile", "engine/test_triton_kernel",
     "test_demo", "benchmarks/test_gpu", "torture/test_kills", "attacks/test_conversations_run",
@@ -103,6 +108,26 @@ def one_encoder(encoder: None) -> Iterator[None]:
     loaded = Encoder.load()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Encoder, "load", classmethod(lambda cls, name=None: loaded))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_children() -> Iterator[None]:
+    """The children that judge answers and compile what they must be serve every job that asks for
+    the same: to start one takes up to a second, and nothing that it is asked stays in it."""
+    children: dict[bytes, Confined] = {}
+
+    def confined(*task: Any) -> Confined:
+        key = pickle.dumps(task)
+        found = children.pop(key, None) or Confined(*task)
+        children[key] = found
+        if len(children) > _MOST_CHILDREN:
+            del children[next(iter(children))]
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answer_schemas, "Confined", confined)
+        patch.setattr(constraint_check, "Confined", confined)
         yield
 
 
