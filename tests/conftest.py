@@ -41,13 +41,17 @@ hypothesis.settings.register_profile("coppice", deadline=None)
 hypothesis.settings.load_profile("coppice")
 
 _LOAD_ENCODER = vars(Encoder)["load"]
-_TO_SVG = plots.to_svg
+_TO_SVG = vars(plots)["to_svg"]
 _MOST_CHILDREN = 4
 _LONGEST = (
-    "flows/test_nights", "executor/test_ray", "test_hostile", "engine/test_triton_kernel",
-    "test_demo", "benchmarks/test_gpu", "torture/test_kills", "attacks/test_conversations_run",
-    "torture/test_sweep", "audit/test_evicted", "engine/test_evicting", "experiment/test_paper",
-    "torture/test_stalls", "torture/test_retries", "torture/test_power_cut",
+    "flows/test_nights", "executor/test_ray", "torture/test_sweep", "engine/test_triton_kernel",
+    "engine/test_layer_programs", "experiment/test_paper", "test_demo",
+    "attacks/test_conversations_run", "engine/verify/test_told", "benchmarks/test_gpu",
+    "engine/test_evicting", "audit/test_evicted", "engine/test_paged_rows", "engine/test_strict",
+    "engine/test_turns", "attacks/test_surroundings", "test_hostile", "audit/test_documents",
+    "kvcoppice/test_own_modules", "engine/verify/test_stateful_reference",
+    "engine/test_spill_cost", "flows/test_flows", "torture/test_stalls", "torture/test_retries",
+    "torture/test_kills", "executor/test_ray_head", "torture/test_power_cut",
 )  # fmt: skip
 """Files of `tests`, longest first: one that comes last keeps one worker busy while others rest."""
 
