@@ -28,7 +28,7 @@ from pipeline.audit.similarity import Encoder  # noqa: E402
 from pipeline.confined import Confined  # noqa: E402
 from pipeline.report import plots  # noqa: E402
 from pipeline.settings import JobSettings  # noqa: E402
-from pipeline.tokens import constraint_check  # noqa: E402
+from pipeline.tokens import chat_template, constraint_check, tool_calls  # noqa: E402
 from tests.tiny_job import echo_settings, write_model, write_tokenizer  # noqa: E402
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ hypothesis.settings.load_profile("coppice")
 
 _LOAD_ENCODER = vars(Encoder)["load"]
 _TO_SVG = vars(plots)["to_svg"]
-_MOST_CHILDREN = 4
+_MOST_CHILDREN = 6
 _LONGEST = (
     "flows/test_nights", "executor/test_ray", "torture/test_sweep", "engine/test_triton_kernel",
     "engine/test_layer_programs", "experiment/test_paper", "test_demo",
@@ -117,8 +117,9 @@ def one_encoder(encoder: None) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def kept_children() -> Iterator[None]:
-    """The children that judge answers and compile what they must be serve every job that asks for
-    the same: to start one takes up to a second, and nothing that it is asked stays in it."""
+    """The children that render chats, read and judge answers and compile what they must be serve
+    every job that asks for the same: to start one takes up to a second, and nothing that it is
+    asked stays in it."""
     children: dict[bytes, Confined] = {}
 
     def confined(*task: Any) -> Confined:
@@ -130,8 +131,8 @@ def kept_children() -> Iterator[None]:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answer_schemas, "Confined", confined)
-        patch.setattr(constraint_check, "Confined", confined)
+        for module in (answer_schemas, constraint_check, chat_template, tool_calls):
+            patch.setattr(module, "Confined", confined)
         yield
 
 

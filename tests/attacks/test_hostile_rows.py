@@ -6,8 +6,7 @@ The kinds stand in tables by the form of the input; the last tests draw cells by
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.audit.auditing import audit_run
-from pipeline.confined import Confined
 from pipeline.errors import InputError, UsageError
 from pipeline.generation import resolve_sampling
 from pipeline.job.job import open_job
@@ -27,7 +25,6 @@ from pipeline.job.prepare import Preparing
 from pipeline.location import Location
 from pipeline.run import plan_job, run_job, validate_input
 from pipeline.settings import AuditSettings, JobSettings
-from pipeline.tokens import chat_template
 from pipeline.tokens.answer_text import AnswerText
 from pipeline.tokens.tokenizer import PromptTokenizer
 from tests.tiny_job import answers, echo_settings, write_model, write_tokenizer
@@ -37,20 +34,6 @@ CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 TURNS = [{"role": "user", "content": "hi"}]
 DEEP = "[" * 100_000
 HALF = "\ud800"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_child() -> Iterator[None]:
-    """The same chat template is rendered by one process, for all jobs of this file: to start one
-    takes longer than all else that happens to a cell of chance."""
-    children: dict[bytes, Confined] = {}
-
-    def confined(*task: Any) -> Confined:
-        return children.setdefault(pickle.dumps(task), Confined(*task))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat_template, "Confined", confined)
-        yield
 
 
 def job(folder: Path, **flat: Any) -> JobSettings:
