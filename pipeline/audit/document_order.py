@@ -10,7 +10,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from pipeline.errors import RunDirectoryError
-from pipeline.job.prepare import PreparedBatch
+from pipeline.job.prepared_batch import PreparedBatch
 from pipeline.storage.run_directory import PLAN_NAME, RunDirectory
 
 Ids = NDArray[np.uint32]
