@@ -102,7 +102,6 @@ ROOMS: dict[str, set[str]] = {
         "audit",
         "experiment",
         "run",
-        "plan_files",
         "status",
         "night",
         "segments",
