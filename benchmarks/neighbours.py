@@ -1,8 +1,9 @@
 """What busy neighbours cost: `python -m benchmarks.neighbours`. Last line: one JSON document.
 
 A neighbour is a process that never sleeps. In each round every case runs on the quiet machine, and
-beside the neighbours with the threads that the engine finds free, with all threads, and with one.
-Medians over the rounds, in seconds, and how many times the quiet run of the same round.
+beside the neighbours as the engine comes and with one thread. Medians over the rounds, in seconds,
+and how many times the quiet run of the same round. `--dtype float32`: torch computes the products,
+on as many threads as the engine finds free.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.engine.threads import use_threads
 from pipeline.settings import EngineSettings
 
-_MODES = ("quiet", "free threads", "all threads", "one thread")
+_MODES = ("quiet", "as it comes", "one thread")
 
 
 @contextmanager
@@ -62,9 +63,7 @@ def main() -> None:
     found: dict[str, dict[str, list[float]]] = {name: {m: [] for m in _MODES} for name in plans}
     for _ in range(setup.repeats):
         for mode in _MODES:
-            settings = EngineSettings(
-                threads={"all threads": most, "one thread": 1}.get(mode),
-            )
+            settings = EngineSettings(threads=1 if mode == "one thread" else None)
             use_threads(settings if settings.threads else EngineSettings(threads=most))
             engine = PrefixEngine(loaded, settings)
             seconds(engine, plans["2 rows"])

@@ -10,6 +10,7 @@ epilogues of the GEMMs. The self-test compares it with the model's own forward a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from pipeline.engine.kernels.rules import AttentionRules
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.packed_linear import PackedGate, PackedLinear
 from pipeline.engine.packing import PackedBatch
+from pipeline.engine.threads import pooled
 from pipeline.engine.tiled_forward import TiledLinear
 from pipeline.model.int8 import Int8Linear
 
@@ -81,6 +83,12 @@ class _Layer:
             down=_packed(mlp.down_proj),
         )
 
+    @property
+    def is_blocked(self) -> bool:
+        """Whether all its products are our own kernels'."""
+        linears = (self.qkv, self.output, self.gate_and_up, self.down)
+        return all(isinstance(linear, BlockedLinear | BlockedGate) for linear in linears)
+
     def __call__(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], batch: PackedBatch, kv: Tensor
     ) -> Tensor:
@@ -113,7 +121,7 @@ class _Layer:
 
 
 class NativeForward:
-    """See `Forward`."""
+    """See `Forward`. `is_pooled`: it runs on threads of its own (`threads.pooled`)."""
 
     name = "native"
 
@@ -126,15 +134,25 @@ class NativeForward:
         self._norm = _Norm.of(body.norm)
         head = _packed(model.lm_head)
         self._head = TiledLinear(head, head_sizes) if head_sizes else head
+        self.is_pooled = isinstance(self._head, BlockedLinear) and all(
+            layer.is_blocked for layer in self._layers
+        )
+        self._threads = pooled if self.is_pooled else nullcontext
 
     def __call__(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
-        return self._head(self._states(batch, cache, keep))
+        with self._threads():
+            return self._head(self._states(batch, cache, keep))
 
     def in_pieces(
         self, batch: PackedBatch, cache: KVCache, keep: Tensor, size: int
     ) -> Iterator[Tensor]:
         """See `PiecewiseForward`."""
-        yield from map(self._head, torch.split(self._states(batch, cache, keep), size))
+        with self._threads():
+            states = self._states(batch, cache, keep)
+        for part in torch.split(states, size):
+            with self._threads():
+                logits = self._head(part)
+            yield logits
 
     def _states(self, batch: PackedBatch, cache: KVCache, keep: Tensor) -> Tensor:
         """What the output layer takes."""

@@ -1,15 +1,17 @@
-"""How many threads of a CPU compute: as many as other programs leave free.
+"""Threads of a CPU, and what becomes of them beside other programs.
 
-A decode step has some 200 parallel regions, and each of them ends when its slowest thread does.
-Where there are more threads than free cores, one of them always waits for a core: beside one busy
-process, two threads on two cores took 3 to 15 times as long as on a quiet machine (issue 17). One
-thread for each core that is free pays the neighbour its share and no more.
+A decode step has some 200 parallel regions, and with OpenMP each of them ends when its slowest
+thread does. Where there are more threads than free cores, one of them always waits for a core:
+beside one busy process, two threads on two cores took 3 to 15 times as long as on a quiet machine
+(issue 17). Regions of the compiled kernels run on a pool that waits for no such thread (`pooled`,
+`kernels/pool.h`). Where torch computes, there are as many threads as others leave cores free.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import psutil
@@ -95,6 +97,22 @@ class Threads:
         if number != self._applied:
             self._applied = number
             self._use(number)
+
+
+@contextmanager
+def pooled() -> Iterator[None]:
+    """Compiled kernels run on their own pool, of as many threads as torch has.
+
+    torch has one meanwhile: the others would wait for work on the cores of the pool.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.ops.coppice.use_pool(threads)
+    try:
+        yield
+    finally:
+        torch.ops.coppice.use_pool(0)
+        torch.set_num_threads(threads)
 
 
 def use_threads(settings: EngineSettings) -> None:

@@ -13,7 +13,6 @@
 // brgemm multiplies unsigned by signed bytes: q is kept as q + 128, and 128 times the sum of each
 // row of W is taken off again.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -24,7 +23,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -33,12 +31,14 @@
 
 #include "exp2.h"
 #include "floats.h"
+#include "pool.h"
 #include "rules.h"
 
 namespace {
 
 using at::BFloat16;
 using at::Tensor;
+using coppice::Kept;
 using coppice::load_floats;
 using coppice::store_floats;
 
@@ -87,9 +87,10 @@ template <typename T>
 void quantize(const Tensor& x, Tokens& tokens) {
   const int64_t n = x.size(0), k = x.size(1);
   const T* from = x.const_data_ptr<T>();
-  at::parallel_for(0, n, kStep, [&](int64_t begin, int64_t end) {
+  Tokens* to = &tokens;
+  coppice::in_rows(n, kStep, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      tokens.scale[i] = quantize(from + i * k, k, tokens.q.get() + i * k);
+      to->scale[i] = quantize(from + i * k, k, to->q.get() + i * k);
   });
 }
 
@@ -130,7 +131,7 @@ struct BFloat16Layer {
 
 struct Int8Layer {
   using Sum = int32_t;
-  const Tokens& tokens;
+  std::shared_ptr<Tokens> tokens;
   int64_t k;
   const int8_t* blocks;  // [B, K / 4, 64, 4]
   const float* scale;    // [B, 64]
@@ -140,7 +141,7 @@ struct Int8Layer {
   void multiply(int64_t low, int64_t rows, int64_t block, int32_t* sums) const {
     in_steps(rows, [&](int64_t first, int64_t count) {
       at::native::cpublas::brgemm(count, kWide, k, k, kWide, kWide, /*add_C=*/false,
-                                  tokens.q.get() + (low + first) * k, blocks + block * k * kWide,
+                                  tokens->q.get() + (low + first) * k, blocks + block * k * kWide,
                                   sums + first * kWide, /*is_vnni=*/true);
     });
   }
@@ -148,7 +149,7 @@ struct Int8Layer {
   __m512 outputs(const int32_t* sums, int64_t token, int64_t column) const {
     const __m512i whole =
         _mm512_sub_epi32(_mm512_loadu_si512(sums), _mm512_loadu_si512(zero + column));
-    const __m512 factor = _mm512_set1_ps(tokens.scale[token]);
+    const __m512 factor = _mm512_set1_ps(tokens->scale[token]);
     const __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(whole), factor),
                                    _mm512_loadu_ps(scale + column));
     return _mm512_add_ps(y, _mm512_loadu_ps(bias + column));
@@ -164,60 +165,70 @@ __m512 silu(__m512 x) {
 
 enum class Epilogue { kNone, kPlus, kGated };
 
+// The sums of a task.
+template <typename Sum>
+struct Sums {
+  alignas(64) std::array<Sum, kTokens * kWide> sums, gates;
+  ~Sums() { at::native::cpublas::brgemm_release(/*is_vnni=*/true); }
+};
+
 // out [n, m] of T; `other` [n, m] is added by kPlus. kGated: blocks of gate and up take turns.
 template <Epilogue kEpilogue, typename Layer, typename T>
-void run(const Layer& layer, const T* other, T* out, int64_t n, int64_t m) {
+void run(const Layer& layer, const T* other, T* out, int64_t n, int64_t m, const Kept& kept) {
   constexpr bool kGated = kEpilogue == Epilogue::kGated;
-  const int64_t blocks = (m + kWide - 1) / kWide, threads = at::get_num_threads();
+  const int64_t blocks = (m + kWide - 1) / kWide, threads = coppice::num_threads();
   int64_t tall = kTokens;
   while (tall > kStep && blocks * ((n + tall - 1) / tall) < kTasksAThread * threads) tall -= kStep;
   const int64_t stacks = (n + tall - 1) / tall;
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    alignas(64) std::array<typename Layer::Sum, kTokens * kWide> sums, gates;
-    for (int64_t task; (task = next++) < blocks * stacks;) {
-      const int64_t b = task / stacks, low = task % stacks * tall, rows = std::min(tall, n - low);
-      const int64_t place = kGated ? 2 * b + 1 : b;
-      if (kGated) layer.multiply(low, rows, place - 1, gates.data());
-      layer.multiply(low, rows, place, sums.data());
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < std::min(kWide, m - b * kWide); c += kLanes) {
-          const int64_t to = (low + r) * m + b * kWide + c, column = place * kWide + c;
-          __m512 y = layer.outputs(sums.data() + r * kWide + c, low + r, column);
-          if (kEpilogue == Epilogue::kPlus) y = _mm512_add_ps(y, load_floats(other + to));
-          if (kGated)
-            y = _mm512_mul_ps(
-                y, silu(layer.outputs(gates.data() + r * kWide + c, low + r, column - kWide)));
-          store_floats(y, out + to);
-        }
-    }
-    at::native::cpublas::brgemm_release(/*is_vnni=*/true);
-  });
+  using Own = Sums<typename Layer::Sum>;
+  coppice::in_parallel(
+      blocks * stacks, kept, [] { return std::make_unique<Own>(); },
+      [=](std::unique_ptr<Own>& own, int64_t task) {
+        const int64_t b = task / stacks, low = task % stacks * tall, rows = std::min(tall, n - low);
+        const int64_t place = kGated ? 2 * b + 1 : b;
+        if (kGated) layer.multiply(low, rows, place - 1, own->gates.data());
+        layer.multiply(low, rows, place, own->sums.data());
+      },
+      [=](std::unique_ptr<Own>& own, int64_t task) {
+        const int64_t b = task / stacks, low = task % stacks * tall, rows = std::min(tall, n - low);
+        const int64_t place = kGated ? 2 * b + 1 : b;
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t c = 0; c < std::min(kWide, m - b * kWide); c += kLanes) {
+            const int64_t to = (low + r) * m + b * kWide + c, column = place * kWide + c;
+            __m512 y = layer.outputs(own->sums.data() + r * kWide + c, low + r, column);
+            if (kEpilogue == Epilogue::kPlus) y = _mm512_add_ps(y, load_floats(other + to));
+            if (kGated)
+              y = _mm512_mul_ps(y, silu(layer.outputs(own->gates.data() + r * kWide + c, low + r,
+                                                      column - kWide)));
+            store_floats(y, out + to);
+          }
+      });
 }
 
 template <typename T, typename Layer>
-void apply(const Layer& layer, const std::optional<Tensor>& other, bool is_gated, Tensor& out) {
+void apply(const Layer& layer, const std::optional<Tensor>& other, bool is_gated, Tensor& out,
+           const Kept& kept) {
   const int64_t n = out.size(0), m = out.size(1);
   T* to = out.mutable_data_ptr<T>();
-  if (is_gated) return run<Epilogue::kGated, Layer, T>(layer, nullptr, to, n, m);
-  if (!other) return run<Epilogue::kNone, Layer, T>(layer, nullptr, to, n, m);
-  run<Epilogue::kPlus, Layer, T>(layer, other->const_data_ptr<T>(), to, n, m);
+  if (is_gated) return run<Epilogue::kGated, Layer, T>(layer, nullptr, to, n, m, kept);
+  if (!other) return run<Epilogue::kNone, Layer, T>(layer, nullptr, to, n, m, kept);
+  run<Epilogue::kPlus, Layer, T>(layer, other->const_data_ptr<T>(), to, n, m, kept);
 }
 
 template <typename T>
 void apply_int8(const Tensor& x, const Tensor& blocks, const Tensor& scale, const Tensor& zero,
                 const Tensor& bias, const std::optional<Tensor>& other, bool is_gated,
                 Tensor& out) {
-  Tokens tokens{std::make_unique_for_overwrite<uint8_t[]>(x.numel()),
-                std::make_unique_for_overwrite<float[]>(x.size(0))};
-  quantize<T>(x, tokens);
+  auto tokens = std::make_shared<Tokens>(std::make_unique_for_overwrite<uint8_t[]>(x.numel()),
+                                         std::make_unique_for_overwrite<float[]>(x.size(0)));
+  quantize<T>(x, *tokens);
   const Int8Layer layer{tokens,
                         x.size(1),
                         blocks.const_data_ptr<int8_t>(),
                         scale.const_data_ptr<float>(),
                         zero.const_data_ptr<int32_t>(),
                         bias.const_data_ptr<float>()};
-  apply<T>(layer, other, is_gated, out);
+  apply<T>(layer, other, is_gated, out, {blocks.storage()});
 }
 
 Tensor make_out(const Tensor& x, const Tensor& blocks, int64_t outputs,
@@ -237,7 +248,7 @@ Tensor make_out(const Tensor& x, const Tensor& blocks, int64_t outputs,
   Tensor out = make_out(x, blocks, outputs, other);
   const BFloat16Layer layer{x.const_data_ptr<BFloat16>(), x.size(1),
                             blocks.const_data_ptr<BFloat16>(), bias.const_data_ptr<float>()};
-  apply<BFloat16>(layer, other, is_gated, out);
+  apply<BFloat16>(layer, other, is_gated, out, {x.storage(), blocks.storage()});
   return out;
 }
 

@@ -11,7 +11,6 @@
 //
 // Scores never leave the core's cache, and nothing is padded, copied or merged in memory.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -22,21 +21,23 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "exp2.h"
 #include "floats.h"
+#include "pool.h"
 #include "rules.h"
 
 namespace {
 
 using at::BFloat16;
 using at::Tensor;
+using coppice::Kept;
 using coppice::kLog2E;
 using coppice::kUnseen;
 using coppice::load_floats;
@@ -311,6 +312,8 @@ struct Task {
   std::vector<Block> blocks;
   int64_t d;
 
+  ~Task() { at::native::cpublas::brgemm_release(sizeof(T) == 2); }
+
   Task(int64_t max_rows, int64_t head_dim)
       : q(max_rows * head_dim), k(kKeys * head_dim), v(kKeys * head_dim), p(kRows * kKeys),
         s(kRows * kKeys), o(max_rows * head_dim), m(max_rows), l(max_rows), d(head_dim) {}
@@ -360,113 +363,139 @@ struct Task {
   }
 };
 
+// All tiles of a forward; task i is KV head i % kv_heads of tile i / kv_heads.
 template <typename T>
-void attend(const Results<T>& results, const Tensor& query, const Tensor& keys, const Tensor& values,
-            const int64_t* positions, const Span* spans, const Tile* tiles,
-            int64_t num_tiles, const Rules& rules) {
-  const int64_t heads = query.size(1), d = query.size(2), kv_heads = keys.size(0);
-  const int64_t rep = heads / kv_heads, num_tasks = num_tiles * kv_heads;
-  const T *q_data = query.const_data_ptr<T>(), *k_data = keys.const_data_ptr<T>(),
-          *v_data = values.const_data_ptr<T>();
-  const bool has_direct = d % 32 == 0 && (sizeof(T) == 4 || kHasDirect);
-  int64_t max_rows = 0;
-  for (const Tile* t = tiles; t != tiles + num_tiles; ++t)
-    max_rows = std::max(max_rows, (t->q_hi - t->q_lo) * rep);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-    Task<T> task(max_rows, d);
-    for (int64_t i; (i = next++) < num_tasks;) {
-      const Tile& tile = tiles[i / kv_heads];
-      const int64_t h = i % kv_heads, rows = (tile.q_hi - tile.q_lo) * rep;
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t head = h * rep + r % rep;
-        const T* from = q_data + (tile.q_lo + r / rep) * query.stride(0) + head * query.stride(1);
-        std::copy(from, from + d, task.q.data() + r * d);
-        task.m[r] = rules.sinks ? rules.sinks[head] * kLog2E : kUnseen;
-        task.l[r] = rules.sinks ? 1.f : 0.f;
-      }
-      std::fill_n(task.o.data(), rows * d, 0.f);
-      task.blocks.clear();
-      for (const Span* g = spans + tile.span_lo; g != spans + tile.span_hi; ++g) {
-        const auto [first, last] =
-            std::minmax_element(positions + g->q_lo, positions + g->q_hi);
-        const int64_t offset = g->kv_lo - g->position;  // slot of prompt position 0
-        const int64_t stop = std::min(g->kv_hi, offset + *last + 1);
-        const int64_t start =
-            rules.window ? std::max(g->kv_lo, offset + *first - rules.window + 1) : g->kv_lo;
-        const int64_t state = (g->q_lo - tile.q_lo) * rep, count = (g->q_hi - g->q_lo) * rep;
-        for (int64_t slot = start; slot < stop; slot += kKeys)
-          task.blocks.push_back({g, state, count, offset, slot, std::min(kKeys, stop - slot)});
-      }
-      for (size_t b = 0; b < task.blocks.size(); ++b) {
-        const Block& block = task.blocks[b];
-        const Block& next = task.blocks[std::min(b + 1, task.blocks.size() - 1)];
-        const T* k_next = k_data + h * keys.stride(0) + next.slot * d;
-        const T* v_next = v_data + h * values.stride(0) + next.slot * d;
-        const T* k = k_data + h * keys.stride(0) + block.slot * d;
-        const T* v = v_data + h * values.stride(0) + block.slot * d;
-        const T* q = task.q.data() + block.state * d;
-        float* o = task.o.data() + block.state * d;
-        const int64_t n = block.n, padded = padded_keys(n);
-        const auto weigh = [&](int64_t row, int64_t place, int64_t width) {
-          const int64_t query = block.span->q_lo + row / rep;
-          const int64_t now = block.offset + positions[query] - block.slot;
-          const int64_t lo = rules.window ? std::max<int64_t>(0, now - rules.window + 1) : 0;
-          task.weigh(place, block.state + row, lo, std::min(n, now + 1), width, rules);
-        };
-        if (has_direct && block.count <= kFew) {
-          score_few(block.count, n, d, q, k, v, task.s.data());
-          for (int64_t r = 0; r < block.count; ++r) weigh(r, r, padded);
-          add_few(block.count, n, d, task.p.data(), v, k_next, next.n, o);
-          continue;
-        }
-        pack_keys(k, n, padded, d, task.k.data());
-        pack_values(v, n, padded, d, task.v.data());
-        for (int64_t low = 0; low < block.count; low += kRows) {
-          const int64_t m = std::min(kRows, block.count - low);
-          const int64_t* at = positions + block.span->q_lo + low / rep;
-          const int64_t last = *std::max_element(at, at + (low + m - 1) / rep - low / rep + 1);
-          // keys behind the last of these queries are not computed for them
-          const int64_t seen = padded_keys(std::min(n, block.offset + last - block.slot + 1));
-          if (seen <= 0) continue;
-          multiply(m, seen, d, q + low * d, d, task.k.data(), kKeys, task.s.data(), kKeys, false);
-          for (int64_t r = 0; r < m; ++r) {
-            if (block.count <= kRows) {
-              ask_for_part(k_next, next.n * d, r, m);
-              ask_for_part(v_next, next.n * d, r, m);
-            }
-            weigh(low + r, r, seen);
-          }
-          multiply(m, d, seen, task.p.data(), kKeys, task.v.data(), d, o + low * d, d, true);
-        }
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        float* row = task.o.data() + r * d;
-        const Vec share(task.l[r] == 0.f ? 0.f : 1.f / task.l[r]);
-        for (int64_t j = 0; j < d; j += kLanes) (Vec::loadu(row + j) * share).store(row + j);
-        const int64_t place = (tile.q_lo + r / rep) * heads + h * rep + r % rep;
-        if (!results.parts) {
-          store(row, results.out + place * d, d);
-          continue;
-        }
-        store(row, results.parts + place * d, d);
-        results.lse[place] = task.l[r] == 0.f ? kUnseen : task.m[r] + std::log2(task.l[r]);
-      }
+struct Attention {
+  Results<T> results;
+  const T *query, *keys, *values;
+  int64_t q_stride, h_stride, k_stride, v_stride;  // of tokens and heads of queries, of KV heads
+  const int64_t* positions;
+  const Span* spans;
+  const Tile* tiles;
+  int64_t heads, kv_heads, rep, d;
+  Rules rules;
+
+  int64_t rows(const Tile& tile) const { return (tile.q_hi - tile.q_lo) * rep; }
+
+  void compute(Task<T>& task, int64_t i) const {
+    const Tile& tile = tiles[i / kv_heads];
+    const int64_t h = i % kv_heads;
+    start(task, tile, h);
+    find_blocks(task, tile);
+    for (size_t b = 0; b < task.blocks.size(); ++b)
+      add(task, task.blocks[b], task.blocks[std::min(b + 1, task.blocks.size() - 1)], h);
+  }
+
+  void start(Task<T>& task, const Tile& tile, int64_t h) const {
+    for (int64_t r = 0; r < rows(tile); ++r) {
+      const int64_t head = h * rep + r % rep;
+      const T* from = query + (tile.q_lo + r / rep) * q_stride + head * h_stride;
+      std::copy(from, from + d, task.q.data() + r * d);
+      task.m[r] = rules.sinks ? rules.sinks[head] * kLog2E : kUnseen;
+      task.l[r] = rules.sinks ? 1.f : 0.f;
     }
-    at::native::cpublas::brgemm_release(sizeof(T) == 2);
-  });
+    std::fill_n(task.o.data(), rows(tile) * d, 0.f);
+  }
+
+  void find_blocks(Task<T>& task, const Tile& tile) const {
+    task.blocks.clear();
+    for (const Span* g = spans + tile.span_lo; g != spans + tile.span_hi; ++g) {
+      const auto [first, last] = std::minmax_element(positions + g->q_lo, positions + g->q_hi);
+      const int64_t offset = g->kv_lo - g->position;  // slot of prompt position 0
+      const int64_t stop = std::min(g->kv_hi, offset + *last + 1);
+      const int64_t start =
+          rules.window ? std::max(g->kv_lo, offset + *first - rules.window + 1) : g->kv_lo;
+      const int64_t state = (g->q_lo - tile.q_lo) * rep, count = (g->q_hi - g->q_lo) * rep;
+      for (int64_t slot = start; slot < stop; slot += kKeys)
+        task.blocks.push_back({g, state, count, offset, slot, std::min(kKeys, stop - slot)});
+    }
+  }
+
+  void add(Task<T>& task, const Block& block, const Block& next, int64_t h) const {
+    const T *k_next = keys + h * k_stride + next.slot * d, *k = keys + h * k_stride + block.slot * d;
+    const T *v_next = values + h * v_stride + next.slot * d;
+    const T *v = values + h * v_stride + block.slot * d, *q = task.q.data() + block.state * d;
+    float* o = task.o.data() + block.state * d;
+    const int64_t n = block.n, padded = padded_keys(n);
+    const auto weigh = [&](int64_t row, int64_t place, int64_t width) {
+      const int64_t now =
+          block.offset + positions[block.span->q_lo + row / rep] - block.slot;
+      const int64_t lo = rules.window ? std::max<int64_t>(0, now - rules.window + 1) : 0;
+      task.weigh(place, block.state + row, lo, std::min(n, now + 1), width, rules);
+    };
+    if (block.count <= kFew && d % 32 == 0 && (sizeof(T) == 4 || kHasDirect)) {
+      score_few(block.count, n, d, q, k, v, task.s.data());
+      for (int64_t r = 0; r < block.count; ++r) weigh(r, r, padded);
+      add_few(block.count, n, d, task.p.data(), v, k_next, next.n, o);
+      return;
+    }
+    pack_keys(k, n, padded, d, task.k.data());
+    pack_values(v, n, padded, d, task.v.data());
+    for (int64_t low = 0; low < block.count; low += kRows) {
+      const int64_t m = std::min(kRows, block.count - low);
+      const int64_t* at = positions + block.span->q_lo + low / rep;
+      const int64_t last = *std::max_element(at, at + (low + m - 1) / rep - low / rep + 1);
+      // keys behind the last of these queries are not computed for them
+      const int64_t seen = padded_keys(std::min(n, block.offset + last - block.slot + 1));
+      if (seen <= 0) continue;
+      multiply(m, seen, d, q + low * d, d, task.k.data(), kKeys, task.s.data(), kKeys, false);
+      for (int64_t r = 0; r < m; ++r) {
+        if (block.count <= kRows) {
+          ask_for_part(k_next, next.n * d, r, m);
+          ask_for_part(v_next, next.n * d, r, m);
+        }
+        weigh(low + r, r, seen);
+      }
+      multiply(m, d, seen, task.p.data(), kKeys, task.v.data(), d, o + low * d, d, true);
+    }
+  }
+
+  void write(Task<T>& task, int64_t i) const {
+    const Tile& tile = tiles[i / kv_heads];
+    for (int64_t r = 0; r < rows(tile); ++r) {
+      float* row = task.o.data() + r * d;
+      const Vec share(task.l[r] == 0.f ? 0.f : 1.f / task.l[r]);
+      for (int64_t j = 0; j < d; j += kLanes) (Vec::loadu(row + j) * share).store(row + j);
+      const int64_t place = (tile.q_lo + r / rep) * heads + i % kv_heads * rep + r % rep;
+      if (!results.parts) {
+        store(row, results.out + place * d, d);
+        continue;
+      }
+      store(row, results.parts + place * d, d);
+      results.lse[place] = task.l[r] == 0.f ? kUnseen : task.m[r] + std::log2(task.l[r]);
+    }
+  }
+};
+
+template <typename T>
+void attend(const Attention<T>& attention, int64_t num_tiles, const Kept& kept) {
+  int64_t max_rows = 0;
+  for (const Tile* t = attention.tiles; t != attention.tiles + num_tiles; ++t)
+    max_rows = std::max(max_rows, attention.rows(*t));
+  using Own = std::unique_ptr<Task<T>>;
+  coppice::in_parallel(
+      num_tiles * attention.kv_heads, kept,
+      [=] { return std::make_unique<Task<T>>(max_rows, attention.d); },
+      [=](Own& task, int64_t i) { attention.compute(*task, i); },
+      [=](Own& task, int64_t i) { attention.write(*task, i); });
 }
 
 void attend(void* out, float* parts, float* lse, const Tensor& query, const Tensor& keys,
             const Tensor& values, const Tensor& positions, const Tensor& spans,
-            const Tensor& tiles, const Rules& rules) {
-  TORCH_CHECK(query.size(2) % kLanes == 0, "head size must be a multiple of ", kLanes);
-  const auto* position_data = positions.const_data_ptr<int64_t>();
-  const auto* span_data = reinterpret_cast<const Span*>(spans.const_data_ptr<int64_t>());
-  const auto* tile_data = reinterpret_cast<const Tile*>(tiles.const_data_ptr<int64_t>());
+            const Tensor& tiles, const Rules& rules, const std::optional<Tensor>& sinks) {
+  const int64_t heads = query.size(1), d = query.size(2), kv_heads = keys.size(0);
+  TORCH_CHECK(d % kLanes == 0, "head size must be a multiple of ", kLanes);
+  Kept kept{query.storage(), keys.storage(), values.storage(), positions.storage(),
+            spans.storage(), tiles.storage()};
+  if (sinks) kept.push_back(sinks->storage());
   const auto run = [&]<typename T>(T* to) {
-    attend<T>({to, parts, lse}, query, keys, values, position_data, span_data, tile_data,
-              tiles.size(0), rules);
+    attend<T>({{to, parts, lse}, query.const_data_ptr<T>(), keys.const_data_ptr<T>(),
+               values.const_data_ptr<T>(), query.stride(0), query.stride(1), keys.stride(0),
+               values.stride(0), positions.const_data_ptr<int64_t>(),
+               reinterpret_cast<const Span*>(spans.const_data_ptr<int64_t>()),
+               reinterpret_cast<const Tile*>(tiles.const_data_ptr<int64_t>()), heads, kv_heads,
+               heads / kv_heads, d, rules},
+              tiles.size(0), kept);
   };
   query.scalar_type() == at::kBFloat16 ? run(static_cast<BFloat16*>(out))
                                        : run(static_cast<float*>(out));
@@ -482,7 +511,7 @@ Tensor cascade_attention(const Tensor& query, const Tensor& keys, const Tensor& 
   const Rules rules{float(scale), window, float(softcap),
                     sinks ? sinks->const_data_ptr<float>() : nullptr};
   attend(out.mutable_data_ptr(), nullptr, nullptr, query, keys, values, positions, spans, tiles,
-         rules);
+         rules, sinks);
   return out;
 }
 
@@ -496,7 +525,8 @@ std::tuple<Tensor, Tensor> attend_views(const Tensor& query, const Tensor& keys,
   Tensor parts = at::empty(query.sizes(), options);
   Tensor lse = at::empty({query.size(0), query.size(1)}, options);
   attend(nullptr, parts.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), query, keys,
-         values, positions, spans, tiles, {float(scale), window, float(softcap), nullptr});
+         values, positions, spans, tiles, {float(scale), window, float(softcap), nullptr},
+         std::nullopt);
   return {parts, lse};
 }
 
@@ -507,7 +537,7 @@ void norm_rows(const Tensor& x, const float* weight, float eps, const Tensor& ou
   const int64_t n = x.size(1);
   const T* from = x.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
-  at::parallel_for(0, x.size(0), 16, [&](int64_t begin, int64_t end) {
+  coppice::in_rows(x.size(0), 16, [=](int64_t begin, int64_t end) {
     std::vector<float> row(n);
     for (int64_t i = begin; i < end; ++i) {
       load(from + i * n, row.data(), n);
@@ -530,7 +560,7 @@ template <typename T>
 void find_largest(const Tensor& x, float* best, int64_t* place) {
   const int64_t n = x.size(1);
   const T* from = x.const_data_ptr<T>();
-  at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
+  coppice::in_rows(x.size(0), 1, [=](int64_t begin, int64_t end) {
     std::vector<float> row(n);
     for (int64_t i = begin; i < end; ++i) {
       load(from + i * n, row.data(), n);
@@ -577,7 +607,8 @@ void rotate_rows(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const 
   T *k_data = keys.mutable_data_ptr<T>(), *v_data = values.mutable_data_ptr<T>();
   const T *cos_data = cos.const_data_ptr<T>(), *sin_data = sin.const_data_ptr<T>();
   const int64_t* slot = slots.const_data_ptr<int64_t>();
-  at::parallel_for(0, qkv.size(0), 8, [&](int64_t begin, int64_t end) {
+  const auto k_stride = keys.stride(0), v_stride = values.stride(0);
+  coppice::in_rows(qkv.size(0), 8, [=](int64_t begin, int64_t end) {
     std::vector<float> x(d), c(rotary), s(rotary);
     for (int64_t i = begin; i < end; ++i) {
       load(cos_data + i * rotary, c.data(), rotary);
@@ -588,12 +619,12 @@ void rotate_rows(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const 
         load(head, x.data(), d);
         if (q_norm) normalize(x.data(), is_key ? k_norm : q_norm, d, eps);
         rotate(x.data(), c.data(), s.data(), rotary);
-        if (is_key) head = k_data + (h - q_heads) * keys.stride(0) + slot[i] * d;
+        if (is_key) head = k_data + (h - q_heads) * k_stride + slot[i] * d;
         store(x.data(), head, d);
       }
       for (int64_t h = 0; h < kv_heads; ++h) {
         const T* from = rows + i * width + (q_heads + kv_heads + h) * d;
-        std::copy(from, from + d, v_data + h * values.stride(0) + slot[i] * d);
+        std::copy(from, from + d, v_data + h * v_stride + slot[i] * d);
       }
     }
   });

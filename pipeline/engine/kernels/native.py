@@ -23,9 +23,11 @@ from pipeline.private_folder import NotPrivate, check_private
 
 _SOURCES = tuple(
     Path(__file__).with_name(name)
-    for name in ("native.cpp", "views.cpp", "strict.cpp", "linear.cpp")
+    for name in ("native.cpp", "views.cpp", "strict.cpp", "linear.cpp", "pool.cpp")
 )
-_HEADERS = tuple(Path(__file__).with_name(name) for name in ("exp2.h", "floats.h", "rules.h"))
+_HEADERS = tuple(
+    Path(__file__).with_name(name) for name in ("exp2.h", "floats.h", "pool.h", "rules.h")
+)
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
 _MACROS = ("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512")
 _BUILD_LIMIT_S = 300

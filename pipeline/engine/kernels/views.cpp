@@ -7,7 +7,6 @@
 //
 // A view that saw nothing has an lse of -inf and weighs 0.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -18,6 +17,7 @@
 #include <vector>
 
 #include "floats.h"
+#include "pool.h"
 #include "rules.h"
 
 namespace {
@@ -55,7 +55,7 @@ void join_all(const Tensor& parts, const Tensor& lse, const int64_t* offsets, co
   const auto *from = parts.const_data_ptr<float>(), *weight = lse.const_data_ptr<float>();
   T* to = out.mutable_data_ptr<T>();
   const int64_t numbers = std::max<int64_t>(1, parts.numel() / std::max<int64_t>(1, tokens));
-  at::parallel_for(0, tokens, 1 + kGrain / numbers, [&](int64_t begin, int64_t end) {
+  coppice::in_rows(tokens, 1 + kGrain / numbers, [=](int64_t begin, int64_t end) {
     std::vector<const float*> rows;
     std::vector<float> weights;
     for (int64_t token = begin; token < end; ++token) {
@@ -111,12 +111,13 @@ void turn_all(const Tensor& query, const Tensor& owner, const Tensor& cos, const
   T* to = out.mutable_data_ptr<T>();
   const int64_t* of = owner.const_data_ptr<int64_t>();
   const auto *cosines = cos.const_data_ptr<float>(), *sines = sin.const_data_ptr<float>();
-  at::parallel_for(0, out.size(0), 1 + kGrain / size, [&](int64_t begin, int64_t end) {
+  const int64_t q_stride = query.stride(0), h_stride = query.stride(1);
+  coppice::in_rows(out.size(0), 1 + kGrain / size, [=](int64_t begin, int64_t end) {
     std::vector<float> x(d);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t view = row - tokens, token = view < 0 ? row : of[view];
       for (int64_t h = 0; h < heads; ++h) {
-        const T* head = from + token * query.stride(0) + h * query.stride(1);
+        const T* head = from + token * q_stride + h * h_stride;
         T* there = to + row * size + h * d;
         if (view < 0)
           std::copy(head, head + d, there);
