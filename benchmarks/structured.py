@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,10 +66,14 @@ def main() -> None:
     setup = setup_of(args)
     engine = make_engine(settings_of(setup, args.max_rows, "prefix"))
     found, others = {}, {}
-    for task in (task for task in (*TASKS, *FILES) if task.name in args.tasks):
-        with planned_twice(task, args.rows, setup, args.max_rows) as (ours, plain):
+    with ExitStack() as files:
+        asked = []
+        for task in (task for task in (*TASKS, *FILES) if task.name in args.tasks):
+            ours, plain = files.enter_context(planned_twice(task, args.rows, setup, args.max_rows))
             found[task.name], answers = measure(ours, plain, engine, setup.repeats)
-            others[task.name] = {
+            asked.append((task.name, plain, answers))
+        for name, plain, answers in asked:  # when nothing of ours is measured any more
+            others[name] = {
                 arm: structured_arms.beside(
                     plain, answers, structured_arms.ask_vllm(arm, setup, plain, args.cache_gib)
                 )
