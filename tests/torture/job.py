@@ -30,6 +30,7 @@ from pipeline.status import read_status
 from pipeline.storage.committed_parts import SUCCESS_NAME
 from pipeline.storage.durable import is_temp
 from pipeline.storage.lock import LOCK_NAME
+from pipeline.storage.manifest import MANIFEST_NAME, notes_of
 from pipeline.storage.run_directory import RunDirectory
 from tests.tiny_job import answers, echo_settings, write_prompts
 
@@ -170,7 +171,7 @@ def check_whole(path: Path) -> None:
         ".parquet": pl.read_parquet,
         ".aside": pl.read_parquet,
         ".html": lambda path: _ends_with(path, "</html>"),
-        ".md": lambda path: _ends_with(path, ("|", "alike.")),
+        ".md": _check_page,
     }
     if path.suffix:
         readers[path.suffix](path)
@@ -178,6 +179,12 @@ def check_whole(path: Path) -> None:
         _ends_with(path, ".parquet")
     else:
         assert path.name == LOCK_NAME or path.stat().st_size == 0, path
+
+
+def _check_page(path: Path) -> None:
+    """It ends with a table, the audit, or what a person should know of the run."""
+    notes = notes_of(json.loads((path.parent / MANIFEST_NAME).read_bytes()))
+    _ends_with(path, ("|", "alike.", *notes[-1:]))
 
 
 def _ends_with(path: Path, end: str | tuple[str, ...]) -> None:
