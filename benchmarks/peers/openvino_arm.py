@@ -40,15 +40,33 @@ def generate(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[lis
     return [list(r.m_generation_ids[0]) for r in engine.generate(ids, [greedy] * len(ids))]
 
 
+class Pipelines:
+    """A new one for each batch: its prefix cache has no way to be emptied."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self._job = job
+        self._pipeline: Any = None
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget all that was computed. Compiles and warms up again."""
+        self._pipeline = None  # before the next one takes as much memory
+        self._pipeline = make_engine(self._job)
+        generate(self._pipeline, [self._job["warm_up"]], 2)
+
+    def generate(self, prompts: list[list[int]]) -> list[list[int]]:
+        return generate(self._pipeline, prompts, self._job["new_tokens"])
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    engine = make_engine(job)
-    generate(engine, [job["warm_up"]], 2)
+    pipelines = Pipelines(job)
     answer_batches(
         Path(sys.argv[2]),
         f"openvino-genai {openvino_genai.__version__}",
         job,
-        lambda prompts: generate(engine, prompts, job["new_tokens"]),
+        pipelines.generate,
+        forget=pipelines.renew,
     )
 
 
