@@ -60,7 +60,7 @@ def compare(engines: dict[str, PrefixEngine], plan: Plan, repeats: int) -> dict[
 
 def beside(arm: str, setup: Setup, cases: dict[str, Prompts]) -> dict[str, float]:
     """Seconds of a peer on the same int8 weights, by case. Raises RuntimeError if it gives none."""
-    folder = str(int8_folder(setup.shape))
+    folder = str(int8_folder(setup.shape, setup.workloads / "tokenizer.json"))
     job = Job(folder, "bfloat16", setup.new_tokens, batches=list(cases.values()))
     outcome = run_arm(arm, job, setup.time_limit_s)
     if outcome.failure:

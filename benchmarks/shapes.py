@@ -76,10 +76,14 @@ def model_folder(shape: str, dtype: str, tokenizer: Path | None = None) -> Path:
             write_model(Path(unfinished) / "model", shape, dtype)
             shutil.rmtree(folder, ignore_errors=True)
             (Path(unfinished) / "model").rename(folder)
+    _add_tokenizer(folder, tokenizer)
+    return folder
+
+
+def _add_tokenizer(folder: Path, tokenizer: Path | None) -> None:
     if tokenizer is not None and not (folder / "tokenizer.json").exists():
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
         (folder / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG))
-    return folder
 
 
 def write_model(folder: Path, shape: str, dtype: str, seed: int = 0) -> None:
@@ -93,7 +97,7 @@ def write_model(folder: Path, shape: str, dtype: str, seed: int = 0) -> None:
     model.save_pretrained(folder)
 
 
-def int8_folder(shape: str) -> Path:
+def int8_folder(shape: str, tokenizer: Path | None = None) -> Path:
     """As `model_folder`, rounded to int8 as compressed-tensors keeps it: a scale for each output,
     those of tokens as they come (W8A8)."""
     folder = scratch("models") / f"{shape}-int8"
@@ -111,6 +115,7 @@ def int8_folder(shape: str) -> Path:
             loaded.model.generation_config.save_pretrained(unfinished)
             save_file(tensors, Path(unfinished) / "model.safetensors", {"format": "pt"})
             shutil.copytree(unfinished, folder)
+    _add_tokenizer(folder, tokenizer)
     return folder
 
 
