@@ -182,9 +182,9 @@ def check_whole(path: Path) -> None:
 
 
 def _check_page(path: Path) -> None:
-    """It ends with a table, the audit, or what a person should know of the run."""
+    """It ends with a table, the audit, or the last word that a person should know of the run."""
     notes = notes_of(json.loads((path.parent / MANIFEST_NAME).read_bytes()))
-    _ends_with(path, ("|", "alike.", *notes[-1:]))
+    _ends_with(path, ("|", "alike.", *" ".join(notes).split()[-1:]))
 
 
 def _ends_with(path: Path, end: str | tuple[str, ...]) -> None:
