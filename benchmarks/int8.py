@@ -16,7 +16,7 @@ import statistics
 from typing import Any
 
 from benchmarks.job import Job
-from benchmarks.launcher import run_arm
+from benchmarks.launcher import must_run_all
 from benchmarks.prompts import (
     Prompts,
     distinct_prompts,
@@ -62,10 +62,8 @@ def beside(arm: str, setup: Setup, cases: dict[str, Prompts]) -> dict[str, float
     """Seconds of a peer on the same int8 weights, by case. Raises RuntimeError if it gives none."""
     folder = str(int8_folder(setup.shape, setup.workloads / "tokenizer.json"))
     job = Job(folder, "bfloat16", setup.new_tokens, batches=list(cases.values()))
-    outcome = run_arm(arm, job, setup.time_limit_s)
-    if outcome.failure:
-        raise RuntimeError(f"{arm}: {outcome.failure}")
-    return dict(zip(cases, (answer["seconds"] for answer in outcome.answers), strict=True))
+    answers = must_run_all(arm, job, setup.time_limit_s)
+    return dict(zip(cases, (answer["seconds"] for answer in answers), strict=True))
 
 
 def main() -> None:

@@ -73,10 +73,15 @@ def ask_script(name: str, job: Any, arm: str, limit_s: float) -> tuple[str, str 
 
 def must_run(name: str, job: Job, limit_s: float = 3600.0) -> dict[str, Any]:
     """The answer to a job of one batch. Raises RuntimeError if there is none."""
+    return must_run_all(name, job, limit_s)[0]
+
+
+def must_run_all(name: str, job: Job, limit_s: float = 3600.0) -> list[dict[str, Any]]:
+    """The answers to all batches of a job. Raises RuntimeError if there are fewer."""
     outcome = run_arm(name, job, limit_s)
     if outcome.failure:
         raise RuntimeError(f"{name}: {outcome.failure}")
-    return outcome.answers[0]
+    return outcome.answers
 
 
 def shorten(text: str) -> str:

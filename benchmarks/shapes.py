@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +70,28 @@ def model_folder(shape: str, dtype: str, tokenizer: Path | None = None) -> Path:
 
     The weights are drawn in float32 and rounded, so that all dtypes hold the same model.
     """
-    folder = scratch("models") / f"{shape}-{dtype}"
+    return _kept(f"{shape}-{dtype}", lambda path: write_model(path, shape, dtype), tokenizer)
+
+
+def int8_folder(shape: str, tokenizer: Path | None = None) -> Path:
+    """As `model_folder`, rounded to int8 as compressed-tensors keeps it: a scale for each output,
+    those of tokens as they come (W8A8)."""
+    return _kept(f"{shape}-int8", lambda path: _write_int8(path, shape), tokenizer)
+
+
+def _kept(name: str, write: Callable[[Path], None], tokenizer: Path | None) -> Path:
+    """The folder of that name, which is whole or not there."""
+    folder = scratch("models") / name
     if not (folder / "config.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-            write_model(Path(unfinished) / "model", shape, dtype)
+            write(Path(unfinished) / "model")
             shutil.rmtree(folder, ignore_errors=True)
             (Path(unfinished) / "model").rename(folder)
-    _add_tokenizer(folder, tokenizer)
-    return folder
-
-
-def _add_tokenizer(folder: Path, tokenizer: Path | None) -> None:
     if tokenizer is not None and not (folder / "tokenizer.json").exists():
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
         (folder / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG))
+    return folder
 
 
 def write_model(folder: Path, shape: str, dtype: str, seed: int = 0) -> None:
@@ -97,26 +105,18 @@ def write_model(folder: Path, shape: str, dtype: str, seed: int = 0) -> None:
     model.save_pretrained(folder)
 
 
-def int8_folder(shape: str, tokenizer: Path | None = None) -> Path:
-    """As `model_folder`, rounded to int8 as compressed-tensors keeps it: a scale for each output,
-    those of tokens as they come (W8A8)."""
-    folder = scratch("models") / f"{shape}-int8"
-    if not (folder / "config.json").exists():
-        loaded = load_random(shape, "bfloat16")
-        hold_in_int8(loaded.model)
-        tensors = loaded.model.state_dict()
-        del tensors["lm_head.weight"]  # which is the embedding's
-        for name in [name for name in tensors if name.endswith(".scale")]:
-            scale = tensors.pop(name)
-            tensors[f"{name.removesuffix('.scale')}.weight_scale"] = scale[:, None]
-        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-            loaded.model.config.quantization_config = _W8A8
-            loaded.model.config.save_pretrained(unfinished)
-            loaded.model.generation_config.save_pretrained(unfinished)
-            save_file(tensors, Path(unfinished) / "model.safetensors", {"format": "pt"})
-            shutil.copytree(unfinished, folder)
-    _add_tokenizer(folder, tokenizer)
-    return folder
+def _write_int8(folder: Path, shape: str) -> None:
+    model = load_random(shape, "bfloat16").model
+    hold_in_int8(model)
+    tensors = model.state_dict()
+    del tensors["lm_head.weight"]  # which is the embedding's
+    for name in [name for name in tensors if name.endswith(".scale")]:
+        scale = tensors.pop(name)
+        tensors[f"{name.removesuffix('.scale')}.weight_scale"] = scale[:, None]
+    model.config.quantization_config = _W8A8
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def load_random(shape: str, dtype: str) -> LoadedModel:

@@ -253,7 +253,7 @@ def _audit_inputs(
     prepared = job.preparation().prepare(batch)
     if job.settings.reuse.document_order == "best":
         prepared = in_order_of_run(directory, histories.rows, prepared)
-    prompts = np.split(prepared.flat, np.cumsum(prepared.lengths)[:-1])
+    prompts = prepared.prompts
     place = {row: place for place, row in enumerate(histories.rows)}
     added = dict(zip(histories.rows, prompts, strict=True))
     params_of = dict(zip(histories.rows, prepared.params, strict=True))

@@ -22,11 +22,12 @@ def in_order_of_run(
     """`prepared`: these rows, ascending, as the input has them; the same with their documents as
     the run listed them. Raises RunDirectoryError where the plan does not say the order."""
     path = directory.root / PLAN_NAME
-    prompts = np.split(prepared.flat, np.cumsum(prepared.lengths)[:-1])
     try:
         plan = pl.scan_parquet(path, glob=False).filter(pl.col("row_index").is_in(list(rows)))
         orders = plan.sort("row_index").select("document_order").collect().to_series().to_list()
-        moved = [_reorder(p, prepared.segments[i], orders[i]) for i, p in enumerate(prompts)]
+        moved = [
+            _reorder(p, prepared.segments[i], orders[i]) for i, p in enumerate(prepared.prompts)
+        ]
     except (OSError, pl.exceptions.PolarsError, LookupError, TypeError) as error:
         raise RunDirectoryError(
             f"{path} does not say in which order the documents of each row stood; run the job again"

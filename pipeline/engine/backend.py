@@ -17,7 +17,9 @@ from pipeline.engine.kernels.kernel import AttentionKernel
 from pipeline.engine.kernels.native_kernel import NativeKernel
 from pipeline.engine.kernels.torch_kernel import TorchKernel
 from pipeline.engine.kernels.triton_kernel import TritonKernel
+from pipeline.engine.native_forward import NativeForward
 from pipeline.engine.sampling import Sampled, likeliest_token
+from pipeline.engine.threads import pooled
 from pipeline.engine.triton_forward import TritonForward
 from pipeline.model.model import LoadedModel
 
@@ -30,7 +32,8 @@ class Backend:
     """How a packed batch is computed; `note` tells a person where it is not the fastest way.
 
     `tile_sizes`: numbers of tokens that its GEMMs have, none where they take any number.
-    `recordable`: the kernel, where decode steps of it can be recorded and replayed.
+    `recordable`: the kernel, where decode steps of it can be recorded and replayed. `is_pooled`: it
+    runs on threads that wait for none that is put aside (`threads.pooled`).
     """
 
     forward: Forward
@@ -39,6 +42,7 @@ class Backend:
     likeliest: Callable[[Tensor], Sampled] = likeliest_token
     tile_sizes: tuple[int, ...] = ()
     recordable: TritonKernel | None = None
+    is_pooled: bool = False
 
 
 def choose_backend(loaded: LoadedModel, kernels: str) -> Backend:
@@ -59,7 +63,10 @@ def choose_backend(loaded: LoadedModel, kernels: str) -> Backend:
         packed = TransformersForward(model, pack_weights=True)
         return Backend(packed, TorchKernel(device), note)
     forward = fused_forward(model)
-    return Backend(forward, NativeKernel(*heads), likeliest=native_kernel.likeliest_token)
+    kernel, likeliest = NativeKernel(*heads), native_kernel.likeliest_token
+    if isinstance(forward, NativeForward) and forward.is_pooled:
+        return Backend(forward, kernel, likeliest=pooled()(likeliest), is_pooled=True)
+    return Backend(forward, kernel, likeliest=likeliest)
 
 
 def _gpu_forward(model: PreTrainedModel) -> tuple[Forward, str | None]:

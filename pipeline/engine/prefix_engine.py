@@ -26,7 +26,6 @@ from pipeline.engine.device_costs import NO_DEVICE_COSTS, DeviceCosts
 from pipeline.engine.kv_connector import KVFormat
 from pipeline.engine.kv_guard import CorruptKVError
 from pipeline.engine.memory import keep_freed_pages
-from pipeline.engine.native_forward import NativeForward
 from pipeline.engine.prefix_run import Run, Work
 from pipeline.engine.recordings import Recordings
 from pipeline.engine.sampler import Sampler
@@ -69,10 +68,9 @@ class PrefixEngine(LocalEngine):
         self.backend: Final = backend or choose(loaded, settings.kernels)
         self.sampler: Final = Sampler(loaded, self.backend.likeliest)
         self.costs: Final = costs
-        is_pooled = (
-            isinstance(self.backend.forward, NativeForward) and self.backend.forward.is_pooled
+        self.threads: Final = (
+            None if self.backend.is_pooled else Threads.chosen(settings, loaded.device)
         )
-        self.threads: Final = None if is_pooled else Threads.chosen(settings, loaded.device)
         dtype = str(loaded.model.dtype).removeprefix("torch.")
         kv = KVFormat(dtype, loaded.shape.kv_bytes_per_token(dtype))
         self.capabilities = EngineCapabilities(

@@ -47,6 +47,11 @@ class PreparedBatch:
     system_tokens: dict[int, int]
     requests: PreparedRequests | None = None
 
+    @property
+    def prompts(self) -> list[NDArray[np.uint32]]:
+        """The ids of each row."""
+        return np.split(self.flat, np.cumsum(self.lengths)[:-1])
+
     def portions(self) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.int64]]]:
         """All ids end to end, and how many of each row or request: of requests a million or so at a
         time, since together they are a context once for each continuation."""

@@ -15,7 +15,7 @@ from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.records import Completion
 from pipeline.settings import EngineSettings
 from tests.engine import tiny
-from tests.engine.test_guides import GREEDY, ids_of, random_plan, run
+from tests.engine.test_guides import GREEDY, ids_of, on_a_share, random_plan, run
 from tests.sweeps import diagonal
 
 CLOSE = 1e-4
@@ -62,14 +62,7 @@ def test_rows_with_logprobs_take_as_few_steps_as_others(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("share", [2, 3, 6])
 def test_rows_that_give_up_their_place_read_theirs_when_they_come_back(share: int) -> None:
-    plan, loaded = random_plan(5, max_new_tokens=90, logprobs=1), tiny.load_tiny()
-    free = PrefixEngine(loaded, EngineSettings())
-    expected = run(free, plan)
-    most = int(plan.most_tokens.max()) * loaded.shape.kv_bytes_per_token()
-    budget = max(free.counters.peak_kv_bytes // share, most + most // 4)
-    tight = PrefixEngine(loaded, EngineSettings(kv_budget=budget, max_batch_tokens=32))
-    done = run(tight, plan)
-    assert tight.counters.peak_kv_bytes <= budget
+    done, expected = on_a_share(random_plan(5, max_new_tokens=90, logprobs=1), share)
     check_alike(done, expected)
 
 

@@ -102,9 +102,9 @@ def test_forced_runs_take_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ids_of(with_runs) == ids_of(without)
 
 
-@pytest.mark.parametrize("share", [2, 3, 6])
-def test_a_small_budget_preempts_rows_and_changes_nothing(share: int) -> None:
-    plan, loaded = random_plan(5, max_new_tokens=90), tiny.load_tiny()
+def on_a_share(plan: Plan, share: int) -> tuple[dict[int, Completion], dict[int, Completion]]:
+    """By an engine with a share of the room for KV that it would take, and by one with all."""
+    loaded = tiny.load_tiny()
     free = PrefixEngine(loaded, EngineSettings())
     expected = run(free, plan)
     most = int(plan.most_tokens.max()) * loaded.shape.kv_bytes_per_token()
@@ -112,6 +112,12 @@ def test_a_small_budget_preempts_rows_and_changes_nothing(share: int) -> None:
     tight = PrefixEngine(loaded, EngineSettings(kv_budget=budget, max_batch_tokens=32))
     done = run(tight, plan)
     assert tight.counters.peak_kv_bytes <= budget
+    return done, expected
+
+
+@pytest.mark.parametrize("share", [2, 3, 6])
+def test_a_small_budget_preempts_rows_and_changes_nothing(share: int) -> None:
+    done, expected = on_a_share(random_plan(5, max_new_tokens=90), share)
     assert ids_of(done) == ids_of(expected)
 
 

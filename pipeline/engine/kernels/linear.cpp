@@ -165,6 +165,11 @@ __m512 silu(__m512 x) {
 
 enum class Epilogue { kNone, kPlus, kGated };
 
+// Of a task: the block of its outputs and where its weights are, its tokens [low, low + rows).
+struct Part {
+  int64_t block, place, low, rows;
+};
+
 // The sums of a task.
 template <typename Sum>
 struct Sums {
@@ -180,18 +185,20 @@ void run(const Layer& layer, const T* other, T* out, int64_t n, int64_t m, const
   int64_t tall = kTokens;
   while (tall > kStep && blocks * ((n + tall - 1) / tall) < kTasksAThread * threads) tall -= kStep;
   const int64_t stacks = (n + tall - 1) / tall;
+  const auto part_of = [=](int64_t task) {
+    const int64_t b = task / stacks, low = task % stacks * tall;
+    return Part{b, kGated ? 2 * b + 1 : b, low, std::min(tall, n - low)};
+  };
   using Own = Sums<typename Layer::Sum>;
   coppice::in_parallel(
       blocks * stacks, kept, [] { return std::make_unique<Own>(); },
       [=](std::unique_ptr<Own>& own, int64_t task) {
-        const int64_t b = task / stacks, low = task % stacks * tall, rows = std::min(tall, n - low);
-        const int64_t place = kGated ? 2 * b + 1 : b;
+        const auto [b, place, low, rows] = part_of(task);
         if (kGated) layer.multiply(low, rows, place - 1, own->gates.data());
         layer.multiply(low, rows, place, own->sums.data());
       },
       [=](std::unique_ptr<Own>& own, int64_t task) {
-        const int64_t b = task / stacks, low = task % stacks * tall, rows = std::min(tall, n - low);
-        const int64_t place = kGated ? 2 * b + 1 : b;
+        const auto [b, place, low, rows] = part_of(task);
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t c = 0; c < std::min(kWide, m - b * kWide); c += kLanes) {
             const int64_t to = (low + r) * m + b * kWide + c, column = place * kWide + c;

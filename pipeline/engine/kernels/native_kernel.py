@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pipeline.engine.kernels.rules import AttentionRules, KVSpans, sort_by_owner
 from pipeline.engine.sampling import Sampled
-from pipeline.engine.threads import pooled
 
 Tiles = NDArray[np.int64]
 """[tiles, 4]: queries `[q_lo, q_hi)` and their spans `[span_lo, span_hi)`."""
@@ -87,8 +86,7 @@ class NativeKernel:
 
 def likeliest_token(logits: Tensor) -> Sampled:
     """As the one of `sampling`, in one pass. logits [rows, V], bfloat16 or float32."""
-    with pooled():
-        best, token_ids = torch.ops.coppice.largest_of_rows(logits.contiguous())
+    best, token_ids = torch.ops.coppice.largest_of_rows(logits.contiguous())
     return Sampled(token_ids.numpy(), best.isfinite().numpy())
 
 
