@@ -1,7 +1,7 @@
-"""Linear layers of bfloat16 and int8 by the compiled kernel, with the step that follows them fused.
+"""Linear layers by the compiled kernel, with the step that follows them fused.
 
 It takes weights in blocks of 64 outputs, in which the inputs that fill 32 bits lie side by side:
-n = 2 of bfloat16, 4 of int8 (`linear.cpp`).
+n = 1 of float32, 2 of bfloat16, 4 of int8 (`linear.cpp`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def suits(linear: Any) -> bool:
 
 
 class BlockedLinear:
-    """y = x W^T + b. x [..., in], y [..., out]: bfloat16, or for int8 float32 as well."""
+    """y = x W^T + b. x [..., in], y [..., out] of the weights' dtype; of int8 either float."""
 
     def __init__(self, *linears: nn.Linear | Int8Linear) -> None:
         """The outputs of `linears`, side by side."""
@@ -66,7 +66,11 @@ class BlockedGate:
 
 def _operator(linear: nn.Linear | Int8Linear) -> Any:
     """None where this machine has none for the layer's dtype."""
-    names = {torch.int8: "int8_linear", torch.bfloat16: "bfloat16_linear"}
+    names = {
+        torch.int8: "int8_linear",
+        torch.bfloat16: "widened_linear" if native.widens_bfloat16() else "bfloat16_linear",
+        torch.float32: "float32_linear",
+    }
     return getattr(torch.ops.coppice, names.get(linear.weight.dtype, ""), None)
 
 

@@ -1,16 +1,18 @@
-// Linear layers, y = x W^T + b, by brgemm (oneDNN, so by VNNI, AVX-512 BF16 or AMX) on blocks of W.
+// Linear layers, y = x W^T + b, on blocks of W.
 //
 // A block is 64 outputs; so many inputs as fill 32 bits lie side by side in it, [K / n, 64, n]. A task
 // is a few tokens and one block; threads take the next one that is left.
 //
-//   bfloat16   sums = x . w                             float32, a piece of the depth after another
+//   float32    sums = x . w                             by chains of FMA (gemm.h), in one order
 //              y = sums + b
+//   bfloat16   the same, x and w widened to float32, where that is faster (bfloat16.h), else by
+//              brgemm (oneDNN, so by AVX-512 BF16 or AMX), a piece of the depth after another
 //   int8       q = round(x / scale of the token)        in [-127, 127]; scale = largest |x| / 127
 //              sums = q . w                             int32, exact in any order
 //              y = sums * scale of x * scale of w + b
 //
-// then the epilogue in float32, rounded once. int8 is what `Int8Linear` of model/int8.py computes;
-// brgemm multiplies unsigned by signed bytes: q is kept as q + 128, and 128 times the sum of each
+// then the epilogue in float32, rounded once. int8 is what `Int8Linear` of model/int8.py computes, by
+// brgemm (VNNI or AMX); it multiplies unsigned by signed bytes: q is kept as q + 128, and 128 times the sum of each
 // row of W is taken off again.
 
 #include <ATen/core/Tensor.h>
@@ -31,6 +33,7 @@
 
 #include "exp2.h"
 #include "floats.h"
+#include "gemm.h"
 #include "pool.h"
 #include "rules.h"
 
@@ -105,14 +108,44 @@ void in_steps(int64_t rows, Multiply multiply) {
   if (whole < rows) multiply(whole, rows - whole);
 }
 
+// What brgemm holds of a thread.
+struct Brgemm {
+  ~Brgemm() { at::native::cpublas::brgemm_release(/*is_vnni=*/true); }
+};
+
+struct Nothing {};
+
+// W: float or BFloat16
+template <typename W>
+struct FloatLayer {
+  using Sum = float;
+  using Library = Nothing;
+  std::shared_ptr<float[]> widened;  // what x is, unless it was float32
+  const float* x;                    // [N, K]
+  int64_t k;
+  const W* blocks;    // [B, K / n, 64, n], n = 1 or 2
+  const float* bias;  // [B, 64]
+
+  // sums [rows, 64] of tokens from `low` on and one block
+  void multiply(int64_t low, int64_t rows, int64_t block, float* sums) const {
+    coppice::multiply(rows, kWide, k, x + low * k, k, blocks + block * k * kWide, kWide, sums, kWide,
+                      /*add=*/false);
+  }
+
+  // 16 outputs of a token, from `column` on, before the epilogue
+  __m512 outputs(const float* sums, int64_t, int64_t column) const {
+    return _mm512_add_ps(_mm512_loadu_ps(sums), _mm512_loadu_ps(bias + column));
+  }
+};
+
 struct BFloat16Layer {
   using Sum = float;
+  using Library = Brgemm;
   const BFloat16* x;       // [N, K]
   int64_t k;
   const BFloat16* blocks;  // [B, K / 2, 64, 2]
   const float* bias;       // [B, 64]
 
-  // sums [rows, 64] of tokens from `low` on and one block
   void multiply(int64_t low, int64_t rows, int64_t block, float* sums) const {
     const BFloat16 *from = x + low * k, *w = blocks + block * k * kWide;
     for (int64_t d = 0; d < k; d += kDepth)
@@ -123,7 +156,6 @@ struct BFloat16Layer {
       });
   }
 
-  // 16 outputs of a token, from `column` on, before the epilogue
   __m512 outputs(const float* sums, int64_t, int64_t column) const {
     return _mm512_add_ps(_mm512_loadu_ps(sums), _mm512_loadu_ps(bias + column));
   }
@@ -131,6 +163,7 @@ struct BFloat16Layer {
 
 struct Int8Layer {
   using Sum = int32_t;
+  using Library = Brgemm;
   std::shared_ptr<Tokens> tokens;
   int64_t k;
   const int8_t* blocks;  // [B, K / 4, 64, 4]
@@ -171,10 +204,10 @@ struct Part {
 };
 
 // The sums of a task.
-template <typename Sum>
+template <typename Layer>
 struct Sums {
-  alignas(64) std::array<Sum, kTokens * kWide> sums, gates;
-  ~Sums() { at::native::cpublas::brgemm_release(/*is_vnni=*/true); }
+  alignas(64) std::array<typename Layer::Sum, kTokens * kWide> sums, gates;
+  typename Layer::Library library;
 };
 
 // out [n, m] of T; `other` [n, m] is added by kPlus. kGated: blocks of gate and up take turns.
@@ -189,7 +222,7 @@ void run(const Layer& layer, const T* other, T* out, int64_t n, int64_t m, const
     const int64_t b = task / stacks, low = task % stacks * tall;
     return Part{b, kGated ? 2 * b + 1 : b, low, std::min(tall, n - low)};
   };
-  using Own = Sums<typename Layer::Sum>;
+  using Own = Sums<Layer>;
   coppice::in_parallel(
       blocks * stacks, kept, [] { return std::make_unique<Own>(); },
       [=](std::unique_ptr<Own>& own, int64_t task) {
@@ -222,6 +255,18 @@ void apply(const Layer& layer, const std::optional<Tensor>& other, bool is_gated
   run<Epilogue::kPlus, Layer, T>(layer, other->const_data_ptr<T>(), to, n, m, kept);
 }
 
+// x [n] bfloat16 as float32
+std::shared_ptr<float[]> widen(const Tensor& x) {
+  auto widened = std::make_shared_for_overwrite<float[]>(x.numel());
+  const BFloat16* from = x.const_data_ptr<BFloat16>();
+  const int64_t k = x.size(1);
+  coppice::in_rows(x.size(0), kStep, [=, to = widened.get()](int64_t begin, int64_t end) {
+    for (int64_t j = begin * k; j < end * k; j += kLanes)
+      _mm512_storeu_ps(to + j, load_floats(from + j));
+  });
+  return widened;
+}
+
 template <typename T>
 void apply_int8(const Tensor& x, const Tensor& blocks, const Tensor& scale, const Tensor& zero,
                 const Tensor& bias, const std::optional<Tensor>& other, bool is_gated,
@@ -247,8 +292,8 @@ Tensor make_out(const Tensor& x, const Tensor& blocks, int64_t outputs,
   return at::empty({x.size(0), outputs}, x.options());
 }
 
-// x [N, K] bfloat16 and other [N, outputs], dense; blocks [B, K / 2, 64, 2] bfloat16, bias [B, 64]
-// float32. Returns [N, outputs]: y, y + other, or silu(gate) * up.
+// x [N, K] and other [N, outputs], dense; blocks [B, K / n, 64, n], n = 2 of bfloat16 and 1 of
+// float32; bias [B, 64] float32. Returns [N, outputs]: y, y + other, or silu(gate) * up.
 [[maybe_unused]] Tensor bfloat16_linear(const Tensor& x, const Tensor& blocks, const Tensor& bias,
                                         int64_t outputs, const std::optional<Tensor>& other,
                                         bool is_gated) {
@@ -256,6 +301,25 @@ Tensor make_out(const Tensor& x, const Tensor& blocks, int64_t outputs,
   const BFloat16Layer layer{x.const_data_ptr<BFloat16>(), x.size(1),
                             blocks.const_data_ptr<BFloat16>(), bias.const_data_ptr<float>()};
   apply<BFloat16>(layer, other, is_gated, out, {x.storage(), blocks.storage()});
+  return out;
+}
+
+Tensor widened_linear(const Tensor& x, const Tensor& blocks, const Tensor& bias, int64_t outputs,
+                      const std::optional<Tensor>& other, bool is_gated) {
+  Tensor out = make_out(x, blocks, outputs, other);
+  const auto widened = widen(x);
+  const FloatLayer<BFloat16> layer{widened, widened.get(), x.size(1),
+                                   blocks.const_data_ptr<BFloat16>(), bias.const_data_ptr<float>()};
+  apply<BFloat16>(layer, other, is_gated, out, {blocks.storage()});
+  return out;
+}
+
+Tensor float32_linear(const Tensor& x, const Tensor& blocks, const Tensor& bias, int64_t outputs,
+                      const std::optional<Tensor>& other, bool is_gated) {
+  Tensor out = make_out(x, blocks, outputs, other);
+  const FloatLayer<float> layer{nullptr, x.const_data_ptr<float>(), x.size(1),
+                                blocks.const_data_ptr<float>(), bias.const_data_ptr<float>()};
+  apply<float>(layer, other, is_gated, out, {x.storage(), blocks.storage()});
   return out;
 }
 
@@ -272,12 +336,15 @@ Tensor make_out(const Tensor& x, const Tensor& blocks, int64_t outputs,
 
 }  // namespace
 
+#define COPPICE_SCHEMA(name)                                                                     \
+  name                                                                                           \
+      "(Tensor x, Tensor blocks, Tensor bias, int outputs, Tensor? other, bool is_gated) -> Tensor"
+
 TORCH_LIBRARY_FRAGMENT(coppice, m) {
+  m.def(COPPICE_SCHEMA("float32_linear"), &float32_linear);
+  m.def(COPPICE_SCHEMA("widened_linear"), &widened_linear);
 #ifdef __AVX512BF16__  // without it, oneDNN's bfloat16 is slow
-  m.def(
-      "bfloat16_linear(Tensor x, Tensor blocks, Tensor bias, int outputs, Tensor? other, "
-      "bool is_gated) -> Tensor",
-      &bfloat16_linear);
+  m.def(COPPICE_SCHEMA("bfloat16_linear"), &bfloat16_linear);
 #endif
 #ifdef __AVX512VNNI__  // without it, brgemm knows no bytes
   m.def(

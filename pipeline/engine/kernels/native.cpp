@@ -4,12 +4,14 @@
 // and one KV head; all query heads of a KV head are rows of one GEMM, so K and V are read once:
 //
 //   for each span of the tile, for each block of its keys:
-//     S = Q K^T                  [rows, keys]   brgemm (oneDNN), float32
+//     S = Q K^T                  [rows, keys]   float32
 //     P = exp(S * scale - m)     running maximum m (base 2) and sum l of each row, float32
-//     O = O * shrink + P V       [rows, d]      brgemm, float32
+//     O = O * shrink + P V       [rows, d]      float32
 //   out = O / l
 //
-// Scores never leave the core's cache, and nothing is padded, copied or merged in memory.
+// What a model holds as T is multiplied as O: bfloat16 by brgemm (oneDNN), or widened to float32 where
+// that is faster (bfloat16.cpp); float32 by gemm.h. Scores never leave the core's cache, and nothing
+// is padded, copied or merged in memory.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
@@ -30,6 +32,7 @@
 
 #include "exp2.h"
 #include "floats.h"
+#include "gemm.h"
 #include "pool.h"
 #include "rules.h"
 
@@ -64,6 +67,8 @@ void load(const BFloat16* from, float* to, int64_t n) {
   }
   for (; j < n; ++j) to[j] = from[j];
 }
+
+void load(const BFloat16* from, BFloat16* to, int64_t n) { std::copy(from, from + n, to); }
 
 // Two vectors of 16, rounded to the type of the model.
 void store(Vec low, Vec high, float* to) {
@@ -138,9 +143,25 @@ void pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, BFloat16
   pack_keys(reinterpret_cast<const float*>(k), n, padded, d / 2, reinterpret_cast<float*>(to));
 }
 
+// bfloat16 widened. Pairs are transposed into the lower half of what becomes K^T, and leave it from the
+// top on: row j of pairs is read before it is overwritten.
+void pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, float* to) {
+  const float* pairs = to + d / 2 * kKeys;
+  pack_keys(reinterpret_cast<const float*>(k), n, padded, d / 2, to + d / 2 * kKeys);
+  for (int64_t j = 0; j < d / 2; ++j)
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      const __m512i both = _mm512_loadu_si512(pairs + j * kKeys + i);
+      float* even = to + 2 * j * kKeys + i;
+      _mm512_storeu_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)));
+      _mm512_storeu_ps(even + kKeys, _mm512_castsi512_ps(_mm512_and_si512(
+                                         both, _mm512_set1_epi32(0xffff0000))));
+    }
+}
+
 // V [n, d] -> [padded, d], zeros beyond n
-void pack_values(const float* v, int64_t n, int64_t padded, int64_t d, float* to) {
-  std::copy(v, v + n * d, to);
+template <typename T>
+void pack_values(const T* v, int64_t n, int64_t padded, int64_t d, float* to) {
+  load(v, to, n * d);
   std::fill(to + n * d, to + padded * d, 0.f);
 }
 
@@ -178,15 +199,20 @@ void pack_values(const BFloat16* v, int64_t n, int64_t padded, int64_t d, BFloat
   std::fill(pairs + filled * d, pairs + padded * d, 0);
 }
 
-// C = A B (+ C). oneDNN compiles every shape once, so only few shapes are asked for.
-template <typename T>
-void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
-              float* c, int64_t ldc, bool add) {
+// C = A B (+ C)
+void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+              int64_t ldb, float* c, int64_t ldc, bool add) {
+  coppice::multiply(m, n, k, a, lda, b, ldb, c, ldc, add);
+}
+
+// oneDNN compiles every shape once, so only few shapes are asked for.
+void multiply(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b,
+              int64_t ldb, float* c, int64_t ldc, bool add) {
   const int64_t whole = m / 16 * 16;
   for (auto [low, count] : {std::pair{int64_t(0), whole}, std::pair{whole, m - whole}})
     if (count)
       at::native::cpublas::brgemm(count, n, k, lda, ldb, ldc, add, a + low * lda, b,
-                                  c + low * ldc, /*is_vnni=*/sizeof(T) == 2);
+                                  c + low * ldc, /*is_vnni=*/true);
 }
 
 int64_t padded_keys(int64_t n) { return (n + 31) / 32 * 32; }
@@ -209,18 +235,19 @@ void ask_for_part(const T* from, int64_t n, int64_t part, int64_t parts) {
   ask_for(from + low, n * (part + 1) / parts - low);
 }
 
-// sum + a . b, lane by lane; a step is one vector of T
-__m512 multiply_add(const float* a, const float* b, __m512 sum) {
-  return _mm512_fmadd_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b), sum);
+// sum + a . b, lane by lane; a step is one vector of a
+template <typename T>
+__m512 multiply_add(const float* a, const T* b, __m512 sum) {
+  return _mm512_fmadd_ps(_mm512_loadu_ps(a), load_floats(b), sum);
 }
 
 #ifdef __AVX512BF16__
-constexpr bool kHasDirect = true;
+constexpr bool kHasDots = true;
 __m512 multiply_add(const BFloat16* a, const BFloat16* b, __m512 sum) {
   return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
 }
 #else
-constexpr bool kHasDirect = false;
+constexpr bool kHasDots = false;
 __m512 multiply_add(const BFloat16*, const BFloat16*, __m512 sum) { return sum; }
 #endif
 
@@ -243,16 +270,17 @@ __m512 sum_each(__m512 (&x)[16]) {
 }
 
 // scores [m, kKeys] = q [m, d] . k [n, d]
-template <typename T>
-void score_few(int64_t m, int64_t n, int64_t d, const T* q, const T* k, const T* v, float* scores) {
-  constexpr int64_t step = 64 / sizeof(T);
+template <typename T, typename O>
+void score_few(int64_t m, int64_t n, int64_t d, const O* q, const T* k, const T* v, float* scores) {
+  constexpr int64_t step = 64 / sizeof(O);
   for (int64_t first = 0; first < n; first += 16) {
     const int64_t count = std::min<int64_t>(16, n - first);
     ask_for(v + first * d, count * d);
     for (int64_t r = 0; r < m; ++r) {
       __m512 sums[16];
       for (int64_t i = 0; i < 16; ++i) {
-        const T *query = q + r * d, *key = k + (first + std::min(i, count - 1)) * d;
+        const O* query = q + r * d;
+        const T* key = k + (first + std::min(i, count - 1)) * d;
         sums[i] = _mm512_setzero_ps();
         for (int64_t j = 0; j < d; j += step) sums[i] = multiply_add(query + j, key + j, sums[i]);
       }
@@ -262,8 +290,8 @@ void score_few(int64_t m, int64_t n, int64_t d, const T* q, const T* k, const T*
 }
 
 // out [m, d] += weights [m, kKeys] . v [n, d]; `next` are keys that will be wanted soon
-template <typename T>
-void add_few(int64_t m, int64_t n, int64_t d, const T* weights, const T* v, const T* next,
+template <typename T, typename O>
+void add_few(int64_t m, int64_t n, int64_t d, const O* weights, const T* v, const T* next,
              int64_t num_next, float* out) {
   for (int64_t first = 0; first < n; first += 16) {
     const int64_t count = std::min<int64_t>(16, n - first);
@@ -305,14 +333,16 @@ struct Block {
 };
 
 // The state of one task: `rows` queries of one KV head and their running results.
-template <typename T>
+template <typename O>
 struct Task {
-  std::vector<T> q, k, v, p;
+  std::vector<O> q, k, v, p;
   std::vector<float> s, o, m, l;
   std::vector<Block> blocks;
   int64_t d;
 
-  ~Task() { at::native::cpublas::brgemm_release(sizeof(T) == 2); }
+  ~Task() {
+    if (sizeof(O) == 2) at::native::cpublas::brgemm_release(/*is_vnni=*/true);
+  }
 
   Task(int64_t max_rows, int64_t head_dim)
       : q(max_rows * head_dim), k(kKeys * head_dim), v(kKeys * head_dim), p(kRows * kKeys),
@@ -321,9 +351,9 @@ struct Task {
   // Turn scores [0, n) of row r into weights; keys [lo, hi) are seen.
   void weigh(int64_t r, int64_t state, int64_t lo, int64_t hi, int64_t padded, const Rules& rules) {
     float* x = s.data() + r * kKeys;
-    T* weights = p.data() + r * kKeys;
+    O* weights = p.data() + r * kKeys;
     if (hi <= lo) {
-      std::fill(weights, weights + padded, T(0));
+      std::fill(weights, weights + padded, O(0));
       return;
     }
     float scale = rules.scale * kLog2E;  // powers of two are cheaper than of e
@@ -349,7 +379,7 @@ struct Task {
       l[state] *= factor;
       m[state] = top;
     }
-    constexpr bool kExact = sizeof(T) == 4;
+    constexpr bool kExact = sizeof(O) == 4;
     const Vec factor(scale), base(-m[state]);
     Vec total(0.f), more(0.f);
     for (int64_t j = 0; j < padded; j += 2 * kLanes) {
@@ -364,7 +394,7 @@ struct Task {
 };
 
 // All tiles of a forward; task i is KV head i % kv_heads of tile i / kv_heads.
-template <typename T>
+template <typename T, typename O>
 struct Attention {
   Results<T> results;
   const T *query, *keys, *values;
@@ -377,7 +407,7 @@ struct Attention {
 
   int64_t rows(const Tile& tile) const { return (tile.q_hi - tile.q_lo) * rep; }
 
-  void compute(Task<T>& task, int64_t i) const {
+  void compute(Task<O>& task, int64_t i) const {
     const Tile& tile = tiles[i / kv_heads];
     const int64_t h = i % kv_heads;
     start(task, tile, h);
@@ -386,18 +416,18 @@ struct Attention {
       add(task, task.blocks[b], task.blocks[std::min(b + 1, task.blocks.size() - 1)], h);
   }
 
-  void start(Task<T>& task, const Tile& tile, int64_t h) const {
+  void start(Task<O>& task, const Tile& tile, int64_t h) const {
     for (int64_t r = 0; r < rows(tile); ++r) {
       const int64_t head = h * rep + r % rep;
       const T* from = query + (tile.q_lo + r / rep) * q_stride + head * h_stride;
-      std::copy(from, from + d, task.q.data() + r * d);
+      load(from, task.q.data() + r * d, d);
       task.m[r] = rules.sinks ? rules.sinks[head] * kLog2E : kUnseen;
       task.l[r] = rules.sinks ? 1.f : 0.f;
     }
     std::fill_n(task.o.data(), rows(tile) * d, 0.f);
   }
 
-  void find_blocks(Task<T>& task, const Tile& tile) const {
+  void find_blocks(Task<O>& task, const Tile& tile) const {
     task.blocks.clear();
     for (const Span* g = spans + tile.span_lo; g != spans + tile.span_hi; ++g) {
       const auto [first, last] = std::minmax_element(positions + g->q_lo, positions + g->q_hi);
@@ -411,10 +441,11 @@ struct Attention {
     }
   }
 
-  void add(Task<T>& task, const Block& block, const Block& next, int64_t h) const {
+  void add(Task<O>& task, const Block& block, const Block& next, int64_t h) const {
     const T *k_next = keys + h * k_stride + next.slot * d, *k = keys + h * k_stride + block.slot * d;
     const T *v_next = values + h * v_stride + next.slot * d;
-    const T *v = values + h * v_stride + block.slot * d, *q = task.q.data() + block.state * d;
+    const T* v = values + h * v_stride + block.slot * d;
+    const O* q = task.q.data() + block.state * d;
     float* o = task.o.data() + block.state * d;
     const int64_t n = block.n, padded = padded_keys(n);
     const auto weigh = [&](int64_t row, int64_t place, int64_t width) {
@@ -423,7 +454,7 @@ struct Attention {
       const int64_t lo = rules.window ? std::max<int64_t>(0, now - rules.window + 1) : 0;
       task.weigh(place, block.state + row, lo, std::min(n, now + 1), width, rules);
     };
-    if (block.count <= kFew && d % 32 == 0 && (sizeof(T) == 4 || kHasDirect)) {
+    if (block.count <= kFew && d % 32 == 0 && (sizeof(O) == 4 || kHasDots)) {
       score_few(block.count, n, d, q, k, v, task.s.data());
       for (int64_t r = 0; r < block.count; ++r) weigh(r, r, padded);
       add_few(block.count, n, d, task.p.data(), v, k_next, next.n, o);
@@ -450,7 +481,7 @@ struct Attention {
     }
   }
 
-  void write(Task<T>& task, int64_t i) const {
+  void write(Task<O>& task, int64_t i) const {
     const Tile& tile = tiles[i / kv_heads];
     for (int64_t r = 0; r < rows(tile); ++r) {
       float* row = task.o.data() + r * d;
@@ -467,38 +498,40 @@ struct Attention {
   }
 };
 
-template <typename T>
-void attend(const Attention<T>& attention, int64_t num_tiles, const Kept& kept) {
+template <typename T, typename O>
+void attend(const Attention<T, O>& attention, int64_t num_tiles, const Kept& kept) {
   int64_t max_rows = 0;
   for (const Tile* t = attention.tiles; t != attention.tiles + num_tiles; ++t)
     max_rows = std::max(max_rows, attention.rows(*t));
-  using Own = std::unique_ptr<Task<T>>;
+  using Own = std::unique_ptr<Task<O>>;
   coppice::in_parallel(
       num_tiles * attention.kv_heads, kept,
-      [=] { return std::make_unique<Task<T>>(max_rows, attention.d); },
+      [=] { return std::make_unique<Task<O>>(max_rows, attention.d); },
       [=](Own& task, int64_t i) { attention.compute(*task, i); },
       [=](Own& task, int64_t i) { attention.write(*task, i); });
 }
 
 void attend(void* out, float* parts, float* lse, const Tensor& query, const Tensor& keys,
             const Tensor& values, const Tensor& positions, const Tensor& spans,
-            const Tensor& tiles, const Rules& rules, const std::optional<Tensor>& sinks) {
+            const Tensor& tiles, const Rules& rules, const std::optional<Tensor>& sinks,
+            bool widens) {
   const int64_t heads = query.size(1), d = query.size(2), kv_heads = keys.size(0);
   TORCH_CHECK(d % kLanes == 0, "head size must be a multiple of ", kLanes);
   Kept kept{query.storage(), keys.storage(), values.storage(), positions.storage(),
             spans.storage(), tiles.storage()};
   if (sinks) kept.push_back(sinks->storage());
-  const auto run = [&]<typename T>(T* to) {
-    attend<T>({{to, parts, lse}, query.const_data_ptr<T>(), keys.const_data_ptr<T>(),
-               values.const_data_ptr<T>(), query.stride(0), query.stride(1), keys.stride(0),
-               values.stride(0), positions.const_data_ptr<int64_t>(),
-               reinterpret_cast<const Span*>(spans.const_data_ptr<int64_t>()),
-               reinterpret_cast<const Tile*>(tiles.const_data_ptr<int64_t>()), heads, kv_heads,
-               heads / kv_heads, d, rules},
-              tiles.size(0), kept);
+  const auto run = [&]<typename T, typename O>(T* to, O) {
+    attend<T, O>({{to, parts, lse}, query.const_data_ptr<T>(), keys.const_data_ptr<T>(),
+                  values.const_data_ptr<T>(), query.stride(0), query.stride(1), keys.stride(0),
+                  values.stride(0), positions.const_data_ptr<int64_t>(),
+                  reinterpret_cast<const Span*>(spans.const_data_ptr<int64_t>()),
+                  reinterpret_cast<const Tile*>(tiles.const_data_ptr<int64_t>()), heads, kv_heads,
+                  heads / kv_heads, d, rules},
+                 tiles.size(0), kept);
   };
-  query.scalar_type() == at::kBFloat16 ? run(static_cast<BFloat16*>(out))
-                                       : run(static_cast<float*>(out));
+  if (query.scalar_type() != at::kBFloat16) return run(static_cast<float*>(out), 0.f);
+  auto* to = static_cast<BFloat16*>(out);
+  widens ? run(to, 0.f) : run(to, BFloat16());
 }
 
 // query [N, Hq, d] (last dimension dense); keys, values [Hkv, capacity, d], each head dense;
@@ -506,12 +539,12 @@ void attend(void* out, float* parts, float* lse, const Tensor& query, const Tens
 Tensor cascade_attention(const Tensor& query, const Tensor& keys, const Tensor& values,
                          const Tensor& positions, const Tensor& spans, const Tensor& tiles,
                          double scale, int64_t window, double softcap,
-                         const std::optional<Tensor>& sinks) {
+                         const std::optional<Tensor>& sinks, bool widens) {
   Tensor out = at::empty(query.sizes(), query.options());
   const Rules rules{float(scale), window, float(softcap),
                     sinks ? sinks->const_data_ptr<float>() : nullptr};
   attend(out.mutable_data_ptr(), nullptr, nullptr, query, keys, values, positions, spans, tiles,
-         rules, sinks);
+         rules, sinks, widens);
   return out;
 }
 
@@ -520,13 +553,13 @@ Tensor cascade_attention(const Tensor& query, const Tensor& keys, const Tensor& 
 std::tuple<Tensor, Tensor> attend_views(const Tensor& query, const Tensor& keys,
                                         const Tensor& values, const Tensor& positions,
                                         const Tensor& spans, const Tensor& tiles, double scale,
-                                        int64_t window, double softcap) {
+                                        int64_t window, double softcap, bool widens) {
   const auto options = query.options().dtype(at::kFloat);
   Tensor parts = at::empty(query.sizes(), options);
   Tensor lse = at::empty({query.size(0), query.size(1)}, options);
   attend(nullptr, parts.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), query, keys,
          values, positions, spans, tiles, {float(scale), window, float(softcap), nullptr},
-         std::nullopt);
+         std::nullopt, widens);
   return {parts, lse};
 }
 
@@ -647,11 +680,11 @@ void rotate_and_store(Tensor& qkv, const Tensor& cos, const Tensor& sin, const T
 TORCH_LIBRARY(coppice, m) {
   m.def(
       "cascade_attention(Tensor query, Tensor keys, Tensor values, Tensor positions, Tensor spans, "
-      "Tensor tiles, float scale, int window, float softcap, Tensor? sinks) -> Tensor",
+      "Tensor tiles, float scale, int window, float softcap, Tensor? sinks, bool widens) -> Tensor",
       &cascade_attention);
   m.def(
       "attend_views(Tensor query, Tensor keys, Tensor values, Tensor positions, Tensor spans, "
-      "Tensor tiles, float scale, int window, float softcap) -> (Tensor, Tensor)",
+      "Tensor tiles, float scale, int window, float softcap, bool widens) -> (Tensor, Tensor)",
       &attend_views);
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", &rms_norm);
   m.def("largest_of_rows(Tensor x) -> (Tensor, Tensor)", &largest_of_rows);

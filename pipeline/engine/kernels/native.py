@@ -23,10 +23,10 @@ from pipeline.private_folder import NotPrivate, check_private
 
 _SOURCES = tuple(
     Path(__file__).with_name(name)
-    for name in ("native.cpp", "views.cpp", "strict.cpp", "linear.cpp", "pool.cpp")
+    for name in ("native.cpp", "views.cpp", "strict.cpp", "linear.cpp", "bfloat16.cpp", "pool.cpp")
 )
 _HEADERS = tuple(
-    Path(__file__).with_name(name) for name in ("exp2.h", "floats.h", "pool.h", "rules.h")
+    Path(__file__).with_name(name) for name in ("exp2.h", "floats.h", "gemm.h", "pool.h", "rules.h")
 )
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
 _MACROS = ("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512")
@@ -57,6 +57,12 @@ def why_unavailable() -> str | None:
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         return f"they cannot be built or loaded: {str(error).splitlines()[0]}"
     return None
+
+
+@functools.cache
+def widens_bfloat16() -> bool:
+    """Whether this CPU computes products of bfloat16 faster as float32 (`bfloat16.cpp`)."""
+    return bool(torch.ops.coppice.is_widening_faster())
 
 
 def _library(compiler: str | None) -> Path:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.engine.kernels import native
 from pipeline.engine.kernels.rules import AttentionRules, KVSpans, sort_by_owner
 from pipeline.engine.sampling import Sampled
 
@@ -64,10 +65,11 @@ class NativeKernel:
             query, keys, values, work.positions, work.spans, work.tiles,
             rules.scale, rules.window, rules.softcap,
         )  # fmt: skip
+        widens = native.widens_bfloat16()
         if work.offsets is None:
-            out: Tensor = torch.ops.coppice.cascade_attention(*told, rules.sinks)
+            out: Tensor = torch.ops.coppice.cascade_attention(*told, rules.sinks, widens)
             return out
-        parts, lse = torch.ops.coppice.attend_views(*told)
+        parts, lse = torch.ops.coppice.attend_views(*told, widens)
         is_bfloat16 = query.dtype == torch.bfloat16
         out = torch.ops.coppice.join_views(
             parts, lse, work.offsets, work.views, rules.sinks, is_bfloat16

@@ -15,87 +15,40 @@
 // that a query does not see add exact zeros. All arithmetic is in intrinsics: no loop of it is left
 // to the compiler, which rounds a remainder otherwise than a body.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "exp2.h"
+#include "gemm.h"
+#include "pool.h"
 #include "rules.h"
 
 namespace {
 
 using at::Tensor;
+using coppice::Kept;
 using coppice::kLog2E;
 using coppice::kUnseen;
+using coppice::multiply;
 using coppice::Rules;
 using coppice::Span;
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kGrid = 64;       // positions of a key tile
 constexpr int64_t kVectors = kGrid / kLanes;
-constexpr int64_t kBlockRows = 6;   // rows x vectors of a GEMM that fit into registers
 constexpr int64_t kTaskRows = 192;  // of one task: its state stays in a core's cache
 constexpr int64_t kTasksAThread = 4;
 
-// ---------------------------------------------------------------- GEMMs
-
-// c [R, C vectors] = a [R, depth] b [depth, C vectors] (+ c): a chain over depth for each number,
-// so neither R nor C nor a cut of depth changes a bit. Only lanes `last` of the last vector count.
-template <int R, int C>
-void multiply_block(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-                    float* c, int64_t ldc, __mmask16 last, bool add) {
-  const auto lanes = [&](int j) { return j + 1 < C ? __mmask16(0xffff) : last; };
-  __m512 sum[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j)
-      sum[r][j] = add ? _mm512_maskz_loadu_ps(lanes(j), c + r * ldc + j * kLanes)
-                      : _mm512_setzero_ps();
-  for (int64_t k = 0; k < depth; ++k) {
-    __m512 row[C];
-    for (int j = 0; j < C; ++j) row[j] = _mm512_loadu_ps(b + k * ldb + j * kLanes);
-    for (int r = 0; r < R; ++r) {
-      const __m512 factor = _mm512_set1_ps(a[r * lda + k]);
-      for (int j = 0; j < C; ++j) sum[r][j] = _mm512_fmadd_ps(factor, row[j], sum[r][j]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j)
-      _mm512_mask_storeu_ps(c + r * ldc + j * kLanes, lanes(j), sum[r][j]);
-}
-
-using Block = decltype(&multiply_block<1, 1>);
-
-template <int... I>
-constexpr auto make_blocks(std::integer_sequence<int, I...>) {
-  return std::array<Block, sizeof...(I)>{&multiply_block<I / kVectors + 1, I % kVectors + 1>...};
-}
-
-constexpr auto kBlocks = make_blocks(std::make_integer_sequence<int, kBlockRows * kVectors>{});
-
-// c [rows, n] = a [rows, depth] b [depth, n] (+ c); b has whole vectors.
-void multiply(int64_t rows, int64_t n, int64_t depth, const float* a, int64_t lda, const float* b,
-              int64_t ldb, float* c, int64_t ldc, bool add) {
-  for (int64_t column = 0; column < n; column += kGrid) {
-    const int64_t width = std::min(kGrid, n - column), vectors = (width + kLanes - 1) / kLanes;
-    const auto last = __mmask16(0xffff >> (vectors * kLanes - width));
-    for (int64_t row = 0; row < rows; row += kBlockRows) {
-      const int64_t count = std::min(kBlockRows, rows - row);
-      kBlocks[(count - 1) * kVectors + vectors - 1](depth, a + row * lda, lda, b + column, ldb,
-                                                    c + row * ldc + column, ldc, last, add);
-    }
-  }
-}
+// ---------------------------------------------------------------- attention
 
 // k [n, d] -> [d, kGrid]; columns from n on keep what they held.
 void transpose_keys(const float* k, int64_t n, int64_t d, float* to) {
@@ -105,12 +58,16 @@ void transpose_keys(const float* k, int64_t n, int64_t d, float* to) {
                                     std::min(kLanes, n - i), kLanes);
 }
 
-// ---------------------------------------------------------------- attention
-
 // Rows `[row, row + count)` of a task see slots `[slot, slot + n)`, columns `[column, column + n)`
 // of the key tile.
 struct Piece {
   int64_t row, count, slot, column, n;
+};
+
+// Of all tokens, with the strides of tokens and heads.
+struct Queries {
+  const float* data;
+  int64_t stride, h_stride;
 };
 
 // Queries `[q_lo, q_hi)` of one KV head with their running results.
@@ -127,13 +84,12 @@ struct Task {
 
   int64_t rows() const { return (q_hi - q_lo) * rep; }
 
-  void start(const Tensor& query, int64_t head, const float* sinks) {
+  void start(const Queries& queries, int64_t head, const float* sinks) {
     std::fill_n(o.data(), rows() * d, 0.f);
     std::fill_n(l.data(), rows() * kLanes, 0.f);
     for (int64_t r = 0; r < rows(); ++r) {
       const int64_t h = head * rep + r % rep;
-      const float* from = query.const_data_ptr<float>() + (q_lo + r / rep) * query.stride(0) +
-                          h * query.stride(1);
+      const float* from = queries.data + (q_lo + r / rep) * queries.stride + h * queries.h_stride;
       std::copy(from, from + d, q.data() + r * d);
       m[r] = sinks ? sinks[h] * kLog2E : kUnseen;
       if (sinks) l[r * kLanes] = 1.f;
@@ -261,7 +217,7 @@ struct Task {
 // Tokens of a task: its size changes no bit, so it only keeps all threads busy.
 int64_t task_tokens(int64_t tokens, int64_t rep, int64_t kv_heads) {
   const int64_t most = std::max<int64_t>(1, kTaskRows / rep);
-  const int64_t wanted = kTasksAThread * at::get_num_threads();
+  const int64_t wanted = kTasksAThread * coppice::num_threads();
   return std::clamp<int64_t>(tokens * kv_heads / wanted, std::min<int64_t>(8, most), most);
 }
 
@@ -278,26 +234,31 @@ Tensor strict_attention(const Tensor& query, const Tensor& keys, const Tensor& v
                     sinks ? sinks->const_data_ptr<float>() : nullptr};
   const auto* at = positions.const_data_ptr<int64_t>();
   const auto* all = reinterpret_cast<const Span*>(spans.const_data_ptr<int64_t>());
+  const Queries queries{query.const_data_ptr<float>(), query.stride(0), query.stride(1)};
   Tensor out = at::empty(query.sizes(), query.options());
   const int64_t step = task_tokens(tokens, rep, kv_heads);
   const int64_t num_tasks = (tokens + step - 1) / step * kv_heads;
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-    Task task(step * rep, d, rep);
-    for (int64_t i; (i = next++) < num_tasks;) {
-      const int64_t head = i % kv_heads;
-      task.q_lo = i / kv_heads * step;
-      task.q_hi = std::min(tokens, task.q_lo + step);
-      task.start(query, head, rules.sinks);
-      task.take_spans(all, spans.size(0));
-      const auto [low, high] = std::minmax_element(at + task.q_lo, at + task.q_hi);
-      const int64_t oldest = window ? std::max<int64_t>(0, *low - window + 1) : 0;
-      for (int64_t first = oldest / kGrid * kGrid; first <= *high; first += kGrid)
-        task.attend_tile(first, keys.const_data_ptr<float>() + head * keys.stride(0),
-                         values.const_data_ptr<float>() + head * values.stride(0), at, rules);
-      task.finish(out.mutable_data_ptr<float>(), heads, head);
-    }
-  });
+  const auto *key = keys.const_data_ptr<float>(), *value = values.const_data_ptr<float>();
+  const auto k_stride = keys.stride(0), v_stride = values.stride(0), count = spans.size(0);
+  float* to = out.mutable_data_ptr<float>();
+  Kept kept{query.storage(), keys.storage(), values.storage(), positions.storage(),
+            spans.storage()};
+  if (sinks) kept.push_back(sinks->storage());
+  using Own = std::unique_ptr<Task>;
+  coppice::in_parallel(
+      num_tasks, kept, [=] { return std::make_unique<Task>(step * rep, d, rep); },
+      [=](Own& task, int64_t i) {
+        const int64_t head = i % kv_heads;
+        task->q_lo = i / kv_heads * step;
+        task->q_hi = std::min(tokens, task->q_lo + step);
+        task->start(queries, head, rules.sinks);
+        task->take_spans(all, count);
+        const auto [low, high] = std::minmax_element(at + task->q_lo, at + task->q_hi);
+        const int64_t oldest = window ? std::max<int64_t>(0, *low - window + 1) : 0;
+        for (int64_t first = oldest / kGrid * kGrid; first <= *high; first += kGrid)
+          task->attend_tile(first, key + head * k_stride, value + head * v_stride, at, rules);
+      },
+      [=](Own& task, int64_t i) { task->finish(to, heads, i % kv_heads); });
   return out;
 }
 
