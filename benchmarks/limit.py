@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from pipeline.engine import packed_linear
+from pipeline.engine import blocked_linear, packed_linear
+from pipeline.engine.threads import pooled
 
 _TOKENS = 2048  # rows of the measured product
 _TRIES, _TRY_S = 20, 2.0
@@ -92,7 +94,7 @@ def count_work(prompts: list[list[int]], new_tokens: int, share: bool = True) ->
 
 
 def gemm_rates(model: Dimensions, dtype: torch.dtype) -> dict[str, float]:
-    """FLOP/s of 2048 tokens times the model's own MLP weight: plain, and packed by oneDNN."""
+    """FLOP/s of 2048 tokens times the model's own MLP weight: plain, packed by oneDNN, by us."""
     tokens = torch.randn(_TOKENS, model.hidden, dtype=dtype)
     weight = torch.randn(model.intermediate, model.hidden, dtype=dtype)
     flop = 2 * _TOKENS * model.hidden * model.intermediate
@@ -100,6 +102,11 @@ def gemm_rates(model: Dimensions, dtype: torch.dtype) -> dict[str, float]:
     if packed_linear.is_available(dtype):
         packed = packed_linear.PackedLinear(weight)
         rates["prepacked"] = flop / _best_s(lambda: packed(tokens))
+    linear = nn.Linear(model.hidden, model.intermediate, bias=False, dtype=dtype)
+    if blocked_linear.suits(linear.requires_grad_(False)):
+        blocked = blocked_linear.BlockedLinear(linear)
+        with pooled():
+            rates["blocked"] = flop / _best_s(lambda: blocked(tokens))
     return rates
 
 

@@ -48,7 +48,7 @@ using coppice::store_floats;
 constexpr int64_t kLanes = 16;
 constexpr int64_t kWide = 64;         // outputs of a block
 constexpr int64_t kTokens = 48;       // most tokens of a task
-constexpr int64_t kStep = 16;         // tokens of a GEMM are a multiple of it, but for the last ones
+constexpr int64_t kStep = 16;         // tokens of a brgemm are a multiple of it, but for the last ones
 constexpr int64_t kDepth = 1024;      // inputs of a GEMM of bfloat16: its operands stay in the cache
 constexpr int64_t kTasksAThread = 6;  // so that no thread waits long for the last one
 constexpr int32_t kZero = 128;
@@ -120,6 +120,7 @@ template <typename W>
 struct FloatLayer {
   using Sum = float;
   using Library = Nothing;
+  static constexpr int64_t kStep = coppice::Block<W>::kRows;
   std::shared_ptr<float[]> widened;  // what x is, unless it was float32
   const float* x;                    // [N, K]
   int64_t k;
@@ -141,6 +142,7 @@ struct FloatLayer {
 struct BFloat16Layer {
   using Sum = float;
   using Library = Brgemm;
+  static constexpr int64_t kStep = kTokens / 3;
   const BFloat16* x;       // [N, K]
   int64_t k;
   const BFloat16* blocks;  // [B, K / 2, 64, 2]
@@ -164,6 +166,7 @@ struct BFloat16Layer {
 struct Int8Layer {
   using Sum = int32_t;
   using Library = Brgemm;
+  static constexpr int64_t kStep = kTokens / 3;
   std::shared_ptr<Tokens> tokens;
   int64_t k;
   const int8_t* blocks;  // [B, K / 4, 64, 4]
@@ -214,10 +217,12 @@ struct Sums {
 template <Epilogue kEpilogue, typename Layer, typename T>
 void run(const Layer& layer, const T* other, T* out, int64_t n, int64_t m, const Kept& kept) {
   constexpr bool kGated = kEpilogue == Epilogue::kGated;
+  constexpr int64_t kLeast = Layer::kStep;
   const int64_t blocks = (m + kWide - 1) / kWide, threads = coppice::num_threads();
   int64_t tall = kTokens;
-  while (tall > kStep && blocks * ((n + tall - 1) / tall) < kTasksAThread * threads) tall -= kStep;
+  while (tall > kLeast && blocks * ((n + tall - 1) / tall) < kTasksAThread * threads) tall -= kLeast;
   const int64_t stacks = (n + tall - 1) / tall;
+  tall = ((n + stacks - 1) / stacks + kLeast - 1) / kLeast * kLeast;  // of like height
   const auto part_of = [=](int64_t task) {
     const int64_t b = task / stacks, low = task % stacks * tall;
     return Part{b, kGated ? 2 * b + 1 : b, low, std::min(tall, n - low)};

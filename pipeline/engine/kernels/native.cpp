@@ -235,10 +235,20 @@ void ask_for_part(const T* from, int64_t n, int64_t part, int64_t parts) {
   ask_for(from + low, n * (part + 1) / parts - low);
 }
 
-// sum + a . b, lane by lane; a step is one vector of a
-template <typename T>
-__m512 multiply_add(const float* a, const T* b, __m512 sum) {
-  return _mm512_fmadd_ps(_mm512_loadu_ps(a), load_floats(b), sum);
+// n numbers as O: themselves, or widened into `room`
+template <typename O>
+const O* as(const O* from, int64_t, O*) {
+  return from;
+}
+
+const float* as(const BFloat16* from, int64_t n, float* room) {
+  load(from, room, n);
+  return room;
+}
+
+// sum + a . b, lane by lane; a step is one vector of T
+__m512 multiply_add(const float* a, const float* b, __m512 sum) {
+  return _mm512_fmadd_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b), sum);
 }
 
 #ifdef __AVX512BF16__
@@ -269,18 +279,19 @@ __m512 sum_each(__m512 (&x)[16]) {
                        _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
 }
 
-// scores [m, kKeys] = q [m, d] . k [n, d]
+// scores [m, kKeys] = q [m, d] . k [n, d]; `room` for 16 keys
 template <typename T, typename O>
-void score_few(int64_t m, int64_t n, int64_t d, const O* q, const T* k, const T* v, float* scores) {
+void score_few(int64_t m, int64_t n, int64_t d, const O* q, const T* k, const T* v, O* room,
+               float* scores) {
   constexpr int64_t step = 64 / sizeof(O);
   for (int64_t first = 0; first < n; first += 16) {
     const int64_t count = std::min<int64_t>(16, n - first);
     ask_for(v + first * d, count * d);
+    const O* keys = as(k + first * d, count * d, room);
     for (int64_t r = 0; r < m; ++r) {
       __m512 sums[16];
       for (int64_t i = 0; i < 16; ++i) {
-        const O* query = q + r * d;
-        const T* key = k + (first + std::min(i, count - 1)) * d;
+        const O *query = q + r * d, *key = keys + std::min(i, count - 1) * d;
         sums[i] = _mm512_setzero_ps();
         for (int64_t j = 0; j < d; j += step) sums[i] = multiply_add(query + j, key + j, sums[i]);
       }
@@ -292,18 +303,19 @@ void score_few(int64_t m, int64_t n, int64_t d, const O* q, const T* k, const T*
 // out [m, d] += weights [m, kKeys] . v [n, d]; `next` are keys that will be wanted soon
 template <typename T, typename O>
 void add_few(int64_t m, int64_t n, int64_t d, const O* weights, const T* v, const T* next,
-             int64_t num_next, float* out) {
+             int64_t num_next, O* room, float* out) {
   for (int64_t first = 0; first < n; first += 16) {
     const int64_t count = std::min<int64_t>(16, n - first);
     if (first < num_next) ask_for(next + first * d, std::min<int64_t>(16, num_next - first) * d);
+    const O* values = as(v + first * d, count * d, room);
     for (int64_t r = 0; r < m; ++r)
       for (int64_t j = 0; j < d; j += 32) {
         __m512 low = _mm512_loadu_ps(out + r * d + j);
         __m512 high = _mm512_loadu_ps(out + r * d + j + 16);
-        for (int64_t i = first; i < first + count; ++i) {
-          const __m512 weight = _mm512_set1_ps(float(weights[r * kKeys + i]));
-          low = _mm512_fmadd_ps(weight, load_floats(v + i * d + j), low);
-          high = _mm512_fmadd_ps(weight, load_floats(v + i * d + j + 16), high);
+        for (int64_t i = 0; i < count; ++i) {
+          const __m512 weight = _mm512_set1_ps(float(weights[r * kKeys + first + i]));
+          low = _mm512_fmadd_ps(weight, load_floats(values + i * d + j), low);
+          high = _mm512_fmadd_ps(weight, load_floats(values + i * d + j + 16), high);
         }
         _mm512_storeu_ps(out + r * d + j, low);
         _mm512_storeu_ps(out + r * d + j + 16, high);
@@ -455,9 +467,9 @@ struct Attention {
       task.weigh(place, block.state + row, lo, std::min(n, now + 1), width, rules);
     };
     if (block.count <= kFew && d % 32 == 0 && (sizeof(O) == 4 || kHasDots)) {
-      score_few(block.count, n, d, q, k, v, task.s.data());
+      score_few(block.count, n, d, q, k, v, task.k.data(), task.s.data());
       for (int64_t r = 0; r < block.count; ++r) weigh(r, r, padded);
-      add_few(block.count, n, d, task.p.data(), v, k_next, next.n, o);
+      add_few(block.count, n, d, task.p.data(), v, k_next, next.n, task.v.data(), o);
       return;
     }
     pack_keys(k, n, padded, d, task.k.data());
@@ -623,6 +635,7 @@ std::tuple<Tensor, Tensor> largest_of_rows(const Tensor& x) {
 // Rotate `x` [d] by cos, sin [rotary]: pairs (j, j + rotary / 2), as in Llama.
 void rotate(float* x, const float* cos, const float* sin, int64_t rotary) {
   const int64_t half = rotary / 2;
+#pragma GCC ivdep
   for (int64_t j = 0; j < half; ++j) {
     const float a = x[j], b = x[j + half];
     x[j] = a * cos[j] - b * sin[j];
