@@ -31,7 +31,7 @@ _NATIVE_HEAD = 16  # the head size must be a multiple of it
 class Backend:
     """How a packed batch is computed; `note` tells a person where it is not the fastest way.
 
-    `tile_sizes`: numbers of tokens that its GEMMs have, none where they take any number.
+    `tile_sizes`: numbers of tokens to prove in strict mode; where its GEMMs take few, these.
     `recordable`: the kernel, where decode steps of it can be recorded and replayed. `is_pooled`: it
     runs on threads that wait for none that is put aside (`threads.pooled`).
     """
@@ -64,7 +64,7 @@ def choose_backend(loaded: LoadedModel, kernels: str) -> Backend:
         return Backend(packed, TorchKernel(device), note)
     forward = fused_forward(model)
     kernel, likeliest = NativeKernel(*heads), native_kernel.likeliest_token
-    if isinstance(forward, NativeForward) and forward.is_pooled:
+    if is_pooled(forward):
         return Backend(forward, kernel, likeliest=pooled()(likeliest), is_pooled=True)
     return Backend(forward, kernel, likeliest=likeliest)
 
@@ -81,8 +81,13 @@ def _gpu_forward(model: PreTrainedModel) -> tuple[Forward, str | None]:
 def fused_forward(model: PreTrainedModel) -> Forward:
     """With the compiled kernels' fused steps, where they know the model; packed weights anyway."""
     if native_forward.suits(model):
-        return native_forward.NativeForward(model)
+        return NativeForward(model)
     return TransformersForward(model, pack_weights=True)
+
+
+def is_pooled(forward: Forward) -> bool:
+    """Whether all products are our own kernels', which run on a pool and add in one order."""
+    return isinstance(forward, NativeForward) and forward.is_pooled
 
 
 def knows_heads(loaded: LoadedModel) -> bool:

@@ -21,7 +21,7 @@ _ZERO = 128
 
 def suits(linear: Any) -> bool:
     """Whether the kernel is there, which not every CPU has, and knows a layer of this size."""
-    if any(size % _LANES for size in linear.weight.shape) or native.why_unavailable() is not None:
+    if linear.weight.shape[1] % _LANES or native.why_unavailable() is not None:
         return False
     return _operator(linear) is not None
 

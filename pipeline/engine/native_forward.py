@@ -27,7 +27,6 @@ from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.packed_linear import PackedGate, PackedLinear
 from pipeline.engine.packing import PackedBatch
 from pipeline.engine.threads import pooled
-from pipeline.engine.tiled_forward import TiledLinear
 from pipeline.model.int8 import Int8Linear
 
 _MLP_TOKENS = 1024  # so few that malloc keeps the memory of the wide activations between calls
@@ -125,15 +124,13 @@ class NativeForward:
 
     name = "native"
 
-    def __init__(self, model: PreTrainedModel, head_sizes: tuple[int, ...] = ()) -> None:
-        """`head_sizes`: rising numbers of tokens that the output layer takes; none: any number."""
+    def __init__(self, model: PreTrainedModel) -> None:
         body: Any = model.model
         self._embedding = body.embed_tokens
         self._rotary = body.rotary_emb
         self._layers = [*map(_Layer.of, range(len(body.layers)), body.layers)]
         self._norm = _Norm.of(body.norm)
-        head = _packed(model.lm_head)
-        self._head = TiledLinear(head, head_sizes) if head_sizes else head
+        self._head = _packed(model.lm_head)
         self.is_pooled = isinstance(self._head, BlockedLinear) and all(
             layer.is_blocked for layer in self._layers
         )

@@ -1,4 +1,4 @@
-"""Strict mode's backend: GEMMs in tiles of known sizes, attention in one order of roundings.
+"""Strict mode's backend: GEMMs and attention in one order of roundings, or GEMMs in known sizes.
 
 Whether that makes a model's bits independent of what runs beside it is shown by `strict_probe`.
 """
@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.engine import native_forward
-from pipeline.engine.backend import Backend, fused_forward, knows_heads
+from pipeline.engine.backend import Backend, fused_forward, is_pooled, knows_heads
 from pipeline.engine.forward import Forward, TransformersForward, can_pack
 from pipeline.engine.kernels import native, native_kernel
 from pipeline.engine.kernels.strict_native_kernel import StrictNativeKernel
 from pipeline.engine.kernels.strict_torch_kernel import StrictTorchKernel
-from pipeline.engine.native_forward import NativeForward
+from pipeline.engine.threads import pooled
 from pipeline.engine.tiled_forward import ONE_SIZE, SIZES, TiledForward
 from pipeline.errors import UsageError
 from pipeline.model.families import has_experts
-from pipeline.model.int8 import holds_int8
 from pipeline.model.model import LoadedModel
 
 
@@ -33,8 +31,10 @@ def choose_strict_backend(loaded: LoadedModel, kernels: str) -> Backend:
     if reason:
         note = f"strict attention runs query by query in plain torch: {reason}"
         return Backend(forward, StrictTorchKernel(), note, tile_sizes=sizes)
-    likeliest = native_kernel.likeliest_token
-    return Backend(forward, StrictNativeKernel(), None, likeliest, sizes)
+    kernel, likeliest = StrictNativeKernel(), native_kernel.likeliest_token
+    if is_pooled(forward):
+        return Backend(forward, kernel, None, pooled()(likeliest), sizes, is_pooled=True)
+    return Backend(forward, kernel, None, likeliest, sizes)
 
 
 def why_not_strict(loaded: LoadedModel) -> str | None:
@@ -55,14 +55,13 @@ def why_not_strict(loaded: LoadedModel) -> str | None:
 def _tiled(loaded: LoadedModel, *, pack: bool) -> tuple[Forward, tuple[int, ...]]:
     """A forward and the sizes of its tiles.
 
-    Packed GEMMs keep their bits in all `SIZES` on the machines that we saw; others do not. Layers
-    of int8 add whole numbers: there only the output layer needs tiles.
+    Packed GEMMs keep their bits in all `SIZES` on the machines that we saw; others do not. Our own
+    add in one order (`kernels/gemm.h`), or whole numbers: they need no tiles.
     """
     model = loaded.model
     if not pack or not can_pack(model):
         return TiledForward(TransformersForward(model, pack_weights=False), ONE_SIZE), ONE_SIZE
     if native.why_unavailable() is not None:
         return TiledForward(TransformersForward(model, pack_weights=True), SIZES), SIZES
-    if holds_int8(model) and native_forward.suits(model):
-        return NativeForward(model, head_sizes=SIZES), SIZES
-    return TiledForward(fused_forward(model), SIZES), SIZES
+    forward = fused_forward(model)
+    return (forward if is_pooled(forward) else TiledForward(forward, SIZES)), SIZES

@@ -11,7 +11,7 @@ the tokens around it. What pads a tile sees nothing and writes to the slot that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -57,20 +57,6 @@ class TiledForward:
             high = min(low + self.sizes[-1], tokens)
             size = _size_for(self.sizes, high - low)
             yield low, high, _cut(batch, low, high, size, cache.capacity)
-
-
-class TiledLinear:
-    """A linear layer in calls of a few fixed sizes. x [N, in] -> [N, out]."""
-
-    def __init__(self, inner: Callable[[Tensor], Tensor], sizes: tuple[int, ...]) -> None:
-        self._inner, self._sizes = inner, sizes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([self._run_tile(tile) for tile in torch.split(x, self._sizes[-1])])
-
-    def _run_tile(self, x: Tensor) -> Tensor:
-        padding = _size_for(self._sizes, len(x)) - len(x)
-        return self._inner(pad(x, (0, 0, 0, padding)))[: len(x)]
 
 
 def _size_for(sizes: tuple[int, ...], count: int) -> int:

@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 
 from pipeline.engine import blocked_linear
 from pipeline.engine.blocked_linear import BlockedGate, BlockedLinear
+from pipeline.engine.kernels import native
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.engine.verify.self_test import self_test
 from pipeline.engine.verify.strict_probe import strict_probe
@@ -21,8 +22,8 @@ from pipeline.settings import EngineSettings
 from tests.engine import families
 from tests.engine.test_strict import bits, bits_alone, forest, num_unequal
 
-SIZES = [(16, 16), (64, 64), (80, 48), (208, 576), (960, 2560)]
-TOKENS = [1, 2, 5, 16, 17, 48, 49, 130]
+SIZES = [(16, 16), (64, 64), (80, 48), (97, 32), (208, 576), (960, 2560)]
+TOKENS = [0, 1, 2, 5, 16, 17, 48, 49, 130]
 
 
 def layer_of(outputs: int, inputs: int, bias: bool = False) -> Int8Linear:
@@ -33,10 +34,18 @@ def layer_of(outputs: int, inputs: int, bias: bool = False) -> Int8Linear:
 needs_kernel = pytest.mark.skipif(
     not blocked_linear.suits(layer_of(16, 16)), reason="no compiled int8 kernel on this machine"
 )
-needs_bfloat16 = pytest.mark.skipif(
-    not blocked_linear.suits(nn.Linear(16, 16, dtype=torch.bfloat16)),
-    reason="no compiled bfloat16 kernel on this machine",
+needs_floats = pytest.mark.skipif(
+    not blocked_linear.suits(nn.Linear(16, 16)), reason="no compiled kernel on this machine"
 )
+
+
+@pytest.fixture(params=["dot products", "widened"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How bfloat16 is multiplied, whichever is faster here."""
+    monkeypatch.setattr(native, "widens_bfloat16", lambda: request.param == "widened")
+    if not blocked_linear.suits(nn.Linear(16, 16, dtype=torch.bfloat16)):
+        pytest.skip("this CPU has no dot product of bfloat16")
+    return str(request.param)
 
 
 @needs_kernel
@@ -71,24 +80,38 @@ def test_what_follows_a_layer_is_rounded_once(outputs: int) -> None:
     torch.testing.assert_close(BlockedGate(layer, up)(x), gated, rtol=1e-5, atol=1e-5)
 
 
-@needs_bfloat16
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-def test_bfloat16_is_the_exact_product_rounded_once(size: tuple[int, int], bias: bool) -> None:
+def check_products(size: tuple[int, int], bias: bool, dtype: torch.dtype, rtol: float) -> None:
+    """The exact product, what follows it fused, rounded once."""
     torch.manual_seed(0)
-    layer = nn.Linear(size[1], size[0], bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    layer = nn.Linear(size[1], size[0], bias=bias, dtype=dtype).requires_grad_(False)
     packed, exact = BlockedLinear(layer), copy.deepcopy(layer).double()
     gated, up = BlockedGate(layer, layer), exact
     for tokens in TOKENS:
-        x = torch.randn(tokens, size[1], dtype=torch.bfloat16)
-        other = torch.randn(tokens, size[0], dtype=torch.bfloat16)
+        x, other = (
+            torch.randn(tokens, size[1], dtype=dtype),
+            torch.randn(tokens, size[0], dtype=dtype),
+        )
         y = up(x.double())
         pairs = ((packed(x), y), (packed.plus(x, other), y + other), (gated(x), silu(y) * y))
         for found, expected in pairs:
-            torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-5)
+            torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=1e-5)
 
 
-@needs_bfloat16
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_bfloat16_is_the_exact_product_rounded_once(size: tuple[int, int], bias: bool) -> None:
+    check_products(size, bias, torch.bfloat16, rtol=2**-8)
+
+
+@needs_floats
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_float32_is_the_product_of_float32(size: tuple[int, int], bias: bool) -> None:
+    check_products(size, bias, torch.float32, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("way")
 def test_bfloat16_layers_side_by_side_are_the_layers_alone() -> None:
     torch.manual_seed(0)
     layers = [nn.Linear(64, n, dtype=torch.bfloat16).requires_grad_(False) for n in (96, 32, 32)]
@@ -98,9 +121,17 @@ def test_bfloat16_layers_side_by_side_are_the_layers_alone() -> None:
 
 
 @needs_kernel
-def test_a_token_has_the_same_bits_whatever_stands_beside_it() -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32, torch.bfloat16], ids=str)
+def test_a_token_has_the_same_bits_whatever_stands_beside_it(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "widens_bfloat16", lambda: True)
     torch.manual_seed(0)
-    packed, x = BlockedLinear(layer_of(960, 2048)), torch.randn(200, 2048).bfloat16()
+    plain = nn.Linear(2048, 960, dtype=dtype if dtype.is_floating_point else None)
+    packed = BlockedLinear(
+        layer_of(960, 2048) if dtype == torch.int8 else plain.requires_grad_(False)
+    )
+    x = torch.randn(200, 2048).to(plain.weight.dtype)
     whole = packed(x)
     for low, high in ((0, 1), (3, 20), (47, 49), (100, 200)):
         assert torch.equal(packed(x[low:high]), whole[low:high])
@@ -140,7 +171,7 @@ def test_strict_mode_keeps_every_bit_in_int8(name: str) -> None:
     assert strict_probe(engine) > 0
     alone = bits_alone(engine, plan)
     if name.startswith("llama") and blocked_linear.suits(layer_of(16, 16)):
-        assert engine.backend.forward.name == "native", "only the output layer is cut into tiles"
+        assert engine.backend.forward.name == "native", "sums of whole numbers need no tiles"
     for rows in (1, 7):
         limited = PrefixEngine(engine.loaded, settings.model_copy(update={"max_rows": rows}))
         assert num_unequal(bits(limited, plan), alone) == 0

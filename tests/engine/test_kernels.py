@@ -96,7 +96,7 @@ def by_path(
 def kernels(num_heads: int, num_kv_heads: int) -> list[AttentionKernel]:
     found: list[AttentionKernel] = [TorchKernel(CPU)]
     if native.why_unavailable() is None:
-        found.append(NativeKernel(num_heads, num_kv_heads))
+        found += [NativeKernel(num_heads, num_kv_heads, widens) for widens in (False, True)]
     return found
 
 

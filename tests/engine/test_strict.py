@@ -27,7 +27,6 @@ from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.load import make_engine
 from pipeline.engine.packing import PackedBatch
 from pipeline.engine.prefix_engine import PrefixEngine
-from pipeline.engine.tiled_forward import TiledForward
 from pipeline.engine.verify.strict_probe import strict_probe
 from pipeline.errors import UsageError
 from pipeline.model.model import LoadedModel, load_model
@@ -259,11 +258,10 @@ def test_a_nan_is_not_hidden() -> None:
 
 
 class Faulty:
-    """A forward with a planted fault: what the logits of a tile gain by slot and tile size."""
+    """A forward with a planted fault: what the logits gain by slot and number of tokens."""
 
     def __init__(self, inner: Forward, by_slot: float, by_size: float, by_call: float) -> None:
         self.name = "faulty"
-        self.sizes = (16, 64, 128)
         self._inner, self._by_slot, self._by_size = inner, by_slot, by_size
         self._by_call, self._calls = by_call, 0
 
@@ -298,10 +296,8 @@ class SplitBySpan:
 
 def with_faults(by_slot: float = 0, by_size: float = 0, by_call: float = 0) -> PrefixEngine:
     engine = engine_for(load("llama, grouped heads"))
-    forward = engine.backend.forward
-    assert isinstance(forward, TiledForward)
-    forward._inner = Faulty(forward._inner, by_slot, by_size, by_call)
-    return engine
+    faulty = Faulty(engine.backend.forward, by_slot, by_size, by_call)
+    return tiny.with_backend(engine, forward=faulty)
 
 
 @chosen

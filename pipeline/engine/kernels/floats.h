@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 
 namespace coppice {
 
@@ -27,6 +28,23 @@ inline void store_floats(__m512 x, c10::BFloat16* to) {
   _mm512_store_ps(rounded.data(), x);
   std::copy(rounded.begin(), rounded.end(), to);
 #endif
+}
+
+// The first n <= 16 of them.
+template <typename T>
+__m512 load_floats(const T* from, int64_t n) {
+  if (n >= 16) return load_floats(from);
+  std::array<T, 16> some{};
+  std::copy_n(from, n, some.begin());
+  return load_floats(some.data());
+}
+
+template <typename T>
+void store_floats(__m512 x, T* to, int64_t n) {
+  if (n >= 16) return store_floats(x, to);
+  std::array<T, 16> all;
+  store_floats(x, all.data());
+  std::copy_n(all.begin(), n, to);
 }
 
 }  // namespace coppice

@@ -218,6 +218,7 @@ template <Epilogue kEpilogue, typename Layer, typename T>
 void run(const Layer& layer, const T* other, T* out, int64_t n, int64_t m, const Kept& kept) {
   constexpr bool kGated = kEpilogue == Epilogue::kGated;
   constexpr int64_t kLeast = Layer::kStep;
+  if (!n) return;
   const int64_t blocks = (m + kWide - 1) / kWide, threads = coppice::num_threads();
   int64_t tall = kTokens;
   while (tall > kLeast && blocks * ((n + tall - 1) / tall) < kTasksAThread * threads) tall -= kLeast;
@@ -239,13 +240,14 @@ void run(const Layer& layer, const T* other, T* out, int64_t n, int64_t m, const
         const auto [b, place, low, rows] = part_of(task);
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t c = 0; c < std::min(kWide, m - b * kWide); c += kLanes) {
+            const int64_t count = m - b * kWide - c;
             const int64_t to = (low + r) * m + b * kWide + c, column = place * kWide + c;
             __m512 y = layer.outputs(own->sums.data() + r * kWide + c, low + r, column);
-            if (kEpilogue == Epilogue::kPlus) y = _mm512_add_ps(y, load_floats(other + to));
+            if (kEpilogue == Epilogue::kPlus) y = _mm512_add_ps(y, load_floats(other + to, count));
             if (kGated)
               y = _mm512_mul_ps(y, silu(layer.outputs(own->gates.data() + r * kWide + c, low + r,
                                                       column - kWide)));
-            store_floats(y, out + to);
+            store_floats(y, out + to, count);
           }
       });
 }
@@ -292,7 +294,7 @@ Tensor make_out(const Tensor& x, const Tensor& blocks, int64_t outputs,
                 const std::optional<Tensor>& other) {
   TORCH_CHECK(x.is_contiguous() && x.size(1) == blocks.size(1) * blocks.size(3),
               "x does not fit the weights");
-  TORCH_CHECK(x.size(1) % kLanes == 0 && outputs % kLanes == 0, "sizes are no multiples of 16");
+  TORCH_CHECK(x.size(1) % kLanes == 0, "inputs are no multiple of 16");
   TORCH_CHECK(!other || other->is_contiguous(), "other must be dense");
   return at::empty({x.size(0), outputs}, x.options());
 }

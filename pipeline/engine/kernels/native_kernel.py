@@ -43,9 +43,11 @@ class NativeKernel:
 
     name = "native"
 
-    def __init__(self, num_heads: int, num_kv_heads: int) -> None:
+    def __init__(self, num_heads: int, num_kv_heads: int, widens: bool | None = None) -> None:
+        """`widens`: whether bfloat16 is multiplied as float32; None: where that is faster."""
         self._rep = num_heads // num_kv_heads
         self._num_kv_heads = num_kv_heads
+        self._widens = native.widens_bfloat16() if widens is None else widens
 
     def prepare(
         self,
@@ -65,11 +67,10 @@ class NativeKernel:
             query, keys, values, work.positions, work.spans, work.tiles,
             rules.scale, rules.window, rules.softcap,
         )  # fmt: skip
-        widens = native.widens_bfloat16()
         if work.offsets is None:
-            out: Tensor = torch.ops.coppice.cascade_attention(*told, rules.sinks, widens)
+            out: Tensor = torch.ops.coppice.cascade_attention(*told, rules.sinks, self._widens)
             return out
-        parts, lse = torch.ops.coppice.attend_views(*told, widens)
+        parts, lse = torch.ops.coppice.attend_views(*told, self._widens)
         is_bfloat16 = query.dtype == torch.bfloat16
         out = torch.ops.coppice.join_views(
             parts, lse, work.offsets, work.views, rules.sinks, is_bfloat16
