@@ -1,8 +1,8 @@
 """Where sharing begins to pay: `python -m benchmarks.grid`, p shared tokens x G rows below them.
 
 Every row has 32 tokens of its own. One process an arm for all cells, in order of work, with ids of
-its own for each cell so that nothing is left over from the one before. Writes results/grid.jsonl,
-the table and the break-even plot.
+its own for each cell so that nothing is left over from the one before. Writes grid.jsonl of this
+kind of CPU, the table and the break-even plot.
 """
 
 from __future__ import annotations

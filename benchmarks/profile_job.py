@@ -1,6 +1,6 @@
 """Where the time of a job goes, operator by operator: `python -m benchmarks.profile_job [CASE]`.
 
-CASE as in `benchmarks.compare`. One run unmeasured, one under torch's profiler; products by their
+CASE as in `benchmarks.cases`. One run unmeasured, one under torch's profiler; products by their
 weight's shape with the rate that they reach, attention with its rate over the work counted, each
 apart for prefill (forwards of more tokens than rows decode together) and decode.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.compare import CASES, make_cell
+from benchmarks.cases import CASES, make_cell
 from benchmarks.limit import Dimensions, count_work, gemm_rates
 from benchmarks.prompts import plan_prompts
 from benchmarks.setup import add_options, setup_of

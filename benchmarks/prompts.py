@@ -23,6 +23,31 @@ def shared_prompts(
     return [prefix + draw.integers(0, vocabulary_size, own).tolist() for _ in range(rows)]
 
 
+def layered_prompts(
+    rows: int, layers: list[tuple[int, int]], vocabulary_size: int, seed: int = 0
+) -> Prompts:
+    """`rows` prompts of random ids, shuffled. Of each layer (texts, tokens) a prompt has one text,
+    and the texts take turns."""
+    draw = np.random.default_rng(seed)
+    texts = [draw.integers(0, vocabulary_size, layer).tolist() for layer in layers]
+    order = draw.permutation(rows).tolist()
+    return [[token for layer in texts for token in layer[row % len(layer)]] for row in order]
+
+
+def growing_prompts(
+    conversations: int, turns: int, tokens: tuple[int, int], vocabulary_size: int, seed: int = 0
+) -> Prompts:
+    """Every turn of conversations with the whole history, shuffled. `tokens`: first, each turn."""
+    draw = np.random.default_rng(seed)
+    first, more = tokens
+    begin = draw.integers(0, vocabulary_size, first)
+    prompts = []
+    for _ in range(conversations):
+        history = np.append(begin, draw.integers(0, vocabulary_size, more * turns))
+        prompts += [history[: first + more * (turn + 1)].tolist() for turn in range(turns)]
+    return [prompts[i] for i in draw.permutation(len(prompts))]
+
+
 def distinct_prompts(
     rows: int, lengths: tuple[int, int], vocabulary_size: int, seed: int = 0
 ) -> Prompts:

@@ -6,8 +6,11 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.machine import cpu_kind
 from benchmarks.scratch import ROOT
 from benchmarks.shapes import SHAPES, model_folder
+
+RESULTS = Path(__file__).with_name("results")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=1, help="medians over so many rounds")
     parser.add_argument("--time-limit-s", "--time-limit", type=float, default=900.0)
     parser.add_argument("--workloads", type=Path, default=ROOT.parent / "shared" / "workloads")
-    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"))
+    parser.add_argument("--results", type=Path, default=RESULTS / cpu_kind())
 
 
 def setup_of(args: argparse.Namespace) -> Setup:

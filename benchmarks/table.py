@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arms import ARMS
+from benchmarks.machine import cpu_kind
+from benchmarks.setup import RESULTS
 from benchmarks.summary import Entry, Line, read_lines, summarise
 
 PLOT = "break_even.png"
@@ -28,10 +30,15 @@ information and no test. Greedy, exact number of new tokens, random weights, cac
 def write_results(results: Path) -> None:
     """Write peers.md from whatever lines there are."""
     cases, grid = read_lines(results / "cases.jsonl"), read_lines(results / "grid.jsonl")
+    beside = read_lines(results / "beside.jsonl")
     parts = ["# Against its peers\n\nWritten by `make bench-peers`; do not edit.\n"]
     if any(line["kind"] == "run" for line in cases):
         entries = summarise(cases)
         parts += [describe(cases), case_table(entries), slower_list(entries), _EPILOGUE]
+    if any(line["kind"] == "run" for line in beside):
+        entries = summarise(beside)
+        parts += ["## Beside a busy process\n", describe(beside), case_table(entries)]
+        parts.append(slower_list(entries))
     if any(line["kind"] == "run" for line in grid):
         entries = summarise(grid)
         parts += [
@@ -161,4 +168,4 @@ def _markdown(head: tuple[str, ...], lines: list[tuple[Any, ...]]) -> str:
 
 
 if __name__ == "__main__":
-    write_results(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("results"))
+    write_results(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / cpu_kind())
