@@ -1,8 +1,8 @@
 """Every arm on every workload: `python -m benchmarks.compare` (`make bench-peers` adds the grid).
 
 The same token ids, the same weights, the same dtype; caches cold for each case; one process an arm
-and round, one after another. Writes cases.jsonl of this kind of CPU line by line, and the table after
-each arm; with `--neighbours`, beside.jsonl.
+and round, one after another. Writes cases.jsonl of this kind of CPU line by line, and the table
+after each arm; with `--neighbours`, beside.jsonl.
 """
 
 from __future__ import annotations
