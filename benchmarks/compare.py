@@ -30,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=DEFAULT_ARMS)
+    parser.add_argument("--once", nargs="*", choices=ARMS, default=(), help="arms of one round")
     parser.add_argument("--cases", nargs="+", default=CASES, help=f"of {CASES}, or other files")
     parser.add_argument("--rows", type=int, help="only the first of each case: a trial")
     parser.add_argument("--given-order-only", action="store_true")
@@ -42,7 +43,7 @@ def main() -> None:
     if args.rows:
         cells = [replace(cell, prompts=cell.prompts[: args.rows]) for cell in cells]
     for repeat in range(args.round, args.round + setup.repeats):
-        for arm in args.arms:
+        for arm in (*args.arms, *(() if repeat > args.round else args.once)):
             all_orders = [ordered for cell in cells for ordered in orders_of(cell, arm)]
             study.measure_machine()
             with neighbours(args.neighbours):
