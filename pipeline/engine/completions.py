@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from pipeline.engine.live import LiveRow
 from pipeline.engine.spans import SharedSpan
+from pipeline.plan.failed_turns import fail_later
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, FinishReason, Scored, Timing
 
@@ -72,14 +73,6 @@ def refuse(plan: Plan, sequence: int, budget: int, now_s: float) -> list[Complet
     timing = Timing(queue_s=now_s)
     refused = Completion(sequence, (), "error", 0, timing, "KVBudgetExceeded", message)
     return [refused, *fail_later(plan, sequence, 0, now_s)]
-
-
-def fail_later(plan: Plan, sequence: int, turn: int, now_s: float) -> list[Completion]:
-    """The turns of a conversation after number `turn`, which has failed."""
-    return [
-        Completion.after_failed(sequence, later, now_s)
-        for later in range(turn + 1, plan.num_turns(sequence))
-    ]
 
 
 def _timing(row: LiveRow, now_s: float) -> Timing:

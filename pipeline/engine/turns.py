@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.completions import fail_later, fail_turn
+from pipeline.engine.completions import fail_turn
 from pipeline.engine.conversation import Conversation, TurnPlacement
 from pipeline.engine.evictions import Evictions
 from pipeline.engine.health import is_degenerate
@@ -28,6 +28,7 @@ from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.spans import KVSpan
 from pipeline.engine.watching import Watcher, conversation_of, joined
 from pipeline.plan.conversations import CONTEXT_EXCEEDED, join_ids
+from pipeline.plan.failed_turns import fail_later
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, SamplingParams
 

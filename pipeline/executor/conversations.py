@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.engine.base import EngineHooks
+from pipeline.plan.failed_turns import fail_later
 from pipeline.plan.plan import Plan
 from pipeline.records import Completion, EarlierTurn, Timing
 
@@ -51,10 +52,9 @@ class TurnsOnTheWay:
         """Whether a turn of the sequence came home as an error; `after` has told the others."""
         return sequence in self._failed
 
-    def after(self, sequence: int, turn: int) -> Iterator[Completion]:
+    def after(self, sequence: int, turn: int) -> list[Completion]:
         """Errors of the turns after one that has failed."""
-        for later in range(turn + 1, self._plan.num_turns(sequence)):
-            yield Completion.after_failed(sequence, later)
+        return fail_later(self._plan, sequence, turn)
 
     def given_up(self, sequence: int) -> Iterator[Completion]:
         """Errors of all turns that are left of a sequence of which too many workers have died."""
