@@ -8,8 +8,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
@@ -24,8 +22,8 @@ from pipeline.early_checks import check_early
 from pipeline.engine.base import Engine, EngineFactory
 from pipeline.engine.load import make_engine
 from pipeline.engine_loading import loading_engine
-from pipeline.errors import RunDirectoryError, UsageError
-from pipeline.job.advised_plan import plan_for_a_person, sample_prompts
+from pipeline.errors import RunDirectoryError
+from pipeline.job.advised_plan import plan_for_a_person
 from pipeline.job.job import Job, open_job
 from pipeline.job.metrics_export import exporting
 from pipeline.job.observer import Observer, SilentObserver
@@ -36,26 +34,24 @@ from pipeline.job.recorded import (
     describe_job,
     keep_system_prompt,
     recall_settings,
+    with_absolute_paths,
     with_changes,
     with_recorded_clock,
 )
 from pipeline.job.recorded_plan import check_plan
 from pipeline.job.recycling import expected_hits
 from pipeline.job.session import Session
-from pipeline.job.shown_prompts import show_first
 from pipeline.job.stopping import StopRequest, interruptible
+from pipeline.job.validation import describe_rows
 from pipeline.job.watchdog import Watchdog
 from pipeline.location import Location
 from pipeline.model.machine import cache_folder
-from pipeline.plan.frames import largest_nodes, tree_frame
 from pipeline.settings import JobSettings
-from pipeline.storage.durable import replace_file
 from pipeline.storage.object_store import check_options
-from pipeline.storage.part_file import encode_parquet
 from pipeline.storage.retried_rows import begin_retry, failed_in_run, is_retry, take_back
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import holds_run, reading_run, take_run
-from pipeline.storage.targets import check_apart, check_replaceable, folder_to_write
+from pipeline.storage.targets import check_apart
 
 
 def open_to_run(input: str, run: Location, settings: JobSettings) -> Job:
@@ -82,48 +78,6 @@ def plan_opened(job: Job, observer: Observer | None = None, keep_rows: bool = Fa
     return replace(planned, summary=replace(planned.summary, store=expected_hits(planned)))
 
 
-def check_plan_targets(folder: Path | None, page: Path | None) -> None:
-    """Raises UsageError where `write_plan` or `write_plan_page` would replace another's file."""
-    if page is not None:
-        check_replaceable(page, [b"<!DOCTYPE html", b"<!doctype html"], "--html")
-    for option, path in (("-o", folder), ("--html", page and page.parent)):
-        why_not = path and folder_to_write(path)[1]
-        if why_not:
-            raise UsageError(f"cannot write to {path}: {why_not}; choose another {option}")
-    if folder is None or not (folder / "plan.parquet").exists():
-        return
-    try:
-        is_ours = "plan_hash" in json.loads((folder / "summary.json").read_bytes())
-    except (OSError, ValueError, TypeError):
-        is_ours = False
-    if not is_ours:
-        raise UsageError(
-            f"{folder / 'plan.parquet'} is there and no plan of coppice; choose another -o"
-        )
-
-
-def write_plan(planned: PlannedJob, folder: Path) -> None:
-    """Write plan.parquet, tree.parquet and summary.json into `folder`, outside of any run.
-
-    Raises StorageError.
-    """
-    frames = {"plan": planned.frame(), "tree": tree_frame(planned.plan)}
-    for name, frame in frames.items():
-        replace_file(folder / f"{name}.parquet", memoryview(encode_parquet(frame.to_arrow())))
-    summary = json.dumps(planned.summary.to_json(), indent=2, ensure_ascii=False)
-    replace_file(folder / "summary.json", f"{summary}\n".encode())
-
-
-def write_plan_page(planned: PlannedJob, title: str, path: Path) -> None:
-    """Write the plan as one HTML page."""
-    from pipeline.report.plan_page import render_plan
-    from pipeline.report.tree import Box
-
-    boxes = [Box(*node) for node in largest_nodes(planned.plan).tolist()]
-    page = render_plan(title, planned.summary.to_json(), boxes, planned.plan.tree.num_nodes)
-    replace_file(path.absolute(), page.encode())
-
-
 def validate_input(
     input: str, settings: JobSettings, observer: Observer | None = None
 ) -> dict[str, Any]:
@@ -133,28 +87,7 @@ def validate_input(
     """
     check_options(Location(input, settings.store))
     watch = (observer or SilentObserver()).show_planning
-    planned = plan_rows(open_job(input, settings), watch=watch)
-    rejections = planned.summary.rejections or {"reasons": {}, "examples": []}
-    return {
-        "rows": len(planned.ids),
-        "rows_rejected": len(planned.rejected),
-        **rejections,
-        "notes": planned.job.source.columns.describe(),
-        **_check_segments(planned),
-        "warning": planned.job.tokenizer.looks_rendered(sample_prompts(planned)),
-        **show_first(planned),
-    }
-
-
-def _check_segments(planned: PlannedJob) -> dict[str, Any]:
-    """Where prompts are in segments, how many would be other tokens if they were tokenised in one
-    piece: segments are tokenised apart, so that the same document is the same tokens everywhere."""
-    job = planned.job
-    if not job.source.columns.has_segments:
-        return {}
-    count = job.tokenizer.count_changed_by_joining
-    changed = sum(count(batch.contents) for batch in job.source.iter_prompts())
-    return {"rows_changed_by_joining": changed}
+    return describe_rows(plan_rows(open_job(input, settings), watch=watch))
 
 
 @dataclass(frozen=True)
@@ -344,21 +277,3 @@ def write_report(run: Location, price: CostSettings = NO_COSTS) -> dict[str, str
         render(directory, price)
         summary = (directory.root / "report.md").read_text(encoding="utf-8")
         return {"page": f"{directory.name}/report.html", "summary": summary}
-
-
-def with_absolute_paths(settings: JobSettings) -> JobSettings:
-    """Settings that mean the same from any working directory: they are recorded and read again."""
-    model, tokens, read = settings.model, settings.tokens, settings.read
-    reuse, scoring = settings.reuse, settings.scoring
-    if Path(model.model).is_dir():
-        model = model.model_copy(update={"model": os.path.abspath(model.model)})
-    if tokens.chat_template is not None:
-        tokens = tokens.model_copy(update={"chat_template": tokens.chat_template.absolute()})
-    if read.template is not None:
-        read = read.model_copy(update={"template": read.template.absolute()})
-    if reuse.adapter is not None:
-        reuse = reuse.model_copy(update={"adapter": reuse.adapter.absolute()})
-    if scoring.questions is not None:
-        scoring = scoring.model_copy(update={"questions": scoring.questions.absolute()})
-    changed = {"model": model, "tokens": tokens, "read": read, "reuse": reuse, "scoring": scoring}
-    return settings.model_copy(update=changed)

@@ -88,10 +88,9 @@ ROOMS: dict[str, set[str]] = {
     "pipeline.early_checks": _FIRST
     | _rooms("storage", "kvstore", "model", "engine.load", "audit.similarity"),
     "pipeline.engine_loading": _FIRST | _rooms("model", "engine", "executor", "job"),
+    "pipeline.plan_files": _FIRST | _rooms("storage", "plan", "job", "report"),
     "pipeline.run": _FIRST
-    | _rooms(
-        "early_checks", "engine_loading", "storage", "plan", "model", "engine", "job", "report"
-    ),
+    | _rooms("early_checks", "engine_loading", "storage", "model", "engine", "job", "report"),
     "pipeline.night": _FIRST
     | _rooms("storage", "model.machine", "job", "report", "audit", "run", "settings_file"),
     "pipeline.cli": _FIRST
@@ -101,6 +100,7 @@ ROOMS: dict[str, set[str]] = {
         "job",
         "audit",
         "experiment",
+        "plan_files",
         "run",
         "status",
         "night",

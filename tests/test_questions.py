@@ -19,8 +19,9 @@ from pipeline.errors import InputError, RunDirectoryError, UsageError
 from pipeline.job.job import open_job
 from pipeline.job.planning import plan_rows
 from pipeline.location import Location
+from pipeline.plan_files import write_plan_page
 from pipeline.questions import Order
-from pipeline.run import plan_job, run_job, validate_input, write_plan_page, write_report
+from pipeline.run import plan_job, run_job, validate_input, write_report
 from pipeline.settings import AuditSettings, JobSettings
 from tests.asked_job import (
     ANSWER,

@@ -24,7 +24,8 @@ from pipeline.errors import (
 from pipeline.inputs.conversion import convert
 from pipeline.location import Location
 from pipeline.model import identity
-from pipeline.run import plan_job, run_job, validate_input, write_plan
+from pipeline.plan_files import write_plan
+from pipeline.run import plan_job, run_job, validate_input
 from pipeline.settings import JobSettings
 from pipeline.status import read_status
 from tests.tiny_job import PROMPTS, answers, echo_settings, write_model, write_prompts

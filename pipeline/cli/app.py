@@ -93,7 +93,7 @@ def plan(
 ) -> None:
     """Show what sharing would save; no weights, no device."""
     folder = None if output is None else _local(output)
-    from pipeline.run import check_plan_targets, write_plan, write_plan_page
+    from pipeline.plan_files import check_plan_targets, write_plan, write_plan_page
 
     check_plan_targets(folder, html)
     planned = _plan(input, merge(flags, config), make_observer(progress, log_format))

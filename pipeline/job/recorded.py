@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -24,6 +25,11 @@ from pipeline.storage.manifest import MANIFEST_NAME
 from pipeline.storage.run_directory import SYSTEM_PROMPT_NAME, RunDirectory
 from pipeline.storage.run_location import find_manifest
 from pipeline.store_settings import ObjectStoreSettings
+
+_PATHS = {
+    "tokens": "chat_template", "read": "template", "reuse": "adapter", "scoring": "questions"
+}  # fmt: skip
+"""Settings that are paths and decide answers, by section."""
 
 
 def describe_job(job: Job) -> dict[str, Any]:
@@ -78,6 +84,19 @@ def recall_settings(directory: RunDirectory) -> JobSettings:
         ) from error
     tokens = settings.tokens.model_copy(update={"system_prompt": text})
     return settings.model_copy(update={"tokens": tokens})
+
+
+def with_absolute_paths(settings: JobSettings) -> JobSettings:
+    """Settings that mean the same from any working directory: they are recorded and read again."""
+    changed = dict(settings)
+    for section, name in _PATHS.items():
+        path = getattr(changed[section], name)
+        if path is not None:
+            changed[section] = changed[section].model_copy(update={name: path.absolute()})
+    if Path(settings.model.model).is_dir():
+        model = os.path.abspath(settings.model.model)
+        changed["model"] = settings.model.model_copy(update={"model": model})
+    return settings.model_copy(update=changed)
 
 
 def with_changes(

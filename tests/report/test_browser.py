@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipeline.run import plan_job, write_plan_page
+from pipeline.plan_files import write_plan_page
+from pipeline.run import plan_job
 from pipeline.settings import JobSettings
 from tests.report.browser import opened
 from tests.report.run_sample import EVIL_ID

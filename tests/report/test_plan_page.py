@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pipeline.run import plan_job, write_plan_page
+from pipeline.plan_files import write_plan_page
+from pipeline.run import plan_job
 from pipeline.settings import JobSettings
 from tests.job.test_documents import write_rows
 from tests.tiny_job import write_prompts

@@ -8,8 +8,9 @@ from typing import Any
 import polars as pl
 
 from pipeline.location import Location
+from pipeline.plan_files import write_plan_page
 from pipeline.report.scores import measure_scores
-from pipeline.run import plan_job, run_job, write_plan_page, write_report
+from pipeline.run import plan_job, run_job, write_report
 from pipeline.storage.schema import OUTPUT_FIELDS, SCORE_FIELDS
 from tests.test_scores import settings_of, write_rows
 from tests.tiny_job import write_model, write_prompts
