@@ -1,7 +1,7 @@
 """All that can be found wrong with a job before its first row is read, in one list.
 
 What needs the input's columns, the tokenizer or the model's config is checked when these are
-opened, by `job.open_job`; what needs the device, while it is taken.
+opened, by `job.open_job` with `job/job_checks.py`; what needs the device, while it is taken.
 """
 
 from __future__ import annotations

@@ -12,29 +12,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.constraint_settings import CONSTRAINTS
-from pipeline.errors import CoppiceError, ModelError, UsageError
-from pipeline.forms import flag_of
-from pipeline.generation import PLAIN, RULES, ids_of, resolve_sampling, why_not_by_vllm
-from pipeline.inputs.columns import ColumnMap
+from pipeline.errors import CoppiceError
+from pipeline.generation import PLAIN, RULES, resolve_sampling
 from pipeline.inputs.input_files import InputFile, Stamps, stamp_input
 from pipeline.inputs.parquet_copies import ParquetCopies
 from pipeline.inputs.prompt_source import PromptSource, open_source
 from pipeline.job.answer_texts import Said, decode_answers
+from pipeline.job.asking import ask
 from pipeline.job.eviction_budget import check_eviction, eviction_of
 from pipeline.job.field_ordering import FieldSaving, order_fields
+from pipeline.job.job_checks import (
+    check_constraint,
+    check_documents,
+    check_generation,
+    check_overlong,
+)
 from pipeline.job.prepare import Limits, Preparation, Preparing
 from pipeline.job.prepare_scores import ScorePreparation
-from pipeline.job.question_labels import check_labels
-from pipeline.job.question_ordering import (
-    QuestionSaving,
-    order_questions,
-    question_figures,
-)
+from pipeline.job.question_ordering import QuestionSaving, question_figures
 from pipeline.job.request_limits import RequestLimits
 from pipeline.location import Location
 from pipeline.model.adapter import Adapter, adapter_of, reuse_of
-from pipeline.model.families import why_documents_stay
 from pipeline.model.folder import check_model_folder, find_model_folder
 from pipeline.model.hub import check_model_exists
 from pipeline.model.identity import describe_versions, fingerprint_fields, identify_model
@@ -156,7 +154,7 @@ class Job:
             0 if reuse is None else reuse.soft_tokens_per_document,
             self.source.columns.has_segments,
             self.source.turns is not None,
-            request_limits(self.settings, self.shape, self.source.columns),
+            RequestLimits.of(self.settings, self.shape, self.source.columns),
         )
         if self.source.columns.scored is not None:
             return ScorePreparation(self.tokenizer, limits)
@@ -206,19 +204,6 @@ class Job:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def request_limits(
-    settings: JobSettings, shape: ModelShape | None, columns: ColumnMap | None = None
-) -> RequestLimits:
-    """What rows may ask for; `columns` None: as far as the settings say."""
-    single = ""
-    if columns is not None and columns.conversation is not None:
-        single = "the next turn of a conversation follows one answer"
-    elif settings.reuse.moves_documents:
-        single = f"--reuse {settings.reuse.reuse} computes a row with documents once"
-    no_logprobs = "the echo engine has none" if settings.model.engine == "echo" else ""
-    return RequestLimits(None if shape is None else shape.vocabulary_size, single, no_logprobs)
-
-
 def open_job(input: str, settings: JobSettings) -> Job:
     """Open input, tokenizer and model config.
 
@@ -237,11 +222,7 @@ def open_job(input: str, settings: JobSettings) -> Job:
         settings.conversations,
         settings.scoring,
     )
-    if source.columns.has_segments and settings.plan.on_overlong == "truncate-left":
-        raise UsageError(
-            "--on-overlong truncate-left would cut preambles and documents away from prompts in "
-            "segments; choose error, and shorten the rows that it names"
-        )
+    check_overlong(source.columns, settings)
     check_model_folder(model)
     tokenizer = PromptTokenizer.load(model.model, model.revision, settings.tokens)
     tokenizer.check_fits(are_messages=source.columns.messages is not None)
@@ -250,50 +231,26 @@ def open_job(input: str, settings: JobSettings) -> Job:
     reasoning, source = _find_parts_of_answers(tokenizer, source, settings)
     shape = _read_shape(model)
     if shape is not None:
-        _check_generation(settings, shape)
+        check_generation(settings, shape)
     fields = None
     if settings.read.reorder_fields:
         order, fields = order_fields(source, settings.plan.plan_memory, is_applied=True)
         source = source.with_field_order(order)
     asking = None
     if source.columns.questions:
-        source, asking = _ask(source, settings, tokenizer)
+        source, asking = ask(source, settings, tokenizer)
     if asking is not None:
         scoring = settings.scoring.model_copy(update={"question_order": asking.order})
         settings = settings.model_copy(update={"scoring": scoring})
     job = Job(input, settings, source, tokenizer, shape, fields, stamps, asking, reasoning)
-    _check_documents(job)
-    _check_constraint(job)
+    check_documents(settings, job.reuse, shape)  # reads the adapter, which may not fit
+    check_constraint(settings, tokenizer, job.checker)
     if source.columns.conversation is None:
         return job
     if job.later_turns is not None:
         job.later_turns.check()
     check_eviction(settings, shape, tokenizer)
     return replace(job, source=source.with_turns())
-
-
-def _ask(
-    source: PromptSource, settings: JobSettings, tokenizer: PromptTokenizer
-) -> tuple[PromptSource, QuestionSaving | None]:
-    """The same rows, asked as the settings say; what the order saves, where these leave it open.
-
-    Raises UsageError.
-    """
-    sheet = None if source.columns.scored is None else source.columns.scored.sheet
-    assert sheet is not None
-    are_messages, is_chat = source.columns.messages is not None, settings.tokens.apply_chat_template
-    if sheet.answer is not None and (are_messages or is_chat):
-        raise UsageError(
-            f"{settings.scoring.questions}: 'answer' stands before the label of a plain text, and "
-            "here the chat template's generation prompt does; leave it out"
-        )
-    sheet = sheet.model_copy(update={"is_chat": is_chat})
-    check_labels(sheet, tokenizer, are_messages)
-    source = source.with_sheet(sheet)
-    if settings.scoring.question_order != "auto":
-        return source, None
-    asking = order_questions(source)
-    return source.with_sheet(sheet.ordered(asking.order)), asking
 
 
 def _find_parts_of_answers(
@@ -309,32 +266,6 @@ def _find_parts_of_answers(
     return reasoning, source.with_answers(reasoning is not None, calls)
 
 
-def _check_documents(job: Job) -> None:
-    """Raises ModelError where the model or the adapter cannot do with documents what is asked."""
-    reason = (
-        None if job.reuse is None or job.shape is None else why_documents_stay(job.shape.family)
-    )
-    if reason is not None:
-        raise ModelError(f"{job.settings.model.model}: {reason}")
-
-
-def _check_constraint(job: Job) -> None:
-    """Raises UsageError where answers cannot be held to what the settings say."""
-    asked = job.settings.sampling
-    if asked.thinking_budget is not None and job.tokenizer.grammars.tags is None:
-        raise UsageError(
-            f"--thinking-budget: the tokenizer of {job.settings.model.model} has no tags between "
-            "which the model thinks; leave it out"
-        )
-    if not asked.constraint:
-        return
-    checked = job.checker.check([asked.constraint])[asked.constraint]
-    if checked.reason is not None:
-        flag = next(flag_of(name) for name in CONSTRAINTS if getattr(asked, name) is not None)
-        detail = f" ({checked.detail})" if checked.detail else ""
-        raise UsageError(f"{flag}: {checked.reason}{detail}")
-
-
 def _stamp_files(settings: JobSettings) -> Stamps:
     """Of the files of the model, of an adapter, of templates and questions, by path."""
     folder = find_model_folder(settings.model)
@@ -342,28 +273,6 @@ def _stamp_files(settings: JobSettings) -> Stamps:
     folders = filter(None, (folder, settings.reuse.adapter))
     paths = [*filter(None, named), *(path for some in folders for path in some.rglob("*"))]
     return {str(path): InputFile.local(path).stamp() for path in paths if path.is_file()}
-
-
-def _check_generation(settings: JobSettings, shape: ModelShape) -> None:
-    """Raises UsageError where the model's defaults ask for what cannot be done."""
-    sampling, own = settings.sampling, shape.generation_config
-    try:
-        params = resolve_sampling(sampling, own, {})
-    except ValueError as error:
-        raise UsageError(f"{settings.model.model}: {error}") from None
-    reason = why_not_by_vllm(params) if settings.model.engine == "vllm" else None
-    if reason:
-        raise UsageError(f"{settings.model.model}: {reason}")
-    try:
-        request_limits(settings, shape).apply(params, lambda word: [0])  # words are rows' affair
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    strange = ids_of(params.rules) - set(range(shape.vocabulary_size))
-    if strange:
-        raise UsageError(
-            f"{settings.model.model}: generation_config.json (or --generation-options) names the "
-            f"token id {min(strange)}, but the model knows {shape.vocabulary_size} ids"
-        )
 
 
 def _read_shape(settings: ModelSettings) -> ModelShape | None:

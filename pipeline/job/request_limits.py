@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from pipeline.inputs.columns import ColumnMap
 from pipeline.records import SamplingParams
 from pipeline.request_rules import read_asked, with_bad_words
+from pipeline.settings import JobSettings
+
+if TYPE_CHECKING:
+    from pipeline.model.shape import ModelShape
 
 EncodeWord = Callable[[str], Sequence[int]]
 """The token ids of a text, without those that begin or end every text."""
@@ -24,6 +30,19 @@ class RequestLimits:
     vocabulary_size: int | None = None
     single: str = ""
     no_logprobs: str = ""
+
+    @classmethod
+    def of(
+        cls, settings: JobSettings, shape: ModelShape | None, columns: ColumnMap | None = None
+    ) -> RequestLimits:
+        """Those of a job; `columns` None: as far as the settings say."""
+        single = ""
+        if columns is not None and columns.conversation is not None:
+            single = "the next turn of a conversation follows one answer"
+        elif settings.reuse.moves_documents:
+            single = f"--reuse {settings.reuse.reuse} computes a row with documents once"
+        no_logprobs = "the echo engine has none" if settings.model.engine == "echo" else ""
+        return cls(None if shape is None else shape.vocabulary_size, single, no_logprobs)
 
     def apply(self, params: SamplingParams, encode: EncodeWord) -> SamplingParams:
         """The same parameters with all ids that they need. Raises ValueError that names a field."""
