@@ -21,6 +21,8 @@ from pipeline.inputs.column_types import (
     is_segments,
     is_texts,
 )
+from pipeline.inputs.content_columns import find_content
+from pipeline.inputs.named_columns import find_column
 from pipeline.inputs.request_fields import AMBIGUOUS, OBEYED
 from pipeline.prompt_settings import ReadSettings
 from pipeline.questions import Question
@@ -29,7 +31,6 @@ from pipeline.storage.plain_types import is_text
 REFUSED_COLUMN = "coppice_refused"
 """In a copy of JSON lines: why the row cannot run, null where it can. Never in the output."""
 _OPTIONAL = ("max_new_tokens", "sampling_params", "tenant", REFUSED_COLUMN)
-_MOST_NAMES = 20  # column names listed in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ def find_columns(
         raise InputError(f"{name} has the column {twice[0]!r} twice; rename one of the two")
     content: dict[str, str] = {}
     if template is None:
-        content = _find_content(schema, settings, name, wants_segments)
+        content = find_content(schema, settings, name, wants_segments)
     columns = ColumnMap(
         prompt=content.get("prompt"),
         messages=content.get("messages"),
@@ -202,75 +203,6 @@ def _turn_fields(schema: pa.Schema, messages: str | None) -> tuple[str, ...]:
         return ()
     further = (field for field in kind.value_type if field.name not in TURN_FIELDS)
     return tuple(f.name for f in further if not (is_text(f.type) or pa.types.is_null(f.type)))
-
-
-def _find_content(
-    schema: pa.Schema, settings: ReadSettings, name: str, wants_segments: bool
-) -> dict[str, str]:
-    """What prompts are made of, by part. A column of documents that nobody asks for is none."""
-    said = {
-        part: column for part in ("prompt", "messages", "segments", "documents")
-        if (column := getattr(settings, f"{part}_column"))
-    }  # fmt: skip
-    _check_said(said, wants_segments)
-    for part, column in said.items():
-        find_column(schema, column, (), f"--{part}-column", name)
-    found = {part: part for part in ("prompt", "messages", "segments") if part in schema.names}
-    if wants_segments and "documents" in schema.names:
-        found["documents"] = "documents"
-    choice: tuple[str, ...] = tuple(said)[:1]
-    if "documents" in said or said.keys() == {"prompt"} and "documents" in found:
-        choice = ("prompt", "documents")
-    elif not said and wants_segments:
-        choice = ("segments",) if "segments" in found else ("prompt", "documents")
-    elif not said:
-        choice = tuple(found)[:1]
-    columns = {part: column for part in choice if (column := said.get(part) or found.get(part))}
-    if not choice or len(columns) < len(choice):
-        raise _without_content(schema, name, wants_segments)
-    return columns
-
-
-def _check_said(said: dict[str, str], wants_segments: bool) -> None:
-    """Raises InputError where the flags exclude each other."""
-    alone = [f"--{part}-column" for part in said if part != "documents"]
-    if len(alone) > 1:
-        raise InputError(f"{alone[0]} and {alone[1]} exclude each other; drop one")
-    if "documents" in said and alone and "prompt" not in said:
-        raise InputError(f"--documents-column and {alone[0]} exclude each other; drop one")
-
-
-def _without_content(schema: pa.Schema, name: str, wants_segments: bool) -> InputError:
-    if wants_segments:
-        return InputError(
-            f"{name} has neither a column 'segments' nor 'documents' beside 'prompt' (it has "
-            f"{listed(schema)}), which --reuse and --document-order need; name yours with "
-            "--segments-column, or with --documents-column and --prompt-column"
-        )
-    return InputError(
-        f"{name} has neither a column 'prompt' nor 'messages' (it has {listed(schema)}); "
-        "name yours with --prompt-column or --messages-column"
-    )
-
-
-def find_column(
-    schema: pa.Schema, asked: str | None, usual: tuple[str, ...], flag: str, name: str
-) -> str | None:
-    """The column of this name, or the first of the usual ones that is there. Raises InputError."""
-    if asked is None:
-        return next((column for column in usual if column in schema.names), None)
-    if asked not in schema.names:
-        raise InputError(
-            f"{name} has no column {asked!r} (it has {listed(schema)}); correct {flag}"
-        )
-    return asked
-
-
-def listed(schema: pa.Schema) -> str:
-    """The names of the columns, or of the first of them, for a message."""
-    names = [repr(column) for column in schema.names[:_MOST_NAMES]]
-    more = len(schema.names) - len(names)
-    return (", ".join(names) or "no column at all") + (f" and {more} more" if more > 0 else "")
 
 
 def _check_types(schema: pa.Schema, columns: ColumnMap, name: str) -> None:

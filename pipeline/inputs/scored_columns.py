@@ -9,7 +9,8 @@ import pyarrow as pa
 from pipeline.errors import InputError, UsageError
 from pipeline.inputs.choices import Choices
 from pipeline.inputs.column_types import is_texts
-from pipeline.inputs.columns import ColumnMap, find_column
+from pipeline.inputs.columns import ColumnMap
+from pipeline.inputs.named_columns import find_column
 from pipeline.inputs.question_texts import QuestionTexts
 from pipeline.inputs.questions_file import read_questions
 from pipeline.scoring_settings import ScoringSettings

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from pipeline.conversation_settings import ConversationSettings
 from pipeline.errors import InputError
-from pipeline.inputs.columns import ColumnMap, find_column, listed
+from pipeline.inputs.columns import ColumnMap
+from pipeline.inputs.named_columns import find_column, listed
 from pipeline.prompts import PromptBatch, Rejected, TurnPrompt
 from pipeline.storage.plain_types import is_text
 
