@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.audit.answer_schemas import hold_to_schemas
 from pipeline.audit.answer_texts import cosine_of_rows
+from pipeline.audit.audit_inputs import audit_inputs
 from pipeline.audit.baselines import (
     judging,
     load_baseline,
@@ -30,13 +31,11 @@ from pipeline.audit.baselines import (
     way_of,
 )
 from pipeline.audit.constraint_faults import plant_constraint_faults
-from pipeline.audit.document_order import in_order_of_run
 from pipeline.audit.evidence import NO_EVIDENCE, Evidence
 from pipeline.audit.gate import seed_of_output
-from pipeline.audit.histories import Histories
 from pipeline.audit.logprobs import check_logprobs
 from pipeline.audit.reopened_job import check_same, reopen_job
-from pipeline.audit.replay import AuditInput, RowAudit, Tier
+from pipeline.audit.replay import RowAudit, Tier
 from pipeline.audit.replays import free_rows, replay_rows, replayable
 from pipeline.audit.sample import candidate_rows, choose_rows
 from pipeline.audit.samples import read_answers
@@ -48,19 +47,17 @@ from pipeline.engine.base import Deviation, EngineCapabilities
 from pipeline.errors import RunDirectoryError, UsageError
 from pipeline.job.device_lock import holding_device
 from pipeline.job.job import Job
-from pipeline.job.noise_names import noise_name
 from pipeline.job.observer import Observer, SilentObserver
 from pipeline.job.reading import select_rows
 from pipeline.job.stopping import interruptible
 from pipeline.location import Location
-from pipeline.plan.plan import noise_key
 from pipeline.settings import AuditSettings
 from pipeline.storage.run_directory import RunDirectory
 from pipeline.storage.run_location import reading_run
 from pipeline.storage.summaries import AUDIT_SUMMARY
 
 if TYPE_CHECKING:
-    from pipeline.model.model import LoadedModel
+    pass
 
 _EMBEDDED_CHARACTERS = 400
 
@@ -176,7 +173,7 @@ def _look_at_answers(asked: _Asked, chosen: pl.DataFrame) -> _Found:
     modes = mode_baselines(job, directory, baseline)
     judge = judging(baseline, modes)
     tier = tier_of(job.settings, loaded)
-    inputs = _audit_inputs(job, directory, chosen, loaded)
+    inputs = audit_inputs(job, directory, chosen, loaded)
     chosen, inputs = replayable(ran, chosen, inputs, observer)
     replay_started = time.monotonic()
     free = free_rows(inputs, settings, seed)
@@ -239,56 +236,6 @@ def _choose(
 
     size = settings.num_rows(len(candidates))
     return choose_rows(candidates, size, seed, None if encoder is None else embed)
-
-
-def _audit_inputs(
-    job: Job, directory: RunDirectory, chosen: pl.DataFrame, loaded: LoadedModel
-) -> list[AuditInput]:
-    """Row by row; prompt ids are made anew from the input, those of turns with what was said
-    before them."""
-    from pipeline.engine.guides import over_at  # brings torch
-
-    histories = Histories(job, directory, chosen["row_index"].to_list())
-    batch = select_rows(job, histories.rows)
-    prepared = job.preparation().prepare(batch)
-    if job.settings.reuse.document_order == "best":
-        prepared = in_order_of_run(directory, histories.rows, prepared)
-    prompts = prepared.prompts
-    place = {row: place for place, row in enumerate(histories.rows)}
-    added = dict(zip(histories.rows, prompts, strict=True))
-    params_of = dict(zip(histories.rows, prepared.params, strict=True))
-    system_tokens = {histories.rows[at]: count for at, count in prepared.system_tokens.items()}
-    eos = frozenset(loaded.shape.eos_token_ids)
-    inputs: list[AuditInput] = []
-    for answer in chosen.iter_rows(named=True):
-        at = place[answer["row_index"]]
-        name = noise_name(job.source.columns, batch.ids[at], answer["row_index"], prompts[at])
-        prompt = histories.prompt(answer["row_index"], added)
-        params = histories.fit(prepared.params[at], len(prompt))
-        prompt = prompt[: len(prompt) - len(params.opening)]
-        lengths = _without_opening(prepared.segments.get(at, ()), len(params.opening))
-        params = params.without_opening()
-        output = answer["completion_token_ids"]
-        row = AuditInput(
-            row_index=answer["row_index"],
-            prompt=prompt.tolist(),
-            output=output,
-            params=params,
-            finish_reason=answer["finish_reason"],
-            noise_key=0 if params.is_greedy else noise_key(params.seed, name, answer["sample"]),
-            eos_token_ids=eos,
-            is_stopped=job.tokenizer.answers.is_stopped,
-            lengths=lengths,
-            story=histories.story(answer["row_index"], output, added, params_of, system_tokens),
-            over_at=over_at(job.tokenizer.grammars, params, prompt.tolist(), output, eos),
-        )
-        inputs.append(row)
-    return inputs
-
-
-def _without_opening(lengths: Sequence[int], opening: int) -> tuple[int, ...]:
-    """Of segments, the last of which ends with the forced opening of the answer."""
-    return (*lengths[:-1], lengths[-1] - opening) if lengths else ()
 
 
 def describe_audit(run: Location) -> dict[str, Any]:
