@@ -10,6 +10,7 @@ import polars as pl
 
 from pipeline.costs import NO_COSTS, Cost, CostSettings, cost_of_run, price_of
 from pipeline.errors import TooManyDegenerate, TooManyFailedRows
+from pipeline.job.planning import PlannedJob
 from pipeline.settings import JobSettings, WriteSettings
 from pipeline.storage.manifest import notes_of
 from pipeline.storage.run_directory import RunDirectory
@@ -111,7 +112,19 @@ def check_degenerate(allowed: float | None, turns: int, degenerate: int) -> None
         )
 
 
-def sum_sessions(sessions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def count_job(
+    planned: PlannedJob, directory: RunDirectory, sessions: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """The counters of a job after these sessions, by what lies on the disk now."""
+    sums = _sum_sessions(sessions) | _count_committed(directory)
+    sums["rows_in"] = len(planned.rows)
+    sums["prompt_tokens"], sums["unique_tokens"] = planned.count_tokens()
+    if planned.plan.conversations is not None:
+        sums["prompt_tokens"] = _count_prompt_tokens(directory)  # with their histories
+    return sums
+
+
+def _sum_sessions(sessions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What the sessions of a job have counted, together; of older ones, what they counted."""
     sums: dict[str, float] = {name: sum(s.get(name, 0) for s in sessions) for name in _SUMMED}
     sums["peak_kv_bytes"] = max(s.get("peak_kv_bytes", 0) for s in sessions)
@@ -126,7 +139,7 @@ def count_reasons(directory: RunDirectory) -> dict[str, int]:
     return {str(kind): int(rows) for kind, rows in ordered.iter_rows()}
 
 
-def count_committed(directory: RunDirectory) -> dict[str, int]:
+def _count_committed(directory: RunDirectory) -> dict[str, int]:
     """Rows and cached tokens in the committed parts: what is on the disk, not what was meant."""
     ok = pl.col("status") == "ok"
     columns = [
@@ -146,7 +159,7 @@ def count_committed(directory: RunDirectory) -> dict[str, int]:
     return counted
 
 
-def count_prompt_tokens(directory: RunDirectory) -> int:
+def _count_prompt_tokens(directory: RunDirectory) -> int:
     """Prompt tokens of all committed rows, as they were counted when these ran."""
     total = directory.scan().select(pl.col("prompt_tokens").cast(pl.Int64).sum()).collect()
     return int(total.item() or 0)

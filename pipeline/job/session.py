@@ -34,13 +34,7 @@ from pipeline.job.channel import Stages
 from pipeline.job.committed_turns import CommittedTurns
 from pipeline.job.notes import RunNotes, headline
 from pipeline.job.observer import Observer, Snapshot
-from pipeline.job.outcome import (
-    RunOutcome,
-    count_committed,
-    count_prompt_tokens,
-    count_reasons,
-    sum_sessions,
-)
+from pipeline.job.outcome import RunOutcome, count_job, count_reasons
 from pipeline.job.planning import PlannedJob
 from pipeline.job.recorded_plan import check_plan, write_plan
 from pipeline.job.recycling import recycling
@@ -291,11 +285,7 @@ class Session:
             "end": end,
         }
         sessions = [*self._sessions, session]
-        sums = sum_sessions(sessions) | count_committed(self._directory)
-        sums["rows_in"] = len(self._planned.rows)
-        sums["prompt_tokens"], sums["unique_tokens"] = self._planned.count_tokens()
-        if self._planned.plan.conversations is not None:
-            sums["prompt_tokens"] = count_prompt_tokens(self._directory)  # with their histories
+        sums = count_job(self._planned, self._directory, sessions)
         capabilities = asdict(engine.capabilities)
         named = {"name": engine.name, "notes": engine.notes, "capabilities": capabilities}
         ended = {"sessions": sessions, "counters": sums, "engine": named}
