@@ -28,6 +28,7 @@
 #include <memory>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "exp2.h"
@@ -279,9 +280,17 @@ __m512 sum_each(__m512 (&x)[16]) {
                        _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
 }
 
+// `call` with the size of a head; usual sizes as constants, so that loops over them are unrolled.
+template <typename Call>
+void with_size(int64_t d, Call call) {
+  if (d == 64) return call(std::integral_constant<int64_t, 64>());
+  if (d == 128) return call(std::integral_constant<int64_t, 128>());
+  call(d);
+}
+
 // scores [m, kKeys] = q [m, d] . k [n, d]; `room` for 16 keys
-template <typename T, typename O>
-void score_few(int64_t m, int64_t n, int64_t d, const O* q, const T* k, const T* v, O* room,
+template <typename Size, typename T, typename O>
+void score_few(int64_t m, int64_t n, Size d, const O* q, const T* k, const T* v, O* room,
                float* scores) {
   constexpr int64_t step = 64 / sizeof(O);
   for (int64_t first = 0; first < n; first += 16) {
@@ -301,8 +310,8 @@ void score_few(int64_t m, int64_t n, int64_t d, const O* q, const T* k, const T*
 }
 
 // out [m, d] += weights [m, kKeys] . v [n, d]; `next` are keys that will be wanted soon
-template <typename T, typename O>
-void add_few(int64_t m, int64_t n, int64_t d, const O* weights, const T* v, const T* next,
+template <typename Size, typename T, typename O>
+void add_few(int64_t m, int64_t n, Size d, const O* weights, const T* v, const T* next,
              int64_t num_next, O* room, float* out) {
   for (int64_t first = 0; first < n; first += 16) {
     const int64_t count = std::min<int64_t>(16, n - first);
@@ -467,9 +476,11 @@ struct Attention {
       task.weigh(place, block.state + row, lo, std::min(n, now + 1), width, rules);
     };
     if (block.count <= kFew && d % 32 == 0 && (sizeof(O) == 4 || kHasDots)) {
-      score_few(block.count, n, d, q, k, v, task.k.data(), task.s.data());
-      for (int64_t r = 0; r < block.count; ++r) weigh(r, r, padded);
-      add_few(block.count, n, d, task.p.data(), v, k_next, next.n, task.v.data(), o);
+      with_size(d, [&](auto d) {
+        score_few(block.count, n, d, q, k, v, task.k.data(), task.s.data());
+        for (int64_t r = 0; r < block.count; ++r) weigh(r, r, padded);
+        add_few(block.count, n, d, task.p.data(), v, k_next, next.n, task.v.data(), o);
+      });
       return;
     }
     pack_keys(k, n, padded, d, task.k.data());
