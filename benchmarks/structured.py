@@ -31,7 +31,7 @@ from benchmarks.scratch import ROOT
 from benchmarks.setup import Setup, add_options, setup_of
 from benchmarks.structured_arms import Answers, read_ours
 from benchmarks.structured_tasks import SCHEMAS, TASKS, Task
-from pipeline.audit.answer_schemas import fits
+from pipeline.audit.answer_judge import fits
 from pipeline.engine import answering
 from pipeline.engine.base import Engine, RunControl
 from pipeline.engine.load import make_engine

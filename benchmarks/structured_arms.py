@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.launcher import ask_script
 from benchmarks.setup import Setup
-from pipeline.audit.answer_schemas import fits
+from pipeline.audit.answer_judge import fits
 from pipeline.constraints import schema_of
 from pipeline.job.planning import PlannedJob
 from pipeline.records import Completion

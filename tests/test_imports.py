@@ -134,7 +134,7 @@ HOMES = {
     "ray": _rooms("executor.ray_crew"),
     "jinja2": _rooms("namespace", "inputs", "tokens", "report") | {"kvcoppice.evaluation.model"},
     "llguidance": _rooms("tokens.grammar"),
-    "jsonschema": _rooms("tokens.constraint_check", "audit.answer_schemas"),
+    "jsonschema": _rooms("tokens.constraint_check", "audit.answer_judge"),
     "prometheus_client": _rooms("job.metrics_export"),
     "pythonjsonlogger": _rooms("cli.logs"),
     "pyarrow": _rooms(

@@ -1,21 +1,20 @@
-"""Whether answers fit their JSON schemas, by a validator that shares nothing with the masks.
+"""Answers that do not fit their JSON schemas are corrupt, and so are columns that say others.
 
 A schema is a stranger's, and a pattern in it may take for ever, so it is looked at in a process of
-its own. Numbers are held to it as they are written: by floats, 0.07 is no multiple of 0.01.
+its own.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from decimal import Decimal, InvalidOperation, localcontext
 from typing import Final
 
 import polars as pl
 
+from pipeline.audit.answer_judge import DOES_NOT, make_judge
 from pipeline.audit.replay import AuditInput, RowAudit
-from pipeline.confined import Confined, Fault
+from pipeline.confined import Confined
 from pipeline.constraints import schema_of
 from pipeline.job.answer_texts import Said
 from pipeline.job.job import Job
@@ -24,7 +23,6 @@ from pipeline.narrowed_schemas import narrowed
 from pipeline.storage.schema_types import JSON_TEXT, form_of
 
 _SECONDS: Final = 10.0  # for an answer
-_DIGITS: Final = 2_000  # of a number of an answer, and of what it is divided by
 
 
 def hold_to_schemas(
@@ -63,7 +61,7 @@ def _misfits(
     unknown = sum(not isinstance(answer, str) for answer in said)
     if unknown:
         say(f"{unknown} answers could not be held to their schemas, which take too long or are odd")
-    return {row for row, answer in zip(whole, said, strict=True) if answer == _DOES_NOT}
+    return {row for row, answer in zip(whole, said, strict=True) if answer == DOES_NOT}
 
 
 def _misread(job: Job, chosen: pl.DataFrame, inputs: Sequence[AuditInput]) -> set[int]:
@@ -85,49 +83,3 @@ def _misread(job: Job, chosen: pl.DataFrame, inputs: Sequence[AuditInput]) -> se
 
 def _said(row: AuditInput) -> Said:
     return Said(row.prompt, tuple(row.output), row.finish_reason, row.params)
-
-
-_FITS: Final = "fits"
-_DOES_NOT: Final = "does not fit"
-
-
-def make_judge() -> Callable[[tuple[str, str]], str | Fault]:
-    """Of a text and a constraint: whether it fits; runs in the child."""
-
-    def judge(item: tuple[str, str]) -> str | Fault:
-        try:
-            return _FITS if fits(*item) else _DOES_NOT
-        except Exception as error:  # a reference that leads nowhere, a pattern of another dialect
-            return Fault(f"the schema cannot be used ({type(error).__name__})")
-
-    return judge
-
-
-def fits(text: str, constraint: str) -> bool:
-    """Whether a text is JSON that fits the schema of a constraint."""
-    from jsonschema import Draft202012Validator
-    from jsonschema.validators import extend
-
-    validator = extend(
-        Draft202012Validator,
-        type_checker=Draft202012Validator.TYPE_CHECKER.redefine("integer", _is_whole),
-    )
-    schema = json.loads(constraint, parse_float=_number)["json_schema"]
-    try:
-        with localcontext(prec=_DIGITS):
-            return bool(validator(schema).is_valid(json.loads(text, parse_float=_number)))
-    except (ValueError, RecursionError):
-        return False
-
-
-def _number(text: str) -> Decimal | float:
-    try:
-        return Decimal(text)
-    except InvalidOperation:  # of an exponent with twenty digits
-        return float(text)
-
-
-def _is_whole(_: object, value: object) -> bool:
-    if isinstance(value, Decimal):
-        return value == value.to_integral_value()
-    return isinstance(value, int) and not isinstance(value, bool)

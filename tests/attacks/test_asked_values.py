@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import constraints
-from pipeline.audit.answer_schemas import fits
+from pipeline.audit.answer_judge import fits
 from pipeline.audit.auditing import audit_run
 from pipeline.errors import UsageError
 from pipeline.location import Location
