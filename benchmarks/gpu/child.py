@@ -115,6 +115,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+        from benchmarks.gpu.interpreted import interpret_quickly
+
+        interpret_quickly()
     bench = Bench(args.out, args.dry, time.monotonic() + args.seconds)
     for name in args.stages:
         print(json.dumps({"begins": name}), flush=True)

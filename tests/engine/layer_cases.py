@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.gpu.interpreted import interpret_quickly
 from pipeline.engine.backend import choose_backend
 from pipeline.engine.base import RunControl
 from pipeline.engine.kernels.layer_rules import (
@@ -41,6 +42,7 @@ from tests.engine import tiny
 # Triton 3.6's interpreter makes numbers of arrays of one element, which numpy 2.3 warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
 
+interpret_quickly()
 NAN = float("nan")
 MARGIN = 64
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

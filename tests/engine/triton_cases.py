@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime import interpreter
 
+from benchmarks.gpu.interpreted import interpret_quickly
 from pipeline.engine.backend import Backend
 from pipeline.engine.base import RunControl
 from pipeline.engine.forward import TransformersForward
@@ -65,6 +66,7 @@ def _to_float32(x: Any) -> Any:
     return interpreter.TensorHandle(wide, tl.float32)
 
 
+interpret_quickly()
 interpreter.InterpreterBuilder.create_dot = _dot_bfloat16_as_float32
 triton_kernel._KEY_BLOCK_BYTES = 1  # blocks of the fewest keys, 16, so that small items need many
 
