@@ -17,7 +17,7 @@ from benchmarks.study import Cell
 
 _MADE_UP: dict[str, Callable[[int], Prompts]] = {
     # 64 x (1,024 + 32)
-    "shared_64": lambda vocabulary: shared_prompts(64, 1024, 32, vocabulary),
+    "shared_64": lambda v: shared_prompts(64, 1024, 32, v),
     # one preamble, examples of 27 tasks: 950 tokens, 89 % of them shared
     "worked_examples": lambda v: layered_prompts(150, [(1, 573), (27, 337), (150, 40)], v),
     # questions about 15 tables: 700 tokens, 90 %
@@ -29,9 +29,8 @@ _MADE_UP: dict[str, Callable[[int], Prompts]] = {
     "short_instructions": lambda v: distinct_prompts(120, (60, 121), v, seed=1),
     "no_sharing": lambda v: distinct_prompts(100, (100, 141), v),
 }
-_REAL = ("gsm8k_8shot", "squad_passages")
-CASES = (*_MADE_UP, *_REAL)
-_IN_GROUPS = {"worked_examples", "tables", "long_documents", "histories"}
+CASES = (*_MADE_UP, "gsm8k_8shot", "squad_passages")
+_IN_NO_GROUPS = ("shared_64", "short_instructions", "no_sharing", "gsm8k_8shot")
 
 
 def make_cell(case: str, setup: Setup) -> Cell:
@@ -44,4 +43,4 @@ def make_cell(case: str, setup: Setup) -> Cell:
 
 def has_groups(case: str) -> bool:
     """Whether rows share in groups, so that their order can matter to a prefix cache."""
-    return case in _IN_GROUPS or case not in (*_MADE_UP, "gsm8k_8shot")
+    return case not in _IN_NO_GROUPS

@@ -18,6 +18,12 @@ inline __m512 load_floats(const c10::BFloat16* from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
 
+// Of 16 pairs of bfloat16, all first ones or all second ones as floats.
+inline __m512 widen_one(__m512i pairs, bool second) {
+  return _mm512_castsi512_ps(second ? _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000))
+                                    : _mm512_slli_epi32(pairs, 16));
+}
+
 inline void store_floats(__m512 x, float* to) { _mm512_storeu_ps(to, x); }
 
 inline void store_floats(__m512 x, c10::BFloat16* to) {

@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "floats.h"
+
 namespace coppice {
 
 // How many rows and vectors of 16 columns are summed at a time: they fill the registers, and the
@@ -35,9 +37,7 @@ struct Block<c10::BFloat16> {
   static constexpr int64_t kStep = 2;
 
   static __m512 load(const c10::BFloat16* b, int64_t part) {
-    const __m512i pairs = _mm512_loadu_si512(b);
-    return _mm512_castsi512_ps(part ? _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000))
-                                    : _mm512_slli_epi32(pairs, 16));
+    return widen_one(_mm512_loadu_si512(b), part);
   }
 };
 

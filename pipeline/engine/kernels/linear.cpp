@@ -5,15 +5,15 @@
 //
 //   float32    sums = x . w                             by chains of FMA (gemm.h), in one order
 //              y = sums + b
-//   bfloat16   the same, x and w widened to float32, where that is faster (bfloat16.h), else by
+//   bfloat16   the same, x and w widened to float32, where that is faster (bfloat16.cpp), else by
 //              brgemm (oneDNN, so by AVX-512 BF16 or AMX), a piece of the depth after another
 //   int8       q = round(x / scale of the token)        in [-127, 127]; scale = largest |x| / 127
 //              sums = q . w                             int32, exact in any order
 //              y = sums * scale of x * scale of w + b
 //
 // then the epilogue in float32, rounded once. int8 is what `Int8Linear` of model/int8.py computes, by
-// brgemm (VNNI or AMX); it multiplies unsigned by signed bytes: q is kept as q + 128, and 128 times the sum of each
-// row of W is taken off again.
+// brgemm (VNNI or AMX), which multiplies unsigned by signed bytes: q is kept as q + 128, and 128 times
+// the sum of each row of W is taken off again.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
@@ -97,7 +97,7 @@ void quantize(const Tensor& x, Tokens& tokens) {
   });
 }
 
-// ---------------------------------------------------------------- the two kinds
+// ---------------------------------------------------------------- kinds of layers
 
 // A GEMM of `rows` tokens, given a function of (first token, tokens). oneDNN compiles every shape
 // once, so few are asked for.
@@ -115,23 +115,9 @@ struct Brgemm {
 
 struct Nothing {};
 
-// W: float or BFloat16
-template <typename W>
-struct FloatLayer {
+struct Biased {
   using Sum = float;
-  using Library = Nothing;
-  static constexpr int64_t kStep = coppice::Block<W>::kRows;
-  std::shared_ptr<float[]> widened;  // what x is, unless it was float32
-  const float* x;                    // [N, K]
-  int64_t k;
-  const W* blocks;    // [B, K / n, 64, n], n = 1 or 2
   const float* bias;  // [B, 64]
-
-  // sums [rows, 64] of tokens from `low` on and one block
-  void multiply(int64_t low, int64_t rows, int64_t block, float* sums) const {
-    coppice::multiply(rows, kWide, k, x + low * k, k, blocks + block * k * kWide, kWide, sums, kWide,
-                      /*add=*/false);
-  }
 
   // 16 outputs of a token, from `column` on, before the epilogue
   __m512 outputs(const float* sums, int64_t, int64_t column) const {
@@ -139,14 +125,29 @@ struct FloatLayer {
   }
 };
 
-struct BFloat16Layer {
-  using Sum = float;
+// W: float or BFloat16
+template <typename W>
+struct FloatLayer : Biased {
+  using Library = Nothing;
+  static constexpr int64_t kLeast = coppice::Block<W>::kRows;  // tokens of a task, or a multiple
+  std::shared_ptr<float[]> widened;  // what x is, unless it was float32
+  const float* x;                    // [N, K]
+  int64_t k;
+  const W* blocks;  // [B, K / n, 64, n], n = 1 or 2
+
+  // sums [rows, 64] of tokens from `low` on and one block
+  void multiply(int64_t low, int64_t rows, int64_t block, float* sums) const {
+    coppice::multiply(rows, kWide, k, x + low * k, k, blocks + block * k * kWide, kWide, sums, kWide,
+                      /*add=*/false);
+  }
+};
+
+struct BFloat16Layer : Biased {
   using Library = Brgemm;
-  static constexpr int64_t kStep = kTokens / 3;
-  const BFloat16* x;       // [N, K]
+  static constexpr int64_t kLeast = kStep;
+  const BFloat16* x;  // [N, K]
   int64_t k;
   const BFloat16* blocks;  // [B, K / 2, 64, 2]
-  const float* bias;       // [B, 64]
 
   void multiply(int64_t low, int64_t rows, int64_t block, float* sums) const {
     const BFloat16 *from = x + low * k, *w = blocks + block * k * kWide;
@@ -157,16 +158,12 @@ struct BFloat16Layer {
                                     sums + first * kWide, /*is_vnni=*/true);
       });
   }
-
-  __m512 outputs(const float* sums, int64_t, int64_t column) const {
-    return _mm512_add_ps(_mm512_loadu_ps(sums), _mm512_loadu_ps(bias + column));
-  }
 };
 
 struct Int8Layer {
   using Sum = int32_t;
   using Library = Brgemm;
-  static constexpr int64_t kStep = kTokens / 3;
+  static constexpr int64_t kLeast = kStep;
   std::shared_ptr<Tokens> tokens;
   int64_t k;
   const int8_t* blocks;  // [B, K / 4, 64, 4]
@@ -217,7 +214,7 @@ struct Sums {
 template <Epilogue kEpilogue, typename Layer, typename T>
 void run(const Layer& layer, const T* other, T* out, int64_t n, int64_t m, const Kept& kept) {
   constexpr bool kGated = kEpilogue == Epilogue::kGated;
-  constexpr int64_t kLeast = Layer::kStep;
+  constexpr int64_t kLeast = Layer::kLeast;
   if (!n) return;
   const int64_t blocks = (m + kWide - 1) / kWide, threads = coppice::num_threads();
   int64_t tall = kTokens;
@@ -305,8 +302,8 @@ Tensor make_out(const Tensor& x, const Tensor& blocks, int64_t outputs,
                                         int64_t outputs, const std::optional<Tensor>& other,
                                         bool is_gated) {
   Tensor out = make_out(x, blocks, outputs, other);
-  const BFloat16Layer layer{x.const_data_ptr<BFloat16>(), x.size(1),
-                            blocks.const_data_ptr<BFloat16>(), bias.const_data_ptr<float>()};
+  const BFloat16Layer layer{{bias.const_data_ptr<float>()}, x.const_data_ptr<BFloat16>(), x.size(1),
+                            blocks.const_data_ptr<BFloat16>()};
   apply<BFloat16>(layer, other, is_gated, out, {x.storage(), blocks.storage()});
   return out;
 }
@@ -315,8 +312,8 @@ Tensor widened_linear(const Tensor& x, const Tensor& blocks, const Tensor& bias,
                       const std::optional<Tensor>& other, bool is_gated) {
   Tensor out = make_out(x, blocks, outputs, other);
   const auto widened = widen(x);
-  const FloatLayer<BFloat16> layer{widened, widened.get(), x.size(1),
-                                   blocks.const_data_ptr<BFloat16>(), bias.const_data_ptr<float>()};
+  const FloatLayer<BFloat16> layer{{bias.const_data_ptr<float>()}, widened, widened.get(),
+                                   x.size(1), blocks.const_data_ptr<BFloat16>()};
   apply<BFloat16>(layer, other, is_gated, out, {blocks.storage()});
   return out;
 }
@@ -324,8 +321,8 @@ Tensor widened_linear(const Tensor& x, const Tensor& blocks, const Tensor& bias,
 Tensor float32_linear(const Tensor& x, const Tensor& blocks, const Tensor& bias, int64_t outputs,
                       const std::optional<Tensor>& other, bool is_gated) {
   Tensor out = make_out(x, blocks, outputs, other);
-  const FloatLayer<float> layer{nullptr, x.const_data_ptr<float>(), x.size(1),
-                                blocks.const_data_ptr<float>(), bias.const_data_ptr<float>()};
+  const FloatLayer<float> layer{{bias.const_data_ptr<float>()}, nullptr, x.const_data_ptr<float>(),
+                                x.size(1), blocks.const_data_ptr<float>()};
   apply<float>(layer, other, is_gated, out, {x.storage(), blocks.storage()});
   return out;
 }

@@ -45,6 +45,7 @@ using coppice::Kept;
 using coppice::kLog2E;
 using coppice::kUnseen;
 using coppice::load_floats;
+using coppice::multiply;
 using coppice::Rules;
 using coppice::Span;
 using Vec = at::vec::Vectorized<float>;
@@ -153,9 +154,8 @@ void pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, float* t
     for (int64_t i = 0; i < padded; i += kLanes) {
       const __m512i both = _mm512_loadu_si512(pairs + j * kKeys + i);
       float* even = to + 2 * j * kKeys + i;
-      _mm512_storeu_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)));
-      _mm512_storeu_ps(even + kKeys, _mm512_castsi512_ps(_mm512_and_si512(
-                                         both, _mm512_set1_epi32(0xffff0000))));
+      _mm512_storeu_ps(even, coppice::widen_one(both, false));
+      _mm512_storeu_ps(even + kKeys, coppice::widen_one(both, true));
     }
 }
 
@@ -200,13 +200,8 @@ void pack_values(const BFloat16* v, int64_t n, int64_t padded, int64_t d, BFloat
   std::fill(pairs + filled * d, pairs + padded * d, 0);
 }
 
-// C = A B (+ C)
-void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
-              int64_t ldb, float* c, int64_t ldc, bool add) {
-  coppice::multiply(m, n, k, a, lda, b, ldb, c, ldc, add);
-}
-
-// oneDNN compiles every shape once, so only few shapes are asked for.
+// C = A B (+ C), as gemm.h has it of float32. oneDNN compiles every shape once, so only few shapes are
+// asked for.
 void multiply(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b,
               int64_t ldb, float* c, int64_t ldc, bool add) {
   const int64_t whole = m / 16 * 16;
@@ -646,7 +641,6 @@ std::tuple<Tensor, Tensor> largest_of_rows(const Tensor& x) {
 // Rotate `x` [d] by cos, sin [rotary]: pairs (j, j + rotary / 2), as in Llama.
 void rotate(float* x, const float* cos, const float* sin, int64_t rotary) {
   const int64_t half = rotary / 2;
-#pragma GCC ivdep
   for (int64_t j = 0; j < half; ++j) {
     const float a = x[j], b = x[j + half];
     x[j] = a * cos[j] - b * sin[j];
