@@ -274,6 +274,18 @@ def test_tiles_hold_every_query_of_every_span_once(
     assert tiles[:, 0].tolist() == list(range(0, 150, tile_tokens)) and tiles[-1, 1] == 150
 
 
+def test_spans_of_the_same_queries_that_go_on_are_one_of_a_tile() -> None:
+    """Not where a slot or a position is missing between them, nor where only some queries see both."""
+    chain = [[0, 40, 0, 10, 0], [0, 40, 30, 40, 99], [0, 40, 10, 25, 10], [0, 30, 25, 30, 25]]
+    cut, tiles = cut_tiles(np.array(chain), 40, 16)
+    assert cut.tolist() == [
+        [0, 16, 0, 30, 0], [0, 16, 30, 40, 99],
+        [16, 30, 25, 30, 25], [16, 32, 0, 25, 0], [16, 32, 30, 40, 99],
+        [32, 40, 0, 25, 0], [32, 40, 30, 40, 99],
+    ]  # fmt: skip
+    assert tiles.tolist() == [[0, 16, 0, 2], [16, 32, 2, 5], [32, 40, 5, 7]]
+
+
 def test_neighbours_that_see_a_span_at_one_position_share_it() -> None:
     """Elsewhere in the frame, or after a gap, it is another one; positions are never counted from
     slots."""

@@ -99,11 +99,27 @@ def cut_tiles(spans: KVSpans, num_tokens: int, tile_tokens: int) -> tuple[KVSpan
     pieces = (spans[:, 1] - 1) // tile_tokens - first + 1
     source = np.repeat(np.arange(len(spans)), pieces)
     tile = first[source] + np.arange(len(source)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    order = np.argsort(tile, kind="stable")
-    cut, tile = spans[source[order]], tile[order]
+    cut = spans[source]
     cut[:, 0] = np.maximum(cut[:, 0], tile * tile_tokens)
     cut[:, 1] = np.minimum(cut[:, 1], (tile + 1) * tile_tokens)
+    cut, tile = _join(cut, tile)
     q_lo = np.arange(0, num_tokens, tile_tokens)
     bounds = np.searchsorted(tile, np.arange(len(q_lo) + 1))
     q_hi = np.minimum(q_lo + tile_tokens, num_tokens)
     return cut, np.stack([q_lo, q_hi, bounds[:-1], bounds[1:]], 1)
+
+
+def _join(spans: KVSpans, tile: NDArray[np.int64]) -> tuple[KVSpans, NDArray[np.int64]]:
+    """Sorted by tile [S]; spans of the same queries whose slots and positions go on are one.
+
+    A conversation's turns lie so: one GEMM of all of them beats many of a few keys.
+    """
+    order = np.lexsort((spans[:, 2], spans[:, 1], spans[:, 0], tile))
+    spans, tile = spans[order], tile[order]
+    q_lo, q_hi, kv_lo, kv_hi, position = spans.T
+    same = np.stack([tile, q_lo, q_hi, position - kv_lo])
+    is_first = np.ones(len(spans), bool)
+    is_first[1:] = (same[:, 1:] != same[:, :-1]).any(0) | (kv_lo[1:] != kv_hi[:-1])
+    joined = spans[is_first]
+    joined[:, 3] = kv_hi[np.roll(is_first, -1)]
+    return joined, tile[is_first]
