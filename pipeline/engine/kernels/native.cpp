@@ -5,7 +5,8 @@
 //
 //   for each span of the tile, for each block of its keys:
 //     S = Q K^T                  [rows, keys]   float32
-//     P = exp(S * scale - m)     running maximum m (base 2) and sum l of each row, float32
+//     P = exp(S * scale - m)     running maximum m (base 2, or a little less) and sum l of each
+//                                row, float32
 //     O = O * shrink + P V       [rows, d]      float32
 //   out = O / l
 //
@@ -51,9 +52,13 @@ using coppice::Span;
 using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kLanes = Vec::size();
-constexpr int64_t kKeys = 256;  // keys of a block
-constexpr int64_t kRows = 48;   // queries of a GEMM; native_kernel.py cuts tiles to fit
-constexpr int64_t kFew = 5;     // rows of a GEMM that needs no packed keys
+constexpr int64_t kRows = 48;  // queries of a GEMM; native_kernel.py cuts tiles to fit
+constexpr int64_t kFew = 5;    // rows of a GEMM that needs no packed keys
+constexpr float kSlack = 8.f;  // by so much m may fall behind: O is seldom shrunk (FlashAttention-4)
+
+// Keys of a block: V as float32 stays in a core's first cache; a call of brgemm is worth more of them.
+template <typename O>
+constexpr int64_t kKeys = sizeof(O) == 4 ? 128 : 256;
 
 // ---------------------------------------------------------------- rows of numbers
 
@@ -133,29 +138,31 @@ void transpose(const float* from, int64_t rows, int64_t columns, float* to, int6
           std::min<int64_t>(16, rows - i), std::min<int64_t>(16, columns - j));
 }
 
-// K [n, d] -> K^T [d, kKeys], zeros from n to `padded`
-void pack_keys(const float* k, int64_t n, int64_t padded, int64_t d, float* to) {
-  transpose(k, n, d, to, kKeys);
+// K [n, d] -> K^T [d, stride], zeros from n to `padded`
+void pack_keys(const float* k, int64_t n, int64_t padded, int64_t d, float* to, int64_t stride) {
+  transpose(k, n, d, to, stride);
   if (n < padded)
-    for (int64_t j = 0; j < d; ++j) std::fill(to + j * kKeys + n, to + j * kKeys + padded, 0.f);
+    for (int64_t j = 0; j < d; ++j) std::fill(to + j * stride + n, to + j * stride + padded, 0.f);
 }
 
-// bfloat16: neighbours along the summed dimension lie side by side, [d / 2, kKeys, 2]
-void pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, BFloat16* to) {
-  pack_keys(reinterpret_cast<const float*>(k), n, padded, d / 2, reinterpret_cast<float*>(to));
+// bfloat16: neighbours along the summed dimension lie side by side, [d / 2, stride, 2]
+void pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, BFloat16* to,
+               int64_t stride) {
+  pack_keys(reinterpret_cast<const float*>(k), n, padded, d / 2, reinterpret_cast<float*>(to),
+            stride);
 }
 
 // bfloat16 widened. Pairs are transposed into the lower half of what becomes K^T, and leave it from the
 // top on: row j of pairs is read before it is overwritten.
-void pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, float* to) {
-  const float* pairs = to + d / 2 * kKeys;
-  pack_keys(reinterpret_cast<const float*>(k), n, padded, d / 2, to + d / 2 * kKeys);
+void pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, float* to, int64_t stride) {
+  const float* pairs = to + d / 2 * stride;
+  pack_keys(reinterpret_cast<const float*>(k), n, padded, d / 2, to + d / 2 * stride, stride);
   for (int64_t j = 0; j < d / 2; ++j)
     for (int64_t i = 0; i < padded; i += kLanes) {
-      const __m512i both = _mm512_loadu_si512(pairs + j * kKeys + i);
-      float* even = to + 2 * j * kKeys + i;
+      const __m512i both = _mm512_loadu_si512(pairs + j * stride + i);
+      float* even = to + 2 * j * stride + i;
       _mm512_storeu_ps(even, coppice::widen_one(both, false));
-      _mm512_storeu_ps(even + kKeys, coppice::widen_one(both, true));
+      _mm512_storeu_ps(even + stride, coppice::widen_one(both, true));
     }
 }
 
@@ -211,6 +218,7 @@ void multiply(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, c
                                   c + low * ldc, /*is_vnni=*/true);
 }
 
+// Of brgemm; our own GEMMs take any number.
 int64_t padded_keys(int64_t n) { return (n + 31) / 32 * 32; }
 
 // ---------------------------------------------------------------- GEMMs of few rows
@@ -299,7 +307,7 @@ void score_few(int64_t m, int64_t n, Size d, const O* q, const T* k, const T* v,
         sums[i] = _mm512_setzero_ps();
         for (int64_t j = 0; j < d; j += step) sums[i] = multiply_add(query + j, key + j, sums[i]);
       }
-      _mm512_storeu_ps(scores + r * kKeys + first, sum_each(sums));
+      _mm512_storeu_ps(scores + r * kKeys<O> + first, sum_each(sums));
     }
   }
 }
@@ -317,7 +325,7 @@ void add_few(int64_t m, int64_t n, Size d, const O* weights, const T* v, const T
         __m512 low = _mm512_loadu_ps(out + r * d + j);
         __m512 high = _mm512_loadu_ps(out + r * d + j + 16);
         for (int64_t i = 0; i < count; ++i) {
-          const __m512 weight = _mm512_set1_ps(float(weights[r * kKeys + first + i]));
+          const __m512 weight = _mm512_set1_ps(float(weights[r * kKeys<O> + first + i]));
           low = _mm512_fmadd_ps(weight, load_floats(values + i * d + j), low);
           high = _mm512_fmadd_ps(weight, load_floats(values + i * d + j + 16), high);
         }
@@ -361,15 +369,21 @@ struct Task {
   }
 
   Task(int64_t max_rows, int64_t head_dim)
-      : q(max_rows * head_dim), k(kKeys * head_dim), v(kKeys * head_dim), p(kRows * kKeys),
-        s(kRows * kKeys), o(max_rows * head_dim), m(max_rows), l(max_rows), d(head_dim) {}
+      : q(max_rows * head_dim), k(kKeys<O> * head_dim), v(kKeys<O> * head_dim), p(kRows * kKeys<O>),
+        s(kRows * kKeys<O>), o(max_rows * head_dim), m(max_rows), l(max_rows), d(head_dim) {}
+
+  // Of row r; floats take the place of the scores.
+  O* weights(int64_t r = 0) {
+    if constexpr (std::is_same_v<O, float>) return s.data() + r * kKeys<O>;
+    return p.data() + r * kKeys<O>;
+  }
 
   // Turn scores [0, n) of row r into weights; keys [lo, hi) are seen.
   void weigh(int64_t r, int64_t state, int64_t lo, int64_t hi, int64_t padded, const Rules& rules) {
-    float* x = s.data() + r * kKeys;
-    O* weights = p.data() + r * kKeys;
+    float* x = s.data() + r * kKeys<O>;
+    O* to = weights(r);
     if (hi <= lo) {
-      std::fill(weights, weights + padded, O(0));
+      std::fill(to, to + padded, O(0));
       return;
     }
     float scale = rules.scale * kLog2E;  // powers of two are cheaper than of e
@@ -381,13 +395,13 @@ struct Task {
     }
     std::fill(x, x + lo, kUnseen);
     std::fill(x + hi, x + padded, kUnseen);
-    Vec best(kUnseen), other(kUnseen);
+    __m512 best = _mm512_set1_ps(kUnseen), other = best;
     for (int64_t j = 0; j < padded; j += 2 * kLanes) {
-      best = at::vec::maximum(best, Vec::loadu(x + j));
-      other = at::vec::maximum(other, Vec::loadu(x + j + kLanes));
+      best = _mm512_max_ps(best, _mm512_loadu_ps(x + j));
+      other = _mm512_max_ps(other, _mm512_loadu_ps(x + j + kLanes));
     }
-    const float top = largest(at::vec::maximum(best, other)) * scale;
-    if (!(top <= m[state])) {  // a NaN must not stay hidden
+    const float top = _mm512_reduce_max_ps(_mm512_max_ps(best, other)) * scale;
+    if (!(top <= m[state] + kSlack)) {  // a NaN that no maximum shows makes its weight NaN
       const float factor = std::exp2(m[state] - top);
       const Vec shrink(factor);
       float* row = o.data() + state * d;
@@ -403,7 +417,7 @@ struct Task {
       const Vec high = exp2<kExact>(at::vec::fmadd(Vec::loadu(x + j + kLanes), factor, base));
       total = total + low;
       more = more + high;
-      store(low, high, weights + j);
+      store(low, high, to + j);
     }
     l[state] += sum(total + more);
   }
@@ -452,8 +466,8 @@ struct Attention {
       const int64_t start =
           rules.window ? std::max(g->kv_lo, offset + *first - rules.window + 1) : g->kv_lo;
       const int64_t state = (g->q_lo - tile.q_lo) * rep, count = (g->q_hi - g->q_lo) * rep;
-      for (int64_t slot = start; slot < stop; slot += kKeys)
-        task.blocks.push_back({g, state, count, offset, slot, std::min(kKeys, stop - slot)});
+      for (int64_t slot = start; slot < stop; slot += kKeys<O>)
+        task.blocks.push_back({g, state, count, offset, slot, std::min(kKeys<O>, stop - slot)});
     }
   }
 
@@ -474,28 +488,29 @@ struct Attention {
       with_size(d, [&](auto d) {
         score_few(block.count, n, d, q, k, v, task.k.data(), task.s.data());
         for (int64_t r = 0; r < block.count; ++r) weigh(r, r, padded);
-        add_few(block.count, n, d, task.p.data(), v, k_next, next.n, task.v.data(), o);
+        add_few(block.count, n, d, task.weights(), v, k_next, next.n, task.v.data(), o);
       });
       return;
     }
-    pack_keys(k, n, padded, d, task.k.data());
+    pack_keys(k, n, padded, d, task.k.data(), kKeys<O>);
     pack_values(v, n, padded, d, task.v.data());
     for (int64_t low = 0; low < block.count; low += kRows) {
       const int64_t m = std::min(kRows, block.count - low);
       const int64_t* at = positions + block.span->q_lo + low / rep;
       const int64_t last = *std::max_element(at, at + (low + m - 1) / rep - low / rep + 1);
       // keys behind the last of these queries are not computed for them
-      const int64_t seen = padded_keys(std::min(n, block.offset + last - block.slot + 1));
+      const int64_t seen = std::min(n, block.offset + last - block.slot + 1);
       if (seen <= 0) continue;
-      multiply(m, seen, d, q + low * d, d, task.k.data(), kKeys, task.s.data(), kKeys, false);
+      const int64_t count = std::is_same_v<O, float> ? seen : padded_keys(seen);
+      multiply(m, count, d, q + low * d, d, task.k.data(), kKeys<O>, task.s.data(), kKeys<O>, false);
       for (int64_t r = 0; r < m; ++r) {
         if (block.count <= kRows) {
           ask_for_part(k_next, next.n * d, r, m);
           ask_for_part(v_next, next.n * d, r, m);
         }
-        weigh(low + r, r, seen);
+        weigh(low + r, r, padded_keys(seen));
       }
-      multiply(m, d, seen, task.p.data(), kKeys, task.v.data(), d, o + low * d, d, true);
+      multiply(m, d, count, task.weights(), kKeys<O>, task.v.data(), d, o + low * d, d, true);
     }
   }
 
