@@ -18,6 +18,8 @@
 
 namespace coppice {
 
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
 // How many rows and vectors of 16 columns are summed at a time: they fill the registers, and the
 // wider is a row, the fewer are loaded again; pairs cost more to widen than rows to load.
 template <typename B>
@@ -41,10 +43,11 @@ struct Block<c10::BFloat16> {
   }
 };
 
-// R rows and V vectors; only lanes `last` of the last vector count. `ldb`: columns of b.
+// R rows and V vectors; only lanes `last` of the last vector count. `ldb`: columns of b. `soon`: what
+// will be wanted from memory. A line of it is asked for in each step: a core that asks for many waits.
 template <int R, int V, typename B>
 void multiply_block(int64_t depth, const float* a, int64_t lda, const B* b, int64_t ldb, float* c,
-                    int64_t ldc, __mmask16 last, bool add) {
+                    int64_t ldc, __mmask16 last, bool add, const char* soon) {
   constexpr int64_t kStep = Block<B>::kStep;
   const auto lanes = [&](int j) { return j + 1 < V ? __mmask16(0xffff) : last; };
   __m512 sum[R][V];
@@ -53,7 +56,8 @@ void multiply_block(int64_t depth, const float* a, int64_t lda, const B* b, int6
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j)
       sum[r][j] = add ? _mm512_maskz_loadu_ps(lanes(j), c + r * ldc + j * 16) : _mm512_setzero_ps();
-  for (int64_t k = 0; k < depth; k += kStep, b += kStep * ldb)
+  for (int64_t k = 0; k < depth; k += kStep, b += kStep * ldb, soon += kLine) {
+    _mm_prefetch(soon, _MM_HINT_T1);
 #pragma GCC unroll 2
     for (int64_t part = 0; part < kStep; ++part) {
       __m512 row[V];
@@ -66,6 +70,7 @@ void multiply_block(int64_t depth, const float* a, int64_t lda, const B* b, int6
         for (int j = 0; j < V; ++j) sum[r][j] = _mm512_fmadd_ps(factor, row[j], sum[r][j]);
       }
     }
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -79,19 +84,25 @@ constexpr auto make_blocks(std::integer_sequence<int, I...>) {
   return std::array{&multiply_block<I / V + 1, I % V + 1, B>...};
 }
 
-// b has whole vectors of columns; of pairs, an even depth.
+// b has whole vectors of columns; of pairs, an even depth. `next`: the b of a later call, all columns of
+// it, to be asked for; null: none.
 template <typename B>
 void multiply(int64_t rows, int64_t n, int64_t depth, const float* a, int64_t lda, const B* b,
-              int64_t ldb, float* c, int64_t ldc, bool add) {
+              int64_t ldb, float* c, int64_t ldc, bool add, const B* next = nullptr) {
   constexpr int64_t R = Block<B>::kRows, V = Block<B>::kVectors;
   static constexpr auto kBlocks = make_blocks<B>(std::make_integer_sequence<int, R * V>{});
+  const auto* here = reinterpret_cast<const char*>(b);  // to ask for what is there costs nothing
+  const auto *soon = next ? reinterpret_cast<const char*>(next) : here, *end = soon;
+  if (next) end += depth * ldb * sizeof(B);
   for (int64_t column = 0; column < n; column += 16 * V)
     for (int64_t row = 0; row < rows; row += R) {
       const int64_t count = std::min(R, rows - row), width = std::min(16 * V, n - column);
       const int64_t vectors = (width + 15) / 16;
       kBlocks[(count - 1) * V + vectors - 1](
           depth, a + row * lda, lda, b + column * Block<B>::kStep, ldb, c + row * ldc + column, ldc,
-          __mmask16(0xffff >> (vectors * 16 - width)), add);
+          __mmask16(0xffff >> (vectors * 16 - width)), add,
+          soon < end ? soon : here);
+      soon += depth / Block<B>::kStep * kLine;
     }
 }
 

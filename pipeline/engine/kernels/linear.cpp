@@ -135,10 +135,10 @@ struct FloatLayer : Biased {
   int64_t k;
   const W* blocks;  // [B, K / n, 64, n], n = 1 or 2
 
-  // sums [rows, 64] of tokens from `low` on and one block
-  void multiply(int64_t low, int64_t rows, int64_t block, float* sums) const {
+  // sums [rows, 64] of tokens from `low` on and one block; block `next` will be wanted soon
+  void multiply(int64_t low, int64_t rows, int64_t block, int64_t next, float* sums) const {
     coppice::multiply(rows, kWide, k, x + low * k, k, blocks + block * k * kWide, kWide, sums, kWide,
-                      /*add=*/false);
+                      /*add=*/false, next == block ? nullptr : blocks + next * k * kWide);
   }
 };
 
@@ -149,7 +149,7 @@ struct BFloat16Layer : Biased {
   int64_t k;
   const BFloat16* blocks;  // [B, K / 2, 64, 2]
 
-  void multiply(int64_t low, int64_t rows, int64_t block, float* sums) const {
+  void multiply(int64_t low, int64_t rows, int64_t block, int64_t, float* sums) const {
     const BFloat16 *from = x + low * k, *w = blocks + block * k * kWide;
     for (int64_t d = 0; d < k; d += kDepth)
       in_steps(rows, [&](int64_t first, int64_t count) {
@@ -171,7 +171,7 @@ struct Int8Layer {
   const int32_t* zero;   // [B, 64], 128 times the sum of a row
   const float* bias;     // [B, 64]
 
-  void multiply(int64_t low, int64_t rows, int64_t block, int32_t* sums) const {
+  void multiply(int64_t low, int64_t rows, int64_t block, int64_t, int32_t* sums) const {
     in_steps(rows, [&](int64_t first, int64_t count) {
       at::native::cpublas::brgemm(count, kWide, k, k, kWide, kWide, /*add_C=*/false,
                                   tokens->q.get() + (low + first) * k, blocks + block * k * kWide,
@@ -219,7 +219,7 @@ void run(const Layer& layer, const T* other, T* out, int64_t n, int64_t m, const
   const int64_t blocks = (m + kWide - 1) / kWide, threads = coppice::num_threads();
   int64_t tall = kTokens;
   while (tall > kLeast && blocks * ((n + tall - 1) / tall) < kTasksAThread * threads) tall -= kLeast;
-  const int64_t stacks = (n + tall - 1) / tall;
+  const int64_t stacks = (n + tall - 1) / tall, tasks = blocks * stacks;
   tall = ((n + stacks - 1) / stacks + kLeast - 1) / kLeast * kLeast;  // of like height
   const auto part_of = [=](int64_t task) {
     const int64_t b = task / stacks, low = task % stacks * tall;
@@ -227,11 +227,12 @@ void run(const Layer& layer, const T* other, T* out, int64_t n, int64_t m, const
   };
   using Own = Sums<Layer>;
   coppice::in_parallel(
-      blocks * stacks, kept, [] { return std::make_unique<Own>(); },
+      tasks, kept, [] { return std::make_unique<Own>(); },
       [=](std::unique_ptr<Own>& own, int64_t task) {
         const auto [b, place, low, rows] = part_of(task);
-        if (kGated) layer.multiply(low, rows, place - 1, own->gates.data());
-        layer.multiply(low, rows, place, own->sums.data());
+        const int64_t next = part_of(std::min(task + threads, tasks - 1)).place;
+        if (kGated) layer.multiply(low, rows, place - 1, next - 1, own->gates.data());
+        layer.multiply(low, rows, place, next, own->sums.data());
       },
       [=](std::unique_ptr<Own>& own, int64_t task) {
         const auto [b, place, low, rows] = part_of(task);
