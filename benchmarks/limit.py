@@ -1,7 +1,8 @@
 """The least time a job could take: the work counted, over the fastest matrix product measured here.
 
 Work is what any engine must do that computes each distinct prompt token once: weights times tokens
-(the LM head only where a token is chosen) and attention of each token over its own path. Norms,
+(the LM head, and what follows the last layer's attention, only where a token is chosen) and
+attention of each token over its own path. Norms,
 softmax, sampling, memory traffic and host time count as nothing, so no engine reaches the limit.
 """
 
@@ -50,13 +51,17 @@ class Dimensions:
     def body_weights(self) -> int:
         """Weights that every token meets: q, o, k, v, gate, up, down."""
         kv = self.hidden // self.heads * self.kv_heads
-        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * kv
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+        return self.layers * (self.hidden * self.hidden + 2 * self.hidden * kv + self.tail_weights)
 
     @property
     def head_weights(self) -> int:
         """Weights that a token meets only where one is chosen."""
         return self.hidden * self.vocabulary
+
+    @property
+    def tail_weights(self) -> int:
+        """Of a layer, behind its attention: o, gate, up, down. The last one's are such weights too."""
+        return self.hidden * self.hidden + 3 * self.hidden * self.intermediate
 
     @property
     def flop_per_pair(self) -> int:
@@ -75,9 +80,10 @@ class Work:
 
     def flop(self, model: Dimensions) -> int:
         """Floating-point operations, a multiplication and an addition being two."""
-        body = 2 * model.body_weights * (self.prefilled_tokens + self.decoded_tokens)
-        head = 2 * model.head_weights * self.chosen_tokens
-        return body + head + model.flop_per_pair * self.pairs
+        fed = self.prefilled_tokens + self.decoded_tokens
+        body = model.body_weights * fed - model.tail_weights * max(0, fed - self.chosen_tokens)
+        head = model.head_weights * self.chosen_tokens
+        return 2 * (body + head) + model.flop_per_pair * self.pairs
 
 
 def count_work(prompts: list[list[int]], new_tokens: int, share: bool = True) -> Work:

@@ -88,10 +88,10 @@ class _Layer:
         linears = (self.qkv, self.output, self.gate_and_up, self.down)
         return all(isinstance(linear, BlockedLinear | BlockedGate) for linear in linears)
 
-    def __call__(
+    def attend(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], batch: PackedBatch, kv: Tensor
     ) -> Tensor:
-        """x [N, hidden] -> [N, hidden]; `kv` [2, Hkv, capacity, d] is this layer's arena."""
+        """x [N, hidden] -> [N, Hq d]; `kv` [2, Hkv, capacity, d] is this layer's arena."""
         keys, values = kv
         qkv = self.qkv(self.attention_norm(x))
         query_norm, key_norm = self.head_norms or (None, None)
@@ -109,8 +109,11 @@ class _Layer:
             turn = batch.views.turn_in(self.number)
             assert turn is not None, "all layers of these families have rotary positions"
             heads = torch.ops.coppice.turn_views(heads, batch.views.owner, *turn)
-        attended = batch.kernel.attend(heads, keys, values, batch.work, self.rules)
-        x = self.output.plus(attended.flatten(1), x)
+        return batch.kernel.attend(heads, keys, values, batch.work, self.rules).flatten(1)
+
+    def finish(self, attended: Tensor, x: Tensor) -> Tensor:
+        """[N, Hq d] and [N, hidden] -> [N, hidden], each token by itself."""
+        x = self.output.plus(attended, x)
         if len(x) <= _MLP_TOKENS:
             return self._mlp(x)
         return torch.cat([self._mlp(part) for part in torch.split(x, _MLP_TOKENS)])
@@ -157,8 +160,11 @@ class NativeForward:
         cos, sin = (r[0] for r in self._rotary(x, batch.position_ids))
         x = x[0]
         for layer, kv in zip(self._layers, cache.arena, strict=True):
-            x = layer(x, (cos, sin), batch, kv)
-        return self._norm(x[keep])
+            attended = layer.attend(x, (cos, sin), batch, kv)
+            if layer is self._layers[-1]:  # nothing asks for the other tokens' states
+                attended, x = attended[keep], x[keep]
+            x = layer.finish(attended, x)
+        return self._norm(x)
 
 
 def knows(config: Any) -> bool:
