@@ -60,7 +60,7 @@ class Dimensions:
 
     @property
     def tail_weights(self) -> int:
-        """Of a layer, behind its attention: o, gate, up, down. The last one's are such weights too."""
+        """Of a layer, behind its attention: o, gate, up, down. The last one meets chosen tokens."""
         return self.hidden * self.hidden + 3 * self.hidden * self.intermediate
 
     @property

@@ -275,7 +275,7 @@ def test_tiles_hold_every_query_of_every_span_once(
 
 
 def test_spans_of_the_same_queries_that_go_on_are_one_of_a_tile() -> None:
-    """Not where a slot or a position is missing between them, nor where only some queries see both."""
+    """Not where a slot or a position is missing between, nor where only some queries see both."""
     chain = [[0, 40, 0, 10, 0], [0, 40, 30, 40, 99], [0, 40, 10, 25, 10], [0, 30, 25, 30, 25]]
     cut, tiles = cut_tiles(np.array(chain), 40, 16)
     assert cut.tolist() == [
