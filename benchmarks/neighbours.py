@@ -2,8 +2,7 @@
 
 A neighbour is a process that never sleeps. In each round every case runs on the quiet machine, and
 beside the neighbours as the engine comes and with one thread. Medians over the rounds, in seconds,
-and how many times the quiet run of the same round. `--dtype float32`: torch computes the products,
-on as many threads as the engine finds free.
+and how many times the quiet run of the same round.
 """
 
 from __future__ import annotations
