@@ -17,7 +17,7 @@ from pipeline.engine.sampling import Sampled
 Tiles = NDArray[np.int64]
 """[tiles, 4]: queries `[q_lo, q_hi)` and their spans `[span_lo, span_hi)`."""
 
-_MOST_ROWS = 512  # of a tile: keys are packed once for all of them, and their sums stay in the cache
+_MOST_ROWS = 512  # of a tile: its keys are packed once, and its sums stay in a core's cache
 _FEWEST_ROWS = 32  # below, a GEMM costs more than it computes
 _STEP_TOKENS = 16  # tiles are multiples of it, so that no GEMM has a few rows left over
 _TASKS_A_THREAD = 4  # so that no thread waits long for the last one
