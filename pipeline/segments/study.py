@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.engine.divergence import divergence
 from pipeline.errors import ModelError
 from pipeline.plan.documents import Ids
 from pipeline.segments.arms import Arm, Costs, Rows, encoding_cost, full, mode, untrained_arms
@@ -191,7 +192,7 @@ def _score(
     outcome = subject.arm(subject.assembler, segments)
     said = outcome.logits.log_softmax(-1)
     best = said.argmax(-1)
-    kl = (expected.exp() * (expected - said)).sum(-1)
+    kl = divergence(expected, said)
     columns = [
         best == answers, kl, best == expected.argmax(-1), outcome.own,
         torch.tensor([sum(map(len, row)) for row in segments]),

@@ -15,10 +15,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_confi
 from pipeline.errors import RunDirectoryError
 
 _MOST: Final = 2**63  # of any number that a run counts
-_KINDS: Final = ("int", "float", "constrained-int", "constrained-float")  # of a `Number`
 
 Count = Annotated[int, Field(ge=0, lt=_MOST)]
-Number = Count | Annotated[float, Field(ge=0, lt=_MOST, allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=0, lt=_MOST, allow_inf_nan=False)]  # or a whole number
 Digits = Annotated[str, Field(pattern=r"^[0-9a-f]+$")]
 RECORD = ConfigDict(extra="allow", strict=True)
 """Of a schema, and of those inside of it."""
@@ -70,6 +69,6 @@ def _refuse(constant: str) -> Any:
 def _explain(error: ValidationError) -> str:
     """The first thing that is wrong and where; no value, for it may be text of a row."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = [str(step)[:80] for step in first["loc"] if step not in _KINDS]
+    where = [str(step)[:80] for step in first["loc"]]
     what = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{'.'.join(where)}: {what}" if where else what

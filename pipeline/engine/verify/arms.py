@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.base import Deviation, EngineHooks, RunControl
+from pipeline.engine.divergence import divergence
 from pipeline.engine.naive_engine import NaiveEngine
 from pipeline.engine.prefix_engine import PrefixEngine
 from pipeline.engine.request_logits import Context
@@ -202,6 +203,6 @@ def _deviation(sampler: Sampler, row: ForcedRow, baseline: Tensor, other: Tensor
     gap = (expected - found).gather(1, best)
     return Deviation(
         (said.token_ids != says.token_ids) | ~says.is_finite,
-        (expected.exp() * (expected - found)).sum(-1).cpu().numpy(),
+        divergence(expected, found).cpu().numpy(),
         (gap[:, 0] - gap[:, 1]).abs().cpu().numpy(),
     )

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engine.base import Engine, EngineHooks, ForceTokens, RunControl
+from pipeline.engine.divergence import divergence
 from pipeline.engine.sampler import has_rules
 from pipeline.engine.sampling import likeliest_token
 from pipeline.plan.plan import Plan
@@ -134,10 +135,8 @@ class _Notes:
             return
         expected = torch.stack([self._logits[places[i]] for i in compared]).to(logits.device)
         full, moved = (x.float().log_softmax(-1) for x in (expected, logits[compared]))
-        parts = (full.exp() * (full - moved)).masked_fill(full == float("-inf"), 0.0)
-        kl = parts.sum(-1).clamp_min(0.0)  # rounding takes that of equal ones below zero
-        for i, divergence in zip(compared, kl.tolist(), strict=True):
-            self._kl[places[i]] = divergence
+        for i, kl in zip(compared, divergence(full, moved).tolist(), strict=True):
+            self._kl[places[i]] = kl
 
     def of(self, sequence: int, length: int) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
         """(same choice, divergence where it was compared) at the first `length` positions."""
