@@ -2,8 +2,8 @@
 
 Work is what any engine must do that computes each distinct prompt token once: weights times tokens
 (the LM head, and what follows the last layer's attention, only where a token is chosen) and
-attention of each token over its own path. Norms,
-softmax, sampling, memory traffic and host time count as nothing, so no engine reaches the limit.
+attention of each token over its own path. Norms, softmax, sampling, memory traffic and host time
+count as nothing, so no engine reaches the limit.
 """
 
 from __future__ import annotations

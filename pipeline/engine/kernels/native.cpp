@@ -56,9 +56,13 @@ constexpr int64_t kRows = 48;  // queries of a GEMM; native_kernel.py cuts tiles
 constexpr int64_t kFew = 5;    // rows of a GEMM that needs no packed keys
 constexpr float kSlack = 8.f;  // by so much m may fall behind: O is seldom shrunk (FlashAttention-4)
 
+// Whether gemm.h multiplies, not brgemm.
+template <typename O>
+constexpr bool kIsFloat = std::is_same_v<O, float>;
+
 // Keys of a block: V as float32 stays in a core's first cache; a call of brgemm is worth more of them.
 template <typename O>
-constexpr int64_t kKeys = sizeof(O) == 4 ? 128 : 256;
+constexpr int64_t kKeys = kIsFloat<O> ? 128 : 256;
 
 // ---------------------------------------------------------------- rows of numbers
 
@@ -166,11 +170,10 @@ void pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, float* t
     }
 }
 
-// V [n, d] -> [padded, d], zeros beyond n
+// V [n, d], as gemm.h wants it
 template <typename T>
-void pack_values(const T* v, int64_t n, int64_t padded, int64_t d, float* to) {
+void pack_values(const T* v, int64_t n, int64_t, int64_t d, float* to) {
   load(v, to, n * d);
-  std::fill(to + n * d, to + padded * d, 0.f);
 }
 
 // Rows of d numbers -> pairs of neighbours (even, odd), [d, 2]
@@ -194,7 +197,7 @@ void interleave(const uint16_t* even, const uint16_t* odd, int64_t d, uint16_t* 
   }
 }
 
-// bfloat16: [padded / 2, d, 2]
+// bfloat16: [padded / 2, d, 2], zeros beyond n
 void pack_values(const BFloat16* v, int64_t n, int64_t padded, int64_t d, BFloat16* to) {
   const auto* from = reinterpret_cast<const uint16_t*>(v);
   auto* pairs = reinterpret_cast<uint16_t*>(to);
@@ -365,16 +368,17 @@ struct Task {
   int64_t d;
 
   ~Task() {
-    if (sizeof(O) == 2) at::native::cpublas::brgemm_release(/*is_vnni=*/true);
+    if (!kIsFloat<O>) at::native::cpublas::brgemm_release(/*is_vnni=*/true);
   }
 
   Task(int64_t max_rows, int64_t head_dim)
-      : q(max_rows * head_dim), k(kKeys<O> * head_dim), v(kKeys<O> * head_dim), p(kRows * kKeys<O>),
-        s(kRows * kKeys<O>), o(max_rows * head_dim), m(max_rows), l(max_rows), d(head_dim) {}
+      : q(max_rows * head_dim), k(kKeys<O> * head_dim), v(kKeys<O> * head_dim),
+        p(kIsFloat<O> ? 0 : kRows * kKeys<O>), s(kRows * kKeys<O>), o(max_rows * head_dim),
+        m(max_rows), l(max_rows), d(head_dim) {}
 
   // Of row r; floats take the place of the scores.
   O* weights(int64_t r = 0) {
-    if constexpr (std::is_same_v<O, float>) return s.data() + r * kKeys<O>;
+    if constexpr (kIsFloat<O>) return s.data() + r * kKeys<O>;
     return p.data() + r * kKeys<O>;
   }
 
@@ -409,7 +413,7 @@ struct Task {
       l[state] *= factor;
       m[state] = top;
     }
-    constexpr bool kExact = sizeof(O) == 4;
+    constexpr bool kExact = kIsFloat<O>;
     const Vec factor(scale), base(-m[state]);
     Vec total(0.f), more(0.f);
     for (int64_t j = 0; j < padded; j += 2 * kLanes) {
@@ -484,7 +488,7 @@ struct Attention {
       const int64_t lo = rules.window ? std::max<int64_t>(0, now - rules.window + 1) : 0;
       task.weigh(place, block.state + row, lo, std::min(n, now + 1), width, rules);
     };
-    if (block.count <= kFew && d % 32 == 0 && (sizeof(O) == 4 || kHasDots)) {
+    if (block.count <= kFew && d % 32 == 0 && (kIsFloat<O> || kHasDots)) {
       with_size(d, [&](auto d) {
         score_few(block.count, n, d, q, k, v, task.k.data(), task.s.data());
         for (int64_t r = 0; r < block.count; ++r) weigh(r, r, padded);
@@ -501,7 +505,7 @@ struct Attention {
       // keys behind the last of these queries are not computed for them
       const int64_t seen = std::min(n, block.offset + last - block.slot + 1);
       if (seen <= 0) continue;
-      const int64_t count = std::is_same_v<O, float> ? seen : padded_keys(seen);
+      const int64_t count = kIsFloat<O> ? seen : padded_keys(seen);
       multiply(m, count, d, q + low * d, d, task.k.data(), kKeys<O>, task.s.data(), kKeys<O>, false);
       for (int64_t r = 0; r < m; ++r) {
         if (block.count <= kRows) {
