@@ -17,6 +17,7 @@ from pipeline.model.int8 import Int8Linear
 _WIDE = 64
 _LANES = 16
 _ZERO = 128
+_HALF_BITS = 5  # numbers of half precision are below 2^5 (`linear.cpp`)
 
 
 def suits(linear: Any) -> bool:
@@ -68,7 +69,7 @@ def _operator(linear: nn.Linear | Int8Linear) -> Any:
     """None where this machine has none for the layer's dtype."""
     names = {
         torch.int8: "int8_linear",
-        torch.bfloat16: "widened_linear" if native.widens_bfloat16() else "bfloat16_linear",
+        torch.bfloat16: f"{native.way_of_bfloat16()}_linear",
         torch.float32: "float32_linear",
     }
     return getattr(torch.ops.coppice, names.get(linear.weight.dtype, ""), None)
@@ -80,12 +81,22 @@ def _pack(*linears: nn.Linear | Int8Linear) -> list[Tensor]:
     Of int8 that is scale, zero (int32) and bias, of bfloat16 the bias alone.
     """
     weight = _to_blocks([linear.weight for linear in linears])
-    blocks = weight.view(*weight.shape[:2], -1, 4 // weight.itemsize).transpose(1, 2).contiguous()
     bias = _to_blocks([_bias(linear) for linear in linears])
+    if weight.dtype == torch.bfloat16 and native.way_of_bfloat16() == "half":
+        half, scale = _halve(weight)
+        return [half.transpose(1, 2).unsqueeze(-1).contiguous(), scale, bias]
+    blocks = weight.view(*weight.shape[:2], -1, 4 // weight.itemsize).transpose(1, 2).contiguous()
     if weight.dtype != torch.int8:
         return [blocks, bias]
     scale = _to_blocks([linear.scale for linear in linears])
     return [blocks, scale, _ZERO * weight.sum(2, dtype=torch.int32), bias]
+
+
+def _halve(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(float16 below 2^5, the power of two of each output [B, 64] float32) of [B, 64, in]."""
+    top = weight.float().abs().amax(2)
+    scale = torch.exp2(torch.frexp(top).exponent.clamp(min=-100) - _HALF_BITS).float()
+    return (weight.float() / scale.unsqueeze(-1)).half(), scale
 
 
 def _bias(linear: nn.Linear | Int8Linear) -> Tensor:

@@ -96,7 +96,7 @@ def by_path(
 def kernels(num_heads: int, num_kv_heads: int) -> list[AttentionKernel]:
     found: list[AttentionKernel] = [TorchKernel(CPU)]
     if native.why_unavailable() is None:
-        found += [NativeKernel(num_heads, num_kv_heads, widens) for widens in (False, True)]
+        found += [NativeKernel(num_heads, num_kv_heads, way) for way in native.ways_of_bfloat16()]
     return found
 
 
@@ -130,6 +130,31 @@ def test_kernels_equal_the_oracle(
         batch = pack_prefill(forest.pieces, (nothing, nothing), Packer(kernel, CPU))
         out = kernel.attend(query, keys, values, batch.work, rules)
         torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("head_dim", [48, 64])
+def test_keys_and_values_of_bfloat16_may_be_of_any_size(head_dim: int) -> None:
+    """Beyond half precision in both directions, with a channel a thousand times the others."""
+    torch.manual_seed(0)
+    tokens = 300
+    query = torch.randn(tokens, 6, head_dim) * 1e-9
+    keys, values = (torch.randn(2, tokens, head_dim) for _ in range(2))
+    keys *= 1e9
+    keys[..., 5] *= 1000
+    query[..., 5] /= 1000
+    values[0] *= 1e-12
+    values[1] *= 1e12
+    layer = [x.bfloat16() for x in (query, keys, values)]
+    positions = np.arange(tokens)
+    spans = np.array([[0, tokens, 0, tokens, 0]])
+    rules = AttentionRules(0.3)
+    expected = attend_reference(
+        *(x.double() for x in layer), torch.from_numpy(positions), spans, rules
+    )
+    for kernel in kernels(6, 2):
+        out = kernel.attend(*layer, kernel.prepare(spans, positions), rules)
+        error = (out.double() - expected).abs().amax(-1) / expected.abs().amax(-1)
+        assert error.max() < 2e-2, kernel.name
 
 
 def attend(kernel: AttentionKernel, tree: Tree, layer: Layer, rules: AttentionRules) -> Tensor:

@@ -12,21 +12,39 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <utility>
 
 #include "floats.h"
+#include "halves.h"
 
 namespace coppice {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-// How many rows and vectors of 16 columns are summed at a time: they fill the registers, and the
-// wider is a row, the fewer are loaded again; pairs cost more to widen than rows to load.
+// How many rows and vectors of columns are summed at a time: they fill the registers, and the wider is
+// a row, the fewer are loaded again; pairs cost more to widen than rows to load. `kChain`: inputs of
+// one chain of multiply-adds.
+struct FloatBlock {
+  using Factor = float;
+  using Vector = __m512;
+  static constexpr int64_t kLanes = 16, kChain = std::numeric_limits<int64_t>::max();
+
+  static __m512 begin(const float* c, __mmask32 lanes, bool add) {
+    return add ? _mm512_maskz_loadu_ps(__mmask16(lanes), c) : _mm512_setzero_ps();
+  }
+  static __m512 repeat(float a) { return _mm512_set1_ps(a); }
+  static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
+  static void end(__m512 sum, float* c, __mmask32 lanes, bool, float) {
+    _mm512_mask_storeu_ps(c, __mmask16(lanes), sum);
+  }
+};
+
 template <typename B>
 struct Block;
 
 template <>
-struct Block<float> {
+struct Block<float> : FloatBlock {
   static constexpr int kRows = 6, kVectors = 4;
   static constexpr int64_t kStep = 1;  // inputs of one load
 
@@ -34,7 +52,7 @@ struct Block<float> {
 };
 
 template <>
-struct Block<c10::BFloat16> {
+struct Block<c10::BFloat16> : FloatBlock {
   static constexpr int kRows = 12, kVectors = 2;
   static constexpr int64_t kStep = 2;
 
@@ -43,39 +61,74 @@ struct Block<c10::BFloat16> {
   }
 };
 
+#ifdef __AVX512FP16__
+template <>
+struct Block<c10::Half> {
+  using Factor = Twice;
+  using Vector = __m512h;
+  static constexpr int kRows = 12, kVectors = 2;
+  static constexpr int64_t kLanes = 32, kStep = 1, kChain = 32;
+
+  static __m512h load(const c10::Half* b, int64_t) { return _mm512_loadu_ph(b); }
+  static __m512h begin(const float*, __mmask32, bool) { return _mm512_setzero_ph(); }
+  static __m512h repeat(Twice a) { return (__m512h)_mm512_set1_epi32(int32_t(a)); }
+  static __m512h multiply_add(__m512h a, __m512h b, __m512h sum) {
+    return _mm512_fmadd_ph(a, b, sum);
+  }
+  static void end(__m512h sum, float* c, __mmask32 lanes, bool add, float scale) {
+    const __m512i both = (__m512i)sum;
+    end(_mm512_castsi512_si256(both), c, __mmask16(lanes), add, scale);
+    end(_mm512_extracti64x4_epi64(both, 1), c + 16, __mmask16(lanes >> 16), add, scale);
+  }
+
+ private:
+  static void end(__m256i sum, float* c, __mmask16 lanes, bool add, float scale) {
+    const __m512 there = add ? _mm512_maskz_loadu_ps(lanes, c) : _mm512_setzero_ps();
+    _mm512_mask_storeu_ps(
+        c, lanes, _mm512_fmadd_ps(_mm512_cvtph_ps(sum), _mm512_set1_ps(scale), there));
+  }
+};
+#endif
+
 // R rows and V vectors; only lanes `last` of the last vector count. `ldb`: columns of b. `soon`: what
 // will be wanted from memory. A line of it is asked for in each step: a core that asks for many waits.
 template <int R, int V, typename B>
-void multiply_block(int64_t depth, const float* a, int64_t lda, const B* b, int64_t ldb, float* c,
-                    int64_t ldc, __mmask16 last, bool add, const char* soon) {
-  constexpr int64_t kStep = Block<B>::kStep;
-  const auto lanes = [&](int j) { return j + 1 < V ? __mmask16(0xffff) : last; };
-  __m512 sum[R][V];
+void multiply_block(int64_t depth, const typename Block<B>::Factor* a, int64_t lda, const B* b,
+                    int64_t ldb, float* c, int64_t ldc, __mmask32 last, bool add, float scale, const char* soon) {
+  using Kind = Block<B>;
+  using Vector = typename Kind::Vector;
+  const auto lanes = [&](int j) { return j + 1 < V ? __mmask32(-1) : last; };
+  int64_t k = 0;
+  do {
+    Vector sum[R][V];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j)
-      sum[r][j] = add ? _mm512_maskz_loadu_ps(lanes(j), c + r * ldc + j * 16) : _mm512_setzero_ps();
-  for (int64_t k = 0; k < depth; k += kStep, b += kStep * ldb, soon += kLine) {
-    _mm_prefetch(soon, _MM_HINT_T1);
+      for (int j = 0; j < V; ++j)
+        sum[r][j] = Kind::begin(c + r * ldc + j * Kind::kLanes, lanes(j), add);
+    const int64_t end = depth - k > Kind::kChain ? k + Kind::kChain : depth;
+    for (; k < end; k += Kind::kStep, b += Kind::kStep * ldb, soon += kLine) {
+      _mm_prefetch(soon, _MM_HINT_T1);
 #pragma GCC unroll 2
-    for (int64_t part = 0; part < kStep; ++part) {
-      __m512 row[V];
+      for (int64_t part = 0; part < Kind::kStep; ++part) {
+        Vector row[V];
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) row[j] = Block<B>::load(b + j * 16 * kStep, part);
+        for (int j = 0; j < V; ++j) row[j] = Kind::load(b + j * Kind::kLanes * Kind::kStep, part);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const __m512 factor = _mm512_set1_ps(a[r * lda + k + part]);
+        for (int r = 0; r < R; ++r) {
+          const Vector factor = Kind::repeat(a[r * lda + k + part]);
 #pragma GCC unroll 4
-        for (int j = 0; j < V; ++j) sum[r][j] = _mm512_fmadd_ps(factor, row[j], sum[r][j]);
+          for (int j = 0; j < V; ++j) sum[r][j] = Kind::multiply_add(factor, row[j], sum[r][j]);
+        }
       }
     }
-  }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j)
-      _mm512_mask_storeu_ps(c + r * ldc + j * 16, lanes(j), sum[r][j]);
+      for (int j = 0; j < V; ++j)
+        Kind::end(sum[r][j], c + r * ldc + j * Kind::kLanes, lanes(j), add, scale);
+    add = true;
+  } while (k < depth);
 }
 
 template <typename B, int... I>
@@ -87,20 +140,21 @@ constexpr auto make_blocks(std::integer_sequence<int, I...>) {
 // b has whole vectors of columns; of pairs, an even depth. `next`: the b of a later call, all columns of
 // it, to be asked for; null: none.
 template <typename B>
-void multiply(int64_t rows, int64_t n, int64_t depth, const float* a, int64_t lda, const B* b,
-              int64_t ldb, float* c, int64_t ldc, bool add, const B* next = nullptr) {
-  constexpr int64_t R = Block<B>::kRows, V = Block<B>::kVectors;
+void multiply(int64_t rows, int64_t n, int64_t depth, const typename Block<B>::Factor* a,
+              int64_t lda, const B* b, int64_t ldb, float* c, int64_t ldc, bool add,
+              float scale = 1.f, const B* next = nullptr) {
+  constexpr int64_t R = Block<B>::kRows, V = Block<B>::kVectors, kLanes = Block<B>::kLanes;
   static constexpr auto kBlocks = make_blocks<B>(std::make_integer_sequence<int, R * V>{});
   const auto* here = reinterpret_cast<const char*>(b);  // to ask for what is there costs nothing
   const auto *soon = next ? reinterpret_cast<const char*>(next) : here, *end = soon;
   if (next) end += depth * ldb * sizeof(B);
-  for (int64_t column = 0; column < n; column += 16 * V)
+  for (int64_t column = 0; column < n; column += kLanes * V)
     for (int64_t row = 0; row < rows; row += R) {
-      const int64_t count = std::min(R, rows - row), width = std::min(16 * V, n - column);
-      const int64_t vectors = (width + 15) / 16;
+      const int64_t count = std::min(R, rows - row), width = std::min(kLanes * V, n - column);
+      const int64_t vectors = (width + kLanes - 1) / kLanes;
       kBlocks[(count - 1) * V + vectors - 1](
           depth, a + row * lda, lda, b + column * Block<B>::kStep, ldb, c + row * ldc + column, ldc,
-          __mmask16(0xffff >> (vectors * 16 - width)), add,
+          __mmask32((uint64_t(1) << (width - (vectors - 1) * kLanes)) - 1), add, scale,
           soon < end ? soon : here);
       soon += depth / Block<B>::kStep * kLine;
     }

@@ -34,6 +34,7 @@
 #include "exp2.h"
 #include "floats.h"
 #include "gemm.h"
+#include "halves.h"
 #include "pool.h"
 #include "rules.h"
 
@@ -44,33 +45,27 @@ using at::Tensor;
 using coppice::Kept;
 using coppice::load_floats;
 using coppice::store_floats;
+using coppice::Twice;
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kWide = 64;         // outputs of a block
 constexpr int64_t kTokens = 48;       // most tokens of a task
 constexpr int64_t kStep = 16;         // tokens of a brgemm are a multiple of it, but for the last ones
 constexpr int64_t kDepth = 1024;      // inputs of a GEMM of bfloat16: its operands stay in the cache
+constexpr int64_t kGroup = 1 << 19;   // bytes of x, a part of a core's second cache
 constexpr int64_t kTasksAThread = 6;  // so that no thread waits long for the last one
 constexpr int32_t kZero = 128;
 
 // ---------------------------------------------------------------- tokens
 
-// q [n] of one row; returns its scale. A row without finite numbers gives NaN everywhere.
+// q [n] of one row; returns its scale. A row that is not finite gives NaN everywhere.
 template <typename T>
 float quantize(const T* x, int64_t n, uint8_t* q) {
-  __m512 most = _mm512_setzero_ps();
-  __mmask16 is_bad = 0;
-  for (int64_t j = 0; j < n; j += kLanes) {
-    const __m512 part = _mm512_abs_ps(load_floats(x + j));
-    is_bad |= _mm512_cmp_ps_mask(part, _mm512_set1_ps(std::numeric_limits<float>::infinity()),
-                                 _CMP_NLT_UQ);
-    most = _mm512_max_ps(most, part);
-  }
-  if (is_bad) {
+  const float top = coppice::find_largest(x, n);
+  if (std::isnan(top)) {
     std::fill(q, q + n, uint8_t(kZero));
-    return std::numeric_limits<float>::quiet_NaN();
+    return top;
   }
-  const float top = _mm512_reduce_max_ps(most);
   const __m512 factor = _mm512_set1_ps(top > 0.f ? 127.f / top : 0.f);
   const __m512i zero = _mm512_set1_epi32(kZero);
   for (int64_t j = 0; j < n; j += kLanes) {
@@ -81,20 +76,27 @@ float quantize(const T* x, int64_t n, uint8_t* q) {
   return top / 127.f;
 }
 
+float quantize(const BFloat16* x, int64_t n, Twice* q) { return coppice::halve(x, n, q); }
+
+template <typename Q>
 struct Tokens {
-  std::unique_ptr<uint8_t[]> q;    // [n, k]
+  Tokens(int64_t n, int64_t k) : q(new Q[n * k]), scale(new float[n]) {}
+
+  std::unique_ptr<Q[]> q;          // [n, k]
   std::unique_ptr<float[]> scale;  // [n]
 };
 
-template <typename T>
-void quantize(const Tensor& x, Tokens& tokens) {
+template <typename T, typename Q>
+std::shared_ptr<Tokens<Q>> quantize(const Tensor& x) {
   const int64_t n = x.size(0), k = x.size(1);
+  auto tokens = std::make_shared<Tokens<Q>>(n, k);
   const T* from = x.const_data_ptr<T>();
-  Tokens* to = &tokens;
+  Tokens<Q>* to = tokens.get();
   coppice::in_rows(n, kStep, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       to->scale[i] = quantize(from + i * k, k, to->q.get() + i * k);
   });
+  return tokens;
 }
 
 // ---------------------------------------------------------------- kinds of layers
@@ -135,10 +137,12 @@ struct FloatLayer : Biased {
   int64_t k;
   const W* blocks;  // [B, K / n, 64, n], n = 1 or 2
 
+  int64_t bytes_a_token() const { return k * sizeof(float); }
+
   // sums [rows, 64] of tokens from `low` on and one block; block `next` will be wanted soon
   void multiply(int64_t low, int64_t rows, int64_t block, int64_t next, float* sums) const {
     coppice::multiply(rows, kWide, k, x + low * k, k, blocks + block * k * kWide, kWide, sums, kWide,
-                      /*add=*/false, next == block ? nullptr : blocks + next * k * kWide);
+                      /*add=*/false, /*scale=*/1.f, next == block ? nullptr : blocks + next * k * kWide);
   }
 };
 
@@ -148,6 +152,8 @@ struct BFloat16Layer : Biased {
   const BFloat16* x;  // [N, K]
   int64_t k;
   const BFloat16* blocks;  // [B, K / 2, 64, 2]
+
+  int64_t bytes_a_token() const { return k * sizeof(BFloat16); }
 
   void multiply(int64_t low, int64_t rows, int64_t block, int64_t, float* sums) const {
     const BFloat16 *from = x + low * k, *w = blocks + block * k * kWide;
@@ -160,16 +166,46 @@ struct BFloat16Layer : Biased {
   }
 };
 
+#ifdef __AVX512FP16__
+struct HalfLayer {
+  using Sum = float;
+  using Library = Nothing;
+  static constexpr int64_t kLeast = coppice::Block<at::Half>::kRows;
+  std::shared_ptr<Tokens<Twice>> tokens;
+  int64_t k;
+  const at::Half* blocks;  // [B, K, 64]
+  const float* scale;      // [B, 64]
+  const float* bias;       // [B, 64]
+
+  int64_t bytes_a_token() const { return k * sizeof(Twice); }
+
+  void multiply(int64_t low, int64_t rows, int64_t block, int64_t next, float* sums) const {
+    coppice::multiply(rows, kWide, k, tokens->q.get() + low * k, k, blocks + block * k * kWide, kWide,
+                      sums, kWide, /*add=*/false, /*scale=*/1.f,
+                      next == block ? nullptr : blocks + next * k * kWide);
+  }
+
+  __m512 outputs(const float* sums, int64_t token, int64_t column) const {
+    const __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(sums),
+                                                 _mm512_set1_ps(tokens->scale[token])),
+                                   _mm512_loadu_ps(scale + column));
+    return _mm512_add_ps(y, _mm512_loadu_ps(bias + column));
+  }
+};
+#endif
+
 struct Int8Layer {
   using Sum = int32_t;
   using Library = Brgemm;
   static constexpr int64_t kLeast = kStep;
-  std::shared_ptr<Tokens> tokens;
+  std::shared_ptr<Tokens<uint8_t>> tokens;
   int64_t k;
   const int8_t* blocks;  // [B, K / 4, 64, 4]
   const float* scale;    // [B, 64]
   const int32_t* zero;   // [B, 64], 128 times the sum of a row
   const float* bias;     // [B, 64]
+
+  int64_t bytes_a_token() const { return k; }
 
   void multiply(int64_t low, int64_t rows, int64_t block, int64_t, int32_t* sums) const {
     in_steps(rows, [&](int64_t first, int64_t count) {
@@ -221,8 +257,12 @@ void run(const Layer& layer, const T* other, T* out, int64_t n, int64_t m, const
   while (tall > kLeast && blocks * ((n + tall - 1) / tall) < kTasksAThread * threads) tall -= kLeast;
   const int64_t stacks = (n + tall - 1) / tall, tasks = blocks * stacks;
   tall = ((n + stacks - 1) / stacks + kLeast - 1) / kLeast * kLeast;  // of like height
+  // A group of stacks, which stay in a core's cache, meets all blocks before the next one does.
+  const int64_t most = std::max<int64_t>(1, kGroup / (tall * layer.bytes_a_token()));
   const auto part_of = [=](int64_t task) {
-    const int64_t b = task / stacks, low = task % stacks * tall;
+    const int64_t first = task / (blocks * most) * most, together = std::min(most, stacks - first);
+    const int64_t place = task - first * blocks, b = place / together;
+    const int64_t low = (first + place % together) * tall;
     return Part{b, kGated ? 2 * b + 1 : b, low, std::min(tall, n - low)};
   };
   using Own = Sums<Layer>;
@@ -276,10 +316,7 @@ template <typename T>
 void apply_int8(const Tensor& x, const Tensor& blocks, const Tensor& scale, const Tensor& zero,
                 const Tensor& bias, const std::optional<Tensor>& other, bool is_gated,
                 Tensor& out) {
-  auto tokens = std::make_shared<Tokens>(std::make_unique_for_overwrite<uint8_t[]>(x.numel()),
-                                         std::make_unique_for_overwrite<float[]>(x.size(0)));
-  quantize<T>(x, *tokens);
-  const Int8Layer layer{tokens,
+  const Int8Layer layer{quantize<T, uint8_t>(x),
                         x.size(1),
                         blocks.const_data_ptr<int8_t>(),
                         scale.const_data_ptr<float>(),
@@ -319,6 +356,18 @@ Tensor widened_linear(const Tensor& x, const Tensor& blocks, const Tensor& bias,
   return out;
 }
 
+#ifdef __AVX512FP16__
+// As above; blocks [B, K, 64] of half precision, scale [B, 64] float32.
+Tensor half_linear(const Tensor& x, const Tensor& blocks, const Tensor& scale, const Tensor& bias,
+                   int64_t outputs, const std::optional<Tensor>& other, bool is_gated) {
+  Tensor out = make_out(x, blocks, outputs, other);
+  const HalfLayer layer{quantize<BFloat16, Twice>(x), x.size(1), blocks.const_data_ptr<at::Half>(),
+                        scale.const_data_ptr<float>(), bias.const_data_ptr<float>()};
+  apply<BFloat16>(layer, other, is_gated, out, {blocks.storage()});
+  return out;
+}
+#endif
+
 Tensor float32_linear(const Tensor& x, const Tensor& blocks, const Tensor& bias, int64_t outputs,
                       const std::optional<Tensor>& other, bool is_gated) {
   Tensor out = make_out(x, blocks, outputs, other);
@@ -350,6 +399,12 @@ TORCH_LIBRARY_FRAGMENT(coppice, m) {
   m.def(COPPICE_SCHEMA("widened_linear"), &widened_linear);
 #ifdef __AVX512BF16__  // without it, oneDNN's bfloat16 is slow
   m.def(COPPICE_SCHEMA("bfloat16_linear"), &bfloat16_linear);
+#endif
+#ifdef __AVX512FP16__
+  m.def(
+      "half_linear(Tensor x, Tensor blocks, Tensor scale, Tensor bias, int outputs, Tensor? other, "
+      "bool is_gated) -> Tensor",
+      &half_linear);
 #endif
 #ifdef __AVX512VNNI__  // without it, brgemm knows no bytes
   m.def(

@@ -35,12 +35,14 @@
 #include "exp2.h"
 #include "floats.h"
 #include "gemm.h"
+#include "halves.h"
 #include "pool.h"
 #include "rules.h"
 
 namespace {
 
 using at::BFloat16;
+using at::Half;
 using at::Tensor;
 using coppice::Kept;
 using coppice::kLog2E;
@@ -49,20 +51,29 @@ using coppice::load_floats;
 using coppice::multiply;
 using coppice::Rules;
 using coppice::Span;
+using coppice::Twice;
 using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kRows = 48;  // queries of a GEMM; native_kernel.py cuts tiles to fit
 constexpr int64_t kFew = 5;    // rows of a GEMM that needs no packed keys
-constexpr float kSlack = 8.f;  // by so much m may fall behind: O is seldom shrunk (FlashAttention-4)
+constexpr float kSlack = 5.f;  // by so much m may fall behind: O is seldom shrunk (FlashAttention-4)
 
-// Whether gemm.h multiplies, not brgemm.
+// Whether brgemm multiplies, not gemm.h.
 template <typename O>
-constexpr bool kIsFloat = std::is_same_v<O, float>;
+constexpr bool kIsBrgemm = std::is_same_v<O, BFloat16>;
+template <typename O>
+constexpr bool kIsHalf = std::is_same_v<O, Half>;
+
+// Queries and weights beside keys and values of O; Few: those of few rows.
+template <typename O>
+using Row = std::conditional_t<kIsHalf<O>, Twice, O>;
+template <typename O>
+using Few = std::conditional_t<kIsHalf<O>, float, O>;
 
 // Keys of a block: V as float32 stays in a core's first cache; a call of brgemm is worth more of them.
 template <typename O>
-constexpr int64_t kKeys = kIsFloat<O> ? 128 : 256;
+constexpr int64_t kKeys = kIsBrgemm<O> ? 256 : 128;
 
 // ---------------------------------------------------------------- rows of numbers
 
@@ -93,6 +104,11 @@ void store(Vec low, Vec high, BFloat16* to) {
 #else
   at::vec::convert_from_float<BFloat16>(low, high).store(to);
 #endif
+}
+
+void store(Vec low, Vec high, Twice* to) {
+  coppice::store_twice(low, to);
+  coppice::store_twice(high, to + kLanes);
 }
 
 void store(const float* from, float* to, int64_t n) { std::copy(from, from + n, to); }
@@ -142,23 +158,25 @@ void transpose(const float* from, int64_t rows, int64_t columns, float* to, int6
           std::min<int64_t>(16, rows - i), std::min<int64_t>(16, columns - j));
 }
 
-// K [n, d] -> K^T [d, stride], zeros from n to `padded`
-void pack_keys(const float* k, int64_t n, int64_t padded, int64_t d, float* to, int64_t stride) {
+// K [n, d] -> K^T [d, stride], zeros from n to `padded`. Here and below: returns what products of what
+// is packed are to be multiplied by.
+float pack_keys(const float* k, int64_t n, int64_t padded, int64_t d, float* to, int64_t stride) {
   transpose(k, n, d, to, stride);
   if (n < padded)
     for (int64_t j = 0; j < d; ++j) std::fill(to + j * stride + n, to + j * stride + padded, 0.f);
+  return 1.f;
 }
 
 // bfloat16: neighbours along the summed dimension lie side by side, [d / 2, stride, 2]
-void pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, BFloat16* to,
-               int64_t stride) {
-  pack_keys(reinterpret_cast<const float*>(k), n, padded, d / 2, reinterpret_cast<float*>(to),
-            stride);
+float pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, BFloat16* to,
+                int64_t stride) {
+  return pack_keys(reinterpret_cast<const float*>(k), n, padded, d / 2,
+                   reinterpret_cast<float*>(to), stride);
 }
 
 // bfloat16 widened. Pairs are transposed into the lower half of what becomes K^T, and leave it from the
 // top on: row j of pairs is read before it is overwritten.
-void pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, float* to, int64_t stride) {
+float pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, float* to, int64_t stride) {
   const float* pairs = to + d / 2 * stride;
   pack_keys(reinterpret_cast<const float*>(k), n, padded, d / 2, to + d / 2 * stride, stride);
   for (int64_t j = 0; j < d / 2; ++j)
@@ -168,12 +186,36 @@ void pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, float* t
       _mm512_storeu_ps(even, coppice::widen_one(both, false));
       _mm512_storeu_ps(even + stride, coppice::widen_one(both, true));
     }
+  return 1.f;
+}
+
+// bfloat16 as halves. A row of pairs becomes two rows in its own place, once all of it is read.
+float pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, Half* to, int64_t stride) {
+  pack_keys(k, n, padded, d, reinterpret_cast<BFloat16*>(to), stride);
+  const float scale = coppice::half_scale(coppice::find_largest(k, n * d));
+  const __m512 factor = _mm512_set1_ps(1.f / scale);
+  for (int64_t j = 0; j < d; j += 2) {
+    __m512i pairs[kKeys<Half> / kLanes];
+    for (int64_t i = 0; i < padded; i += kLanes)
+      pairs[i / kLanes] = _mm512_loadu_si512(to + j * stride + 2 * i);
+    for (int64_t i = 0; i < padded; i += kLanes)
+      for (int part = 0; part < 2; ++part)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (j + part) * stride + i),
+                            coppice::to_halves(_mm512_mul_ps(
+                                coppice::widen_one(pairs[i / kLanes], part), factor)));
+  }
+  return scale;
 }
 
 // V [n, d], as gemm.h wants it
 template <typename T>
-void pack_values(const T* v, int64_t n, int64_t, int64_t d, float* to) {
+float pack_values(const T* v, int64_t n, int64_t, int64_t d, float* to) {
   load(v, to, n * d);
+  return 1.f;
+}
+
+float pack_values(const BFloat16* v, int64_t n, int64_t, int64_t d, Half* to) {
+  return coppice::halve(v, n * d, to);
 }
 
 // Rows of d numbers -> pairs of neighbours (even, odd), [d, 2]
@@ -198,7 +240,7 @@ void interleave(const uint16_t* even, const uint16_t* odd, int64_t d, uint16_t* 
 }
 
 // bfloat16: [padded / 2, d, 2], zeros beyond n
-void pack_values(const BFloat16* v, int64_t n, int64_t padded, int64_t d, BFloat16* to) {
+float pack_values(const BFloat16* v, int64_t n, int64_t padded, int64_t d, BFloat16* to) {
   const auto* from = reinterpret_cast<const uint16_t*>(v);
   auto* pairs = reinterpret_cast<uint16_t*>(to);
   for (int64_t i = 0; i + 1 < n; i += 2)
@@ -208,12 +250,13 @@ void pack_values(const BFloat16* v, int64_t n, int64_t padded, int64_t d, BFloat
       pairs[(n - 1) * d + j] = j % 2 ? 0 : from[(n - 1) * d + j / 2];
   const int64_t filled = (n + 1) / 2 * 2;
   std::fill(pairs + filled * d, pairs + padded * d, 0);
+  return 1.f;
 }
 
 // C = A B (+ C), as gemm.h has it of float32. oneDNN compiles every shape once, so only few shapes are
 // asked for.
 void multiply(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b,
-              int64_t ldb, float* c, int64_t ldc, bool add) {
+              int64_t ldb, float* c, int64_t ldc, bool add, float) {
   const int64_t whole = m / 16 * 16;
   for (auto [low, count] : {std::pair{int64_t(0), whole}, std::pair{whole, m - whole}})
     if (count)
@@ -362,37 +405,48 @@ struct Block {
 // The state of one task: `rows` queries of one KV head and their running results.
 template <typename O>
 struct Task {
-  std::vector<O> q, k, v, p;
-  std::vector<float> s, o, m, l;
+  std::vector<Row<O>> q;
+  std::vector<Few<O>> few;  // q, where it is another type
+  std::vector<O> k, v, p;
+  std::vector<float> s, o, m, l, scale;
   std::vector<Block> blocks;
   int64_t d;
 
   ~Task() {
-    if (!kIsFloat<O>) at::native::cpublas::brgemm_release(/*is_vnni=*/true);
+    if (kIsBrgemm<O>) at::native::cpublas::brgemm_release(/*is_vnni=*/true);
   }
 
   Task(int64_t max_rows, int64_t head_dim)
-      : q(max_rows * head_dim), k(kKeys<O> * head_dim), v(kKeys<O> * head_dim),
-        p(kIsFloat<O> ? 0 : kRows * kKeys<O>), s(kRows * kKeys<O>), o(max_rows * head_dim),
-        m(max_rows), l(max_rows), d(head_dim) {}
+      : q(max_rows * head_dim), few(kIsHalf<O> ? max_rows * head_dim : 0), k(kKeys<O> * head_dim),
+        v(kKeys<O> * head_dim), p(kIsBrgemm<O> ? kRows * kKeys<O> : 0), s(kRows * kKeys<O>),
+        o(max_rows * head_dim), m(max_rows), l(max_rows), scale(max_rows, 1.f), d(head_dim) {}
 
-  // Of row r; floats take the place of the scores.
-  O* weights(int64_t r = 0) {
-    if constexpr (kIsFloat<O>) return s.data() + r * kKeys<O>;
-    return p.data() + r * kKeys<O>;
+  // Queries from `row` on, and weights of row r: if no wider than scores, in their place.
+  template <typename P>
+  const P* queries(int64_t row) const {
+    if constexpr (std::is_same_v<P, Row<O>>) return q.data() + row * d;
+    else return few.data() + row * d;
   }
 
-  // Turn scores [0, n) of row r into weights; keys [lo, hi) are seen.
-  void weigh(int64_t r, int64_t state, int64_t lo, int64_t hi, int64_t padded, const Rules& rules) {
+  template <typename P>
+  P* weights(int64_t r = 0) {
+    if constexpr (kIsBrgemm<O>) return p.data() + r * kKeys<O>;
+    else return reinterpret_cast<P*>(s.data()) + r * kKeys<O>;
+  }
+
+  // Turn scores [0, n) of row r into weights; keys [lo, hi) are seen. `unit`: what a score is worth.
+  template <typename P>
+  void weigh(int64_t r, int64_t state, int64_t lo, int64_t hi, int64_t padded, float unit,
+             const Rules& rules) {
     float* x = s.data() + r * kKeys<O>;
-    O* to = weights(r);
+    P* to = weights<P>(r);
     if (hi <= lo) {
-      std::fill(to, to + padded, O(0));
+      std::fill(to, to + padded, P(0));
       return;
     }
-    float scale = rules.scale * kLog2E;  // powers of two are cheaper than of e
+    float scale = unit * rules.scale * kLog2E;  // powers of two are cheaper than of e
     if (rules.softcap > 0) {
-      const Vec inward(rules.scale / rules.softcap), outward(rules.softcap * kLog2E);
+      const Vec inward(unit * rules.scale / rules.softcap), outward(rules.softcap * kLog2E);
       for (int64_t j = 0; j < padded; j += kLanes)
         ((Vec::loadu(x + j) * inward).tanh() * outward).store(x + j);
       scale = 1.f;
@@ -413,7 +467,7 @@ struct Task {
       l[state] *= factor;
       m[state] = top;
     }
-    constexpr bool kExact = kIsFloat<O>;
+    constexpr bool kExact = std::is_same_v<O, float>;
     const Vec factor(scale), base(-m[state]);
     Vec total(0.f), more(0.f);
     for (int64_t j = 0; j < padded; j += 2 * kLanes) {
@@ -454,7 +508,12 @@ struct Attention {
     for (int64_t r = 0; r < rows(tile); ++r) {
       const int64_t head = h * rep + r % rep;
       const T* from = query + (tile.q_lo + r / rep) * q_stride + head * h_stride;
-      load(from, task.q.data() + r * d, d);
+      if constexpr (kIsHalf<O>) {
+        load(from, task.few.data() + r * d, d);
+        task.scale[r] = coppice::halve(from, d, task.q.data() + r * d);
+      } else {
+        load(from, task.q.data() + r * d, d);
+      }
       task.m[r] = rules.sinks ? rules.sinks[head] * kLog2E : kUnseen;
       task.l[r] = rules.sinks ? 1.f : 0.f;
     }
@@ -479,25 +538,29 @@ struct Attention {
     const T *k_next = keys + h * k_stride + next.slot * d, *k = keys + h * k_stride + block.slot * d;
     const T *v_next = values + h * v_stride + next.slot * d;
     const T* v = values + h * v_stride + block.slot * d;
-    const O* q = task.q.data() + block.state * d;
     float* o = task.o.data() + block.state * d;
     const int64_t n = block.n, padded = padded_keys(n);
-    const auto weigh = [&](int64_t row, int64_t place, int64_t width) {
+    const auto weigh = [&]<typename P>(int64_t row, int64_t place, int64_t width, float unit, P) {
       const int64_t now =
           block.offset + positions[block.span->q_lo + row / rep] - block.slot;
       const int64_t lo = rules.window ? std::max<int64_t>(0, now - rules.window + 1) : 0;
-      task.weigh(place, block.state + row, lo, std::min(n, now + 1), width, rules);
+      task.template weigh<P>(place, block.state + row, lo, std::min(n, now + 1), width, unit, rules);
     };
-    if (block.count <= kFew && d % 32 == 0 && (kIsFloat<O> || kHasDots)) {
+    if (block.count <= kFew && d % 32 == 0 && (!kIsBrgemm<O> || kHasDots)) {
+      using P = Few<O>;
+      const auto* q = task.template queries<P>(block.state);
       with_size(d, [&](auto d) {
-        score_few(block.count, n, d, q, k, v, task.k.data(), task.s.data());
-        for (int64_t r = 0; r < block.count; ++r) weigh(r, r, padded);
-        add_few(block.count, n, d, task.weights(), v, k_next, next.n, task.v.data(), o);
+        score_few(block.count, n, d, q, k, v, reinterpret_cast<P*>(task.k.data()), task.s.data());
+        for (int64_t r = 0; r < block.count; ++r) weigh(r, r, padded, 1.f, P());
+        add_few(block.count, n, d, task.template weights<P>(), v, k_next, next.n,
+                reinterpret_cast<P*>(task.v.data()), o);
       });
       return;
     }
-    pack_keys(k, n, padded, d, task.k.data(), kKeys<O>);
-    pack_values(v, n, padded, d, task.v.data());
+    using P = Row<O>;
+    const P* q = task.template queries<P>(block.state);
+    const float k_scale = pack_keys(k, n, padded, d, task.k.data(), kKeys<O>);
+    const float v_scale = pack_values(v, n, padded, d, task.v.data());
     for (int64_t low = 0; low < block.count; low += kRows) {
       const int64_t m = std::min(kRows, block.count - low);
       const int64_t* at = positions + block.span->q_lo + low / rep;
@@ -505,16 +568,18 @@ struct Attention {
       // keys behind the last of these queries are not computed for them
       const int64_t seen = std::min(n, block.offset + last - block.slot + 1);
       if (seen <= 0) continue;
-      const int64_t count = kIsFloat<O> ? seen : padded_keys(seen);
-      multiply(m, count, d, q + low * d, d, task.k.data(), kKeys<O>, task.s.data(), kKeys<O>, false);
+      const int64_t count = kIsBrgemm<O> ? padded_keys(seen) : seen;
+      multiply(m, count, d, q + low * d, d, task.k.data(), kKeys<O>, task.s.data(), kKeys<O>, false,
+               k_scale);
       for (int64_t r = 0; r < m; ++r) {
         if (block.count <= kRows) {
           ask_for_part(k_next, next.n * d, r, m);
           ask_for_part(v_next, next.n * d, r, m);
         }
-        weigh(low + r, r, padded_keys(seen));
+        weigh(low + r, r, padded_keys(seen), task.scale[block.state + low + r], P());
       }
-      multiply(m, d, count, task.weights(), kKeys<O>, task.v.data(), d, o + low * d, d, true);
+      multiply(m, d, count, task.template weights<P>(), kKeys<O>, task.v.data(), d, o + low * d, d,
+               true, v_scale);
     }
   }
 
@@ -551,7 +616,7 @@ void attend(const Attention<T, O>& attention, int64_t num_tiles, const Kept& kep
 void attend(void* out, float* parts, float* lse, const Tensor& query, const Tensor& keys,
             const Tensor& values, const Tensor& positions, const Tensor& spans,
             const Tensor& tiles, const Rules& rules, const std::optional<Tensor>& sinks,
-            bool widens) {
+            c10::string_view way) {
   const int64_t heads = query.size(1), d = query.size(2), kv_heads = keys.size(0);
   TORCH_CHECK(d % kLanes == 0, "head size must be a multiple of ", kLanes);
   Kept kept{query.storage(), keys.storage(), values.storage(), positions.storage(),
@@ -568,7 +633,12 @@ void attend(void* out, float* parts, float* lse, const Tensor& query, const Tens
   };
   if (query.scalar_type() != at::kBFloat16) return run(static_cast<float*>(out), 0.f);
   auto* to = static_cast<BFloat16*>(out);
-  widens ? run(to, 0.f) : run(to, BFloat16());
+  if (way == "widened") return run(to, 0.f);
+#ifdef __AVX512FP16__
+  if (way == "half") return run(to, Half());
+#endif
+  TORCH_CHECK(way == "bfloat16", "no such way of bfloat16: ", way);
+  run(to, BFloat16());
 }
 
 // query [N, Hq, d] (last dimension dense); keys, values [Hkv, capacity, d], each head dense;
@@ -576,12 +646,12 @@ void attend(void* out, float* parts, float* lse, const Tensor& query, const Tens
 Tensor cascade_attention(const Tensor& query, const Tensor& keys, const Tensor& values,
                          const Tensor& positions, const Tensor& spans, const Tensor& tiles,
                          double scale, int64_t window, double softcap,
-                         const std::optional<Tensor>& sinks, bool widens) {
+                         const std::optional<Tensor>& sinks, c10::string_view way) {
   Tensor out = at::empty(query.sizes(), query.options());
   const Rules rules{float(scale), window, float(softcap),
                     sinks ? sinks->const_data_ptr<float>() : nullptr};
   attend(out.mutable_data_ptr(), nullptr, nullptr, query, keys, values, positions, spans, tiles,
-         rules, sinks, widens);
+         rules, sinks, way);
   return out;
 }
 
@@ -590,13 +660,13 @@ Tensor cascade_attention(const Tensor& query, const Tensor& keys, const Tensor& 
 std::tuple<Tensor, Tensor> attend_views(const Tensor& query, const Tensor& keys,
                                         const Tensor& values, const Tensor& positions,
                                         const Tensor& spans, const Tensor& tiles, double scale,
-                                        int64_t window, double softcap, bool widens) {
+                                        int64_t window, double softcap, c10::string_view way) {
   const auto options = query.options().dtype(at::kFloat);
   Tensor parts = at::empty(query.sizes(), options);
   Tensor lse = at::empty({query.size(0), query.size(1)}, options);
   attend(nullptr, parts.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), query, keys,
          values, positions, spans, tiles, {float(scale), window, float(softcap), nullptr},
-         std::nullopt, widens);
+         std::nullopt, way);
   return {parts, lse};
 }
 
@@ -717,11 +787,11 @@ void rotate_and_store(Tensor& qkv, const Tensor& cos, const Tensor& sin, const T
 TORCH_LIBRARY(coppice, m) {
   m.def(
       "cascade_attention(Tensor query, Tensor keys, Tensor values, Tensor positions, Tensor spans, "
-      "Tensor tiles, float scale, int window, float softcap, Tensor? sinks, bool widens) -> Tensor",
+      "Tensor tiles, float scale, int window, float softcap, Tensor? sinks, str way) -> Tensor",
       &cascade_attention);
   m.def(
       "attend_views(Tensor query, Tensor keys, Tensor values, Tensor positions, Tensor spans, "
-      "Tensor tiles, float scale, int window, float softcap, bool widens) -> (Tensor, Tensor)",
+      "Tensor tiles, float scale, int window, float softcap, str way) -> (Tensor, Tensor)",
       &attend_views);
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", &rms_norm);
   m.def("largest_of_rows(Tensor x) -> (Tensor, Tensor)", &largest_of_rows);

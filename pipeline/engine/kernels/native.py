@@ -26,7 +26,8 @@ _SOURCES = tuple(
     for name in ("native.cpp", "views.cpp", "strict.cpp", "linear.cpp", "bfloat16.cpp", "pool.cpp")
 )
 _HEADERS = tuple(
-    Path(__file__).with_name(name) for name in ("exp2.h", "floats.h", "gemm.h", "pool.h", "rules.h")
+    Path(__file__).with_name(name)
+    for name in ("exp2.h", "floats.h", "gemm.h", "halves.h", "pool.h", "rules.h")
 )
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
 _MACROS = ("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512")
@@ -60,9 +61,14 @@ def why_unavailable() -> str | None:
 
 
 @functools.cache
-def widens_bfloat16() -> bool:
-    """Whether this CPU computes products of bfloat16 faster as float32 (`bfloat16.cpp`)."""
-    return bool(torch.ops.coppice.is_widening_faster())
+def ways_of_bfloat16() -> tuple[str, ...]:
+    """How this CPU can multiply bfloat16, fastest first: bfloat16, half, widened (`bfloat16.cpp`)."""
+    return tuple(torch.ops.coppice.ways_of_bfloat16())
+
+
+def way_of_bfloat16() -> str:
+    """The fastest."""
+    return ways_of_bfloat16()[0]
 
 
 def _library(compiler: str | None) -> Path:

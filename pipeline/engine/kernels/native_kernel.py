@@ -43,11 +43,11 @@ class NativeKernel:
 
     name = "native"
 
-    def __init__(self, num_heads: int, num_kv_heads: int, widens: bool | None = None) -> None:
-        """`widens`: whether bfloat16 is multiplied as float32; None: where that is faster."""
+    def __init__(self, num_heads: int, num_kv_heads: int, way: str | None = None) -> None:
+        """`way`: how bfloat16 is multiplied (`native.way_of_bfloat16`); None: as is fastest here."""
         self._rep = num_heads // num_kv_heads
         self._num_kv_heads = num_kv_heads
-        self._widens = native.widens_bfloat16() if widens is None else widens
+        self._way = way or native.way_of_bfloat16()
 
     def prepare(
         self,
@@ -68,9 +68,9 @@ class NativeKernel:
             rules.scale, rules.window, rules.softcap,
         )  # fmt: skip
         if work.offsets is None:
-            out: Tensor = torch.ops.coppice.cascade_attention(*told, rules.sinks, self._widens)
+            out: Tensor = torch.ops.coppice.cascade_attention(*told, rules.sinks, self._way)
             return out
-        parts, lse = torch.ops.coppice.attend_views(*told, self._widens)
+        parts, lse = torch.ops.coppice.attend_views(*told, self._way)
         is_bfloat16 = query.dtype == torch.bfloat16
         out = torch.ops.coppice.join_views(
             parts, lse, work.offsets, work.views, rules.sinks, is_bfloat16
