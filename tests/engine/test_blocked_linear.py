@@ -121,7 +121,7 @@ def test_bfloat16_is_the_exact_product_rounded_once(
 
 
 def test_numbers_of_bfloat16_may_be_of_any_size(way: str) -> None:
-    """Tokens and outputs each of another size, one input a thousand times the others; and nothing."""
+    """Tokens and outputs each of another size or 0, one input a thousand times the others."""
     torch.manual_seed(0)
     layer = nn.Linear(256, 80, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     layer.weight *= torch.logspace(-12, 12, 80).unsqueeze(1)

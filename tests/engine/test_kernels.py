@@ -144,15 +144,15 @@ def test_keys_and_values_of_bfloat16_may_be_of_any_size(head_dim: int) -> None:
     query[..., 5] /= 1000
     values[0] *= 1e-12
     values[1] *= 1e12
-    layer = [x.bfloat16() for x in (query, keys, values)]
+    layer = Layer(*(x.bfloat16() for x in (query, keys, values)))
     positions = np.arange(tokens)
     spans = np.array([[0, tokens, 0, tokens, 0]])
     rules = AttentionRules(0.3)
-    expected = attend_reference(
-        *(x.double() for x in layer), torch.from_numpy(positions), spans, rules
-    )
+    exact = layer.query.double(), layer.keys.double(), layer.values.double()
+    expected = attend_reference(*exact, torch.from_numpy(positions), spans, rules)
     for kernel in kernels(6, 2):
-        out = kernel.attend(*layer, kernel.prepare(spans, positions), rules)
+        work = kernel.prepare(spans, positions)
+        out = kernel.attend(layer.query, layer.keys, layer.values, work, rules)
         error = (out.double() - expected).abs().amax(-1) / expected.abs().amax(-1)
         assert error.max() < 2e-2, kernel.name
 

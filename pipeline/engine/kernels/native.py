@@ -62,7 +62,7 @@ def why_unavailable() -> str | None:
 
 @functools.cache
 def ways_of_bfloat16() -> tuple[str, ...]:
-    """How this CPU can multiply bfloat16, fastest first: bfloat16, half, widened (`bfloat16.cpp`)."""
+    """Bfloat16 is multiplied as bfloat16, half or widened here, fastest first (`bfloat16.cpp`)."""
     return tuple(torch.ops.coppice.ways_of_bfloat16())
 
 

@@ -44,7 +44,7 @@ class NativeKernel:
     name = "native"
 
     def __init__(self, num_heads: int, num_kv_heads: int, way: str | None = None) -> None:
-        """`way`: how bfloat16 is multiplied (`native.way_of_bfloat16`); None: as is fastest here."""
+        """`way` to multiply bfloat16 (`native.ways_of_bfloat16`); None: the fastest one."""
         self._rep = num_heads // num_kv_heads
         self._num_kv_heads = num_kv_heads
         self._way = way or native.way_of_bfloat16()
