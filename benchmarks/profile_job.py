@@ -23,7 +23,7 @@ from pipeline.engine.base import RunControl
 from pipeline.engine.load import make_engine
 from pipeline.settings import JobSettings
 
-_KINDS = ("bfloat16", "widened", "float32", "int8")
+_KINDS = ("bfloat16", "half", "widened", "float32", "int8")
 _BLOCKED = tuple(f"coppice::{kind}_linear" for kind in _KINDS)  # weights [B, K / n, 64, n]
 _PACKED = "mkldnn::_linear_pointwise"  # weight [outputs, K]
 _ATTENTION = "coppice::cascade_attention"

@@ -1,7 +1,7 @@
 """Linear layers by the compiled kernel, with the step that follows them fused.
 
 It takes weights in blocks of 64 outputs, in which the inputs that fill 32 bits lie side by side:
-n = 1 of float32, 2 of bfloat16, 4 of int8 (`linear.cpp`).
+n = 1 of float32, 2 of bfloat16, 4 of int8; but 1 of half precision (`linear.cpp`).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _operator(linear: nn.Linear | Int8Linear) -> Any:
 def _pack(*linears: nn.Linear | Int8Linear) -> list[Tensor]:
     """Their outputs side by side: weight [B, in / n, 64, n], then what belongs to each of [B, 64].
 
-    Of int8 that is scale, zero (int32) and bias, of bfloat16 the bias alone.
+    Of int8 that is scale, zero (int32) and bias, of halves scale and bias, else the bias alone.
     """
     weight = _to_blocks([linear.weight for linear in linears])
     bias = _to_blocks([_bias(linear) for linear in linears])

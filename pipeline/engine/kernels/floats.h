@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <limits>
 
 namespace coppice {
 
@@ -52,20 +51,6 @@ void store_floats(__m512 x, T* to, int64_t n) {
   std::array<T, 16> all;
   store_floats(x, all.data());
   std::copy_n(all.begin(), n, to);
-}
-
-// The largest |x| of n numbers, a multiple of 16; NaN where one is not finite.
-template <typename T>
-float find_largest(const T* x, int64_t n) {
-  __m512 most = _mm512_setzero_ps();
-  __mmask16 is_bad = 0;
-  for (int64_t j = 0; j < n; j += 16) {
-    const __m512 part = _mm512_abs_ps(load_floats(x + j));
-    is_bad |= _mm512_cmp_ps_mask(part, _mm512_set1_ps(std::numeric_limits<float>::infinity()),
-                                 _CMP_NLT_UQ);
-    most = _mm512_max_ps(most, part);
-  }
-  return is_bad ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_max_ps(most);
 }
 
 }  // namespace coppice

@@ -1,8 +1,11 @@
-// GEMMs of float32 in registers, c [rows, n] = a [rows, depth] b [depth, n] (+ c).
+// GEMMs in registers, c [rows, n] = a [rows, depth] b [depth, n] (+ c), c float32.
 //
-// Every number is one chain of fused multiply-adds over the depth, so neither what is computed beside
-// it nor a cut of the depth changes a bit. b may be bfloat16 of which two inputs lie side by side,
-// [depth / 2, n, 2]: it is widened in registers, so that the products are exact.
+// Of float32 every number is one chain of fused multiply-adds over the depth, so neither what is
+// computed beside it nor a cut of the depth changes a bit. b may be bfloat16 of which two inputs lie
+// side by side, [depth / 2, n, 2]: it is widened in registers, so that the products are exact.
+//
+// Of halves (halves.h) a chain is 32 inputs long; what it gives is added to c in float32. A sum of 32
+// loses half of what rounding a factor to bfloat16 did (LOG.md). Nothing beside it changes a bit.
 
 #pragma once
 
@@ -22,9 +25,9 @@ namespace coppice {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-// How many rows and vectors of columns are summed at a time: they fill the registers, and the wider is
-// a row, the fewer are loaded again; pairs cost more to widen than rows to load. `kChain`: inputs of
-// one chain of multiply-adds.
+// How a block of c is computed, kRows x kVectors of kLanes columns at a time: they fill the registers,
+// and the wider is a row, the fewer are loaded again; pairs cost more to widen than rows to load. A step
+// loads kStep inputs; a chain has kChain of them.
 struct FloatBlock {
   using Factor = float;
   using Vector = __m512;
@@ -46,7 +49,7 @@ struct Block;
 template <>
 struct Block<float> : FloatBlock {
   static constexpr int kRows = 6, kVectors = 4;
-  static constexpr int64_t kStep = 1;  // inputs of one load
+  static constexpr int64_t kStep = 1;
 
   static __m512 load(const float* b, int64_t) { return _mm512_loadu_ps(b); }
 };
@@ -94,7 +97,8 @@ struct Block<c10::Half> {
 // will be wanted from memory. A line of it is asked for in each step: a core that asks for many waits.
 template <int R, int V, typename B>
 void multiply_block(int64_t depth, const typename Block<B>::Factor* a, int64_t lda, const B* b,
-                    int64_t ldb, float* c, int64_t ldc, __mmask32 last, bool add, float scale, const char* soon) {
+                    int64_t ldb, float* c, int64_t ldc, __mmask32 last, bool add, float scale,
+                    const char* soon) {
   using Kind = Block<B>;
   using Vector = typename Kind::Vector;
   const auto lanes = [&](int j) { return j + 1 < V ? __mmask32(-1) : last; };
@@ -137,8 +141,8 @@ constexpr auto make_blocks(std::integer_sequence<int, I...>) {
   return std::array{&multiply_block<I / V + 1, I % V + 1, B>...};
 }
 
-// b has whole vectors of columns; of pairs, an even depth. `next`: the b of a later call, all columns of
-// it, to be asked for; null: none.
+// b has whole vectors of columns; of pairs, an even depth. `scale`: what a b is multiplied by; 1 but for
+// halves. `next`: the b of a later call, all columns of it, to be asked for; null: none.
 template <typename B>
 void multiply(int64_t rows, int64_t n, int64_t depth, const typename Block<B>::Factor* a,
               int64_t lda, const B* b, int64_t ldb, float* c, int64_t ldc, bool add,

@@ -5,8 +5,10 @@
 //
 //   float32    sums = x . w                             by chains of FMA (gemm.h), in one order
 //              y = sums + b
-//   bfloat16   the same, x and w widened to float32, where that is faster (bfloat16.cpp), else by
-//              brgemm (oneDNN, so by AVX-512 BF16 or AMX), a piece of the depth after another
+//   bfloat16   in the way that is fastest here (bfloat16.cpp):
+//              by brgemm (oneDNN, so by AVX-512 BF16 or AMX), a piece of the depth after another;
+//              as halves (halves.h), by a power of two for each token and each output;
+//              or as float32, x and w widened
 //   int8       q = round(x / scale of the token)        in [-127, 127]; scale = largest |x| / 127
 //              sums = q . w                             int32, exact in any order
 //              y = sums * scale of x * scale of w + b
@@ -58,14 +60,22 @@ constexpr int32_t kZero = 128;
 
 // ---------------------------------------------------------------- tokens
 
-// q [n] of one row; returns its scale. A row that is not finite gives NaN everywhere.
+// q [n] of one row; returns its scale. A row without finite numbers gives NaN everywhere.
 template <typename T>
 float quantize(const T* x, int64_t n, uint8_t* q) {
-  const float top = coppice::find_largest(x, n);
-  if (std::isnan(top)) {
-    std::fill(q, q + n, uint8_t(kZero));
-    return top;
+  __m512 most = _mm512_setzero_ps();
+  __mmask16 is_bad = 0;
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const __m512 part = _mm512_abs_ps(load_floats(x + j));
+    is_bad |= _mm512_cmp_ps_mask(part, _mm512_set1_ps(std::numeric_limits<float>::infinity()),
+                                 _CMP_NLT_UQ);
+    most = _mm512_max_ps(most, part);
   }
+  if (is_bad) {
+    std::fill(q, q + n, uint8_t(kZero));
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  const float top = _mm512_reduce_max_ps(most);
   const __m512 factor = _mm512_set1_ps(top > 0.f ? 127.f / top : 0.f);
   const __m512i zero = _mm512_set1_epi32(kZero);
   for (int64_t j = 0; j < n; j += kLanes) {
@@ -142,7 +152,8 @@ struct FloatLayer : Biased {
   // sums [rows, 64] of tokens from `low` on and one block; block `next` will be wanted soon
   void multiply(int64_t low, int64_t rows, int64_t block, int64_t next, float* sums) const {
     coppice::multiply(rows, kWide, k, x + low * k, k, blocks + block * k * kWide, kWide, sums, kWide,
-                      /*add=*/false, /*scale=*/1.f, next == block ? nullptr : blocks + next * k * kWide);
+                      /*add=*/false, /*scale=*/1.f,
+                      next == block ? nullptr : blocks + next * k * kWide);
   }
 };
 

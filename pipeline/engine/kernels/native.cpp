@@ -10,8 +10,8 @@
 //     O = O * shrink + P V       [rows, d]      float32
 //   out = O / l
 //
-// What a model holds as T is multiplied as O: bfloat16 by brgemm (oneDNN), or widened to float32 where
-// that is faster (bfloat16.cpp); float32 by gemm.h. Scores never leave the core's cache, and nothing
+// What a model holds as T is multiplied as O: bfloat16 by brgemm (oneDNN), or as half precision or
+// float32 where that is faster (bfloat16.cpp), by gemm.h. Scores never leave the core's cache, and nothing
 // is padded, copied or merged in memory.
 
 #include <ATen/core/Tensor.h>
@@ -57,7 +57,9 @@ using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kRows = 48;  // queries of a GEMM; native_kernel.py cuts tiles to fit
 constexpr int64_t kFew = 5;    // rows of a GEMM that needs no packed keys
-constexpr float kSlack = 5.f;  // by so much m may fall behind: O is seldom shrunk (FlashAttention-4)
+// By so many powers of two m may fall behind, so that O is seldom shrunk (FlashAttention-4). Weights of
+// half precision are below 2^5 then, as all of its numbers here.
+constexpr float kSlack = coppice::kHalfBits;
 
 // Whether brgemm multiplies, not gemm.h.
 template <typename O>
@@ -192,19 +194,20 @@ float pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, float* 
 // bfloat16 as halves. A row of pairs becomes two rows in its own place, once all of it is read.
 float pack_keys(const BFloat16* k, int64_t n, int64_t padded, int64_t d, Half* to, int64_t stride) {
   pack_keys(k, n, padded, d, reinterpret_cast<BFloat16*>(to), stride);
-  const float scale = coppice::half_scale(coppice::find_largest(k, n * d));
-  const __m512 factor = _mm512_set1_ps(1.f / scale);
+  const coppice::Halving halving(k, n * d);
   for (int64_t j = 0; j < d; j += 2) {
     __m512i pairs[kKeys<Half> / kLanes];
     for (int64_t i = 0; i < padded; i += kLanes)
-      pairs[i / kLanes] = _mm512_loadu_si512(to + j * stride + 2 * i);
-    for (int64_t i = 0; i < padded; i += kLanes)
-      for (int part = 0; part < 2; ++part)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (j + part) * stride + i),
-                            coppice::to_halves(_mm512_mul_ps(
-                                coppice::widen_one(pairs[i / kLanes], part), factor)));
+      pairs[i / kLanes] = halving(_mm512_loadu_si512(to + j * stride + 2 * i));
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      const __m512i both = pairs[i / kLanes];
+      auto* even = reinterpret_cast<__m256i*>(to + j * stride + i);
+      auto* odd = reinterpret_cast<__m256i*>(to + (j + 1) * stride + i);
+      _mm256_storeu_si256(even, _mm512_cvtepi32_epi16(both));
+      _mm256_storeu_si256(odd, _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+    }
   }
-  return scale;
+  return halving.scale;
 }
 
 // V [n, d], as gemm.h wants it
