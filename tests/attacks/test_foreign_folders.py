@@ -76,11 +76,11 @@ def test_a_kernel_of_another_user_is_not_loaded(
     monkeypatch.setattr(native, "_build", lambda compiler, library: library.write_bytes(b"ours"))
     folder = private_folder(cache / "kernels")
     monkeypatch.setattr("os.geteuid", lambda: STRANGER)
-    native.why_unavailable.cache_clear()
+    native._why_unavailable.cache_clear()
     try:
         why = native.why_unavailable()
     finally:
-        native.why_unavailable.cache_clear()
+        native._why_unavailable.cache_clear()
     assert loaded == []
     if why not in ("this CPU has no AVX-512", "this build of torch has no oneDNN"):
         assert why is not None and f"{folder} belongs to another user" in why

@@ -11,8 +11,8 @@
 //   out = O / l
 //
 // What a model holds as T is multiplied as O: bfloat16 by brgemm (oneDNN), or as half precision or
-// float32 where that is faster (bfloat16.cpp), by gemm.h. Scores never leave the core's cache, and nothing
-// is padded, copied or merged in memory.
+// float32 where that is faster (bfloat16.cpp), by gemm.h. Scores never leave the core's cache, and
+// nothing is padded, copied or merged in memory.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
@@ -67,7 +67,7 @@ constexpr bool kIsBrgemm = std::is_same_v<O, BFloat16>;
 template <typename O>
 constexpr bool kIsHalf = std::is_same_v<O, Half>;
 
-// Queries and weights beside keys and values of O; Few: those of few rows.
+// Queries and weights beside keys and values of O; Few: where a GEMM has few rows.
 template <typename O>
 using Row = std::conditional_t<kIsHalf<O>, Twice, O>;
 template <typename O>
@@ -256,8 +256,8 @@ float pack_values(const BFloat16* v, int64_t n, int64_t padded, int64_t d, BFloa
   return 1.f;
 }
 
-// C = A B (+ C), as gemm.h has it of float32. oneDNN compiles every shape once, so only few shapes are
-// asked for.
+// C = A B (+ C), as gemm.h has it of float32; the scale is 1. oneDNN compiles every shape once, so only
+// few shapes are asked for.
 void multiply(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b,
               int64_t ldb, float* c, int64_t ldc, bool add, float) {
   const int64_t whole = m / 16 * 16;

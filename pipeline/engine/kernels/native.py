@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -32,14 +33,21 @@ _HEADERS = tuple(
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
 _MACROS = ("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512")
 _BUILD_LIMIT_S = 300
+_LOCK = threading.Lock()
 
 
-@functools.cache
 def why_unavailable() -> str | None:
     """None once the kernels are loaded (`torch.ops.coppice`), else a clause that says why not.
 
-    The first call on a machine compiles them, half a minute.
+    The first call on a machine compiles them, half a minute. Other threads wait for it: each would
+    build and load a library of its own, and torch aborts where operators are registered twice.
     """
+    with _LOCK:
+        return _why_unavailable()
+
+
+@functools.cache
+def _why_unavailable() -> str | None:
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "this CPU has no AVX-512"
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
