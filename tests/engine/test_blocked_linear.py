@@ -97,14 +97,14 @@ def check_products(
             torch.randn(tokens, size[0], dtype=dtype),
         )
         y = up(x.double())
-        lost = 1e-5 + per_term * (x.double().abs() @ exact.weight.abs().T)
+        lost = per_term * (x.double().abs() @ exact.weight.abs().T)
         pairs = (
             (packed(x), y, lost),
             (packed.plus(x, other), y + other, lost),
             (gated(x), silu(y) * y, lost * (1 + 2 * y.abs())),
         )
-        for found, expected, allowed in pairs:
-            assert ((found - expected).abs() <= rtol * expected.abs() + allowed).all()
+        for found, expected, also in pairs:
+            assert ((found - expected).abs() <= rtol * expected.abs() + 1e-5 + also).all()
 
 
 HALVES_LOSE = 2**-8
@@ -155,13 +155,14 @@ def test_float32_is_the_product_of_float32(size: tuple[int, int], bias: bool) ->
     check_products(size, bias, torch.float32, rtol=1e-4)
 
 
-@pytest.mark.usefixtures("way")
-def test_bfloat16_layers_side_by_side_are_the_layers_alone() -> None:
+def test_bfloat16_layers_side_by_side_are_the_layers_alone(way: str) -> None:
     torch.manual_seed(0)
     layers = [nn.Linear(64, n, dtype=torch.bfloat16).requires_grad_(False) for n in (96, 32, 32)]
     x = torch.randn(3, 11, 64, dtype=torch.bfloat16)
-    expected = torch.cat([BlockedLinear(layer)(x) for layer in layers], -1)
-    assert torch.equal(BlockedLinear(*layers)(x), expected)
+    y, expected = BlockedLinear(*layers)(x), torch.cat([layer(x) for layer in layers], -1)
+    assert torch.equal(y, torch.cat([BlockedLinear(layer)(x) for layer in layers], -1))
+    atol = 4e-3 if way == "half" else 1e-3
+    torch.testing.assert_close(y, expected, rtol=2**-7, atol=atol)
 
 
 @needs_kernel

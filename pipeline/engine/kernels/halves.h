@@ -65,14 +65,8 @@ class Halving {
   __m512i shift_, least_;
 };
 
-// x [n] as halves, n a multiple of 16; returns what they are to be multiplied by.
-inline float halve(const c10::BFloat16* x, int64_t n, c10::Half* to) {
-  const Halving halving(x, n);
-  for (int64_t j = 0; j < n; j += 32) {
-    const __mmask32 lanes = lanes_left(n, j);
-    _mm512_mask_storeu_epi16(to + j, lanes, halving(_mm512_maskz_loadu_epi16(lanes, x + j)));
-  }
-  return halving.scale;
+inline void store_halves(__m512i halves, __mmask32 lanes, c10::Half* to) {
+  _mm512_mask_storeu_epi16(to, lanes, halves);
 }
 
 inline void store_twice(__m256i halves, Twice* to) {
@@ -80,13 +74,18 @@ inline void store_twice(__m256i halves, Twice* to) {
   _mm512_storeu_si512(to, _mm512_or_si512(half, _mm512_slli_epi32(half, 16)));
 }
 
-inline float halve(const c10::BFloat16* x, int64_t n, Twice* to) {
+inline void store_halves(__m512i halves, __mmask32 lanes, Twice* to) {
+  store_twice(_mm512_castsi512_si256(halves), to);
+  if (lanes >> 16) store_twice(_mm512_extracti64x4_epi64(halves, 1), to + 16);
+}
+
+// x [n] as halves, once or twice each, n a multiple of 16; returns what they are to be multiplied by.
+template <typename To>
+float halve(const c10::BFloat16* x, int64_t n, To* to) {
   const Halving halving(x, n);
   for (int64_t j = 0; j < n; j += 32) {
     const __mmask32 lanes = lanes_left(n, j);
-    const __m512i half = halving(_mm512_maskz_loadu_epi16(lanes, x + j));
-    store_twice(_mm512_castsi512_si256(half), to + j);
-    if (lanes >> 16) store_twice(_mm512_extracti64x4_epi64(half, 1), to + j + 16);
+    store_halves(halving(_mm512_maskz_loadu_epi16(lanes, x + j)), lanes, to + j);
   }
   return halving.scale;
 }

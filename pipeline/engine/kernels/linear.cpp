@@ -137,6 +137,26 @@ struct Biased {
   }
 };
 
+struct Scaled {
+  const float* scale;  // [B, 64]
+  const float* bias;   // [B, 64]
+
+  __m512 outputs(__m512 sums, float of_token, int64_t column) const {
+    const __m512 y = _mm512_mul_ps(_mm512_mul_ps(sums, _mm512_set1_ps(of_token)),
+                                   _mm512_loadu_ps(scale + column));
+    return _mm512_add_ps(y, _mm512_loadu_ps(bias + column));
+  }
+};
+
+// sums [rows, 64] of x [rows, k] and one block by gemm.h; block `next` will be wanted soon
+template <typename W>
+void multiply_block(const typename coppice::Block<W>::Factor* x, int64_t rows, int64_t k,
+                    const W* blocks, int64_t block, int64_t next, float* sums) {
+  coppice::multiply(rows, kWide, k, x, k, blocks + block * k * kWide, kWide, sums, kWide,
+                    /*add=*/false, /*scale=*/1.f,
+                    next == block ? nullptr : blocks + next * k * kWide);
+}
+
 // W: float or BFloat16
 template <typename W>
 struct FloatLayer : Biased {
@@ -151,9 +171,7 @@ struct FloatLayer : Biased {
 
   // sums [rows, 64] of tokens from `low` on and one block; block `next` will be wanted soon
   void multiply(int64_t low, int64_t rows, int64_t block, int64_t next, float* sums) const {
-    coppice::multiply(rows, kWide, k, x + low * k, k, blocks + block * k * kWide, kWide, sums, kWide,
-                      /*add=*/false, /*scale=*/1.f,
-                      next == block ? nullptr : blocks + next * k * kWide);
+    multiply_block(x + low * k, rows, k, blocks, block, next, sums);
   }
 };
 
@@ -178,43 +196,34 @@ struct BFloat16Layer : Biased {
 };
 
 #ifdef __AVX512FP16__
-struct HalfLayer {
+struct HalfLayer : Scaled {
   using Sum = float;
   using Library = Nothing;
   static constexpr int64_t kLeast = coppice::Block<at::Half>::kRows;
   std::shared_ptr<Tokens<Twice>> tokens;
   int64_t k;
   const at::Half* blocks;  // [B, K, 64]
-  const float* scale;      // [B, 64]
-  const float* bias;       // [B, 64]
 
   int64_t bytes_a_token() const { return k * sizeof(Twice); }
 
   void multiply(int64_t low, int64_t rows, int64_t block, int64_t next, float* sums) const {
-    coppice::multiply(rows, kWide, k, tokens->q.get() + low * k, k, blocks + block * k * kWide, kWide,
-                      sums, kWide, /*add=*/false, /*scale=*/1.f,
-                      next == block ? nullptr : blocks + next * k * kWide);
+    multiply_block(tokens->q.get() + low * k, rows, k, blocks, block, next, sums);
   }
 
   __m512 outputs(const float* sums, int64_t token, int64_t column) const {
-    const __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(sums),
-                                                 _mm512_set1_ps(tokens->scale[token])),
-                                   _mm512_loadu_ps(scale + column));
-    return _mm512_add_ps(y, _mm512_loadu_ps(bias + column));
+    return Scaled::outputs(_mm512_loadu_ps(sums), tokens->scale[token], column);
   }
 };
 #endif
 
-struct Int8Layer {
+struct Int8Layer : Scaled {
   using Sum = int32_t;
   using Library = Brgemm;
   static constexpr int64_t kLeast = kStep;
   std::shared_ptr<Tokens<uint8_t>> tokens;
   int64_t k;
   const int8_t* blocks;  // [B, K / 4, 64, 4]
-  const float* scale;    // [B, 64]
   const int32_t* zero;   // [B, 64], 128 times the sum of a row
-  const float* bias;     // [B, 64]
 
   int64_t bytes_a_token() const { return k; }
 
@@ -229,10 +238,7 @@ struct Int8Layer {
   __m512 outputs(const int32_t* sums, int64_t token, int64_t column) const {
     const __m512i whole =
         _mm512_sub_epi32(_mm512_loadu_si512(sums), _mm512_loadu_si512(zero + column));
-    const __m512 factor = _mm512_set1_ps(tokens->scale[token]);
-    const __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(whole), factor),
-                                   _mm512_loadu_ps(scale + column));
-    return _mm512_add_ps(y, _mm512_loadu_ps(bias + column));
+    return Scaled::outputs(_mm512_cvtepi32_ps(whole), tokens->scale[token], column);
   }
 };
 
@@ -327,12 +333,11 @@ template <typename T>
 void apply_int8(const Tensor& x, const Tensor& blocks, const Tensor& scale, const Tensor& zero,
                 const Tensor& bias, const std::optional<Tensor>& other, bool is_gated,
                 Tensor& out) {
-  const Int8Layer layer{quantize<T, uint8_t>(x),
+  const Int8Layer layer{{scale.const_data_ptr<float>(), bias.const_data_ptr<float>()},
+                        quantize<T, uint8_t>(x),
                         x.size(1),
                         blocks.const_data_ptr<int8_t>(),
-                        scale.const_data_ptr<float>(),
-                        zero.const_data_ptr<int32_t>(),
-                        bias.const_data_ptr<float>()};
+                        zero.const_data_ptr<int32_t>()};
   apply<T>(layer, other, is_gated, out, {blocks.storage()});
 }
 
@@ -372,8 +377,10 @@ Tensor widened_linear(const Tensor& x, const Tensor& blocks, const Tensor& bias,
 Tensor half_linear(const Tensor& x, const Tensor& blocks, const Tensor& scale, const Tensor& bias,
                    int64_t outputs, const std::optional<Tensor>& other, bool is_gated) {
   Tensor out = make_out(x, blocks, outputs, other);
-  const HalfLayer layer{quantize<BFloat16, Twice>(x), x.size(1), blocks.const_data_ptr<at::Half>(),
-                        scale.const_data_ptr<float>(), bias.const_data_ptr<float>()};
+  const HalfLayer layer{{scale.const_data_ptr<float>(), bias.const_data_ptr<float>()},
+                        quantize<BFloat16, Twice>(x),
+                        x.size(1),
+                        blocks.const_data_ptr<at::Half>()};
   apply<BFloat16>(layer, other, is_gated, out, {blocks.storage()});
   return out;
 }
